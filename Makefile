@@ -1,0 +1,33 @@
+# `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
+.PHONY: venv test lint demo figures clean
+
+BIN := .venv/bin
+
+venv: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt build_scripts/find_python.sh
+	$$(PYTHON="$(PYTHON)" bash build_scripts/find_python.sh) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: venv
+	$(BIN)/python build_scripts/build_engine.py --memshare --force
+	$(BIN)/python benchmarks/inflight_batching.py --engine-dir engines/tiny_reasoner \
+	  --dataset benchmarks/data/demo.jsonl --kv-cache-share 0.5 \
+	  --variants full paper aligned lexical shadow drop-duplicate random streaming \
+	  --output-json demo/report.json --plot demo/report.png
+
+figures: venv
+	bash benchmarks/figures.sh $(BIN)/python
+
+clean:
+	rm -rf .venv engines demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

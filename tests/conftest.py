@@ -1,0 +1,83 @@
+"""Fixtures that several test files use: small random checkpoints in Hugging Face layout."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from trtllm_memshare.engine.build import DEFAULT_MODEL_DIR
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.tiny_reasoner.problems import sample_problem
+from trtllm_memshare.tiny_reasoner.tokenizer import VOCAB_SIZE, build_tokenizer
+
+_FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"use_sliding_window": False, "head_dim": 16}),
+}
+
+
+def write_random_checkpoint(folder: Path, family: str = "qwen2", **changes) -> Path:
+    """A two-layer model with random weights and the bundled tokenizer."""
+    config_class, model_class, extra = _FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.2,
+        **{**extra, **changes},
+    )
+    model_class(config).save_pretrained(folder)
+    build_tokenizer(512).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=sorted(_FAMILIES))
+def family_checkpoint(request, tmp_path_factory) -> Path:
+    """One random checkpoint of each supported family."""
+    return write_random_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path) -> Path:
+    """A random Qwen2 checkpoint that a test may damage."""
+    return write_random_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def bundled_model() -> Path:
+    return DEFAULT_MODEL_DIR
+
+
+@pytest.fixture(scope="session")
+def boundaries() -> BoundaryTokens:
+    return BoundaryTokens.from_tokenizer(build_tokenizer(4096), VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Fifty prompts of held-out problems, as token ids."""
+    rng, tokenizer = random.Random(11), build_tokenizer(4096)
+    return [tokenizer(sample_problem(rng, rng.randint(3, 6), held_out=True).prompt)["input_ids"] for _ in range(50)]

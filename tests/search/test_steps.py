@@ -1,0 +1,46 @@
+"""Step boundaries on token ids, for character tokens and for word pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.tiny_reasoner.tokenizer import encode_fast
+
+PIECES = ["So", " x", " =", " 3", ".", "5", "\n\n", "Wait", " The", " ", ".\n"]
+
+
+def pieces(*texts: str) -> np.ndarray:
+    return np.array([PIECES.index(t) for t in texts], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts"),
+    [
+        (pieces("So", " x", ".", " The", " x"), [3]),
+        (pieces(" x", " =", " 3", ".", "5", " x"), []),  # a decimal point ends nothing
+        (pieces("So", " x", "\n\n", "So"), [3]),
+        (pieces("So", ".\n", "\n\n", "So"), [3]),
+        (pieces("So", " x", "Wait", " x"), [2]),
+        (pieces(".", " The"), [1]),
+        (pieces("So"), []),
+    ],
+)
+def test_word_pieces(tokens, starts):
+    assert BoundaryTokens.from_texts(PIECES).step_starts(tokens, 0).tolist() == starts
+
+
+def test_character_tokens(boundaries):
+    text = "x. y\nz 3.5\n\nw"
+    starts = boundaries.step_starts(encode_fast(text).astype(np.int32), 0)
+    assert [text[s:] for s in starts] == ["y\nz 3.5\n\nw", "z 3.5\n\nw", "w"]
+
+
+def test_piece_by_piece_gives_the_same_starts(boundaries):
+    tokens = encode_fast("Q: 1.\nWait. So. x\n\n\nyes? no\n" * 5).astype(np.int32)
+    whole = boundaries.step_starts(tokens, 0).tolist()
+    cut: list[int] = []
+    for first in range(0, len(tokens), 7):
+        cut += boundaries.step_starts(tokens[: first + 7], first).tolist()
+    assert cut == whole

@@ -1,0 +1,7 @@
+"""Tolerances of the tests, each with its reason."""
+
+FLOAT32_SUM = {"rtol": 1e-5, "atol": 1e-6}
+"""float32 sums of a few thousand terms in different orders."""
+
+SAME_LOGITS = {"rtol": 1e-4, "atol": 1e-4}
+"""Two float32 attention implementations over a few layers; logits of the test models are of order 1 to 10."""

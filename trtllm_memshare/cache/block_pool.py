@@ -1,0 +1,109 @@
+"""Physical blocks: who is free, how many table entries point at each, and what was written where.
+
+Only bookkeeping, in numpy on the host; the K and V values live with the runner. vLLM's block pool does not merge
+duplicate blocks so that ids stay stable and tables append-only. Here a table entry may be rewritten, by
+``KVCacheManager.apply`` alone, between two steps; generations are what a holder of an old id is checked by.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class BlockPool:
+    """Reference-counted blocks.
+
+    Attributes, one element per block:
+      ref_count: int32, table entries that point at the block.
+      generation: int32, raised each time the block is freed.
+      origin_position: int32, position at which the block's first row was written.
+      is_full: bool, every row has been written.
+      drift: float32 ``[num_blocks * tokens_per_block]``, per row: the largest distance, summed along its chain, of a
+        token that this row stands in for.
+    """
+
+    def __init__(self, num_blocks: int, tokens_per_block: int) -> None:
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self.ref_count = np.zeros(num_blocks, np.int32)
+        self.generation = np.zeros(num_blocks, np.int32)
+        self.origin_position = np.zeros(num_blocks, np.int32)
+        self.is_full = np.zeros(num_blocks, bool)
+        self.drift = np.zeros(num_blocks * tokens_per_block, np.float32)
+        self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: the top is the end of the range
+        self.num_free = num_blocks
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_free
+
+    def allocate(self, origin_positions: np.ndarray) -> np.ndarray | None:
+        """Takes one block per origin position, each with one reference; None if there are too few.
+
+        Args:
+          origin_positions: int32 ``[n]``, position of the first token of each block.
+
+        Returns:
+          int32 ``[n]`` block ids.
+        """
+        count = len(origin_positions)
+        if count > self.num_free:
+            return None
+        blocks = self._free[self.num_free - count : self.num_free][::-1].copy()
+        self.num_free -= count
+        self.ref_count[blocks] = 1
+        self.origin_position[blocks] = origin_positions
+        self.is_full[blocks] = False
+        self.drift.reshape(-1, self.tokens_per_block)[blocks] = 0.0
+        return blocks
+
+    def release(self, blocks: np.ndarray) -> int:
+        """Drops one reference for each element of ``blocks`` (repeats count); returns how many blocks became free.
+
+        Raises:
+          RuntimeError: a block would get a negative count.
+        """
+        unique, drops = np.unique(blocks, return_counts=True)
+        self.ref_count[unique] -= drops.astype(np.int32)
+        if (self.ref_count[unique] < 0).any():
+            bad = unique[self.ref_count[unique] < 0]
+            raise RuntimeError(f"blocks {bad.tolist()} released more often than referenced")
+        freed = unique[self.ref_count[unique] == 0]
+        self._put_back(freed)
+        return len(freed)
+
+    def move_references(self, block: int, donor: int) -> None:
+        """Gives all references of ``block`` to ``donor`` and frees ``block``."""
+        self.ref_count[donor] += self.ref_count[block]
+        self.ref_count[block] = 0
+        self._put_back(np.array([block], np.int32))
+
+    def _put_back(self, blocks: np.ndarray) -> None:
+        self.generation[blocks] += 1
+        self.is_full[blocks] = False
+        self._free[self.num_free : self.num_free + len(blocks)] = blocks
+        self.num_free += len(blocks)
+
+    def check_integrity(self, references: np.ndarray) -> None:
+        """Compares the counts with the tables.
+
+        Args:
+          references: int ``[num_blocks]``, table entries that point at each block.
+
+        Raises:
+          RuntimeError: with all the numbers, if a count differs, or a block is both free and referenced or neither.
+        """
+        free = np.zeros(self.num_blocks, np.int64)
+        np.add.at(free, self._free[: self.num_free], 1)
+        if (references != self.ref_count).any():
+            wrong = np.flatnonzero(references != self.ref_count)
+            raise RuntimeError(
+                f"reference counts differ from the tables: blocks {wrong.tolist()}, "
+                f"counted {self.ref_count[wrong].tolist()}, in tables {references[wrong].tolist()}"
+            )
+        if (free + (self.ref_count > 0) != 1).any():
+            wrong = np.flatnonzero(free + (self.ref_count > 0) != 1)
+            raise RuntimeError(
+                f"blocks {wrong.tolist()} are not exactly one of free and referenced: "
+                f"in the free list {free[wrong].tolist()} times, references {self.ref_count[wrong].tolist()}"
+            )

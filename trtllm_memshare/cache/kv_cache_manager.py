@@ -1,0 +1,266 @@
+"""The only owner of block tables: allocation, remaps, and the invariants of both (DESIGN 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from trtllm_memshare.cache.block_pool import BlockPool
+from trtllm_memshare.cache.candidates import find_candidates
+from trtllm_memshare.cache.offsets import NO_BLOCK, encode_block_offsets
+from trtllm_memshare.cache.remap import Remapper
+from trtllm_memshare.cache.sequence import CacheStats, Sequence, SharingRecord
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.types import Candidate, Decision, Matcher
+
+
+class KVCacheManager:
+    """Block tables of all sequences over one pool.
+
+    Args:
+      num_blocks: physical blocks of the pool.
+      num_layers: layers that one block spans.
+      tokens_per_block: tokens of one block.
+      max_blocks_per_seq: width of the block table.
+      max_batch_size: most sequences at once.
+      config: protections and limits of sharing.
+      make_matcher: makes stage 1 for a new request of that many prompt tokens; None when nothing is searched.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_layers: int,
+        tokens_per_block: int,
+        max_blocks_per_seq: int,
+        max_batch_size: int,
+        config: MemShareConfig,
+        make_matcher: Callable[[int], Matcher] | None = None,
+    ) -> None:
+        self.pool = BlockPool(num_blocks, tokens_per_block)
+        self.num_layers = num_layers
+        self.tokens_per_block = tokens_per_block
+        self.max_blocks_per_seq = max_blocks_per_seq
+        self.config = config
+        self._make_matcher = make_matcher
+        self._tables = np.full((max_batch_size, max_blocks_per_seq), NO_BLOCK, np.int32)
+        self._free_slots = list(range(max_batch_size - 1, -1, -1))
+        self._sequences: dict[int, Sequence] = {}
+        self._parked: dict[int, tuple[Matcher | None, int]] = {}  # paused requests: stage 1's state and the next epoch
+        self._remapper = Remapper(self.pool, self._tables, config)
+        self._stats = CacheStats(num_blocks=num_blocks)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that many tokens fill, the last one perhaps partly."""
+        return -(-num_tokens // self.tokens_per_block)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.pool.num_free
+
+    def logical_blocks(self, request_id: int) -> int:
+        """Table entries of a sequence, shared or not."""
+        return self._sequences[request_id].num_blocks
+
+    def add_sequence(
+        self, request_id: int, token_ids: np.ndarray, num_prompt_tokens: int | None = None, group: int | None = None
+    ) -> bool:
+        """Takes blocks for all of ``token_ids``, unshared; False if the pool or the batch has no room now.
+
+        Args:
+          request_id: a new request, or one that was paused.
+          token_ids: int32 ``[n]``, prompt and, after a pause, what was generated.
+          num_prompt_tokens: how many of them are prompt (default: all); blocks with prompt tokens are never retired.
+          group: requests that may share with each other under ``scope: group``; default: its own.
+
+        Raises:
+          ValueError: the request is in the cache already, or longer than the block table.
+        """
+        num_tokens = len(token_ids)
+        num_blocks = self.blocks_for(num_tokens)
+        if request_id in self._sequences:
+            raise ValueError(f"request {request_id} is in the cache already")
+        if num_blocks > self.max_blocks_per_seq:
+            raise ValueError(f"request {request_id} needs {num_blocks} blocks, a table has {self.max_blocks_per_seq}")
+        if not self._free_slots or num_blocks > self.pool.num_free:
+            return False
+        num_prompt_tokens = num_tokens if num_prompt_tokens is None else num_prompt_tokens
+        matcher, epoch = self._parked.pop(request_id, (None, 0))
+        if matcher is not None:
+            matcher.reopen()
+        elif self._make_matcher is not None:
+            matcher = self._make_matcher(num_prompt_tokens)
+            matcher.append(token_ids)
+        sequence = Sequence(
+            request_id=request_id,
+            slot=self._free_slots.pop(),
+            group=request_id if group is None else group,
+            num_prompt_tokens=num_prompt_tokens,
+            first_generated_block=self.blocks_for(num_prompt_tokens),
+            token_rows=np.full(self.max_blocks_per_seq * self.tokens_per_block, -1, np.int32),
+            retired=np.zeros(self.max_blocks_per_seq, bool),
+            matcher=matcher,
+            epoch=epoch,
+        )
+        self._sequences[request_id] = sequence
+        self._extend(sequence, num_tokens)
+        return True
+
+    def append_tokens(self, request_id: int, token_ids: Seq[int]) -> bool:
+        """Makes room for the next tokens; False, with nothing changed, if the pool has no block for them."""
+        sequence = self._sequences[request_id]
+        if not self._extend(sequence, sequence.num_tokens + len(token_ids)):
+            return False
+        if sequence.matcher is not None:
+            sequence.unmatched.extend(token_ids)
+        return True
+
+    def mark_computed(self, request_id: int, num_computed: int) -> None:
+        """Records that K and V of the first ``num_computed`` tokens are written."""
+        sequence = self._sequences[request_id]
+        first, last = sequence.num_computed // self.tokens_per_block, num_computed // self.tokens_per_block
+        if last > first:
+            self.pool.is_full[self._tables[sequence.slot, first:last]] = True
+        sequence.num_computed = num_computed
+
+    def candidates(self) -> list[Candidate]:
+        """Blocks that could be retired now, at most ``max_pairs``, over sequences that are past their prompt."""
+        found: list[Candidate] = []
+        for sequence in self._sequences.values():
+            if sequence.matcher is None or sequence.num_computed < sequence.num_tokens - 1:
+                continue
+            room = self.config.max_pairs - len(found)
+            if room <= 0:
+                break
+            self._feed(sequence)
+            found.extend(find_candidates(sequence, self._tables[sequence.slot], self.pool, room))
+        return found
+
+    def apply(self, decisions: list[Decision]) -> int:
+        """Remaps what the decisions ask for, between two steps; returns the number of blocks freed.
+
+        A decision whose blocks or request have changed since the search is dropped and counted under ``stale``.
+        """
+        freed = self._remapper.apply(decisions, self._sequences)
+        self._stats.shared += freed
+        return freed
+
+    def count_shadow(self, decisions: list[Decision]) -> None:
+        """Counts what would have been shared, for shadow mode; changes nothing else."""
+        self._stats.shadowed += len(decisions)
+
+    def resident_full_blocks(self, request_id: int) -> np.ndarray:
+        """Distinct full blocks that a sequence's table names, int32 ``[n]``."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return np.zeros(0, np.int32)
+        row = np.unique(self._tables[sequence.slot, : sequence.num_blocks])
+        row = row[row != NO_BLOCK]
+        return row[self.pool.is_full[row]]
+
+    def generating_sequences(self) -> list[tuple[int, int, int]]:
+        """(request id, first generated block, tokens computed) of each sequence that is past its prompt."""
+        return [
+            (s.request_id, s.first_generated_block, s.num_computed)
+            for s in self._sequences.values()
+            if s.num_computed >= s.num_tokens - 1
+        ]
+
+    def evict_blocks(self, request_id: int, logical_blocks: np.ndarray) -> None:
+        """Drops blocks with nothing in their place: for the control ``streaming`` only."""
+        sequence = self._sequences[request_id]
+        blocks = self._tables[sequence.slot, logical_blocks]
+        self.pool.release(blocks[blocks != NO_BLOCK])
+        self._tables[sequence.slot, logical_blocks] = NO_BLOCK
+        sequence.num_retired += int((~sequence.retired[logical_blocks]).sum())
+        sequence.retired[logical_blocks] = True
+
+    def block_offsets(self, request_ids: Seq[int]) -> np.ndarray:
+        """TensorRT-LLM's ``kv_cache_block_offsets``: int32 ``[1, batch, 2, M]``, M = longest of the batch."""
+        slots = [self._sequences[i].slot for i in request_ids]
+        width = max((self._sequences[i].num_blocks for i in request_ids), default=0)
+        return encode_block_offsets(self._tables[slots, :width], self.num_layers)
+
+    def remove_sequence(self, request_id: int) -> SharingRecord:
+        """Drops all references of a finished or cancelled request; co-owners keep theirs."""
+        sequence = self._drop(request_id)
+        full_blocks = sequence.num_computed // self.tokens_per_block
+        record = SharingRecord(sequence.num_retired, max(0, full_blocks - sequence.first_generated_block))
+        self._stats.retired_at_end += record.retired_blocks
+        self._stats.generated += record.generated_blocks
+        return record
+
+    def pause_sequence(self, request_id: int) -> None:
+        """Drops all references but keeps stage 1's state; ``add_sequence`` with the same id resumes it."""
+        sequence = self._drop(request_id)
+        self._feed(sequence)
+        self._parked[request_id] = (sequence.matcher, sequence.epoch + 1)
+
+    def forget_paused(self, request_id: int) -> None:
+        """Lets go of a paused request that will not come back."""
+        self._parked.pop(request_id, None)
+
+    def stats(self) -> CacheStats:
+        """Counters and gauges as of now."""
+        entries = sum(s.num_blocks for s in self._sequences.values())
+        self._stats.used_blocks = self.pool.num_used
+        self._stats.aliased_entries = entries - self.pool.num_used
+        self._stats.refused = dict(self._remapper.refused)
+        return self._stats
+
+    def check_integrity(self) -> None:
+        """Compares tables and pool; the property tests call it after every operation.
+
+        Raises:
+          RuntimeError: naming the broken invariant and its numbers.
+        """
+        references = np.zeros(self.pool.num_blocks, np.int64)
+        for sequence in self._sequences.values():
+            row = self._tables[sequence.slot, : sequence.num_blocks]
+            np.add.at(references, row[row != NO_BLOCK], 1)
+        for sequence in self._sequences.values():
+            unwritten = self._tables[
+                sequence.slot, sequence.num_computed // self.tokens_per_block : sequence.num_blocks
+            ]
+            if (references[unwritten] != 1).any():
+                raise RuntimeError(
+                    f"blocks {unwritten.tolist()} of request {sequence.request_id} are being written, "
+                    f"with {references[unwritten].tolist()} references"
+                )
+        self.pool.check_integrity(references)
+
+    @staticmethod
+    def _feed(sequence: Sequence) -> None:
+        """Hands stage 1 the tokens it has not seen: a few at a time cost less than one by one."""
+        if sequence.matcher is not None and sequence.unmatched:
+            sequence.matcher.append(np.array(sequence.unmatched, np.int32))
+            sequence.unmatched.clear()
+
+    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        start, stop = sequence.num_blocks, self.blocks_for(num_tokens)
+        if stop > start:
+            if stop > self.max_blocks_per_seq:
+                raise ValueError(
+                    f"request {sequence.request_id} needs {stop} blocks, a table has {self.max_blocks_per_seq}"
+                )
+            size = self.tokens_per_block
+            blocks = self.pool.allocate(np.arange(start, stop, dtype=np.int32) * size)
+            if blocks is None:
+                return False
+            self._tables[sequence.slot, start:stop] = blocks
+            rows = blocks[:, None] * size + np.arange(size, dtype=np.int32)
+            sequence.token_rows[start * size : stop * size] = rows.ravel()
+            sequence.num_blocks = stop
+            self._stats.peak_used_blocks = max(self._stats.peak_used_blocks, self.pool.num_used)
+        sequence.num_tokens = num_tokens
+        return True
+
+    def _drop(self, request_id: int) -> Sequence:
+        sequence = self._sequences.pop(request_id)
+        row = self._tables[sequence.slot, : sequence.num_blocks]
+        self.pool.release(row[row != NO_BLOCK])
+        row[:] = NO_BLOCK
+        self._free_slots.append(sequence.slot)
+        return sequence

@@ -1,0 +1,127 @@
+"""Applies decisions: the one place where an entry of a block table is rewritten.
+
+A remap retires a physical block X in favour of a donor D::
+
+    table of the request   ... X ... D ...      ->   ... D ... D ...     X is free, D has one more reference
+    rows of X's tokens     X:0 .. X:15          ->   their counterparts, in D or in D's neighbour
+
+All entries that point at X move together, since moving one of two frees nothing. Tokens that rested on rows of X are
+handed on to the rows that stand in for those, and the distances add up; a chain longer than ``max_distance`` is
+refused, so that a token's stand-in cannot drift away from it copy by copy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from trtllm_memshare.cache.block_pool import BlockPool
+from trtllm_memshare.cache.sequence import Sequence
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.types import Candidate, Decision
+
+_WORTH_ANOTHER_LOOK = ("stale", "donor_in_batch")  # another decision of the same batch came first
+
+
+class Remapper:
+    """Checks and applies decisions. ``refused`` counts those turned down, by reason."""
+
+    def __init__(self, pool: BlockPool, tables: np.ndarray, config: MemShareConfig) -> None:
+        self._pool = pool
+        self._tables = tables
+        self._config = config
+        self.refused: Counter[str] = Counter()
+
+    def apply(self, decisions: list[Decision], sequences: Mapping[int, Sequence]) -> int:
+        """Applies decisions in order of distance; returns the number of blocks freed."""
+        freed, donors = 0, set[int]()
+        for decision in sorted(decisions, key=lambda d: d.distance):
+            candidate = decision.candidate
+            sequence = sequences.get(candidate.request_id)
+            reason = self._why_not(decision, sequence, sequences, donors)
+            if reason is not None or sequence is None:
+                self.refused[reason or "stale"] += 1
+                if reason in _WORTH_ANOTHER_LOOK and sequence is not None:
+                    self._offer_again(candidate, sequence)
+                continue
+            self._remap(candidate, decision.distance, sequence, sequences)
+            donors.update((candidate.kept_rows // self._pool.tokens_per_block).tolist(), (candidate.donor,))
+            freed += 1
+        return freed
+
+    def _why_not(
+        self, decision: Decision, sequence: Sequence | None, sequences: Mapping[int, Sequence], donors: set[int]
+    ) -> str | None:
+        """The reason to refuse a decision, or None."""
+        candidate, pool, size = decision.candidate, self._pool, self._pool.tokens_per_block
+        kept_blocks = candidate.kept_rows // size
+        if (
+            sequence is None
+            or sequence.epoch != candidate.epoch
+            or pool.generation[candidate.block] != candidate.block_generation
+            or (pool.generation[kept_blocks] != candidate.kept_generations).any()
+        ):
+            return "stale"
+        if candidate.block in donors:
+            return "donor_in_batch"
+        logical = int(pool.origin_position[candidate.block]) // size
+        if self._tables[sequence.slot, logical] != candidate.block or sequence.retired[logical]:
+            return "not_owned"
+        if logical < sequence.first_generated_block:
+            return "prompt"
+        if not pool.is_full[candidate.block] or not pool.is_full[candidate.donor]:
+            return "not_full"
+        if candidate.donor == candidate.block or (kept_blocks == candidate.block).any():
+            return "self"
+        if pool.ref_count[candidate.donor] + pool.ref_count[candidate.block] > self._config.max_aliases:
+            return "max_aliases"
+        if not self._config.accept_all:
+            drift = float(pool.drift[candidate.retired_rows].max())
+            if not drift + decision.distance <= self._config.max_distance:
+                return "drift"
+        if (self._tables[sequence.slot, : sequence.num_blocks] == candidate.donor).any():
+            return None
+        return self._why_not_across(candidate, sequence, sequences, kept_blocks)
+
+    def _why_not_across(
+        self, candidate: Candidate, sequence: Sequence, sequences: Mapping[int, Sequence], kept_blocks: np.ndarray
+    ) -> str | None:
+        """Further conditions on a donor that another request wrote."""
+        if self._config.scope != "group":
+            return "other_request"
+        peers = [s for s in sequences.values() if s.group == sequence.group and s is not sequence]
+        if not any((self._tables[s.slot, : s.num_blocks] == candidate.donor).any() for s in peers):
+            return "other_group"
+        # A donor ahead of the reader would show it rotations of positions that it has not reached.
+        if self._pool.origin_position[candidate.donor] + self._pool.tokens_per_block > sequence.num_tokens:
+            return "beyond_reader"
+        # The reader holds references to the donor alone: counterparts in its neighbours could be freed by their owner.
+        return None if (kept_blocks == candidate.donor).all() else "out_of_phase"
+
+    def _offer_again(self, candidate: Candidate, sequence: Sequence) -> None:
+        """Puts a block whose surroundings changed back on stage 1's list."""
+        unchanged = self._pool.generation[candidate.block] == candidate.block_generation
+        if sequence.matcher is not None and sequence.epoch == candidate.epoch and unchanged:
+            origin = int(self._pool.origin_position[candidate.block])
+            sequence.matcher.restore(origin // self._pool.tokens_per_block)
+
+    def _remap(self, candidate: Candidate, distance: float, owner: Sequence, sequences: Mapping[int, Sequence]) -> None:
+        pool, size = self._pool, self._pool.tokens_per_block
+        block, kept = candidate.block, candidate.kept_rows
+        inherited = pool.drift[candidate.retired_rows] + np.float32(distance)
+        np.maximum.at(pool.drift, kept, inherited)
+        # Outside scope group nobody but the owner can point at the block.
+        readers = [owner]
+        if self._config.scope == "group":
+            readers = [s for s in sequences.values() if s.group == owner.group]
+        for sequence in readers:
+            row = self._tables[sequence.slot, : sequence.num_blocks]
+            row[row == block] = candidate.donor
+            rows = sequence.token_rows[: sequence.num_blocks * size]
+            moved = np.flatnonzero(rows // size == block)
+            rows[moved] = kept[rows[moved] % size]
+        owner.retired[int(pool.origin_position[block]) // size] = True
+        owner.num_retired += 1
+        pool.move_references(block, candidate.donor)

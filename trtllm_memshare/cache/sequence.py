@@ -1,0 +1,73 @@
+"""What the manager knows of one sequence beside its row of the block table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trtllm_memshare.search.types import Matcher
+
+
+@dataclass
+class Sequence:
+    """Host-side state of one request in the cache.
+
+    Positions, with ``c`` = num_computed and ``n`` = num_tokens::
+
+        | prompt blocks: never retired | generated, in full blocks | partial |
+        0 ..................... first_generated_block * tokens_per_block ... c .. n
+                                                        rows written: [0, c)
+
+    Attributes:
+      slot: row of the manager's block table.
+      epoch: raised at each pause, so that decisions of an earlier life are recognised.
+      num_tokens: tokens that have room in the cache.
+      num_computed: tokens whose K and V have been written.
+      token_rows: int32 ``[max_seq_len]``, where each token's K and V, or those standing in for them, lie.
+      retired: bool ``[max_blocks_per_seq]``, logical blocks whose own physical block was given up.
+      unmatched: tokens that stage 1 has not been given yet.
+    """
+
+    request_id: int
+    slot: int
+    group: int
+    num_prompt_tokens: int
+    first_generated_block: int
+    token_rows: np.ndarray
+    retired: np.ndarray
+    matcher: Matcher | None
+    epoch: int = 0
+    num_tokens: int = 0
+    num_computed: int = 0
+    num_blocks: int = 0
+    num_retired: int = 0
+    unmatched: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SharingRecord:
+    """What sharing did for one request in its last life: counts of blocks."""
+
+    retired_blocks: int
+    generated_blocks: int
+
+
+@dataclass
+class CacheStats:
+    """Counters since the manager was made, and gauges. Counts of blocks unless the name says otherwise."""
+
+    num_blocks: int = 0
+    used_blocks: int = 0
+    peak_used_blocks: int = 0
+    aliased_entries: int = 0
+    shared: int = 0
+    shadowed: int = 0
+    generated: int = 0
+    retired_at_end: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def shared_block_fraction(self) -> float:
+        """Blocks freed by sharing / blocks filled by generation, over finished requests (their last life)."""
+        return self.retired_at_end / self.generated if self.generated else 0.0

@@ -1,0 +1,1 @@
+"""Engine directories: what `build_engine.py` writes and the runners read."""

@@ -1,0 +1,70 @@
+"""The picture of a benchmark report: throughput, and memory and requests in flight over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # the backend has to be chosen first
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and by lightness in print.
+_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#7A7A7A", "#B8A800")
+_FIRST_LINES = ("full", "aligned")  # drawn thick: what everything else is held against
+
+
+def plot_report(report: dict[str, Any], path: Path) -> None:
+    """Writes a PNG with three panels, one colour per variant.
+
+    Args:
+      report: as `benchmarks/inflight_batching.py` writes it.
+      path: file to write.
+    """
+    variants = report["variants"]
+    colours = {v["variant"]: _COLOURS[i % len(_COLOURS)] for i, v in enumerate(variants)}
+    figure, (bars, blocks, flight) = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
+    figure.suptitle(
+        f"{report['engine']['engine_dir']}: {report['dataset']['num_requests']} requests, KV pool "
+        f"{report['kv_cache_blocks']} blocks of {report['engine']['tokens_per_block']} tokens, "
+        f"{report['scheduler_policy']}"
+    )
+    _draw_throughput(bars, variants, colours)
+    for axis, key, label in (
+        (blocks, "used_blocks", "KV blocks in use"),
+        (flight, "requests_in_flight", "requests in flight"),
+    ):
+        for variant in variants:
+            name, line = variant["variant"], variant["timeline"]
+            width = 2.4 if name in _FIRST_LINES else 1.1
+            axis.plot(line["time_s"], line[key], color=colours[name], linewidth=width, label=name)
+        axis.set_xlabel("time in s")
+        axis.set_title(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    blocks.axhline(report["kv_cache_blocks"], color="#888888", linestyle="--", linewidth=1)
+    blocks.annotate(
+        "pool", (0, report["kv_cache_blocks"]), xytext=(2, -10), textcoords="offset points", color="#666666"
+    )
+    flight.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_throughput(axis: Any, variants: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    """Requests per second as bars, with right answers per second inside them where there are answers."""
+    names = [v["variant"] for v in variants]
+    rates = [v["request_throughput_req_s"] for v in variants]
+    rows = range(len(names))
+    axis.barh(rows, rates, color=[colours[n] for n in names], alpha=0.35)
+    if all(v["correct_answers_per_s"] is not None for v in variants):
+        right = [v["correct_answers_per_s"] for v in variants]
+        axis.barh(rows, right, color=[colours[n] for n in names], height=0.45)
+    for row, rate in zip(rows, rates, strict=True):
+        axis.annotate(f"{rate:.2f}", (rate, row), xytext=(3, 0), textcoords="offset points", va="center")
+    axis.set_yticks(rows, names)
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(rates) * 1.15)
+    axis.set_xlabel("per second")
+    axis.set_title("requests (pale) and right answers (solid)")

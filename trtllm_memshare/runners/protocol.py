@@ -1,0 +1,69 @@
+"""The contract between the executor and whatever computes a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from trtllm_memshare.search.types import PairBatch
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One in-flight batch: context requests first, then generation requests, packed without padding.
+
+    With 2 context chunks of 5 and 3 tokens and 2 generation requests, num_tokens = 5 + 3 + 1 + 1 = 10.
+
+    Attributes:
+      input_ids: int32 ``[num_tokens]``.
+      position_ids: int32 ``[num_tokens]``.
+      num_contexts: how many of the sequences are context requests.
+      chunk_lengths: int32 ``[batch]``, tokens of each sequence in this step; 1 for generation.
+      sequence_lengths: int32 ``[batch]``, tokens in the cache after this step.
+      block_offsets: int32 ``[1, batch, 2, max_blocks]``, TensorRT-LLM's ``kv_cache_block_offsets``.
+      pairs: rows to compare after the last layer, or None.
+      count_aliases: whether a block that a table names m times counts m times in attention, as the table says; False
+        for the control ``drop-duplicate``, which counts it once.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    num_contexts: int
+    chunk_lengths: np.ndarray
+    sequence_lengths: np.ndarray
+    block_offsets: np.ndarray
+    pairs: PairBatch | None = None
+    count_aliases: bool = True
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Results of a step.
+
+    Attributes:
+      logits: float32 ``[batch, vocab_size]``, of each sequence's last token.
+      block_distances: float32 ``[pairs, num_layers, 4]`` on the host (contract 3.3), or None.
+      search_seconds: time spent on block distances.
+    """
+
+    logits: torch.Tensor
+    block_distances: np.ndarray | None
+    search_seconds: float = 0.0
+
+
+class Runner(Protocol):
+    """Holds the model and the pool; knows nothing of requests."""
+
+    num_layers: int
+    tokens_per_block: int
+    num_blocks: int
+    vocab_size: int
+
+    def prepare(self, batch: StepBatch) -> Any:
+        """Turns a batch into device inputs."""
+
+    def step(self, inputs: Any) -> StepOutput:
+        """Runs the model once: writes K and V of the batch's tokens to the pool and returns the logits."""

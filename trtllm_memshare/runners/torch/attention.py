@@ -1,0 +1,146 @@
+"""The attention function that transformers calls in each layer: writes K and V to the pool, reads through offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from trtllm_memshare.runners.torch.plan import StepPlan
+
+IMPLEMENTATION = "memshare_paged"
+"""Name under which the function is registered with transformers' ``AttentionInterface``."""
+
+
+@dataclass(frozen=True)
+class DeviceGroup:
+    """``DecodeGroup`` on the device, same shapes."""
+
+    tokens: torch.Tensor
+    head_units: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DeviceContext:
+    """``ContextChunk`` on the device. ``mask``: bool ``[chunk, past + chunk]``, None when there is no past."""
+
+    start: int
+    stop: int
+    head_units: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+class PagedStep:
+    """Everything the attention function needs of one step.
+
+    Args:
+      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``; modified by ``attend``.
+      plan: the step's addresses.
+      compute_dtype: dtype of the model's activations.
+    """
+
+    def __init__(self, pool: torch.Tensor, plan: StepPlan, compute_dtype: torch.dtype) -> None:
+        _, _, _, self.num_kv_heads, self.tokens_per_block, self.head_dim = pool.shape
+        device = pool.device
+        self._rows = pool.view(-1, self.head_dim)
+        self._head_units = pool.view(-1, self.tokens_per_block * self.head_dim)
+        self._dtype = compute_dtype
+        self._write_rows = torch.from_numpy(plan.write_rows).to(device)
+        self._contexts = [self._context(chunk, device) for chunk in plan.contexts]
+        self._groups = [
+            DeviceGroup(
+                torch.from_numpy(g.tokens).to(device),
+                torch.from_numpy(g.head_units).to(device),
+                torch.from_numpy(g.bias).to(device, compute_dtype),
+            )
+            for g in plan.decode_groups
+        ]
+        self.last_tokens = torch.from_numpy(plan.last_tokens).to(device)
+
+    @staticmethod
+    def _context(chunk: Any, device: torch.device) -> DeviceContext:
+        if chunk.head_units is None:
+            return DeviceContext(chunk.start, chunk.stop, None, None)
+        queries = torch.arange(chunk.past, chunk.past + chunk.stop - chunk.start, device=device)
+        keys = torch.arange(chunk.past + chunk.stop - chunk.start, device=device)
+        return DeviceContext(
+            chunk.start, chunk.stop, torch.from_numpy(chunk.head_units).to(device), keys <= queries[:, None]
+        )
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention of one layer over the packed tokens.
+
+        Args:
+          layer: index of the layer in the pool.
+          query: ``[num_heads, num_tokens, head_dim]``, after RoPE.
+          key, value: ``[num_kv_heads, num_tokens, head_dim]``, K after RoPE.
+          scaling: factor on the logits.
+
+        Returns:
+          ``[num_tokens, num_heads, head_dim]``.
+        """
+        num_heads, num_tokens, _ = query.shape
+        rows = self._write_rows + layer * 2 * self.num_kv_heads * self.tokens_per_block
+        for field, states in enumerate((key, value)):
+            source = states.transpose(0, 1).reshape(-1, self.head_dim).to(self._rows.dtype)
+            self._rows.index_copy_(0, rows[field].reshape(-1), source)
+        output = query.new_empty((num_tokens, num_heads, self.head_dim))
+        for chunk in self._contexts:
+            part = slice(chunk.start, chunk.stop)
+            if chunk.head_units is None or chunk.mask is None:
+                k, v = key[:, part], value[:, part]
+            else:
+                num_keys = chunk.mask.shape[1]
+                k, v = (self._gather(units, layer)[:, :num_keys] for units in chunk.head_units)
+            attended = scaled_dot_product_attention(
+                query[None, :, part],
+                k[None],
+                v[None],
+                attn_mask=chunk.mask,
+                is_causal=chunk.mask is None,
+                scale=scaling,
+                enable_gqa=True,
+            )
+            output[part] = attended[0].transpose(0, 1)
+        for group in self._groups:
+            # The queries that share a KV head become the rows of one small product.
+            grouped = query[:, group.tokens].view(self.num_kv_heads, -1, len(group.tokens), self.head_dim)
+            k, v = (self._gather(units, layer) for units in group.head_units)
+            attended = scaled_dot_product_attention(
+                grouped.permute(2, 0, 1, 3), k, v, attn_mask=group.bias, scale=scaling
+            )
+            output[group.tokens] = attended.reshape(len(group.tokens), num_heads, self.head_dim)
+        return output
+
+    def _gather(self, head_units: torch.Tensor, layer: int) -> torch.Tensor:
+        """``[..., heads, blocks]`` head units of layer 0 -> ``[..., heads, tokens, head_dim]`` of this layer."""
+        index = (head_units + layer * 2 * self.num_kv_heads).view(-1)
+        states = self._head_units.index_select(0, index)
+        return states.view(*head_units.shape[:-1], -1, self.head_dim).to(self._dtype)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    memshare_step: PagedStep | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query ``[1, heads, tokens, head_dim]`` -> ``[1, tokens, heads, head_dim]``.
+
+    Raises:
+      RuntimeError: called outside a step of the torch runner.
+    """
+    if memshare_step is None:
+        raise RuntimeError(f"attention {IMPLEMENTATION} runs inside the torch runner only: memshare_step is missing")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = memshare_step.attend(int(module.layer_idx), query[0], key[0], value[0], scale)  # type: ignore[arg-type]
+    return output[None], None

@@ -1,0 +1,93 @@
+"""Settings of the search and of what is done with its results, and the named presets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtllm_memshare.errors import UserError, describe_validation_error, nearest
+
+
+class MemShareConfig(BaseModel):
+    """How blocks are matched, compared, protected and shared. Frozen; lengths in tokens, ratios in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: Literal["off", "paper", "aligned", "lexical"] = "aligned"
+    shadow: bool = Field(False, description="search and report, share nothing")
+
+    direction: Literal["keep-latest", "keep-earliest"] = Field(
+        "keep-latest", description="which copy of a repeat stays: the newer block, or the older one as in the paper"
+    )
+    matcher: Literal["runs", "steps"] = Field(
+        "runs", description="stage 1: token runs at any shift, or bag-of-tokens cosine between whole steps"
+    )
+    shingle_tokens: int = Field(12, ge=2, le=64, description="tokens that must agree before a run is considered")
+    min_run_tokens: int = Field(32, ge=2, description="shortest run of which a block may be shared")
+    max_gap_tokens: int = Field(0, ge=0, le=8, description="differing tokens a run may bridge at one place")
+    min_step_tokens: int = Field(10, ge=1, description="shortest step the step matcher looks at")
+    min_step_cosine: float = Field(0.8, ge=0, le=1, description="step matcher: smallest cosine of two steps")
+    max_steps_compared: int = Field(256, ge=1, description="step matcher: how many earlier steps are looked at")
+
+    accept_all: bool = Field(False, description="skip stage 2: every lexical candidate counts as equal")
+    undo_rope: bool = Field(True, description="compare K after undoing the rotation between the two positions")
+    max_distance: float = Field(0.5, ge=0, description="largest relative distance, summed along a chain of copies")
+    layer_quorum: float = Field(1.0, gt=0, le=1, description="share of layers that must lie within max_distance")
+
+    protected_tokens: int = Field(64, ge=0, description="most recent tokens that are never retired")
+    protected_steps: int = Field(2, ge=0, description="most recent whole steps that are never retired")
+    max_aliases: int = Field(8, ge=2, description="most block-table entries that may point at one block")
+    scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
+    search_interval: int = Field(4, ge=1, description="decode steps between two searches")
+    max_pairs: int = Field(64, ge=1, description="most candidate pairs compared in one search")
+
+    control: Literal["none", "drop-duplicate", "random", "streaming"] = Field(
+        "none", description="an experiment's control in place of sharing; never meant for serving"
+    )
+    streaming_window_tokens: int = Field(512, ge=1, description="control streaming: recent tokens kept")
+    streaming_sink_tokens: int = Field(16, ge=0, description="control streaming: first tokens kept beside the prompt")
+    control_seed: int = 0
+
+    @property
+    def shares(self) -> bool:
+        """True when decisions change block tables."""
+        return self.preset != "off" and not self.shadow
+
+    @property
+    def searches(self) -> bool:
+        return self.preset != "off"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "off": {"preset": "off"},
+    # Our reconstruction: the paper's thresholds and alignment are not public (DESIGN section 4).
+    "paper": {
+        "preset": "paper",
+        "direction": "keep-earliest",
+        "matcher": "steps",
+        "undo_rope": False,
+        "max_distance": 0.9,
+    },
+    "aligned": {"preset": "aligned"},
+    "lexical": {"preset": "lexical", "accept_all": True},
+}
+
+
+def make_config(preset: str, **overrides: Any) -> MemShareConfig:
+    """The settings of ``preset`` with ``overrides`` on top.
+
+    Raises:
+      UserError: unknown preset or key (the nearest known one is named), or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset} ({nearest(preset, PRESETS)})")
+    return parse_config({**PRESETS[preset], **overrides}, "memshare settings")
+
+
+def parse_config(values: dict[str, Any], where: str) -> MemShareConfig:
+    """Validates a dictionary, e.g. the ``memshare`` part of ``memshare.json``; ``where`` names it in errors."""
+    try:
+        return MemShareConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, MemShareConfig.model_fields, where)) from error

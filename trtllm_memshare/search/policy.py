@@ -1,0 +1,75 @@
+"""From candidates to decisions: the vote over layers, and the controls that stand beside it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+
+from trtllm_memshare.search.block_distance import relative_distances
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.types import Candidate, Decision, PairBatch
+
+
+def make_pairs(
+    candidates: list[Candidate], origin_position: np.ndarray, tokens_per_block: int, undo_rope: bool
+) -> PairBatch:
+    """Stage 2's inputs for candidates.
+
+    Args:
+      origin_position: int32 ``[num_blocks]``, position at which each block's first row was written. Deltas come from
+        these and not from logical positions, which differ once a block has been remapped.
+      tokens_per_block: rows of a block.
+      undo_rope: see ``PairBatch``.
+    """
+    retired = np.stack([c.retired_rows for c in candidates])
+    kept = np.stack([c.kept_rows for c in candidates])
+    written = [origin_position[rows // tokens_per_block] + rows % tokens_per_block for rows in (kept, retired)]
+    delta = (written[0] - written[1]).astype(np.int32)
+    kept_is_newer = delta.sum(1, keepdims=True) > 0
+    return PairBatch(
+        new_rows=np.where(kept_is_newer, kept, retired).astype(np.int32),
+        old_rows=np.where(kept_is_newer, retired, kept).astype(np.int32),
+        position_delta=np.where(kept_is_newer, delta, -delta).astype(np.int32),
+        undo_rope=undo_rope,
+    )
+
+
+class SharingPolicy:
+    """Accepts a candidate when enough layers say that its K and V are near those that would stand in.
+
+    ``rejected`` counts candidates by reason.
+    """
+
+    def __init__(self, config: MemShareConfig) -> None:
+        self._config = config
+        self.rejected: Counter[str] = Counter()
+        self.num_candidates = 0
+
+    def layer_vote(self, sums: np.ndarray) -> np.ndarray:
+        """The distance that a quorum of layers stays within, float32 ``[pairs]``; NaN if any sum is NaN.
+
+        A layer's distance is the larger of its K's and its V's. With 4 layers and a quorum of 0.75 the result is the
+        third smallest of the four: it is within a threshold exactly if three layers are.
+        """
+        per_layer = relative_distances(sums).max(-1)
+        rank = math.ceil(self._config.layer_quorum * per_layer.shape[1] - 1e-9)
+        vote = np.sort(per_layer, axis=1)[:, rank - 1]
+        return np.where(np.isnan(sums).any((1, 2)), np.nan, vote)
+
+    def decide(self, candidates: list[Candidate], sums: np.ndarray | None) -> list[Decision]:
+        """Decisions for candidates, at most one for a block: the nearest of its choices.
+
+        Args:
+          sums: float32 ``[len(candidates), num_layers, 4]``, or None with ``accept_all``.
+        """
+        self.num_candidates += len(candidates)
+        distances = np.zeros(len(candidates)) if self._config.accept_all or sums is None else self.layer_vote(sums)
+        best: dict[int, Decision] = {}
+        for candidate, distance in zip(candidates, distances.tolist(), strict=True):
+            if not distance <= self._config.max_distance and not self._config.accept_all:
+                self.rejected["not_finite" if math.isnan(distance) else "distance"] += 1
+            elif candidate.block not in best or distance < best[candidate.block].distance:
+                best[candidate.block] = Decision(candidate, distance)
+        return list(best.values())

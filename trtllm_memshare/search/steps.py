@@ -1,0 +1,76 @@
+"""Cuts generated tokens into reasoning steps, on token ids alone.
+
+A step starts after a line break, after a sentence end that white space follows, and at an opener such as "Wait"
+wherever it stands. Which ids do what is worked out once from the tokenizer, so nothing is detokenized on the hot path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+OPENERS = ("Wait", "Hmm", "Alternatively", "Actually", "However")
+
+
+@dataclass(frozen=True)
+class BoundaryTokens:
+    """Classes of token ids, each bool ``[vocab_size]``.
+
+    Attributes:
+      ends_line: the text ends with a line break.
+      ends_sentence: the text ends with a full stop, exclamation or question mark.
+      blank: nothing but white space.
+      spaced: white space, then text: " The".
+      opens_step: an opener.
+    """
+
+    ends_line: np.ndarray
+    ends_sentence: np.ndarray
+    blank: np.ndarray
+    spaced: np.ndarray
+    opens_step: np.ndarray
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, vocab_size: int) -> BoundaryTokens:
+        """Classifies each id by its text. ``tokenizer``: a transformers tokenizer; ``vocab_size``: the model's."""
+        known = min(vocab_size, len(tokenizer))
+        return cls.from_texts(tokenizer.batch_decode([[i] for i in range(known)]) + [""] * (vocab_size - known))
+
+    @classmethod
+    def from_texts(cls, texts: list[str]) -> BoundaryTokens:
+        """Classifies token ids by position in ``texts``."""
+        stripped = [t.strip() for t in texts]
+        return cls(
+            ends_line=np.array([t.rstrip(" \t").endswith("\n") for t in texts]),
+            ends_sentence=np.array([s.endswith((".", "!", "?")) for s in stripped]),
+            blank=np.array([bool(t) and not s for t, s in zip(texts, stripped, strict=True)]),
+            spaced=np.array([bool(s) and t[0].isspace() for t, s in zip(texts, stripped, strict=True)]),
+            opens_step=np.array([s in OPENERS for s in stripped]),
+        )
+
+    def step_starts(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        """Positions from ``first`` on at which a step starts.
+
+        Args:
+          token_ids: int32 ``[n]``, the request so far.
+          first: first position to decide on; up to two tokens before it are looked at.
+
+        Returns:
+          int ``[m]``, ascending. Cut into characters, "a. b" has a start at 3: a sentence ends at 1, white space
+          follows at 2. Cut as "a", ".", " b" it has one at 2.
+        """
+        lead = min(first, 2)
+        window = token_ids[first - lead :]
+        padded = np.concatenate([np.full(2 - lead, window[0] if len(window) else 0, window.dtype), window])
+        current, previous, before = padded[2:], padded[1:-1], padded[:-2]
+        text = ~self.blank[current]
+        starts = (
+            (self.ends_line[previous] & text)
+            | (self.ends_sentence[previous] & self.spaced[current])
+            | (self.ends_sentence[before] & self.blank[previous] & text)
+            | self.opens_step[current]
+        )
+        found = np.flatnonzero(starts) + first
+        return found[found >= max(first, 1)]  # position 0 starts the first step by definition

@@ -1,0 +1,1 @@
+"""Requests, in-flight batching, the executor loop, sampling and statistics."""

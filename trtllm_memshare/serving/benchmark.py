@@ -1,0 +1,179 @@
+"""Drives the executor with a data set under load and measures what a server would be judged by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trtllm_memshare.runners.protocol import Runner
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.dataset import DatasetItem
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.request import RequestHandle, RequestResult, SamplingParams
+from trtllm_memshare.serving.variants import Variant
+
+_TIMELINE_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests arrive and run.
+
+    Attributes:
+      concurrency: most requests outstanding at once, None = all of the data set.
+      request_rate: mean arrivals per second (Poisson), None = as soon as concurrency allows.
+      max_batch_size, max_num_tokens, max_seq_len: the engine's limits.
+      scheduler_policy: capacity policy of variants that do not insist on one.
+      stop_token_ids: ids that end a request.
+      seed: of the arrivals.
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    scheduler_policy: str
+    stop_token_ids: tuple[int, ...]
+    concurrency: int | None = None
+    request_rate: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Results of one variant: the report's entry, and the outputs for comparisons between variants."""
+
+    entry: dict[str, Any]
+    results: list[RequestResult]
+    config: MemShareConfig
+
+
+def run_variant(
+    variant: Variant,
+    runner: Runner,
+    boundaries: BoundaryTokens,
+    items: list[DatasetItem],
+    load: Load,
+    is_right: Callable[[DatasetItem, list[int]], bool],
+) -> Measurement:
+    """Runs all requests of a data set through a fresh executor, in this thread.
+
+    Args:
+      is_right: whether generated ids contain the item's answer; called after the clock has stopped.
+
+    Raises:
+      UserError: a request that cannot fit the pool or max_seq_len, before anything runs.
+    """
+    executor = Executor(
+        runner,
+        variant.config,
+        boundaries,
+        load.max_seq_len,
+        load.max_batch_size,
+        load.max_num_tokens,
+        variant.policy or load.scheduler_policy,
+    )
+    rng, count = np.random.default_rng(load.seed), len(items)
+    gaps = rng.exponential(1 / load.request_rate, count) if load.request_rate else np.zeros(count)
+    due, handles = np.cumsum(gaps), list[RequestHandle]()
+    outstanding = load.concurrency or count
+    started = time.perf_counter()
+    with tqdm(total=count, desc=f"{variant.name:>15}", unit="req", leave=False) as bar:
+        while executor.stats.num_finished < count:
+            now = time.perf_counter() - started
+            while len(handles) < count and due[len(handles)] <= now:
+                if len(handles) - executor.stats.num_finished >= outstanding:
+                    break
+                item = items[len(handles)]
+                params = SamplingParams(item.output_tokens, stop_token_ids=load.stop_token_ids)
+                handles.append(executor.submit(item.input_ids, params))
+            if executor.has_work:
+                executor.step()
+            else:
+                time.sleep(max(0.0, min(0.01, due[len(handles)] - now)))
+            bar.update(executor.stats.num_finished - bar.n)
+    seconds = time.perf_counter() - started
+    results = [handle.result() for handle in handles]
+    right = [is_right(i, r.token_ids) for i, r in zip(items, results, strict=True) if i.answer is not None]
+    return Measurement(_entry(variant, executor, results, right, seconds), results, variant.config)
+
+
+def _entry(
+    variant: Variant, executor: Executor, results: list[RequestResult], right: list[bool], seconds: float
+) -> dict[str, Any]:
+    """The report's object for one variant, under trtllm-bench's names where it has one."""
+    latencies = np.array([r.stats.latency_s for r in results]) * 1e3
+    tokens = sum(r.stats.num_output_tokens for r in results)
+    cache, stats = executor.manager.stats(), executor.stats
+    executor.manager.check_integrity()
+    percentiles = {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 90, 95, 99)}
+    timeline = stats.timeline[:: max(1, len(stats.timeline) // _TIMELINE_POINTS)]
+    times, used, in_flight = zip(*timeline, strict=True)
+    return {
+        "variant": variant.name,
+        "settings": variant.config.model_dump(),
+        "total_latency_ms": seconds * 1e3,
+        "request_throughput_req_s": len(results) / seconds,
+        "system_output_throughput_tok_s": tokens / seconds,
+        "avg_request_latency_ms": float(latencies.mean()),
+        "request_latency_percentiles_ms": {
+            **percentiles,
+            "minimum": float(latencies.min()),
+            "maximum": float(latencies.max()),
+            "average": float(latencies.mean()),
+        },
+        "avg_ttft_ms": float(np.mean([r.stats.ttft_s for r in results]) * 1e3),
+        "avg_tpot_ms": float(np.mean([r.stats.tpot_s for r in results]) * 1e3),
+        "accuracy": sum(right) / len(right) if right else None,
+        "correct_answers_per_s": sum(right) / seconds if right else None,
+        "mean_output_tokens": tokens / len(results),
+        "num_length_stops": sum(r.finish_reason == "length" for r in results),
+        "peak_used_blocks": cache.peak_used_blocks,
+        "mean_resident_blocks_per_request": stats.mean_resident_blocks_per_request,
+        "block_seconds_per_request": stats.block_seconds / len(results),
+        "block_steps_per_request": stats.block_steps / len(results),
+        "mean_requests_in_flight": stats.request_seconds / stats.busy_seconds,
+        "shared_block_fraction": cache.shared_block_fraction,
+        "shadow_decisions": cache.shadowed,
+        "refused": cache.refused,
+        "rejected": executor.rejected,
+        "paused_requests": stats.num_pauses,
+        "search_time_fraction": stats.search_time_fraction,
+        "mean_step_ms": stats.busy_seconds / stats.num_steps * 1e3,
+        "timeline": {"time_s": list(times), "used_blocks": list(used), "requests_in_flight": list(in_flight)},
+    }
+
+
+def streaming_window(results: list[RequestResult], block_steps_per_request: float, sink: int, size: int) -> int:
+    """The recent window at which the control ``streaming`` holds as many block-steps per request as a sharing arm.
+
+    A request of n tokens holds ``min(n, prompt + sink + window) / size`` blocks after n tokens; summed over its life
+    and averaged over the requests of ``results``, this grows with the window, so bisection finds it.
+
+    Args:
+      results: of the full cache, whose lengths are taken.
+      block_steps_per_request: what the sharing arm held, blocks x steps.
+      sink: first generated tokens that stay, in tokens.
+      size: tokens per block.
+    """
+    spans = [(r.stats.num_prompt_tokens, r.stats.num_output_tokens) for r in results]
+
+    def held(window: int) -> float:
+        total = 0.0
+        for prompt, generated in spans:
+            cap = prompt + sink + window
+            lengths = np.arange(prompt, prompt + generated)
+            # Half a block for the partial one, and half a block more that the window keeps on average.
+            total += float(np.minimum(lengths + size / 2, cap + size).sum()) / size
+        return total / len(spans)
+
+    low, high = 1, max(p + g for p, g in spans)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if held(middle) <= block_steps_per_request else (low, middle - 1)
+    return low

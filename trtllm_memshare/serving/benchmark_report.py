@@ -1,0 +1,225 @@
+"""One benchmark run from options to report: opens the engine, sizes the pool, runs the variants, writes the files."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from trtllm_memshare.engine.engine_dir import Engine, load_engine
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.report.machine import describe_machine
+from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.benchmark import Load, Measurement, run_variant, streaming_window
+from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
+from trtllm_memshare.serving.variants import Variant, make_variant
+
+_TIMES = (
+    "total_latency_ms",
+    "request_throughput_req_s",
+    "system_output_throughput_tok_s",
+    "avg_request_latency_ms",
+    "avg_ttft_ms",
+    "avg_tpot_ms",
+    "correct_answers_per_s",
+    "block_seconds_per_request",
+    "search_time_fraction",
+    "mean_step_ms",
+)
+"""Figures that depend on the clock: over several rounds the median is reported."""
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Options of ``benchmarks/inflight_batching.py``; the names are those of its command line."""
+
+    engine_dir: Path
+    dataset: Path
+    variants: tuple[str, ...]
+    kv_cache_blocks: int | None = None
+    kv_cache_share: float | None = None
+    concurrency: int | None = None
+    request_rate: float | None = None
+    num_requests: int | None = None
+    repeat: int = 1
+    scheduler_policy: str = "MAX_UTILIZATION"
+    settings: tuple[tuple[str, Any], ...] = ()
+    output_json: Path | None = None
+    plot: Path | None = None
+    device: str = "auto"
+    seed: int = 0
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> BenchmarkOptions:
+        """Checks parsed arguments. Raises UserError on values that make no sense together."""
+        values = vars(arguments)
+        settings = tuple(_parse_setting(text) for text in values.pop("set"))
+        values["variants"] = tuple(values["variants"])
+        for name in ("kv_cache_blocks", "concurrency", "num_requests", "repeat", "request_rate"):
+            if values[name] is not None and values[name] <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, got {values[name]}")
+        share = values["kv_cache_share"]
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"--kv-cache-share must be above 0 and at most 1, got {share}")
+        if share is not None and values["kv_cache_blocks"] is not None:
+            raise UserError("--kv-cache-blocks and --kv-cache-share both size the pool, got both (give one of them)")
+        return cls(settings=settings, **values)
+
+
+def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
+    """Runs everything, prints the table on stdout, writes the files, and returns the report."""
+    engine = load_engine(options.engine_dir)
+    overrides = dict(options.settings)
+    variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
+    tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
+    items = read_dataset(options.dataset, tokenizer, options.num_requests)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "available" if device == "cuda" else "not available"
+    print(f"device: {device} ({'asked for' if options.device != 'auto' else f'CUDA is {found}'})")
+    print(f"block distances: PyTorch reference; backend: {engine.backend}")
+    load = Load(
+        max_batch_size=engine.build.max_batch_size,
+        max_num_tokens=engine.build.max_num_tokens,
+        max_seq_len=engine.build.max_seq_len,
+        scheduler_policy=options.scheduler_policy,
+        stop_token_ids=engine.stop_token_ids,
+        concurrency=options.concurrency,
+        request_rate=options.request_rate,
+        seed=options.seed,
+    )
+    bench = _Bench(engine, tokenizer, items, load, device)
+    blocks = options.kv_cache_blocks or bench.enough_blocks()
+    if options.kv_cache_share is not None:
+        demand = bench.measure_demand()
+        blocks = max(1, round(demand * options.kv_cache_share))
+        print(f"KV pool: {blocks} blocks = {options.kv_cache_share:g} x {demand}, the full cache's peak demand")
+    bench.use_pool(blocks)
+    entries = bench.run_all(variants, options.repeat)
+    report = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(),
+        "device": device,
+        "engine": {"engine_dir": str(options.engine_dir), "backend": engine.backend, **engine.build.model_dump()},
+        "dataset": {"path": str(options.dataset), "num_requests": len(items)},
+        "kv_cache_blocks": blocks,
+        "scheduler_policy": options.scheduler_policy,
+        "concurrency": options.concurrency,
+        "request_rate": options.request_rate,
+        "repeat": options.repeat,
+        "seed": options.seed,
+        "variants": entries,
+    }
+    _write(report, options)
+    return report
+
+
+class _Bench:
+    """The engine's runner, kept between variants, and the requests."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, items: list[DatasetItem], load: Load, device: str) -> None:
+        self._engine, self._tokenizer, self._items, self._load, self._device = engine, tokenizer, items, load, device
+        self._runner: TorchRunner | None = None
+        self._boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
+
+    def enough_blocks(self) -> int:
+        """Blocks with which no request ever waits."""
+        size = self._engine.build.tokens_per_block
+        longest = sorted((len(i.input_ids) + i.output_tokens for i in self._items), reverse=True)
+        in_flight = min(self._load.max_batch_size, self._load.concurrency or len(longest))
+        return sum(-(-n // size) for n in longest[:in_flight])
+
+    def measure_demand(self) -> int:
+        """Peak blocks of the full cache when nothing limits it."""
+        self.use_pool(self.enough_blocks())
+        return self._run(make_variant("full", self._engine.memshare)).entry["peak_used_blocks"]
+
+    def use_pool(self, num_blocks: int) -> None:
+        if self._runner is None or self._runner.num_blocks != num_blocks:
+            dtype = getattr(torch, self._engine.kv_dtype)
+            build = self._engine.build
+            self._runner = TorchRunner(self._engine.model_dir, num_blocks, build.tokens_per_block, dtype, self._device)
+
+    def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:
+        """Entries in the order of ``variants``; rounds are interleaved so that drift of the machine hits all alike."""
+        rounds: dict[str, list[Measurement]] = {v.name: [] for v in variants}
+        for index in range(repeat):
+            # The window of `streaming` comes from `full` and `aligned` of the same run.
+            for variant in sorted(variants, key=lambda v: v.name == "streaming"):
+                if variant.name == "streaming" and index == 0:
+                    variant = self._with_window(variant, rounds)
+                elif variant.name == "streaming":
+                    variant = Variant(variant.name, rounds[variant.name][0].config)
+                rounds[variant.name].append(self._run(variant))
+        full = rounds.get("full", [None])[0]
+        return [_merge(rounds[v.name], full) for v in variants]
+
+    def _run(self, variant: Variant) -> Measurement:
+        assert self._runner is not None
+        return run_variant(variant, self._runner, self._boundaries, self._items, self._load, self._is_right)
+
+    def _with_window(self, variant: Variant, rounds: dict[str, list[Measurement]]) -> Variant:
+        if not rounds.get("full") or not rounds.get("aligned"):
+            raise UserError(
+                "variant streaming takes its window from the memory of full and aligned, got a run without one of "
+                "them (add both to --variants)"
+            )
+        config, size = variant.config, self._engine.build.tokens_per_block
+        held = rounds["aligned"][0].entry["block_steps_per_request"]
+        window = streaming_window(rounds["full"][0].results, held, config.streaming_sink_tokens, size)
+        return Variant(variant.name, config.model_copy(update={"streaming_window_tokens": window}))
+
+    def _is_right(self, item: DatasetItem, token_ids: list[int]) -> bool:
+        """The generated text ends with the answer, after the reasoning."""
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.rpartition("</think>")[2].strip() == item.answer
+
+
+def _merge(rounds: list[Measurement], full: Measurement | None) -> dict[str, Any]:
+    """One entry from several rounds: medians of times, the rest from the first; with agreement against `full`."""
+    entry = dict(rounds[0].entry)
+    for name in _TIMES:
+        values = [m.entry[name] for m in rounds]
+        if None not in values:
+            entry[name] = statistics.median(values)
+    entry["request_throughput_rounds_req_s"] = [m.entry["request_throughput_req_s"] for m in rounds]
+    if full is not None:
+        same = [a.token_ids == b.token_ids for a, b in zip(rounds[0].results, full.results, strict=True)]
+        entry["same_tokens_as_full"] = sum(same) / len(same)
+    return entry
+
+
+def _write(report: dict[str, Any], options: BenchmarkOptions) -> None:
+    from trtllm_memshare.report.tables import variants_table
+
+    print(variants_table(report))
+    if options.output_json is not None:
+        options.output_json.parent.mkdir(parents=True, exist_ok=True)
+        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"report: {options.output_json}")
+    if options.plot is not None:
+        from trtllm_memshare.report.plots import plot_report
+
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_report(report, options.plot)
+        print(f"picture: {options.plot}")
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set takes KEY=VALUE, got {text} (for example max_distance=0.4)")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

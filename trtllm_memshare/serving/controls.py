@@ -1,0 +1,49 @@
+"""Controls that stand beside sharing in every table. Experiments only; nobody should serve with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.types import Decision
+
+
+class RandomDonors:
+    """Control ``random``: the same blocks are retired, in favour of donors drawn from the request's own blocks."""
+
+    def __init__(self, manager: KVCacheManager, seed: int) -> None:
+        self._manager = manager
+        self._rng = np.random.default_rng(seed)
+
+    def replace(self, decisions: list[Decision]) -> list[Decision]:
+        """The decisions with random donors; one without any possible donor is left out."""
+        pool, replaced = self._manager.pool, []
+        slots = np.arange(pool.tokens_per_block, dtype=np.int32)
+        for decision in decisions:
+            candidate = decision.candidate
+            choices = self._manager.resident_full_blocks(candidate.request_id)
+            choices = choices[choices != candidate.block]
+            if not len(choices):
+                continue
+            donor = int(self._rng.choice(choices))
+            generations = np.full(pool.tokens_per_block, pool.generation[donor], np.int32)
+            changed = replace(
+                candidate, donor=donor, kept_rows=donor * pool.tokens_per_block + slots, kept_generations=generations
+            )
+            replaced.append(Decision(changed, 0.0))
+        return replaced
+
+
+def evict_outside_window(manager: KVCacheManager, config: MemShareConfig) -> None:
+    """Control ``streaming`` (StreamingLLM, arXiv 2309.17453): the prompt, a few first tokens and a recent window stay.
+
+    Positions are not renumbered: a token keeps the rotation it was written with, as in every other variant.
+    """
+    size = manager.tokens_per_block
+    for request_id, first, num_computed in manager.generating_sequences():
+        start = first + -(-config.streaming_sink_tokens // size)
+        stop = max(start, (num_computed - config.streaming_window_tokens) // size)
+        manager.evict_blocks(request_id, np.arange(start, stop))

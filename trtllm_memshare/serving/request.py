@@ -1,0 +1,128 @@
+"""Requests: what a caller asks for, what the scheduler keeps, what the caller gets back."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+
+from trtllm_memshare.cache.sequence import SharingRecord
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those off."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """Times in seconds since submission; counts of tokens, pauses and blocks."""
+
+    ttft_s: float
+    latency_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_pauses: int
+    sharing: SharingRecord
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per output token after the first."""
+        return (self.latency_s - self.ttft_s) / max(1, self.num_output_tokens - 1)
+
+
+@dataclass(frozen=True)
+class RequestResult:
+    """``token_ids``: generated tokens, a stop token included. ``finish_reason``: stop, length or cancelled."""
+
+    request_id: int
+    token_ids: list[int]
+    finish_reason: str
+    stats: RequestStats
+
+
+class Phase(Enum):
+    """Where a request is; TensorRT-LLM's names where it has one."""
+
+    WAITING = "waiting"
+    CONTEXT = "context"
+    GENERATION = "generation"
+
+
+@dataclass(eq=False)
+class RequestState:
+    """Scheduler's view of a request.
+
+    ``tokens``: prompt and generated ids; after a pause all of them are recomputed as context. ``num_computed``: how
+    many have K and V in the cache.
+    """
+
+    request_id: int
+    prompt: list[int]
+    params: SamplingParams
+    handle: RequestHandle
+    group: int | None = None
+    phase: Phase = Phase.WAITING
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_pauses: int = 0
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def max_tokens(self) -> int:
+        """Length at which generation ends at the latest."""
+        return len(self.prompt) + self.params.max_new_tokens
+
+
+class RequestHandle:
+    """What ``Executor.submit`` returns: a future, a stream and a way to cancel.
+
+    Iterating yields token ids as they are generated and ends with the request.
+    """
+
+    def __init__(self, request_id: int) -> None:
+        self.request_id = request_id
+        self.future: Future[RequestResult] = Future()
+        self.cancelled = False
+        self._stream: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    def result(self, timeout: float | None = None) -> RequestResult:
+        """Waits for the end. Raises what stopped the executor, or ``TimeoutError``."""
+        return self.future.result(timeout)
+
+    def cancel(self) -> None:
+        """Asks the executor to end this request at its next step; its blocks are freed then."""
+        self.cancelled = True
+
+    def __iter__(self) -> Iterator[int]:
+        while (token := self._stream.get()) is not None:
+            yield token
+        if self.future.done():
+            self.future.result()  # raises if the executor stopped on an error
+
+    def push(self, token: int) -> None:
+        """Executor's side: one more token."""
+        self._stream.put(token)
+
+    def finish(self, result: RequestResult | None, error: BaseException | None = None) -> None:
+        """Executor's side: ends stream and future."""
+        if error is not None:
+            self.future.set_exception(error)
+        elif result is not None:
+            self.future.set_result(result)
+        self._stream.put(None)

@@ -1,0 +1,111 @@
+"""In-flight batching: which requests take part in the next step, and who waits when blocks run out.
+
+Two capacity policies under TensorRT-LLM's names. ``MAX_UTILIZATION`` admits what fits now and, when a running request
+finds no block, pauses the youngest one, which later recomputes its context. ``GUARANTEED_NO_EVICT`` admits only what
+can run to its longest possible end. Both count what a request still needs in logical blocks, so blocks that sharing
+frees admit requests under both; TensorRT-LLM's own scheduler gains under ``MAX_UTILIZATION`` only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.serving.request import Phase, RequestState
+
+MAX_UTILIZATION = "MAX_UTILIZATION"
+GUARANTEED_NO_EVICT = "GUARANTEED_NO_EVICT"
+POLICIES = (MAX_UTILIZATION, GUARANTEED_NO_EVICT)
+
+
+@dataclass
+class Schedule:
+    """One step: context chunks as (request, tokens of the chunk), then generation requests."""
+
+    contexts: list[tuple[RequestState, int]] = field(default_factory=list)
+    generations: list[RequestState] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the order of requests; the manager owns the blocks.
+
+    Args:
+      manager: the cache.
+      policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
+      max_batch_size: most requests in flight.
+      max_num_tokens: most tokens of one step, which bounds the context chunks.
+    """
+
+    def __init__(self, manager: KVCacheManager, policy: str, max_batch_size: int, max_num_tokens: int) -> None:
+        self._manager = manager
+        self._policy = policy
+        self._max_batch_size = max_batch_size
+        self._max_num_tokens = max_num_tokens
+        self.waiting: deque[RequestState] = deque()
+        self.running: list[RequestState] = []  # in order of arrival
+        self.num_pauses = 0
+
+    def add(self, state: RequestState) -> None:
+        self.waiting.append(state)
+
+    def schedule(self) -> Schedule:
+        """Makes room for the next token of running requests, admits waiting ones, and cuts context chunks."""
+        self._extend_generations()
+        self._admit()
+        step = Schedule()
+        step.generations = [s for s in self.running if s.phase is Phase.GENERATION]
+        budget = self._max_num_tokens - len(step.generations)
+        for state in self.running:
+            if state.phase is Phase.CONTEXT and budget > 0:
+                chunk = min(budget, len(state.tokens) - state.num_computed)
+                step.contexts.append((state, chunk))
+                budget -= chunk
+        return step
+
+    def finish(self, state: RequestState) -> None:
+        """Takes a request that ended off the running list; the caller removes it from the cache."""
+        self.running.remove(state)
+
+    def _extend_generations(self) -> None:
+        index = 0
+        while index < len(self.running):
+            state = self.running[index]
+            if state.phase is Phase.GENERATION:
+                while not self._manager.append_tokens(state.request_id, state.tokens[-1:]):
+                    victim = self.running[-1]
+                    self._pause(victim)
+                    if victim is state:
+                        break
+            index += 1
+
+    def _pause(self, state: RequestState) -> None:
+        self.running.remove(state)
+        self._manager.pause_sequence(state.request_id)
+        state.phase, state.num_computed = Phase.WAITING, 0
+        state.num_pauses += 1
+        self.num_pauses += 1
+        self.waiting.appendleft(state)  # victims are the youngest first, so the queue stays in order of arrival
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._max_batch_size and self._has_room(self.waiting[0]):
+            state = self.waiting.popleft()
+            added = self._manager.add_sequence(
+                state.request_id, np.asarray(state.tokens, np.int32), len(state.prompt), state.group
+            )
+            if not added:
+                self.waiting.appendleft(state)
+                return
+            state.phase = Phase.CONTEXT
+            self.running.append(state)
+
+    def _has_room(self, state: RequestState) -> bool:
+        manager, free = self._manager, self._manager.num_free_blocks
+        if self._policy == GUARANTEED_NO_EVICT:
+            owed = sum(manager.blocks_for(s.max_tokens) - manager.logical_blocks(s.request_id) for s in self.running)
+            return manager.blocks_for(state.max_tokens) + owed <= free
+        # One block of headroom for each running request: all of them, and the new one, then get at least a block's
+        # worth of tokens further before anybody is paused again.
+        return manager.blocks_for(len(state.tokens) + 1) + len(self.running) <= free

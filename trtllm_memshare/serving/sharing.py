@@ -1,0 +1,73 @@
+"""Sharing's turn in the executor loop: search every few steps, apply what was decided before the next one."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.policy import SharingPolicy, make_pairs
+from trtllm_memshare.search.types import Candidate, Decision, PairBatch
+from trtllm_memshare.serving.controls import RandomDonors, evict_outside_window
+
+
+class Sharing:
+    """Carries candidates to the runner and decisions to the manager, one step later.
+
+    ``seconds``: host and device time spent on all of it so far.
+    """
+
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig) -> None:
+        self._manager = manager
+        self._config = config
+        self.policy = SharingPolicy(config)
+        self._random = RandomDonors(manager, config.control_seed) if config.control == "random" else None
+        self._candidates: list[Candidate] = []
+        self._decisions: list[Decision] = []
+        self.seconds = 0.0
+
+    def search(self, step: int) -> PairBatch | None:
+        """Pairs to compare in this step, or None. Candidates that need no comparison are decided at once."""
+        if step % self._config.search_interval or not self._config.searches:
+            return None
+        started = time.perf_counter()
+        pairs = None
+        if self._config.control == "streaming":
+            evict_outside_window(self._manager, self._config)
+        else:
+            self._candidates = self._manager.candidates()
+            if self._candidates and self._config.accept_all:
+                self._decisions = self.policy.decide(self._candidates, None)
+                self._candidates = []
+            elif self._candidates:
+                pool = self._manager.pool
+                pairs = make_pairs(
+                    self._candidates, pool.origin_position, pool.tokens_per_block, self._config.undo_rope
+                )
+        self.seconds += time.perf_counter() - started
+        return pairs
+
+    def take_distances(self, sums: np.ndarray | None, seconds: float) -> None:
+        """Decides on the pairs of this step; ``seconds``: what the runner spent on them."""
+        if sums is None:
+            return
+        started = time.perf_counter()
+        self._decisions = self.policy.decide(self._candidates, sums)
+        self._candidates = []
+        self.seconds += seconds + time.perf_counter() - started
+
+    def apply(self) -> None:
+        """Applies the decisions of the last search; in shadow mode they are only counted."""
+        if not self._decisions:
+            return
+        started = time.perf_counter()
+        decisions, self._decisions = self._decisions, []
+        if self._random is not None:
+            decisions = self._random.replace(decisions)
+        if self._config.shares:
+            self._manager.apply(decisions)
+        else:
+            self._manager.count_shadow(decisions)
+        self.seconds += time.perf_counter() - started

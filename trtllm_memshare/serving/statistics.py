@@ -1,0 +1,51 @@
+"""What the executor counts while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ExecutorStats:
+    """Totals over all steps. Times in seconds; ``block_seconds`` is blocks in use integrated over time,
+    ``block_steps`` the same counted in steps, which does not depend on the speed of the machine.
+
+    Attributes:
+      timeline: (time since the first step, blocks in use, requests in flight), one per step.
+    """
+
+    num_steps: int = 0
+    num_finished: int = 0
+    num_pauses: int = 0
+    busy_seconds: float = 0.0
+    search_seconds: float = 0.0
+    block_seconds: float = 0.0
+    block_steps: int = 0
+    request_seconds: float = 0.0
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)
+    _first_step_at: float | None = None
+
+    def record_step(
+        self, started: float, ended: float, used_blocks: int, requests_in_flight: int, search_seconds: float
+    ) -> None:
+        """Adds one step; ``search_seconds`` is the running total."""
+        if self._first_step_at is None:
+            self._first_step_at = started
+        seconds = ended - started
+        self.num_steps += 1
+        self.busy_seconds += seconds
+        self.search_seconds = search_seconds
+        self.block_steps += used_blocks
+        self.block_seconds += used_blocks * seconds
+        self.request_seconds += requests_in_flight * seconds
+        self.timeline.append((ended - self._first_step_at, used_blocks, requests_in_flight))
+
+    @property
+    def search_time_fraction(self) -> float:
+        """Share of the step time that sharing took, in [0, 1]."""
+        return self.search_seconds / self.busy_seconds if self.busy_seconds else 0.0
+
+    @property
+    def mean_resident_blocks_per_request(self) -> float:
+        """Blocks in use over requests in flight, both averaged over time."""
+        return self.block_seconds / self.request_seconds if self.request_seconds else 0.0

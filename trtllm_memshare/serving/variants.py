@@ -1,0 +1,47 @@
+"""The arms of a comparison: presets, the full cache, and the controls, each as settings and a capacity policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
+from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT
+
+_CONTROLS = ("drop-duplicate", "random", "streaming")
+VARIANTS = ("full", "full-guaranteed", "paper", "aligned", "lexical", "shadow", *_CONTROLS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``policy``: the capacity policy this arm insists on, None = the benchmark's."""
+
+    name: str
+    config: MemShareConfig
+    policy: str | None = None
+
+
+def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant:
+    """Settings of an arm.
+
+    Args:
+      name: one of ``VARIANTS``. ``full-guaranteed`` is the full cache under GUARANTEED_NO_EVICT; ``shadow`` and the
+        controls start from the settings of ``aligned``.
+      engine: the engine's own settings; they stand for the preset that they name.
+      overrides: settings laid on top of those of sharing arms.
+
+    Raises:
+      UserError: unknown name or setting.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"unknown variant {name} ({nearest(name, VARIANTS)})")
+    if name.startswith("full"):
+        return Variant(name, make_config("off"), GUARANTEED_NO_EVICT if name == "full-guaranteed" else None)
+    preset = name if name in PRESETS else "aligned"
+    settings = engine.model_dump() if engine.preset == preset else PRESETS[preset]
+    settings = {**settings, "shadow": name == "shadow", **overrides}
+    if name in _CONTROLS:
+        settings["control"] = name
+    settings.pop("preset")
+    return Variant(name, make_config(preset, **settings))

@@ -1,0 +1,1 @@
+"""The bundled model: its task, its tokenizer and its training."""

@@ -1,0 +1,42 @@
+"""The benchmark's data sets: held-out problems of 3 to 6 terms, drawn with fixed seeds, none in two files."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from trtllm_memshare.tiny_reasoner.problems import Problem, sample_problem
+
+OUTPUT_TOKENS = 2048
+"""Cap on generated tokens: 6 terms with four re-checks take at most 1,750, so only a run that never ends meets it."""
+
+SIZES = {"demo": 20, "small": 60, "evaluation": 500, "hard": 100, "tuning": 300}
+"""Problems per file. ``tuning`` is what settings are chosen on, so that ``evaluation`` stays unseen by them too."""
+
+_SEED = 2507_21433
+
+
+def write_datasets(folder: Path) -> dict[str, Path]:
+    """Writes every file to ``folder``; the same bytes each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[Problem] = set()
+    paths = {}
+    for index, (name, size) in enumerate(SIZES.items()):
+        rng = random.Random(_SEED + index)
+        lines: list[str] = []
+        while len(lines) < size:
+            problem = sample_problem(rng, rng.randint(3, 6), held_out=True, hard=name == "hard")
+            if problem in seen:
+                continue
+            seen.add(problem)
+            row = {
+                "task_id": len(lines),
+                "prompt": problem.prompt,
+                "output_tokens": OUTPUT_TOKENS,
+                "answer": str(problem.answer),
+            }
+            lines.append(json.dumps(row))
+        paths[name] = folder / f"{name}.jsonl"
+        paths[name].write_text("\n".join(lines) + "\n")
+    return paths

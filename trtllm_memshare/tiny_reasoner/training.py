@@ -1,0 +1,162 @@
+"""Trains the bundled model from random weights on generated transcripts.
+
+Early batches hold transcripts cut short: a first pass is where arithmetic is learned, and re-checks are mostly
+copying. Later batches hold whole transcripts, so that the model learns when to stop and every position it will see.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from trtllm_memshare.tiny_reasoner.problems import sample_problem, transcript
+from trtllm_memshare.tiny_reasoner.tokenizer import EOS, PAD, VOCAB_SIZE, VOCABULARY, build_tokenizer, encode_fast
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one run. Lengths in tokens, learning rates dimensionless, ``minutes`` the wall-clock budget.
+
+    The learning-rate schedule follows the share of ``num_steps`` done; with ``minutes`` set it follows the share of
+    the time instead, which fits a machine of unknown speed but repeats bit for bit only when ``num_steps`` decides.
+    """
+
+    num_steps: int = 4500
+    minutes: float | None = None
+    tokens_per_step: int = 12288
+    prefix_length: int = 448
+    full_length_share: tuple[float, float] = (0.15, 0.6)  # share of whole-transcript batches: first 70 %, last 30 %
+    muon_learning_rate: float = 0.02
+    adam_learning_rate: float = 3e-3
+    slip_rate: float = 0.08
+    seed: int = 20250729
+    bf16: bool = True
+
+
+def model_config() -> Qwen2Config:
+    """Shape of the bundled model: about a million parameters, two KV heads of 32, room for the longest problem."""
+    return Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+        rope_theta=10000.0,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY[EOS],
+        pad_token_id=VOCABULARY[PAD],
+    )
+
+
+def train(config: TrainingConfig, output_dir: Path, device: str) -> None:
+    """Trains, then writes the checkpoint, the tokenizer and ``training_log.json`` to ``output_dir``."""
+    torch.manual_seed(config.seed)
+    model = Qwen2ForCausalLM(model_config()).to(device)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    batches = _batches(config)
+    log: list[dict[str, float]] = []
+    started, done, step = time.monotonic(), 0.0, 0
+    with tqdm(total=100, unit="%", desc="training") as bar:
+        while done < 1.0:
+            warm, decay = min(1.0, (step + 1) / 100), min(1.0, (1.0 - done) / 0.5)
+            for optimizer, rate in zip(optimizers, base_rates, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * warm * max(decay, 0.01)
+            batch = torch.from_numpy(batches.send(done)).to(device)
+            with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16, enabled=config.bf16):
+                logits = model(batch[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), batch[:, 1:].flatten(), ignore_index=VOCABULARY[PAD]
+            )
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+            minutes = (time.monotonic() - started) / 60
+            done = minutes / config.minutes if config.minutes else step / config.num_steps
+            bar.n = round(min(done, 1.0) * 100, 1)
+            bar.set_postfix(step=step, loss=f"{loss.item():.4f}", refresh=step % 10 == 0)
+            if step % 250 == 0 or done >= 1.0:
+                exact = exact_rate(model, 64, seed=step)
+                log.append({"step": step, "minutes": round(minutes, 2), "loss": loss.item(), "exact_rate": exact})
+                tqdm.write(json.dumps(log[-1]))
+                save(model, config, log, output_dir)
+
+
+def save(model: Qwen2ForCausalLM, config: TrainingConfig, log: list[dict[str, float]], output_dir: Path) -> None:
+    """Writes the checkpoint as safetensors in float32, with tokenizer, config and log."""
+    model.save_pretrained(output_dir)
+    build_tokenizer(model.config.max_position_embeddings).save_pretrained(output_dir)
+    document = {"config": asdict(config), "torch": torch.__version__, "log": log}
+    (output_dir / "training_log.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+@torch.inference_mode()
+def exact_rate(model: Qwen2ForCausalLM, num_problems: int, seed: int) -> float:
+    """Share of held-out problems of 3 to 6 terms whose whole transcript greedy decoding would give, in [0, 1].
+
+    Computed teacher-forced: greedy decoding gives the transcript exactly if every arg-max equals the next token.
+    """
+    rng, exact = random.Random(seed), 0
+    for _ in range(num_problems):
+        problem = sample_problem(rng, rng.randint(3, 6), held_out=True)
+        ids = encode_fast(problem.prompt + transcript(problem, rng) + EOS)
+        predicted = model(torch.from_numpy(ids[None]).to(model.device)).logits[0].argmax(-1).cpu().numpy()
+        prompt_length = len(problem.prompt)
+        exact += bool((predicted[prompt_length - 1 : -1] == ids[prompt_length:]).all())
+    return exact / num_problems
+
+
+def _batches(config: TrainingConfig) -> Generator[np.ndarray, float, None]:
+    """Yields int64 ``[sequences, length]`` padded batches; ``send`` takes the share of training done."""
+    generator = _generate_batches(config)
+    next(generator)
+    return generator
+
+
+def _generate_batches(config: TrainingConfig) -> Generator[Any, float, None]:
+    rng, buckets = random.Random(config.seed), dict[tuple[bool, int], list[np.ndarray]]()
+    done = yield
+    while True:
+        share = config.full_length_share[0] if done < 0.7 else config.full_length_share[1]
+        whole = rng.random() < share
+        batch = None
+        while batch is None:
+            num_terms = rng.choices(range(2, 9), weights=(1, 2, 3, 3, 3, 2, 2))[0]
+            problem = sample_problem(rng, num_terms, held_out=False)
+            ids = encode_fast(problem.prompt + transcript(problem, rng, config.slip_rate) + EOS)
+            if not whole:
+                ids = ids[: config.prefix_length]
+            width = math.ceil(len(ids) / 128) * 128
+            bucket = buckets.setdefault((whole, width), [])
+            bucket.append(ids)
+            if len(bucket) * width >= config.tokens_per_step:
+                batch = np.full((len(bucket), max(map(len, bucket))), VOCABULARY[PAD], np.int64)
+                for row, sequence in zip(batch, bucket, strict=True):
+                    row[: len(sequence)] = sequence
+                bucket.clear()
+        done = yield batch
