@@ -6,9 +6,8 @@ BIN := .venv/bin
 venv: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt build_scripts/find_python.sh
-	$$(PYTHON="$(PYTHON)" bash build_scripts/find_python.sh) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	python=$$(PYTHON="$(PYTHON)" bash build_scripts/find_python.sh) && "$$python" -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 test: venv

@@ -1,4 +1,4 @@
-"""Trains the bundled reasoning model; the committed weights came from this command with its default options."""
+"""Trains the bundled reasoning model. How the committed weights were made is in their training_log.json."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=defaults.tokens_per_step)
     parser.add_argument("--muon-learning-rate", type=float, default=defaults.muon_learning_rate)
     parser.add_argument("--adam-learning-rate", type=float, default=defaults.adam_learning_rate)
+    parser.add_argument("--early-full-share", type=float, default=defaults.early_full_share, help="whole transcripts, first 70 %% of training")
+    parser.add_argument("--late-full-share", type=float, default=defaults.late_full_share, help="whole transcripts, last 30 %% of training")
+    parser.add_argument("--init-from", type=Path, help="go on from this checkpoint (default: random weights)")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="train in float32 throughout")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = vars(parser.parse_args())
-    output_dir, device = options.pop("output_dir"), options.pop("device")
+    output_dir, device, init_from = (options.pop(name) for name in ("output_dir", "device", "init_from"))
     print(f"training on {device}" + (f" for {options['minutes']} minutes" if options["minutes"] else ""))
-    train(TrainingConfig(**options), output_dir, device)
+    train(TrainingConfig(**options), output_dir, device, init_from)
 
 
 if __name__ == "__main__":

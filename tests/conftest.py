@@ -21,7 +21,7 @@ from transformers import (
 from trtllm_memshare.engine.build import DEFAULT_MODEL_DIR
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.tiny_reasoner.problems import sample_problem
-from trtllm_memshare.tiny_reasoner.tokenizer import VOCAB_SIZE, build_tokenizer
+from trtllm_memshare.tiny_reasoner.tokenizer import VOCAB_SIZE, build_tokenizer, save_tokenizer
 
 _FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -50,7 +50,7 @@ def write_random_checkpoint(folder: Path, family: str = "qwen2", **changes) -> P
         **{**extra, **changes},
     )
     model_class(config).save_pretrained(folder)
-    build_tokenizer(512).save_pretrained(folder)
+    save_tokenizer(512, folder)
     return folder
 
 

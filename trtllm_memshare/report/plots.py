@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt  # the backend has to be chosen first
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and by lightness in print.
 _COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#7A7A7A", "#B8A800")
-_FIRST_LINES = ("full", "aligned")  # drawn thick: what everything else is held against
+_FIRST_LINES = ("full", "aligned")  # drawn thick and on top: what everything else is held against
+_SMALL: dict[str, Any] = {"textcoords": "offset points", "color": "#444444", "fontsize": 9}
+_CONTROLS = ("drop-duplicate", "random", "streaming", "shadow")  # drawn dashed: nothing that anyone would serve with
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
@@ -37,16 +39,24 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     ):
         for variant in variants:
             name, line = variant["variant"], variant["timeline"]
-            width = 2.4 if name in _FIRST_LINES else 1.1
-            axis.plot(line["time_s"], line[key], color=colours[name], linewidth=width, label=name)
+            first, style = name in _FIRST_LINES, "--" if name in _CONTROLS else "-"
+            axis.plot(
+                line["time_s"],
+                line[key],
+                color=colours[name],
+                linewidth=2.4 if first else 1.1,
+                linestyle=style,
+                zorder=3 if first else 2,
+                label=name,
+            )
         axis.set_xlabel("time in s")
         axis.set_title(label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
-    blocks.axhline(report["kv_cache_blocks"], color="#888888", linestyle="--", linewidth=1)
-    blocks.annotate(
-        "pool", (0, report["kv_cache_blocks"]), xytext=(2, -10), textcoords="offset points", color="#666666"
-    )
+    pool = report["kv_cache_blocks"]
+    blocks.axhline(pool, color="#666666", linestyle=":", linewidth=1.2)
+    blocks.annotate("pool", (1, pool), xycoords=("axes fraction", "data"), xytext=(-4, 3), **_SMALL, ha="right")
+    blocks.set_ylim(top=pool * 1.08)  # room for the label above the line
     flight.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -56,15 +66,16 @@ def _draw_throughput(axis: Any, variants: list[dict[str, Any]], colours: dict[st
     """Requests per second as bars, with right answers per second inside them where there are answers."""
     names = [v["variant"] for v in variants]
     rates = [v["request_throughput_req_s"] for v in variants]
-    rows = range(len(names))
+    right = [v["correct_answers_per_s"] for v in variants]
+    has_answers, rows = None not in right, range(len(names))
     axis.barh(rows, rates, color=[colours[n] for n in names], alpha=0.35)
-    if all(v["correct_answers_per_s"] is not None for v in variants):
-        right = [v["correct_answers_per_s"] for v in variants]
+    if has_answers:
         axis.barh(rows, right, color=[colours[n] for n in names], height=0.45)
-    for row, rate in zip(rows, rates, strict=True):
-        axis.annotate(f"{rate:.2f}", (rate, row), xytext=(3, 0), textcoords="offset points", va="center")
+    for row, rate, answers in zip(rows, rates, right, strict=True):
+        label = f"{rate:.2f}" + (f" ({answers:.2f})" if has_answers else "")
+        axis.annotate(label, (rate, row), xytext=(3, 0), **_SMALL, va="center")
     axis.set_yticks(rows, names)
     axis.invert_yaxis()
-    axis.set_xlim(0, max(rates) * 1.15)
+    axis.set_xlim(0, max(rates) * 1.3)
     axis.set_xlabel("per second")
-    axis.set_title("requests (pale) and right answers (solid)")
+    axis.set_title("requests, pale (right answers, solid)" if has_answers else "requests")

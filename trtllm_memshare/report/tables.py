@@ -37,8 +37,9 @@ COLUMNS: list[_Column] = [
 ]
 
 _LEGEND = (
-    "shared: blocks freed by sharing / blocks filled by generation; blocks/req: mean blocks held by a request in "
-    "flight; tokens: mean output; search: share of step time"
+    "shared: blocks freed by sharing / blocks filled by generation; TTFT: mean time to first token; tokens: mean "
+    "output\nblocks/req: mean blocks held by a request in flight; peak: most blocks in use; in flight: mean requests "
+    "running\npaused: times a request gave its blocks back; search: share of step time"
 )
 
 

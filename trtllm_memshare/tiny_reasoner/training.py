@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from trtllm_memshare.tiny_reasoner.problems import sample_problem, transcript
-from trtllm_memshare.tiny_reasoner.tokenizer import EOS, PAD, VOCAB_SIZE, VOCABULARY, build_tokenizer, encode_fast
+from trtllm_memshare.tiny_reasoner.tokenizer import EOS, PAD, VOCAB_SIZE, VOCABULARY, encode_fast, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class TrainingConfig:
     minutes: float | None = None
     tokens_per_step: int = 12288
     prefix_length: int = 448
-    full_length_share: tuple[float, float] = (0.15, 0.6)  # share of whole-transcript batches: first 70 %, last 30 %
+    early_full_share: float = 0.15  # share of batches with whole transcripts, in the first 70 % of training
+    late_full_share: float = 0.6  # and in the rest
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 3e-3
     slip_rate: float = 0.08
@@ -63,10 +64,19 @@ def model_config() -> Qwen2Config:
     )
 
 
-def train(config: TrainingConfig, output_dir: Path, device: str) -> None:
-    """Trains, then writes the checkpoint, the tokenizer and ``training_log.json`` to ``output_dir``."""
+def train(config: TrainingConfig, output_dir: Path, device: str, init_from: Path | None = None) -> None:
+    """Trains, then writes the checkpoint, the tokenizer and ``training_log.json`` to ``output_dir``.
+
+    Args:
+      init_from: a checkpoint to go on from; its log is kept in front of the new one. None = random weights.
+    """
     torch.manual_seed(config.seed)
-    model = Qwen2ForCausalLM(model_config()).to(device)
+    earlier: list[dict[str, Any]] = []
+    if init_from is None:
+        model = Qwen2ForCausalLM(model_config()).to(device)
+    else:
+        model = Qwen2ForCausalLM.from_pretrained(init_from, dtype=torch.float32).to(device)
+        earlier = json.loads((init_from / "training_log.json").read_text())["stages"]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -104,14 +114,14 @@ def train(config: TrainingConfig, output_dir: Path, device: str) -> None:
                 exact = exact_rate(model, 64, seed=step)
                 log.append({"step": step, "minutes": round(minutes, 2), "loss": loss.item(), "exact_rate": exact})
                 tqdm.write(json.dumps(log[-1]))
-                save(model, config, log, output_dir)
+                save(model, [*earlier, {"config": asdict(config), "log": log}], output_dir)
 
 
-def save(model: Qwen2ForCausalLM, config: TrainingConfig, log: list[dict[str, float]], output_dir: Path) -> None:
-    """Writes the checkpoint as safetensors in float32, with tokenizer, config and log."""
+def save(model: Qwen2ForCausalLM, stages: list[dict[str, Any]], output_dir: Path) -> None:
+    """Writes the checkpoint as safetensors in float32, with tokenizer and the log of every stage of training."""
     model.save_pretrained(output_dir)
-    build_tokenizer(model.config.max_position_embeddings).save_pretrained(output_dir)
-    document = {"config": asdict(config), "torch": torch.__version__, "log": log}
+    save_tokenizer(model.config.max_position_embeddings, output_dir)
+    document = {"torch": torch.__version__, "stages": stages}
     (output_dir / "training_log.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -142,7 +152,7 @@ def _generate_batches(config: TrainingConfig) -> Generator[Any, float, None]:
     rng, buckets = random.Random(config.seed), dict[tuple[bool, int], list[np.ndarray]]()
     done = yield
     while True:
-        share = config.full_length_share[0] if done < 0.7 else config.full_length_share[1]
+        share = config.early_full_share if done < 0.7 else config.late_full_share
         whole = rng.random() < share
         batch = None
         while batch is None:

@@ -1,0 +1,107 @@
+"""No straw man: our `full` beside transformers' continuous batching, same model, page size, blocks and requests.
+
+Both run in this process, in turns, `--repeat` times; medians are reported. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
+
+from trtllm_memshare.engine.engine_dir import load_engine
+from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.benchmark import Load, run_variant
+from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
+from trtllm_memshare.serving.variants import make_variant
+
+
+def run_transformers(model: Any, items: list[DatasetItem], options: argparse.Namespace, eos: int) -> tuple[float, list]:
+    """Seconds and output ids of `generate_batch`."""
+    generation = GenerationConfig(
+        max_new_tokens=items[0].output_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0, use_cache=True
+    )
+    batching = ContinuousBatchingConfig(
+        page_size=options.page_size,
+        num_blocks=options.kv_cache_blocks,
+        max_batch_tokens=options.max_num_tokens,
+        allow_block_sharing=False,
+    )
+    started = time.perf_counter()
+    outputs = model.generate_batch(
+        [i.input_ids for i in items], generation_config=generation, continuous_batching_config=batching, warmup=False
+    )
+    seconds = time.perf_counter() - started
+    ordered = sorted(outputs.values(), key=lambda o: int(o.request_id.rsplit("_", 1)[-1]))
+    return seconds, [list(o.generated_tokens) for o in ordered]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--engine-dir", type=Path, default=Path("engines/tiny_reasoner"))
+    parser.add_argument("--dataset", type=Path, default=Path("benchmarks/data/demo.jsonl"))
+    parser.add_argument("--kv-cache-blocks", type=int, default=2700, help="pages of both caches")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens per page")
+    parser.add_argument("--max-num-tokens", type=int, default=2048, help="tokens per step, both")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--output-json", type=Path)
+    options = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    engine = load_engine(options.engine_dir)
+    tokenizer = AutoTokenizer.from_pretrained(engine.model_dir)
+    items = read_dataset(options.dataset, tokenizer)
+    eos = engine.stop_token_ids[0]
+    runner = TorchRunner(engine.model_dir, options.kv_cache_blocks, options.page_size)
+    stock = AutoModelForCausalLM.from_pretrained(engine.model_dir, attn_implementation="sdpa")
+    boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
+    load = Load(64, options.max_num_tokens, engine.build.max_seq_len, "MAX_UTILIZATION", engine.stop_token_ids)
+    variant = make_variant("full", engine.memshare)
+    ours: list[float] = []
+    theirs: list[float] = []
+    agree = 0.0
+    for _ in range(options.repeat):
+        mine = run_variant(variant, runner, boundaries, items, load, lambda *_: True)
+        ours.append(mine.entry["total_latency_ms"] / 1e3)
+        seconds, outputs = run_transformers(stock, items, options, eos)
+        theirs.append(seconds)
+        agree = sum(a.token_ids == b for a, b in zip(mine.results, outputs, strict=True)) / len(items)
+        print(f"round: ours {ours[-1]:.2f} s, transformers {seconds:.2f} s, same tokens {agree:.0%}", file=sys.stderr)
+    count = len(items)
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(),
+        "dataset": {"path": str(options.dataset), "num_requests": count},
+        "kv_cache_blocks": options.kv_cache_blocks,
+        "page_size": options.page_size,
+        "full_seconds": ours,
+        "transformers_seconds": theirs,
+        "full_req_s": count / statistics.median(ours),
+        "transformers_req_s": count / statistics.median(theirs),
+        "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+        "same_tokens": agree,
+    }
+    print(f"transformers {transformers.__version__} generate_batch: {report['transformers_req_s']:.2f} req/s")
+    print(f"full: {report['full_req_s']:.2f} req/s, {report['ratio']:.2f} times as fast; same tokens {agree:.0%}")
+    print(one_line(report["machine"]))
+    if options.output_json is not None:
+        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    run_command_line(main)

@@ -1,0 +1,172 @@
+"""The executor on the bundled model: equality with transformers, capacity policies, streaming, cancellation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT, MAX_UTILIZATION
+
+EOS = 1
+SIZE = 16
+NEW_TOKENS = 160
+
+
+@pytest.fixture(scope="module")
+def runner(bundled_model) -> TorchRunner:
+    return TorchRunner(bundled_model, 1200, SIZE)
+
+
+@pytest.fixture(scope="module")
+def generated(bundled_model, prompts) -> list[list[int]]:
+    """What transformers' own greedy `generate` gives for each prompt, one by one, without the end token."""
+    model = AutoModelForCausalLM.from_pretrained(bundled_model, dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        outputs.append(ids[0, len(prompt) :].tolist())
+    return outputs
+
+
+def run(runner, boundaries, prompts, config, max_new_tokens=NEW_TOKENS, num_blocks=None, **options):
+    """Tokens of every prompt, and the executor."""
+    if num_blocks is not None:
+        small = TorchRunner.__new__(TorchRunner)
+        small.__dict__.update(runner.__dict__, num_blocks=num_blocks, pool=runner.pool[:num_blocks])
+        runner = small
+    executor = Executor(runner, config, boundaries, max_seq_len=2304, **options)
+    params = SamplingParams(max_new_tokens, stop_token_ids=(EOS,))
+    handles = [executor.submit(p, params) for p in prompts]
+    executor.run_until_idle()
+    executor.manager.check_integrity()
+    assert executor.manager.pool.num_used == 0
+    return [h.result(0).token_ids for h in handles], executor
+
+
+def test_off_equals_transformers_generate_on_fifty_prompts(runner, boundaries, prompts, generated):
+    outputs, _ = run(runner, boundaries, prompts, make_config("off"), max_batch_size=16, max_num_tokens=64)
+    assert len(prompts) >= 50
+    assert outputs == generated
+
+
+def test_shadow_gives_the_tokens_of_off_and_still_finds_repeats(runner, boundaries, prompts):
+    off, _ = run(runner, boundaries, prompts[:6], make_config("off"), max_new_tokens=700)
+    shadow, executor = run(runner, boundaries, prompts[:6], make_config("aligned", shadow=True), max_new_tokens=700)
+    assert shadow == off
+    assert executor.manager.stats().shadowed > 0
+    assert executor.manager.stats().shared == 0
+
+
+def test_sharing_frees_blocks_and_keeps_most_answers(runner, boundaries, prompts):
+    off, full = run(runner, boundaries, prompts[:12], make_config("off"), max_new_tokens=2000)
+    shared, executor = run(runner, boundaries, prompts[:12], make_config("aligned"), max_new_tokens=2000)
+    assert executor.manager.stats().shared_block_fraction > 0.1
+    assert executor.stats.block_steps < full.stats.block_steps
+    tails = [[ids[-8:] for ids in outputs] for outputs in (off, shared)]
+    assert sum(a == b for a, b in zip(*tails, strict=True)) >= 10
+
+
+@pytest.mark.parametrize("preset", ["off", "aligned"])
+@pytest.mark.parametrize("policy", [MAX_UTILIZATION, GUARANTEED_NO_EVICT])
+def test_a_small_pool_delays_but_changes_no_token(runner, boundaries, prompts, generated, preset, policy):
+    """With 16 tokens of room to spare per request, nothing is old enough to be shared: outputs must be equal."""
+    config = make_config(preset, protected_tokens=NEW_TOKENS)
+    outputs, executor = run(
+        runner, boundaries, prompts[:12], config, num_blocks=30, scheduler_policy=policy, max_num_tokens=48
+    )
+    assert outputs == generated[:12]
+    assert executor.manager.stats().peak_used_blocks <= 30
+    assert (executor.stats.num_pauses > 0) is (policy == MAX_UTILIZATION)
+
+
+def test_paused_requests_share_again_and_all_end(runner, boundaries, prompts):
+    outputs, executor = run(
+        runner, boundaries, prompts[:10], make_config("aligned"), max_new_tokens=1500, num_blocks=120
+    )
+    assert len(outputs) == 10
+    assert executor.stats.num_pauses > 0
+    assert executor.manager.stats().shared > 0
+
+
+@pytest.mark.parametrize("control", ["drop-duplicate", "random", "streaming"])
+def test_controls_run_and_change_memory(runner, boundaries, prompts, control):
+    config = make_config("aligned", control=control, streaming_window_tokens=64)
+    _, executor = run(runner, boundaries, prompts[:4], config, max_new_tokens=600)
+    assert executor.manager.stats().shared_block_fraction > 0
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(runner, boundaries, prompts):
+    params = SamplingParams(40, temperature=1.5, top_k=20, top_p=0.95, seed=7)
+    outputs = []
+    for others in (0, 5):
+        executor = Executor(runner, make_config("off"), boundaries, max_seq_len=512)
+        handles = [executor.submit(p, SamplingParams(40)) for p in prompts[1 : 1 + others]]
+        handle = executor.submit(prompts[0], params)
+        executor.run_until_idle()
+        outputs.append(handle.result(0).token_ids)
+        assert all(h.result(0).finish_reason == "length" for h in handles)
+    assert outputs[0] == outputs[1]
+    executor = Executor(runner, make_config("off"), boundaries, max_seq_len=512)
+    greedy = executor.submit(prompts[0], SamplingParams(40))
+    executor.run_until_idle()
+    assert outputs[0] != greedy.result(0).token_ids
+
+
+def test_threaded_streaming_cancellation_and_statistics(runner, boundaries, prompts, generated):
+    with Executor(runner, make_config("off"), boundaries, max_seq_len=2304) as executor:
+        stream = executor.submit(prompts[0], SamplingParams(NEW_TOKENS))
+        endless = executor.submit(prompts[1], SamplingParams(2000))
+        assert list(stream) == generated[0]
+        endless.cancel()
+        result = endless.result(30)
+    assert result.finish_reason == "cancelled"
+    assert result.stats.num_output_tokens < 2000
+    assert executor.manager.pool.num_used == 0
+    stats = stream.result(0).stats
+    assert 0 < stats.ttft_s < stats.latency_s
+    assert stats.num_output_tokens == len(generated[0])
+    with pytest.raises(UserError, match="shutting down"):
+        executor.submit(prompts[0])
+
+
+def test_an_error_in_a_step_reaches_every_caller(runner, boundaries, prompts):
+    class Broken:
+        num_layers, tokens_per_block, num_blocks, vocab_size = 1, SIZE, 100, 80
+
+        def prepare(self, batch):
+            raise ArithmeticError("no such thing")
+
+    executor = Executor(Broken(), make_config("off"), boundaries, max_seq_len=512)  # type: ignore[arg-type]
+    handle = executor.submit(prompts[0])
+    with pytest.raises(ArithmeticError):
+        executor._loop()
+    with pytest.raises(RuntimeError, match="the executor stopped: no such thing"):
+        list(handle)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new_tokens", "message"),
+    [
+        ([], 5, "needs a prompt and at least one new token, got 0 prompt tokens"),
+        ([5], 0, "max_new_tokens 0"),
+        ([5] * 500, 13, r"must fit max_seq_len 512, got 500 \+ 13 tokens"),
+        ([5] * 400, 100, r"too small for one request: 500 tokens need 32 blocks of 16, the pool has 20 .*32 or more"),
+    ],
+)
+def test_requests_that_cannot_run_are_refused(runner, boundaries, prompt, new_tokens, message):
+    small = TorchRunner.__new__(TorchRunner)
+    small.__dict__.update(runner.__dict__, num_blocks=20)
+    executor = Executor(small, make_config("off"), boundaries, max_seq_len=512)
+    with pytest.raises(UserError, match=message):
+        executor.submit(prompt, SamplingParams(new_tokens))
+
+
+def test_an_unknown_policy_names_the_nearest(runner, boundaries):
+    with pytest.raises(UserError, match="unknown scheduler policy MAX_UTILISATION .did you mean MAX_UTILIZATION"):
+        Executor(runner, make_config("off"), boundaries, 512, scheduler_policy="MAX_UTILISATION")

@@ -1,0 +1,39 @@
+"""Top-k and top-p against their definitions."""
+
+from __future__ import annotations
+
+import torch
+
+from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.sampling import Sampler
+
+LOGITS = torch.tensor([[0.5, 0.3, 0.1, 0.07, 0.03]]).log()
+
+
+def drawn(count: int = 400, **options) -> list[int]:
+    sampler, params = Sampler(), SamplingParams(temperature=1.0, seed=3, **options)
+    return [sampler.sample(LOGITS, [(0, params)])[0] for _ in range(count)]
+
+
+def test_greedy_takes_the_largest():
+    assert Sampler().sample(LOGITS.flip(1), [(0, SamplingParams())]) == [4]
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    assert set(drawn(top_k=2)) == {0, 1}
+    assert set(drawn(top_p=0.75)) == {0, 1}
+    assert set(drawn(top_p=0.01)) == {0}
+    assert set(drawn()) == {0, 1, 2, 3, 4}
+
+
+def test_frequencies_follow_the_probabilities():
+    tokens = torch.tensor(drawn(4000))
+    observed = torch.bincount(tokens, minlength=5) / len(tokens)
+    torch.testing.assert_close(observed, LOGITS[0].exp(), atol=0.03, rtol=0)
+
+
+def test_a_finished_request_s_id_starts_over_with_its_seed():
+    sampler, params = Sampler(), SamplingParams(temperature=1.0, seed=3)
+    first = [sampler.sample(LOGITS, [(0, params)])[0] for _ in range(20)]
+    sampler.forget(0)
+    assert [sampler.sample(LOGITS, [(0, params)])[0] for _ in range(20)] == first

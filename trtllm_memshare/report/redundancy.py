@@ -1,0 +1,105 @@
+"""Reads texts from JSON lines and shows how much they repeat themselves, one column per file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.search.redundancy import Redundancy
+
+TEXT_FIELDS = ("reasoning", "text")
+"""Names tried when none is given: that of the committed traces, and that of generated outputs."""
+
+
+def read_texts(path: Path, field: str | None = None) -> list[str]:
+    """Reads one text from each line of a JSON-lines file.
+
+    Args:
+      field: name of the text's field, None = the first of ``TEXT_FIELDS`` that the line has.
+
+    Raises:
+      UserError: no such file, no lines, or a line that is not JSON or has no text there, with its number.
+    """
+    if not path.is_file():
+        raise UserError(f"no texts at {path} (give JSON lines with a field {' or '.join(TEXT_FIELDS)})")
+    texts = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                texts.append(_text_of(line, field, f"{path} line {number}"))
+    if not texts:
+        raise UserError(f"{path} has no texts (give JSON lines with a field {' or '.join(TEXT_FIELDS)})")
+    return texts
+
+
+def redundancy_table(columns: dict[str, Redundancy]) -> str:
+    """Plain-text table: one row per measure, one column per set of texts, shares in percent.
+
+    Args:
+      columns: measures by title, for example the name of the file.
+    """
+    rows = [["measure", *columns]]
+    rows += [[title, *map(cell, columns.values())] for title, cell in _ROWS]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, "", _LEGEND])
+
+
+def _text_of(line: str, field: str | None, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno} (one object per line)") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}")
+    name = field or next((known for known in TEXT_FIELDS if known in row), TEXT_FIELDS[0])
+    if name not in row:
+        raise UserError(f"{where} has no field {name} (set --field; {nearest(name, row)})")
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise UserError(f"{where}: {name} must be text of at least one word, got {row[name]!r}")
+    return str(row[name])
+
+
+def _percent(value: float, digits: int) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def _threshold_rows(threshold: float) -> list[tuple[str, Callable[[Redundancy], str]]]:
+    return [
+        (f"steps with an earlier step > {threshold}, %", lambda m: _percent(m.steps_over[threshold], 1)),
+        ("  their share of words, %", lambda m: _percent(m.words_in_steps_over[threshold], 1)),
+    ]
+
+
+def _window_row(width: int) -> tuple[str, Callable[[Redundancy], str]]:
+    return f"{width}-word windows seen before, %", lambda m: _percent(m.windows_seen[width], 3)
+
+
+def _cover_row(width: int) -> tuple[str, Callable[[Redundancy], str]]:
+    return f"words in a repeat of >= {width} words, %", lambda m: _percent(m.words_covered[width], 2)
+
+
+_ROWS: list[tuple[str, Callable[[Redundancy], str]]] = [
+    ("texts", lambda m: str(m.num_texts)),
+    ("words per text, mean", lambda m: f"{m.words_per_text:.0f}"),
+    ("steps per text, mean", lambda m: f"{m.steps_per_text:.0f}"),
+    *_threshold_rows(0.8),
+    *_threshold_rows(0.9),
+    *map(_window_row, (8, 16, 32)),
+    *map(_cover_row, (8, 16, 32)),
+    ("8-word blocks >= 80 % equal, same phase, %", lambda m: _percent(m.near_blocks_same, 2)),
+    ("8-word blocks >= 80 % equal, any phase, %", lambda m: _percent(m.near_blocks_any, 2)),
+]
+
+_LEGEND = (
+    "word: piece between white space; step: text between blank lines, compared by the cosine of its bag of words\n"
+    "phase: same = the earlier block starts at a multiple of 8 words too, any = anywhere; all within one text"
+)
