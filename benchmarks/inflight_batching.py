@@ -43,6 +43,13 @@ def main() -> None:
     )
     parser.add_argument("--output-json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG: throughput, blocks in use and requests in flight over time")
+    parser.add_argument("--output-texts", type=Path, help="JSON lines with what the first variant generated")
+    parser.add_argument(
+        "--read-aliases",
+        choices=("fold", "repeat"),
+        default="fold",
+        help="read a block that a table names m times once, weighted (fold), or m times, as TensorRT-LLM does (repeat)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     options = BenchmarkOptions.from_arguments(parser.parse_args())

@@ -38,7 +38,7 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *phrases: str) -
         assert phrase in done.stderr
 
 
-@pytest.fixture()
+@pytest.fixture
 def engine_dir(tiny_checkpoint, tmp_path) -> Path:
     done = build("--model-dir", tiny_checkpoint, "--output-dir", tmp_path / "engine", "--memshare")
     assert done.returncode == 0, done.stderr

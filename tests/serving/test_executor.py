@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.runner import TorchRunner

@@ -64,8 +64,10 @@ class BlockMatcher:
         return list(self._ready)
 
     def protected_from(self) -> int:
-        """First protected position: the start of the last whole ``protected_steps`` steps or tokens."""
-        self._history.segment()
+        """First protected position: the start of the last whole ``protected_steps`` steps or tokens.
+
+        Steps are known up to the last ``_advance``: one that started since then protects a little more, never less.
+        """
         starts, back = self._history.step_starts, self._config.protected_steps
         by_steps = self._history.num_tokens if back == 0 else starts[-back - 1] if len(starts) > back else 0
         return min(by_steps, self._history.num_tokens - self._config.protected_tokens)

@@ -28,6 +28,7 @@ class RunMatcher(BlockMatcher):
         self, config: MemShareConfig, tokens_per_block: int, num_prompt_tokens: int, boundaries: BoundaryTokens
     ) -> None:
         super().__init__(config, tokens_per_block, num_prompt_tokens, boundaries)
+        self._stride = max(tokens_per_block, config.min_run_tokens)
         self._keep_latest = config.direction == "keep-latest"
         self._weights = np.random.default_rng(0).integers(1, 2**63, config.shingle_tokens, dtype=np.uint64) | np.uint64(
             1
@@ -46,13 +47,14 @@ class RunMatcher(BlockMatcher):
 
     def _advance(self) -> None:
         end = self._history.num_tokens
-        # Whole blocks of tokens at a time: numpy's cost per call is then shared by many tokens.
-        if end - self._processed < self._size:
+        # Many tokens at a time: numpy's cost per call is then shared by them.
+        if end - self._processed < self._stride:
             return
+        self._history.segment()
         self._grow(end)
-        # A slice no longer than a block: a repeat is at least that far away, so its older copy is in the table.
-        for start in range(self._processed, end, self._size):
-            self._match(start, min(start + self._size, end))
+        # A repeat is at least a slice away, so its older copy is in the table.
+        for start in range(self._processed, end, self._stride):
+            self._match(start, min(start + self._stride, end))
         self._processed = end
 
     def _match(self, start: int, end: int) -> None:
@@ -87,8 +89,8 @@ class RunMatcher(BlockMatcher):
         first = end - len(keys)
         for candidate in range(max(position, first), end):
             earlier = self._last_end.get(keys[candidate - first])
-            # Closer than a block, both copies could sit in one block.
-            if earlier is None or candidate - earlier < self._size:
+            # Closer than this, both copies could sit in one block, and no run could be long enough.
+            if earlier is None or candidate - earlier < self._stride:
                 continue
             shift = candidate - earlier
             run_start = self._extend_back(candidate + 1, shift)

@@ -20,6 +20,7 @@ from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import Load, Measurement, run_variant, streaming_window
 from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
+from trtllm_memshare.serving.request import RequestResult
 from trtllm_memshare.serving.variants import Variant, make_variant
 
 _TIMES = (
@@ -54,6 +55,8 @@ class BenchmarkOptions:
     settings: tuple[tuple[str, Any], ...] = ()
     output_json: Path | None = None
     plot: Path | None = None
+    output_texts: Path | None = None
+    read_aliases: str = "fold"
     device: str = "auto"
     seed: int = 0
 
@@ -97,7 +100,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         request_rate=options.request_rate,
         seed=options.seed,
     )
-    bench = _Bench(engine, tokenizer, items, load, device)
+    bench = _Bench(engine, tokenizer, items, load, device, options.read_aliases == "fold")
     blocks = options.kv_cache_blocks or bench.enough_blocks()
     if options.kv_cache_share is not None:
         demand = bench.measure_demand()
@@ -105,6 +108,8 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         print(f"KV pool: {blocks} blocks = {options.kv_cache_share:g} x {demand}, the full cache's peak demand")
     bench.use_pool(blocks)
     entries = bench.run_all(variants, options.repeat)
+    if options.output_texts is not None:
+        bench.write_texts(options.output_texts)
     report = {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -117,6 +122,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         "concurrency": options.concurrency,
         "request_rate": options.request_rate,
         "repeat": options.repeat,
+        "read_aliases": options.read_aliases,
         "seed": options.seed,
         "variants": entries,
     }
@@ -127,8 +133,12 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
 class _Bench:
     """The engine's runner, kept between variants, and the requests."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, items: list[DatasetItem], load: Load, device: str) -> None:
-        self._engine, self._tokenizer, self._items, self._load, self._device = engine, tokenizer, items, load, device
+    def __init__(
+        self, engine: Engine, tokenizer: Any, items: list[DatasetItem], load: Load, device: str, fold: bool
+    ) -> None:
+        self._engine, self._tokenizer, self._items, self._load = engine, tokenizer, items, load
+        self._device, self._fold = device, fold
+        self._first: list[RequestResult] = []
         self._runner: TorchRunner | None = None
         self._boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
 
@@ -148,7 +158,9 @@ class _Bench:
         if self._runner is None or self._runner.num_blocks != num_blocks:
             dtype = getattr(torch, self._engine.kv_dtype)
             build = self._engine.build
-            self._runner = TorchRunner(self._engine.model_dir, num_blocks, build.tokens_per_block, dtype, self._device)
+            self._runner = TorchRunner(
+                self._engine.model_dir, num_blocks, build.tokens_per_block, dtype, self._device, self._fold
+            )
 
     def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:
         """Entries in the order of ``variants``; rounds are interleaved so that drift of the machine hits all alike."""
@@ -161,8 +173,16 @@ class _Bench:
                 elif variant.name == "streaming":
                     variant = Variant(variant.name, rounds[variant.name][0].config)
                 rounds[variant.name].append(self._run(variant))
-        full = rounds.get("full", [None])[0]
+        self._first = rounds[variants[0].name][0].results
+        full = rounds["full"][0] if "full" in rounds else None
         return [_merge(rounds[v.name], full) for v in variants]
+
+    def write_texts(self, path: Path) -> None:
+        """What the first variant generated, one JSON object per request."""
+        texts = [self._tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in self._first]
+        rows = [{"task_id": i.task_id, "text": t} for i, t in zip(self._items, texts, strict=True)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _run(self, variant: Variant) -> Measurement:
         assert self._runner is not None
