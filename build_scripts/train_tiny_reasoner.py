@@ -19,18 +19,11 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=defaults.tokens_per_step)
     parser.add_argument("--muon-learning-rate", type=float, default=defaults.muon_learning_rate)
     parser.add_argument("--adam-learning-rate", type=float, default=defaults.adam_learning_rate)
+    shares = "share of batches with whole transcripts"
     parser.add_argument(
-        "--early-full-share",
-        type=float,
-        default=defaults.early_full_share,
-        help="whole transcripts, first 70 %% of training",
+        "--early-full-share", type=float, default=defaults.early_full_share, help=f"{shares}, first 70 %%"
     )
-    parser.add_argument(
-        "--late-full-share",
-        type=float,
-        default=defaults.late_full_share,
-        help="whole transcripts, last 30 %% of training",
-    )
+    parser.add_argument("--late-full-share", type=float, default=defaults.late_full_share, help=f"{shares}, last 30 %%")
     parser.add_argument("--init-from", type=Path, help="go on from this checkpoint (default: random weights)")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="train in float32 throughout")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,10 +61,16 @@ def family_checkpoint(request, tmp_path_factory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A random Qwen2 checkpoint for reading; engines built from it share its weight file by a hard link."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
 @pytest.fixture
-def tiny_checkpoint(tmp_path) -> Path:
-    """A random Qwen2 checkpoint that a test may damage."""
-    return write_random_checkpoint(tmp_path / "checkpoint")
+def own_checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    """A copy of the tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
 
 
 @pytest.fixture(scope="session")

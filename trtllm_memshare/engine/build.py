@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import trtllm_memshare
-from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint, read_json
-from trtllm_memshare.engine.engine_dir import (
-    BuildConfig,
-    Engine,
-    check_target,
-    parse_build_config,
-    trtllm_config,
-    write_engine,
-)
+from trtllm_memshare.engine.build_config import parse_build_config
+from trtllm_memshare.engine.checkpoint import read_checkpoint, read_json
+from trtllm_memshare.engine.engine_dir import Engine, check_target, trtllm_config, write_engine
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.config import MemShareConfig, make_config
 
@@ -26,88 +20,87 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class BuildPlan:
-    """Everything that decides the outcome; ``backend_reason`` says why the backend was chosen."""
+class BuildOptions:
+    """What a command line asks for; ``None`` = not given.
 
-    checkpoint: Checkpoint
-    output_dir: Path
-    build: BuildConfig
-    memshare: MemShareConfig
+    Attributes:
+      memshare: whether the engine shares; without it the preset is ``off``.
+      preset: name in ``PRESETS``; ``aligned`` if neither it nor the file gives one.
+      build: fields of ``BuildConfig`` as given, None = not given.
+      config_file: JSON ``{"build": {...}, "memshare": {...}}``; the command line wins over it.
+    """
+
+    model_dir: Path = DEFAULT_MODEL_DIR
+    output_dir: Path = Path("engines/tiny_reasoner")
+    memshare: bool = False
+    preset: str | None = None
+    shadow: bool = False
+    backend: str = "auto"
+    build: dict[str, Any] | None = None
+    config_file: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """An engine that can be written.
+
+    Attributes:
+      engine: as it will be; its checkpoint is still the source.
+      backend_reason: which backend was chosen and why, in words.
+    """
+
+    engine: Engine
     backend_reason: str
     force: bool
 
 
-def plan_build(
-    model_dir: Path,
-    output_dir: Path,
-    memshare: bool,
-    preset: str | None,
-    shadow: bool,
-    backend: str,
-    build_options: dict[str, Any],
-    quantization: str | None,
-    tp_size: int,
-    pp_size: int,
-    config_file: Path | None,
-    force: bool,
-) -> BuildPlan:
-    """Settles all settings; command line over file over defaults.
-
-    Args:
-      memshare: whether the engine shares; without it the preset is ``off``.
-      build_options: fields of ``BuildConfig``, None = not given.
-      config_file: JSON ``{"build": {...}, "memshare": {...}}``.
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Settles all settings and checks all input; writes nothing.
 
     Raises:
-      UserError: any setting or checkpoint that cannot be used.
+      UserError: a setting, checkpoint or output directory that cannot be used.
     """
-    if (preset is not None or shadow) and not memshare:
-        option = "--preset" if preset is not None else "--shadow"
-        raise UserError(f"{option} needs --memshare, got it without (add --memshare)")
-    reason = _choose_backend(backend)
-    for name, size in (("--tp-size", tp_size), ("--pp-size", pp_size)):
-        if size != 1:
-            raise UserError(f"{name} must be 1 on the torch backend, got {size} (several GPUs need TensorRT-LLM)")
-    if quantization is not None:
-        raise UserError(f"--quantization is not available on the torch backend, got {quantization} (leave it out)")
-    file = _read_config_file(config_file)
-    checkpoint = read_checkpoint(model_dir)
-    given = {k: v for k, v in build_options.items() if v is not None}
+    backend, reason = _choose_backend(options.backend)
+    file = _read_config_file(options.config_file)
+    memshare = _settle_memshare(options, file["memshare"])
+    checkpoint = read_checkpoint(options.model_dir)
+    given = {key: value for key, value in (options.build or {}).items() if value is not None}
     defaults = {"max_seq_len": checkpoint.max_position_embeddings}
     build = parse_build_config({**defaults, **file["build"], **given}, "build settings")
+    build.check_backend(backend)
     if build.max_seq_len > checkpoint.max_position_embeddings:
         raise UserError(
             f"max_seq_len must be at most the model's max_position_embeddings {checkpoint.max_position_embeddings}, "
             f"got {build.max_seq_len} (lower --max-seq-len)"
         )
-    settings = dict(file["memshare"])
-    chosen = preset or settings.pop("preset", "aligned")
-    settings.pop("preset", None)
-    if shadow:
-        settings["shadow"] = True
-    config = make_config(chosen, **settings) if memshare else make_config("off")
-    check_target(output_dir, force)
-    return BuildPlan(checkpoint, output_dir, build, config, reason, force)
+    check_target(options.output_dir, options.force)
+    engine = Engine(options.output_dir, backend, checkpoint, build, memshare)
+    return BuildPlan(engine, reason, options.force)
 
 
 def build_engine(plan: BuildPlan) -> Engine:
-    """Writes the engine directory."""
-    return write_engine(plan.output_dir, plan.checkpoint, plan.build, plan.memshare, plan.force)
+    """Writes the engine directory and reads it back. Raises UserError if it cannot be written."""
+    engine = plan.engine
+    return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force)
 
 
 def describe_plan(plan: BuildPlan) -> str:
-    """The build configuration as JSON, for ``--dry-run``."""
+    """The plan as JSON, for ``--dry-run``."""
+    engine = plan.engine
     document = {
-        "backend": plan.backend_reason,
-        "output_dir": str(plan.output_dir),
-        **trtllm_config(plan.checkpoint, plan.build),
-        "memshare": plan.memshare.model_dump(),
+        "backend": engine.backend,
+        "model_dir": str(engine.model_dir),
+        "output_dir": str(engine.engine_dir),
+        **trtllm_config(engine.checkpoint, engine.build),
+        "memshare": engine.memshare.model_dump(),
+        "summary": summarize(engine).splitlines(),
     }
     return json.dumps(document, indent=2)
 
 
 def summarize(engine: Engine) -> str:
-    """What was built, in words and figures."""
+    """What the engine is, in words and figures: KV block size, what a GiB holds, what MemShare will do."""
     size, tokens = engine.bytes_per_block, engine.build.tokens_per_block
     per_gib = _GIB // size
     return "\n".join(
@@ -125,36 +118,54 @@ def describe_sharing(config: MemShareConfig) -> str:
     if config.preset == "off":
         return "off, every request keeps all of its blocks"
     what = "reports repeats but shares nothing (shadow)" if config.shadow else "shares the blocks of repeats"
-    where = "token runs at any shift" if config.matcher == "runs" else "similar steps, block by block"
+    if config.matcher == "runs":
+        where = f"runs of at least {config.min_run_tokens} matching tokens at any shift"
+    else:
+        where = f"similar steps (cosine at least {config.min_step_cosine:g}), block by block"
     kept = "the newer copy stays" if config.direction == "keep-latest" else "the older copy stays"
-    check = (
-        "no KV comparison"
-        if config.accept_all
-        else f"K and V within {config.max_distance:g} in {config.layer_quorum:.0%} of the layers, K compared "
-        + ("without its rotation" if config.undo_rope else "as stored")
-    )
+    if config.accept_all:
+        check = "no KV comparison"
+    else:
+        rotation = "without its rotation" if config.undo_rope else "as stored"
+        layers = "every layer" if config.layer_quorum == 1 else f"{config.layer_quorum:.0%} of the layers"
+        check = f"K and V within a relative distance of {config.max_distance:g} in {layers}, K compared {rotation}"
     return (
-        f"preset {config.preset} {what}: {where}, {check}; {kept}; the last {config.protected_tokens} tokens and "
-        f"{config.protected_steps} steps are never touched"
+        f"preset {config.preset} {what}: {where}, {check}; {kept}, one block serves at most {config.max_aliases} "
+        f"places; the prompt, the last {config.protected_tokens} tokens and the last {config.protected_steps} steps "
+        f"are never given up"
     )
 
 
-def _choose_backend(backend: str) -> str:
-    """Returns what was chosen and why; raises UserError for what cannot be had."""
+def _settle_memshare(options: BuildOptions, settings: dict[str, Any]) -> MemShareConfig:
+    if not options.memshare:
+        for name, given in (
+            ("--preset", options.preset is not None),
+            ("--shadow", options.shadow),
+            (f"memshare in {options.config_file}", bool(settings)),
+        ):
+            if given:
+                raise UserError(f"{name} needs --memshare, got it without (add --memshare)")
+        return make_config("off")
+    settings = dict(settings)
+    in_file = settings.pop("preset", "aligned")
+    if options.shadow:
+        settings["shadow"] = True
+    return make_config(str(options.preset or in_file), **settings)
+
+
+def _choose_backend(asked: str) -> tuple[str, str]:
+    """Returns the backend's name, and what was chosen and why; raises UserError for what cannot be had."""
     present = importlib.util.find_spec("tensorrt_llm") is not None
-    if backend == "tensorrt":
-        missing = (
-            "tensorrt_llm is installed, but" if present else "tensorrt_llm 1.2.1 and TensorRT 10.14 are missing, and"
-        )
+    if asked == "tensorrt":
+        missing = "" if present else "tensorrt_llm 1.2.1 and TensorRT 10.14 are missing, and "
         raise UserError(
-            f"backend tensorrt cannot be built yet: {missing} this version has no TensorRT "
-            f"builder (use --backend torch)"
+            f"backend tensorrt cannot be built yet: {missing}this version has no TensorRT builder (use --backend torch)"
         )
-    if backend == "torch":
-        return "torch (asked for)"
-    return "torch (tensorrt_llm is " + (
-        "installed, its builder is not part of this version)" if present else "not installed)"
-    )
+    if asked == "torch":
+        return "torch", "torch (asked for)"
+    # Once there is a builder for it, tensorrt comes first here.
+    why = "installed, but this version has no builder for it" if present else "not installed"
+    return "torch", f"torch (tensorrt_llm is {why})"
 
 
 def _read_config_file(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -165,5 +176,5 @@ def _read_config_file(path: Path | None) -> dict[str, dict[str, Any]]:
         if key not in ("build", "memshare"):
             raise UserError(f"{path} has an unknown key {key} ({nearest(key, ('build', 'memshare'))})")
         if not isinstance(value, dict):
-            raise UserError(f"{path}: {key} must be an object, got {type(value).__name__}")
+            raise UserError(f"{path}: {key} must be an object, got {type(value).__name__} (see --help)")
     return {"build": document.get("build", {}), "memshare": document.get("memshare", {})}

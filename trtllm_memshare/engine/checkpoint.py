@@ -7,16 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.engine.weights import check_weights
 from trtllm_memshare.errors import UserError
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_LONGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # rotations that depend on the position alone
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an engine needs to know of a model. ``dtype``: of the weights, e.g. "float32"."""
+    """What an engine needs to know of a model.
+
+    Attributes:
+      dtype: element type the model computes in, a key of ``ELEMENT_BYTES``.
+      max_position_embeddings: longest sequence, in tokens.
+      rope_theta: base of the rotary frequencies.
+      stop_token_ids: end-of-text tokens, those transformers' ``generate`` stops at.
+    """
 
     model_dir: Path
     architecture: str
@@ -39,34 +48,39 @@ def read_checkpoint(model_dir: Path) -> Checkpoint:
       UserError: a missing or half-written file, weights that are not safetensors, or an architecture that the paged
         cache cannot serve (sliding window, no rotary embedding, encoder-decoder, rotations that change with length).
     """
+    if not model_dir.is_dir():
+        raise UserError(
+            f"no checkpoint directory at {model_dir} (give --model-dir a folder with a Hugging Face checkpoint; a name "
+            f"on the hub has to be downloaded first)"
+        )
     config = read_json(model_dir / "config.json", "the checkpoint", "give --model-dir a Hugging Face checkpoint")
     _check_architecture(config, model_dir)
-    check_weights(model_dir)
-    if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(
-            f"{model_dir} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)} (copy the tokenizer files "
-            f"of the model beside its weights)"
-        )
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        rope = config.get("rope_parameters") or {}
-        eos = config.get("eos_token_id")
-        return Checkpoint(
-            model_dir=model_dir,
-            architecture=config["architectures"][0],
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            hidden_size=hidden,
-            num_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            stop_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        )
-    except KeyError as error:
-        raise UserError(f"{model_dir}/config.json lacks {error.args[0]} (take the config.json of the model)") from error
+    weight_dtype = check_weights(model_dir)
+    _check_tokenizer(model_dir)
+    generation = _optional_json(model_dir / "generation_config.json")
+    path = model_dir / "config.json"
+    heads, hidden = _positive(config, "num_attention_heads", path), _positive(config, "hidden_size", path)
+    kv_heads = _positive(config, "num_key_value_heads", path, heads)
+    if heads % kv_heads:
+        raise UserError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    # transformers takes the weights' own type where the config names none; 4.x wrote the key as torch_dtype.
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or weight_dtype).removeprefix("torch.")
+    if dtype not in ELEMENT_BYTES:
+        raise UserError(f"{path} has dtype {dtype}, expected one of {', '.join(ELEMENT_BYTES)} (convert the weights)")
+    return Checkpoint(
+        model_dir=model_dir,
+        architecture=config["architectures"][0],
+        dtype=dtype,
+        hidden_size=hidden,
+        num_layers=_positive(config, "num_hidden_layers", path),
+        num_attention_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=_positive(config, "head_dim", path, hidden // heads),
+        vocab_size=_positive(config, "vocab_size", path),
+        max_position_embeddings=_positive(config, "max_position_embeddings", path),
+        rope_theta=_rope_theta(config, path),
+        stop_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id")), path),
+    )
 
 
 def read_json(path: Path, whose: str, remedy: str) -> dict[str, Any]:
@@ -75,77 +89,107 @@ def read_json(path: Path, whose: str, remedy: str) -> dict[str, Any]:
         raise UserError(f"{whose} is missing {path} ({remedy})")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror} ({remedy})") from error
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is damaged: not JSON ({error}) ({remedy})") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(document).__name__} ({remedy})")
     return document
 
 
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises UserError if there are none or one is missing."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(read_json(index, "the checkpoint", "copy the checkpoint again").get("weight_map", {}).values())
-        missing = sorted(n for n in names if not (model_dir / n).is_file())
-        if missing or not names:
-            raise UserError(
-                f"{model_dir} lacks {', '.join(missing) or 'all shards'} named in {index.name} (copy again)"
-            )
-        return [model_dir / n for n in sorted(names)]
-    single = model_dir / "model.safetensors"
-    if single.is_file():
-        return [single]
-    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in model_dir.glob(pattern))
-    found = f"found {', '.join(others)}, which can run code when loaded" if others else "found no weights"
-    raise UserError(f"{model_dir} needs model.safetensors, {found} (save the model with safe_serialization=True)")
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a checkpoint's config.json that spells its rotary settings for transformers 4.x and 5.x.
 
-
-def check_weights(model_dir: Path) -> None:
-    """Compares each safetensors file's length with what its header promises.
-
-    The format: 8 bytes with the header's length, the header as JSON with each tensor's offsets, then the data.
+    4.57 does not know ``rope_parameters``: it loads what 5.x saved with base 10000, whatever the file says.
     """
-    for path in weight_files(model_dir):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            whole = size >= 8 and 0 < length <= min(size - 8, _LONGEST_HEADER)
-            try:
-                header = json.loads(file.read(length)) if whole else {}
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-                ends = []
-        expected = 8 + length + max(ends) if ends else None
-        if expected != size:
-            detail = f"expected {expected} bytes, got {size}" if expected else "its header cannot be read"
-            raise UserError(f"{path} is half-written or damaged: {detail} (copy or download the checkpoint again)")
+    rope = _rope_settings(config)
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_plain = (scaling.get("rope_type") or scaling.get("type") or "default") == "default"
+    return {
+        **config,
+        "rope_theta": theta,
+        "rope_scaling": None if is_plain else scaling,
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta},
+    }
 
 
 def _check_architecture(config: dict[str, Any], model_dir: Path) -> None:
     """Refuses what paged attention with shared blocks would compute wrongly."""
-    names = config.get("architectures") or ["none"]
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "none"
     if config.get("is_encoder_decoder"):
-        raise UserError(f"{model_dir} is an encoder-decoder ({names[0]}), expected one of {', '.join(SUPPORTED)}")
-    if names[0] not in SUPPORTED:
+        raise UserError(f"{model_dir} is an encoder-decoder ({name}), expected one of {', '.join(SUPPORTED)}")
+    if name not in SUPPORTED:
         raise UserError(
-            f"{model_dir} has architecture {names[0]}, expected one of {', '.join(SUPPORTED)}: decoders with rotary "
+            f"{model_dir} has architecture {name}, expected one of {', '.join(SUPPORTED)}: decoders with rotary "
             f"embeddings and no sliding window"
         )
+    if config.get("quantization_config"):
+        raise UserError(f"{model_dir} holds quantized weights, expected plain ones (take the unquantized checkpoint)")
     slides = "sliding_attention" in (config.get("layer_types") or [])
-    if names[0] == "MistralForCausalLM":
-        slides = slides or config.get("sliding_window") is not None
+    if name == "MistralForCausalLM":
+        # A config without the key means 4096: that is transformers' default for Mistral.
+        slides = slides or config.get("sliding_window", 4096) is not None
     else:
         slides = slides or bool(config.get("use_sliding_window"))
     if slides:
         raise UserError(
             f"{model_dir} uses a sliding window, which rewrites cache slots that sharing relies on (take a model "
-            f"without one, or set use_sliding_window to false if the model was trained for full attention)"
+            f"without one, or switch it off in config.json if the model was trained for full attention)"
         )
-    rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+    rope = _rope_settings(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind in ("dynamic", "longrope"):
+    if kind not in _ROPE_TYPES:
         raise UserError(
-            f"{model_dir} has rope_type {kind}, whose rotations change with the length of the text, expected default, "
-            f"linear, llama3 or yarn (K of two positions could not be compared)"
+            f"{model_dir} has rope_type {kind}, expected one of {', '.join(_ROPE_TYPES)}: K of two positions cannot be "
+            f"compared when rotations change with the length of the text (take a model without it)"
         )
+
+
+def _check_tokenizer(model_dir: Path) -> None:
+    if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"{model_dir} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)} (copy the tokenizer files "
+            f"of the model beside its weights)"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _optional_json(model_dir / name)
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path, "the checkpoint", "copy the file again") if path.exists() else {}
+
+
+def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """``rope_scaling`` of transformers 4.x where it is given, as in 5.x too; else ``rope_parameters`` of 5.x."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(config.get(key), dict) and config[key]:
+            return config[key]
+    return {}
+
+
+def _rope_theta(config: dict[str, Any], path: Path) -> float:
+    theta = _rope_settings(config).get("rope_theta", config.get("rope_theta", 10000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"{path}: rope_theta must be a positive number, got {theta!r} (take the model's own file)")
+    return float(theta)
+
+
+def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
+    """A positive integer of ``config``; a missing or null key means ``default``, where there is one."""
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"{path} lacks {key} (take the config.json of the model)")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: {key} must be a positive integer, got {value!r} (take the model's own file)")
+    return value
+
+
+def _token_ids(value: Any, path: Path) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UserError(f"{path}: eos_token_id must be token ids, got {value!r} (take the model's own file)")
+    return tuple(ids)

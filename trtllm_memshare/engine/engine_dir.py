@@ -1,56 +1,42 @@
-"""The engine directory: `config.json` in TensorRT-LLM's shape, `memshare.json`, and the model's own files."""
+"""The engine directory of the torch backend: what is in it, how it is read, checked and written.
+
+The layout::
+
+    config.json     TensorRT-LLM's shape: version, pretrained_config, build_config with plugin_config
+    memshare.json   format_version, backend, memshare (the settings), torch (what config.json has no place for)
+    model/          the checkpoint: weights as hard links where the file system allows them, the rest copied
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from trtllm_memshare.engine.checkpoint import Checkpoint, check_weights, read_checkpoint, read_json
-from trtllm_memshare.errors import UserError, describe_validation_error, nearest
+from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
+from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint, read_json
+from trtllm_memshare.engine.weights import weight_files
+from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.config import MemShareConfig, parse_config
 
 FORMAT_VERSION = 1
 TRTLLM_VERSION = "1.2.1"  # whose shape of config.json is written
 _REBUILD = "build it again with build_scripts/build_engine.py --force"
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-class BuildConfig(BaseModel):
-    """What an engine is built for; lengths in tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tokens_per_block: int = 16
-    max_batch_size: int = Field(64, ge=1)
-    max_seq_len: int = Field(4096, ge=1)
-    max_num_tokens: int = Field(2048, ge=1)
-    kv_cache_dtype: str = "auto"
-
-    @field_validator("tokens_per_block")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if not 8 <= value <= 128 or value & (value - 1):
-            raise ValueError("must be a power of two between 8 and 128 (set --tokens-per-block 16)")
-        return value
-
-    @field_validator("kv_cache_dtype")
-    @classmethod
-    def _known_dtype(cls, value: str) -> str:
-        if value != "auto" and value not in _ELEMENT_BYTES:
-            raise ValueError(f"must be one of auto, {', '.join(_ELEMENT_BYTES)} on the torch backend")
-        return value
+_COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken")  # tokenizer and settings; never code
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine directory that was read and checked."""
+    """An engine directory that was read and checked, or is about to be written.
+
+    Attributes:
+      checkpoint: facts of the model; ``checkpoint.model_dir`` is where the weights are.
+    """
 
     engine_dir: Path
     backend: str
@@ -77,25 +63,20 @@ class Engine:
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block over all layers, K and V."""
+        """Bytes of one block over all layers, K and V.
+
+        4 layers, 2 KV heads of 32, 16 tokens, float32: 4 * 2 * 2 * 16 * 32 * 4 = 32,768.
+        """
         c = self.checkpoint
         elements = c.num_layers * 2 * c.num_kv_heads * self.build.tokens_per_block * c.head_dim
-        return elements * _ELEMENT_BYTES[self.kv_dtype]
-
-
-def parse_build_config(values: dict[str, Any], where: str) -> BuildConfig:
-    """Validates build settings. Raises UserError naming the key, and the nearest known one for an unknown key."""
-    try:
-        return BuildConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(describe_validation_error(error, BuildConfig.model_fields, where)) from error
+        return elements * ELEMENT_BYTES[self.kv_dtype]
 
 
 def load_engine(engine_dir: Path) -> Engine:
-    """Reads an engine directory.
+    """Reads and checks an engine directory.
 
     Raises:
-      UserError: no such directory, a missing or damaged file, unknown keys, or another format version.
+      UserError: no such directory, a missing or damaged file, unknown keys, another version, or files that disagree.
     """
     if not engine_dir.is_dir():
         raise UserError(
@@ -105,25 +86,23 @@ def load_engine(engine_dir: Path) -> Engine:
     config = read_json(engine_dir / "config.json", f"engine {engine_dir}", remedy)
     document = read_json(engine_dir / "memshare.json", f"engine {engine_dir}", remedy)
     path = engine_dir / "memshare.json"
-    known = ("format_version", "backend", "memshare", "build")
-    for key in document:
-        if key not in known:
-            raise UserError(f"{path} has an unknown key {key} ({nearest(key, known)})")
-    for key in known:
-        if key not in document:
-            raise UserError(f"{path} lacks {key} ({remedy})")
+    _check_keys(document, ("format_version", "backend", "memshare", "torch"), f"{path}", remedy)
     if document["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {document['format_version']}, expected {FORMAT_VERSION} ({_REBUILD})"
+            f"{path} has format_version {document['format_version']!r}, expected {FORMAT_VERSION} ({_REBUILD})"
         )
     if document["backend"] != "torch":
         raise UserError(f"{path} names backend {document['backend']!r}, expected torch ({_REBUILD})")
-    if "pretrained_config" not in config or "build_config" not in config:
-        raise UserError(f"{engine_dir}/config.json lacks pretrained_config or build_config ({remedy})")
+    _check_keys(document["torch"], ("kv_cache_dtype",), f"{path}: torch", remedy)
     memshare = parse_config(document["memshare"], str(path))
-    build = parse_build_config(document["build"], str(path))
-    check_weights(engine_dir / "model")
-    return Engine(engine_dir, document["backend"], read_checkpoint(engine_dir / "model"), build, memshare)
+    try:
+        checkpoint = read_checkpoint(engine_dir / "model")
+    except UserError as error:
+        raise UserError(f"engine {engine_dir} is damaged, {_REBUILD}: {error}") from error
+    build = _read_build(config, document["torch"]["kv_cache_dtype"], engine_dir / "config.json", remedy)
+    # Runners take the model's facts from model/config.json: a config.json that says otherwise is no description of it.
+    _check_same(trtllm_config(checkpoint, build), config, f"{engine_dir / 'config.json'}: ", remedy)
+    return Engine(engine_dir, document["backend"], checkpoint, build, memshare)
 
 
 def write_engine(
@@ -131,31 +110,34 @@ def write_engine(
 ) -> Engine:
     """Writes an engine for the torch backend: all of it, or nothing.
 
+    Builds a hidden sibling and renames it, so that a reader sees the old engine or the new one.
+
     Raises:
-      UserError: the directory exists and ``force`` is False, or it is not an engine directory.
+      UserError: the directory exists and ``force`` is False, it is not an engine directory, or the disk refuses.
     """
     check_target(output_dir, force)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
+    target = output_dir.resolve()
+    made = [parent for parent in target.parents if not parent.exists()]  # nearest first
+    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    retired = staging.with_suffix(".old")
     try:
-        _write_json(staging / "config.json", trtllm_config(checkpoint, build))
-        document = {
-            "format_version": FORMAT_VERSION,
-            "backend": "torch",
-            "build": build.model_dump(),
-            "memshare": memshare.model_dump(),
-        }
-        _write_json(staging / "memshare.json", document)
-        (staging / "model").mkdir()
-        for source in checkpoint.model_dir.iterdir():
-            if source.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja"):
-                _link_or_copy(source, staging / "model" / source.name)
-        staging.chmod(0o755)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        os.replace(staging, output_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _fill(staging, checkpoint, build, memshare)
+        load_engine(staging)
+        if target.exists():
+            os.rename(target, retired)
+        os.rename(staging, target)
+    except OSError as error:
+        raise UserError(f"cannot write {output_dir}: {error} (choose another --output-dir, or make room)") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if retired.exists() and not target.exists():
+            os.rename(retired, target)
+        for leftover in (staging, retired):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not target.exists():
+            with contextlib.suppress(OSError):  # another process may have put something there
+                for parent in made:
+                    parent.rmdir()
     return load_engine(output_dir)
 
 
@@ -163,7 +145,7 @@ def check_target(output_dir: Path, force: bool) -> None:
     """Refuses an output directory that holds something else, or an engine unless ``force``."""
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return
-    if not (output_dir / "memshare.json").is_file():
+    if not _is_engine_dir(output_dir):
         raise UserError(f"{output_dir} exists and is no engine directory (choose another --output-dir)")
     if not force:
         raise UserError(f"{output_dir} holds an engine already (set --force to replace it, or another --output-dir)")
@@ -186,8 +168,12 @@ def trtllm_config(checkpoint: Checkpoint, build: BuildConfig) -> dict[str, Any]:
             "max_position_embeddings": c.max_position_embeddings,
             "position_embedding_type": "rope_gpt_neox",
             "rotary_base": c.rope_theta,
-            "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1},
-            "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+            "mapping": {
+                "world_size": build.tp_size * build.pp_size,
+                "tp_size": build.tp_size,
+                "pp_size": build.pp_size,
+            },
+            "quantization": {"quant_algo": build.quantization, "kv_cache_quant_algo": None},
         },
         "build_config": {
             "max_input_len": build.max_seq_len - 1,
@@ -196,9 +182,88 @@ def trtllm_config(checkpoint: Checkpoint, build: BuildConfig) -> dict[str, Any]:
             "max_beam_width": 1,
             "max_num_tokens": build.max_num_tokens,
             "kv_cache_type": "PAGED",
-            "plugin_config": {"tokens_per_block": build.tokens_per_block, "remove_input_padding": True},
+            "plugin_config": {
+                "tokens_per_block": build.tokens_per_block,
+                "paged_kv_cache": True,
+                "remove_input_padding": True,
+            },
         },
     }
+
+
+def _fill(folder: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: MemShareConfig) -> None:
+    (folder / "model").mkdir(parents=True)
+    _write_json(folder / "config.json", trtllm_config(checkpoint, build))
+    document = {
+        "format_version": FORMAT_VERSION,
+        "backend": "torch",
+        "memshare": memshare.model_dump(),
+        "torch": {"kv_cache_dtype": build.kv_cache_dtype},
+    }
+    _write_json(folder / "memshare.json", document)
+    # The small files are copied: an edit of the checkpoint's config.json must not change engines built from it.
+    for source in checkpoint.model_dir.iterdir():
+        if source.suffix in _COPIED and source.is_file() and not source.name.endswith(".bin.index.json"):
+            shutil.copy2(source, folder / "model" / source.name)
+    config = read_json(checkpoint.model_dir / "config.json", "the checkpoint", "copy the checkpoint again")
+    _write_json(folder / "model" / "config.json", portable_config(config))
+    for source in weight_files(checkpoint.model_dir):
+        _link_or_copy(source, folder / "model" / source.name)
+
+
+def _is_engine_dir(folder: Path) -> bool:
+    """True for an engine, and for one that lost its memshare.json: ``--force`` may mend that too."""
+    if (folder / "memshare.json").is_file():
+        return True
+    if not folder.is_dir() or {entry.name for entry in folder.iterdir()} != {"config.json", "model"}:
+        return False
+    try:
+        return {"pretrained_config", "build_config"} <= set(read_json(folder / "config.json", "", ""))
+    except UserError:
+        return False
+
+
+def _read_build(config: dict[str, Any], kv_cache_dtype: Any, path: Path, remedy: str) -> BuildConfig:
+    if config.get("version") != TRTLLM_VERSION:
+        raise UserError(f"{path} has version {config.get('version')!r}, expected {TRTLLM_VERSION!r} ({_REBUILD})")
+    try:
+        section, model = config["build_config"], config["pretrained_config"]
+        values = {
+            "tokens_per_block": section["plugin_config"]["tokens_per_block"],
+            **{key: section[key] for key in ("max_batch_size", "max_seq_len", "max_num_tokens")},
+            "kv_cache_dtype": kv_cache_dtype,
+            "quantization": model["quantization"]["quant_algo"],
+            "tp_size": model["mapping"]["tp_size"],
+            "pp_size": model["mapping"]["pp_size"],
+        }
+    except (KeyError, TypeError) as error:
+        missing = f"lacks {error.args[0]}" if isinstance(error, KeyError) else "has a value in place of an object"
+        raise UserError(f"{path} {missing} ({remedy})") from error
+    build = parse_build_config(values, str(path))
+    build.check_backend("torch")
+    return build
+
+
+def _check_keys(document: Any, known: tuple[str, ...], where: str, remedy: str) -> None:
+    """Every known key and no other."""
+    if not isinstance(document, dict):
+        raise UserError(f"{where} must be an object, got {type(document).__name__} ({remedy})")
+    for key in document:
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {key} ({nearest(key, known)}): correct it, or {_REBUILD}")
+    for key in known:
+        if key not in document:
+            raise UserError(f"{where} lacks {key} ({remedy})")
+
+
+def _check_same(expected: Any, got: Any, where: str, remedy: str) -> None:
+    """Names the first place at which two documents differ; ``where`` is a prefix such as "config.json: "."""
+    if isinstance(expected, dict):
+        _check_keys(got, tuple(expected), where.rstrip(": ."), remedy)
+        for key, value in expected.items():
+            _check_same(value, got[key], f"{where}{key}" + ("." if isinstance(value, dict) else ""), remedy)
+    elif expected != got:
+        raise UserError(f"{where} is {got!r}, expected {expected!r} for the model in the engine ({remedy})")
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -33,13 +33,16 @@ class MemShareConfig(BaseModel):
     accept_all: bool = Field(False, description="skip stage 2: every lexical candidate counts as equal")
     undo_rope: bool = Field(True, description="compare K after undoing the rotation between the two positions")
     max_distance: float = Field(0.5, ge=0, description="largest relative distance, summed along a chain of copies")
+    pool_layers: bool = Field(
+        False, description="one distance over K and V of all layers, as in the paper, instead of a vote of the layers"
+    )
     layer_quorum: float = Field(1.0, gt=0, le=1, description="share of layers that must lie within max_distance")
 
     protected_tokens: int = Field(64, ge=0, description="most recent tokens that are never retired")
     protected_steps: int = Field(2, ge=0, description="most recent whole steps that are never retired")
     max_aliases: int = Field(8, ge=2, description="most block-table entries that may point at one block")
     scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
-    search_interval: int = Field(4, ge=1, description="decode steps between two searches")
+    search_interval: int = Field(6, ge=1, description="decode steps between two searches")
     max_pairs: int = Field(64, ge=1, description="most candidate pairs compared in one search")
 
     control: Literal["none", "drop-duplicate", "random", "streaming"] = Field(
@@ -67,6 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "direction": "keep-earliest",
         "matcher": "steps",
         "undo_rope": False,
+        "pool_layers": True,
         "max_distance": 0.9,
     },
     "aligned": {"preset": "aligned"},

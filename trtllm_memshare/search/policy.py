@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from trtllm_memshare.search.block_distance import relative_distances
+from trtllm_memshare.search.block_distance import DK, DV, K_NEW, V_NEW, relative_distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate, Decision, PairBatch
 
@@ -51,8 +51,12 @@ class SharingPolicy:
         """The distance that a quorum of layers stays within, float32 ``[pairs]``; NaN if any sum is NaN.
 
         A layer's distance is the larger of its K's and its V's. With 4 layers and a quorum of 0.75 the result is the
-        third smallest of the four: it is within a threshold exactly if three layers are.
+        third smallest of the four: it is within a threshold exactly if three layers are. With ``pool_layers`` it is one
+        Euclidean distance over all of them, relative to the newer block.
         """
+        if self._config.pool_layers:
+            total = sums.sum(1)
+            return np.sqrt((total[:, DK] + total[:, DV]) / (total[:, K_NEW] + total[:, V_NEW]))
         per_layer = relative_distances(sums).max(-1)
         rank = math.ceil(self._config.layer_quorum * per_layer.shape[1] - 1e-9)
         vote = np.sort(per_layer, axis=1)[:, rank - 1]

@@ -28,7 +28,7 @@ class RunMatcher(BlockMatcher):
         self, config: MemShareConfig, tokens_per_block: int, num_prompt_tokens: int, boundaries: BoundaryTokens
     ) -> None:
         super().__init__(config, tokens_per_block, num_prompt_tokens, boundaries)
-        self._stride = max(tokens_per_block, config.min_run_tokens)
+        self._stride = tokens_per_block
         self._keep_latest = config.direction == "keep-latest"
         self._weights = np.random.default_rng(0).integers(1, 2**63, config.shingle_tokens, dtype=np.uint64) | np.uint64(
             1

@@ -1,0 +1,69 @@
+"""The benchmark end to end on a small engine: report, picture, controls and bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, script, *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "tiny"
+    done = run("build_scripts/build_engine.py", "--memshare", "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_report_picture_and_equal_memory(engine, tmp_path):
+    arms = ["full", "aligned", "shadow", "streaming", "full-guaranteed"]
+    done = run(
+        "benchmarks/inflight_batching.py", "--engine-dir", engine, "--dataset", "benchmarks/data/demo.jsonl",
+        "--num-requests", 6, "--kv-cache-blocks", 400, "--variants", *arms, "--output-json", tmp_path / "r.json",
+        "--plot", tmp_path / "r.png", "--output-texts", tmp_path / "t.jsonl",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [v["variant"] for v in report["variants"]] == [v["variant"] for v in last["variants"]] == arms
+    full, aligned, shadow, streaming, _ = report["variants"]
+    assert full["shared_block_fraction"] == shadow["shared_block_fraction"] == 0
+    assert shadow["same_tokens_as_full"] == 1
+    assert shadow["shadow_decisions"] > 0
+    assert aligned["block_steps_per_request"] < full["block_steps_per_request"]
+    ratio = streaming["block_steps_per_request"] / aligned["block_steps_per_request"]
+    assert 0.8 < ratio < 1.2
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (["--variants", "ful"], "unknown variant ful (did you mean full?)"),
+        (["--variants", "streaming"], "add both to --variants"),
+        (["--kv-cache-blocks", 20], "the KV pool is too small for one request"),
+        (["--kv-cache-blocks", 20, "--kv-cache-share", 0.5], "give one of them"),
+        (["--set", "max_distance"], "--set takes KEY=VALUE, got max_distance"),
+        (["--set", "max_distanc=1"], "unknown key max_distanc (did you mean max_distance?)"),
+        (["--concurrency", 0], "--concurrency must be positive, got 0"),
+        (["--engine-dir", "nowhere"], "no engine directory at nowhere"),
+        (["--dataset", "README.md"], "README.md line 1 is not JSON"),
+    ],
+)
+def test_bad_input(engine, options, phrase):
+    base = ["--engine-dir", engine, "--dataset", "benchmarks/data/demo.jsonl", "--num-requests", 2]
+    done = run("benchmarks/inflight_batching.py", *base, *options)
+    assert done.returncode == 2, done.stderr
+    assert phrase in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
