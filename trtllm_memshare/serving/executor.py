@@ -75,7 +75,7 @@ class Executor:
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
         )
         self._scheduler = Scheduler(self.manager, scheduler_policy, max_batch_size, max_num_tokens)
-        self._sharing = Sharing(self.manager, config)
+        self.sharing = Sharing(self.manager, config)
         self._sampler = Sampler()
         self.stats = ExecutorStats()
         self._ids = itertools.count()
@@ -128,23 +128,23 @@ class Executor:
     @property
     def rejected(self) -> dict[str, int]:
         """Candidates that stage 2 turned down, by reason."""
-        return dict(self._sharing.policy.rejected)
+        return dict(self.sharing.policy.rejected)
 
     def step(self) -> None:
         """One iteration: apply the last search's decisions, schedule, run, sample, finish."""
         started = time.perf_counter()
         self._take_submissions()
         self._drop_cancelled()
-        self._sharing.apply()
+        self.sharing.apply()
         schedule = self._scheduler.schedule()
         if not schedule.contexts and not schedule.generations:
             return
         batch, states = self._make_batch(schedule)
         output = self._runner.step(self._runner.prepare(batch))
-        self._sharing.take_distances(output.block_distances, output.search_seconds)
+        self.sharing.take_distances(output.block_distances, output.search_seconds)
         self._advance(schedule, states, output.logits)
         self.stats.record_step(
-            started, time.perf_counter(), self.manager.pool.num_used, len(states), self._sharing.seconds
+            started, time.perf_counter(), self.manager.pool.num_used, len(states), self.sharing.seconds
         )
 
     def run_until_idle(self) -> None:
@@ -206,7 +206,7 @@ class Executor:
         chunks = [c for _, c in schedule.contexts] + [1] * len(schedule.generations)
         starts = [s.num_computed for s, _ in schedule.contexts] + [len(s.tokens) - 1 for s in schedule.generations]
         spans = list(zip(states, starts, chunks, strict=True))
-        pairs = self._sharing.search(self.stats.num_steps)
+        pairs = self.sharing.search(self.stats.num_steps)
         batch = StepBatch(
             input_ids=np.fromiter((t for s, b, c in spans for t in s.tokens[b : b + c]), np.int32, sum(chunks)),
             position_ids=np.fromiter((p for _, b, c in spans for p in range(b, b + c)), np.int32, sum(chunks)),
