@@ -18,6 +18,10 @@ def _number(key: str, digits: int) -> Callable[[dict[str, Any]], str]:
     return lambda v: "-" if v.get(key) is None else f"{v[key]:.{digits}f}"
 
 
+def _latency(percentile: str) -> Callable[[dict[str, Any]], str]:
+    return lambda v: _number(percentile, 0)(v["request_latency_percentiles_ms"] or {})
+
+
 COLUMNS: list[_Column] = [
     ("variant", lambda v: str(v["variant"])),
     ("right %", _percent("accuracy")),
@@ -25,8 +29,8 @@ COLUMNS: list[_Column] = [
     ("req/s", _number("request_throughput_req_s", 2)),
     ("right/s", _number("correct_answers_per_s", 2)),
     ("tok/s", _number("system_output_throughput_tok_s", 0)),
-    ("p50 ms", lambda v: f"{v['request_latency_percentiles_ms']['p50']:.0f}"),
-    ("p99 ms", lambda v: f"{v['request_latency_percentiles_ms']['p99']:.0f}"),
+    ("p50 ms", _latency("p50")),
+    ("p99 ms", _latency("p99")),
     ("TTFT ms", _number("avg_ttft_ms", 0)),
     ("tokens", _number("mean_output_tokens", 0)),
     ("blocks/req", _number("mean_resident_blocks_per_request", 1)),
