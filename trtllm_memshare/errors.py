@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -27,6 +29,17 @@ def describe_validation_error(error: ValidationError, known: Iterable[str], wher
     if first["type"] == "extra_forbidden":
         return f"{where} has an unknown key {key} ({nearest(key, known)})"
     return f"{where}: {key} {first['msg'].lower()}, got {first['input']!r}" if key else f"{where}: {first['msg']}"
+
+
+def parse_json_line(line: str, where: str) -> dict[str, Any]:
+    """One object of a JSON-lines file; ``where`` names file and line. Raises UserError if it is not one."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno} (one object per line)") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}")
+    return row
 
 
 def run_command_line(main: Callable[[], None]) -> None:

@@ -75,7 +75,7 @@ def test_sharing_frees_blocks_and_keeps_most_answers(runner, boundaries, prompts
 @pytest.mark.parametrize("preset", ["off", "aligned"])
 @pytest.mark.parametrize("policy", [MAX_UTILIZATION, GUARANTEED_NO_EVICT])
 def test_a_small_pool_delays_but_changes_no_token(runner, boundaries, prompts, generated, preset, policy):
-    """With 16 tokens of room to spare per request, nothing is old enough to be shared: outputs must be equal."""
+    """Every generated token is protected, so nothing is shared: pauses and waits alone must not change an output."""
     config = make_config(preset, protected_tokens=NEW_TOKENS)
     outputs, executor = run(
         runner, boundaries, prompts[:12], config, num_blocks=30, scheduler_policy=policy, max_num_tokens=48

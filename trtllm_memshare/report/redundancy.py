@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.errors import UserError, nearest, parse_json_line
 from trtllm_memshare.search.redundancy import Redundancy
 
 TEXT_FIELDS = ("reasoning", "text")
@@ -54,12 +53,7 @@ def redundancy_table(columns: dict[str, Redundancy]) -> str:
 
 
 def _text_of(line: str, field: str | None, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno} (one object per line)") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}")
+    row = parse_json_line(line, where)
     name = field or next((known for known in TEXT_FIELDS if known in row), TEXT_FIELDS[0])
     if name not in row:
         raise UserError(f"{where} has no field {name} (set --field; {nearest(name, row)})")

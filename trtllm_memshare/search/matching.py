@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from trtllm_memshare.search.config import MemShareConfig
@@ -38,7 +40,7 @@ class TokenHistory:
             self._segmented = self.num_tokens
 
 
-class BlockMatcher:
+class BlockMatcher(ABC):
     """Base of the stage-1 matchers of one request: the list of ready blocks and the protection of recent text.
 
     Subclasses fill ``_ready`` in ``_advance``, which sees new tokens once.
@@ -88,5 +90,6 @@ class BlockMatcher:
         self._ready = dict.fromkeys(sorted(self._settled | set(self._ready)))
         self._settled.clear()
 
+    @abstractmethod
     def _advance(self) -> None:
-        raise NotImplementedError("a matcher defines how it looks at new tokens")
+        """Looks at the tokens since the last call and fills ``_ready``."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, parse_json_line
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,7 @@ def read_dataset(path: Path, tokenizer: Any, limit: int | None = None) -> list[D
 
 
 def _parse(line: str, where: str, tokenizer: Any) -> DatasetItem:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno} (one object per line)") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}")
+    row = parse_json_line(line, where)
     output_tokens = row.get("output_tokens")
     if not isinstance(output_tokens, int) or isinstance(output_tokens, bool) or output_tokens < 1:
         raise UserError(f"{where}: output_tokens must be a positive integer, got {output_tokens!r}")
