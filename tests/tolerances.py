@@ -5,3 +5,6 @@ FLOAT32_SUM = {"rtol": 1e-5, "atol": 1e-6}
 
 SAME_LOGITS = {"rtol": 1e-4, "atol": 1e-4}
 """Two float32 attention implementations over a few layers; logits of the test models are of order 1 to 10."""
+
+KERNEL_RELATIVE_ERROR = 1e-5
+"""float32 sums of squares against float64, relative to the newer side's norm."""

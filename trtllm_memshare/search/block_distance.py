@@ -17,12 +17,13 @@ def block_distance(
     old_rows: torch.Tensor,
     position_delta: torch.Tensor,
     inv_freq: torch.Tensor,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """Sums of squared differences between paired rows of the pool, per pair and layer.
 
     Row r is slot ``r % tokens_per_block`` of block ``r // tokens_per_block``; with 16-token blocks row 35 is slot 3 of
     block 2. The older K is rotated by ``position_delta`` before it is compared, so that equal text at two positions
-    compares equal; the layout is half-split: element i of a head turns with element ``i + rotary_dim / 2``.
+    compares equal.
 
     Args:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, floating point.
@@ -30,6 +31,8 @@ def block_distance(
       old_rows: int32, same shape.
       position_delta: int32, same shape: position at which the newer row was written minus that of the older one.
       inv_freq: float32 ``[rotary_dim / 2]``, radians per token; empty = compare K as stored.
+      interleaved: element 2i of a head turns with element 2i + 1 (GPT-J); False: element i turns with element
+        ``i + rotary_dim / 2`` (GPT-NeoX, Llama, Qwen).
 
     Returns:
       float32 ``[pairs, num_layers, 4]``: sums over rows and heads of |dK|^2, |K_new|^2, |dV|^2, |V_new|^2, in stored
@@ -49,26 +52,34 @@ def block_distance(
     inside = (new_rows >= 0) & (new_rows < num_rows) & (old_rows >= 0) & (old_rows < num_rows)
     bad_pair = (~inside & ~absent).any(1)
     new, old = _read(pool, new_rows, inside), _read(pool, old_rows, inside)
-    old_k = rotate(old[:, :, :, 0], position_delta, inv_freq) if len(inv_freq) else old[:, :, :, 0]
+    old_k = rotate(old[:, :, :, 0], position_delta, inv_freq, interleaved) if len(inv_freq) else old[:, :, :, 0]
     parts = torch.stack([new[:, :, :, 0] - old_k, new[:, :, :, 0], new[:, :, :, 1] - old[:, :, :, 1], new[:, :, :, 1]])
     sums = parts.square_().sum((2, 4, 5))  # [4, pairs, num_layers]
     sums[:, bad_pair] = torch.nan
     return sums.permute(1, 2, 0).contiguous()
 
 
-def rotate(k: torch.Tensor, position_delta: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+def rotate(
+    k: torch.Tensor, position_delta: torch.Tensor, inv_freq: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
     """K rows as they would be stored ``position_delta`` tokens later.
 
     Args:
       k: float32 ``[pairs, tokens, num_layers, num_kv_heads, head_dim]``; elements from rotary_dim on stay as they are.
       position_delta: int32 ``[pairs, tokens]``.
       inv_freq: float32 ``[rotary_dim / 2]``.
+      interleaved: see ``block_distance``.
     """
     half = len(inv_freq)
     # Angles in float64: at 32k positions a float32 angle is off by a thousandth of a turn.
     angle = (position_delta.double()[:, :, None] * inv_freq.double())[:, :, None, None, :]
     cos, sin = angle.cos().float(), angle.sin().float()
-    first, second, rest = k[..., :half], k[..., half : 2 * half], k[..., 2 * half :]
+    rest = k[..., 2 * half :]
+    if interleaved:
+        first, second = k[..., 0 : 2 * half : 2], k[..., 1 : 2 * half : 2]
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+        return torch.cat([turned, rest], -1)
+    first, second = k[..., :half], k[..., half : 2 * half]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 

@@ -1,0 +1,195 @@
+// Element-level arithmetic of stage 2: where a row lies, how an older K is turned, what is summed, in which order.
+//
+// Everything a thread does on its own is here and compiles for the host too (block_distance_host.cpp runs the same
+// threads one after the other); block_distance.cuh adds barriers and the launch shape. The specification is
+// trtllm_memshare/search/block_distance.py.
+#pragma once
+
+#include "kv_elements.h"
+
+namespace memshare {
+
+// Pool [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], 0 = K (after RoPE), 1 = V.
+struct PoolShape {
+    int num_layers;
+    int num_kv_heads;
+    int tokens_per_block;
+    int head_dim;
+    int rotary_dim; // 0 = K is compared as stored
+};
+
+// Sums over rows and heads of |K_new - K_old|^2, |K_new|^2, |V_new - V_old|^2, |V_new|^2.
+struct Sums {
+    float dk, k, dv, v;
+};
+
+MEMSHARE_HD Sums operator+(Sums const& a, Sums const& b)
+{
+    return {a.dk + b.dk, a.k + b.k, a.dv + b.dv, a.v + b.v};
+}
+
+enum class RowPair { kAbsent, kPresent, kInvalid };
+
+// A row outside the pool is never read; a pair of rows is left out only if both are -1.
+MEMSHARE_HD RowPair classify(int new_row, int old_row, long long num_rows)
+{
+    if (new_row == -1 && old_row == -1) {
+        return RowPair::kAbsent;
+    }
+    bool const inside = new_row >= 0 && new_row < num_rows && old_row >= 0 && old_row < num_rows;
+    return inside ? RowPair::kPresent : RowPair::kInvalid;
+}
+
+// First element of head 0 of a row's K in `layer`; V lies num_kv_heads * tokens_per_block * head_dim further.
+// With 16-token blocks, row 35 is slot 3 of block 2.
+MEMSHARE_HD long long row_offset(PoolShape const& shape, int row, int layer)
+{
+    long long const block = row / shape.tokens_per_block;
+    int const slot = row % shape.tokens_per_block;
+    long long const unit = (block * shape.num_layers + layer) * 2;
+    return (unit * shape.num_kv_heads * shape.tokens_per_block + slot) * shape.head_dim;
+}
+
+// cos and sin of 2 pi `turns`. The reduction to one turn happens in float64: at 32k positions a float32 angle is off by
+// a thousandth of a turn.
+MEMSHARE_HD void cos_sin_of_turns(double turns, float& cosine, float& sine)
+{
+#if defined(__CUDA_ARCH__)
+    sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sine, &cosine);
+#else
+    double const angle = 6.283185307179586476925 * (turns - __builtin_rint(turns));
+    cosine = static_cast<float>(__builtin_cos(angle));
+    sine = static_cast<float>(__builtin_sin(angle));
+#endif
+}
+
+MEMSHARE_HD float fused_multiply_add(float a, float b, float c)
+{
+#if defined(__CUDA_ARCH__)
+    return fmaf(a, b, c);
+#else
+    return __builtin_fmaf(a, b, c);
+#endif
+}
+
+// What one thread reads of a row: two vectors of kCount elements whose partners under RoPE are among themselves.
+//
+//   half-split, rotary part     a = [u, u + kCount), b = [rotary_dim / 2 + u, ...): a[i] turns with b[i]
+//   half-split, the rest        a, b neighbours, not turned
+//   interleaved                 a, b neighbours: element 2i turns with element 2i + 1
+template <class Element, int kCount, bool kInterleaved> struct Unit {
+    int first, second; // element offsets in a head
+    bool turns;
+    float cosine[kCount], sine[kCount];
+
+    MEMSHARE_HD Unit(PoolShape const& shape, int unit, int position_delta, float const* inv_freq)
+    {
+        turns = unit * kCount < shape.rotary_dim / 2;
+        bool const split = turns && !kInterleaved;
+        first = split ? unit * kCount : 2 * unit * kCount;
+        second = split ? shape.rotary_dim / 2 + unit * kCount : first + kCount;
+        if (turns) {
+MEMSHARE_UNROLL
+            for (int i = 0; i < kCount; ++i) {
+                double const turns_per_token = inv_freq[unit * kCount + i] * 0.15915494309189533577;
+                cos_sin_of_turns(position_delta * turns_per_token, cosine[i], sine[i]);
+            }
+        }
+    }
+
+    // Turns an older K to the newer one's position.
+    MEMSHARE_HD void rotate(float (&a)[kCount], float (&b)[kCount]) const
+    {
+        if (!turns) {
+            return;
+        }
+MEMSHARE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            // Interleaved: the 2 * kCount elements are a followed by b; pair i is their elements 2i and 2i + 1.
+            float& x = kInterleaved ? (2 * i < kCount ? a[(2 * i) % kCount] : b[(2 * i) % kCount]) : a[i];
+            float& y = kInterleaved ? (2 * i + 1 < kCount ? a[(2 * i + 1) % kCount] : b[(2 * i + 1) % kCount]) : b[i];
+            float const turned = fused_multiply_add(x, cosine[i], -(y * sine[i]));
+            y = fused_multiply_add(y, cosine[i], x * sine[i]);
+            x = turned;
+        }
+    }
+};
+
+template <int kCount>
+MEMSHARE_HD void add_squares(float const (&newer)[kCount], float const (&older)[kCount], float& difference, float& norm)
+{
+MEMSHARE_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+        float const d = newer[i] - older[i];
+        difference = fused_multiply_add(d, d, difference);
+        norm = fused_multiply_add(newer[i], newer[i], norm);
+    }
+}
+
+// Threads of a block: as many as there are units in a block's rows, in whole warps, at most 256.
+MEMSHARE_HD int num_threads(PoolShape const& shape, int count)
+{
+    int const units = shape.tokens_per_block * (shape.head_dim / 2 / count);
+    return units >= 256 ? 256 : (units + 31) / 32 * 32;
+}
+
+// The sums of one thread of a block of `threads` for one pair and layer. A thread keeps its token and its place in the
+// head while it goes through the heads, so each angle is worked out once, and eight vectors are in flight at a time.
+//
+// new_rows, old_rows, position_delta: of this pair, [tokens_per_block], no invalid row among them.
+template <class Element, int kCount, bool kInterleaved>
+MEMSHARE_HD Sums thread_sums(PoolShape const& shape, typename Element::Bits const* pool, int layer, int const* new_rows,
+    int const* old_rows, int const* position_delta, float const* inv_freq, int thread, int threads)
+{
+    Sums sums{0.0f, 0.0f, 0.0f, 0.0f};
+    int const units = shape.head_dim / 2 / kCount;
+    long long const head_stride = static_cast<long long>(shape.tokens_per_block) * shape.head_dim;
+    long long const value_stride = head_stride * shape.num_kv_heads;
+    for (int index = thread; index < shape.tokens_per_block * units; index += threads) {
+        int const token = index / units;
+        if (new_rows[token] == -1) {
+            continue;
+        }
+        Unit<Element, kCount, kInterleaved> const unit(shape, index % units, position_delta[token], inv_freq);
+        typename Element::Bits const* newer = pool + row_offset(shape, new_rows[token], layer);
+        typename Element::Bits const* older = pool + row_offset(shape, old_rows[token], layer);
+MEMSHARE_ROLLED
+        for (int head = 0; head < shape.num_kv_heads; ++head) {
+            float new_k[2][kCount], old_k[2][kCount], new_v[2][kCount], old_v[2][kCount];
+            load<Element>(newer + unit.first, new_k[0]);
+            load<Element>(newer + unit.second, new_k[1]);
+            load<Element>(older + unit.first, old_k[0]);
+            load<Element>(older + unit.second, old_k[1]);
+            load<Element>(newer + value_stride + unit.first, new_v[0]);
+            load<Element>(newer + value_stride + unit.second, new_v[1]);
+            load<Element>(older + value_stride + unit.first, old_v[0]);
+            load<Element>(older + value_stride + unit.second, old_v[1]);
+            unit.rotate(old_k[0], old_k[1]);
+            for (int part = 0; part < 2; ++part) {
+                add_squares(new_k[part], old_k[part], sums.dk, sums.k);
+                add_squares(new_v[part], old_v[part], sums.dv, sums.v);
+            }
+            newer += head_stride;
+            older += head_stride;
+        }
+    }
+    return sums;
+}
+
+// Shapes that the kernels take: tokens_per_block 8 to 128, head_dim 32 to 256 and even, rotary_dim even and no larger.
+MEMSHARE_HD constexpr bool is_supported(PoolShape const& shape)
+{
+    return shape.num_layers > 0 && shape.num_kv_heads > 0 && shape.tokens_per_block >= 8
+        && shape.tokens_per_block <= 128 && shape.head_dim >= 32 && shape.head_dim <= 256 && shape.head_dim % 2 == 0
+        && shape.rotary_dim >= 0 && shape.rotary_dim <= shape.head_dim && shape.rotary_dim % 2 == 0;
+}
+
+// Elements of one vector for this shape: a full one if RoPE partners and the rest divide into them, else one element.
+template <class Element> MEMSHARE_HD int vector_elements(PoolShape const& shape, bool interleaved)
+{
+    int const full = kFullVector<Element>;
+    bool const fits = interleaved || shape.rotary_dim / 2 % full == 0;
+    return fits && shape.head_dim % (2 * full) == 0 && shape.rotary_dim % (2 * full) == 0 ? full : 1;
+}
+
+} // namespace memshare

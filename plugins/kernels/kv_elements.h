@@ -1,0 +1,161 @@
+// Element types of a KV pool, decoded to float from their bits.
+//
+// Includes nothing: the same text compiles under NVRTC, nvcc and a plain C++ compiler, so that the host tests exercise
+// the arithmetic that the GPU runs. `decode` is exact for every type.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define MEMSHARE_HD __host__ __device__ __forceinline__
+#define MEMSHARE_DEVICE __device__ __forceinline__
+#else
+#define MEMSHARE_HD inline
+#define MEMSHARE_DEVICE
+#endif
+
+// Host compilers do not know the pragma, and nvcc hands them this text as well.
+#if defined(__CUDA_ARCH__)
+#define MEMSHARE_UNROLL _Pragma("unroll")
+#define MEMSHARE_ROLLED _Pragma("unroll 1")
+#else
+#define MEMSHARE_UNROLL
+#define MEMSHARE_ROLLED
+#endif
+
+namespace memshare {
+
+MEMSHARE_HD float float_of_bits(unsigned int bits)
+{
+#if defined(__CUDA_ARCH__)
+    return __uint_as_float(bits);
+#else
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+#endif
+}
+
+struct Fp32 {
+    using Bits = unsigned int;
+
+    static MEMSHARE_HD float decode(Bits bits) { return float_of_bits(bits); }
+};
+
+struct Bf16 {
+    using Bits = unsigned short;
+
+    static MEMSHARE_HD float decode(Bits bits) { return float_of_bits(static_cast<unsigned int>(bits) << 16); }
+};
+
+struct Fp16 {
+    using Bits = unsigned short;
+
+    static MEMSHARE_HD float decode(Bits bits)
+    {
+#if defined(__CUDA_ARCH__)
+        float value;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+        return value;
+#else
+        unsigned int const sign = (bits & 0x8000u) << 16;
+        unsigned int const magnitude = bits & 0x7fffu;
+        if (magnitude >= 0x7c00u) { // infinity and NaN
+            return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+        }
+        // Moving the exponent by a multiplication keeps subnormals exact: 2^112 = 2^(127 - 15).
+        float const value = float_of_bits(magnitude << 13) * 5192296858534827628530496329220096.0f;
+        return sign != 0 ? -value : value;
+#endif
+    }
+};
+
+struct Fp8E4M3 {
+    using Bits = unsigned char;
+
+    // 4 exponent bits with bias 7 become fp16's 5 with bias 15 by a factor of 2^8; the only NaN is 0x7f of either sign.
+    static MEMSHARE_HD float decode(Bits bits)
+    {
+        if ((bits & 0x7fu) == 0x7fu) {
+            return float_of_bits(0x7fc00000u);
+        }
+        unsigned int const half = (bits & 0x80u) << 8 | (bits & 0x7fu) << 7;
+        return Fp16::decode(static_cast<unsigned short>(half)) * 256.0f;
+    }
+};
+
+struct Int8 {
+    using Bits = unsigned char;
+
+    // 2^23 + 128 + x as a float carries x in its low mantissa bits; three full-rate instructions, where the conversion
+    // instruction runs at a quarter of the rate.
+    static MEMSHARE_HD float decode(Bits bits)
+    {
+        return float_of_bits(0x4b000000u | (bits ^ 0x80u)) - 8388736.0f;
+    }
+};
+
+// Elements of a full 16-byte vector.
+template <class Element> constexpr int kFullVector = 16 / static_cast<int>(sizeof(typename Element::Bits));
+
+// Defined for devices only.
+template <class Element, int kCount>
+MEMSHARE_DEVICE void load_vector(typename Element::Bits const* source, float (&values)[kCount]);
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+// Two e4m3 in one instruction where there is one: decoding them one by one would take longer than reading them.
+template <class Element> MEMSHARE_DEVICE void decode_pair(unsigned int bits, float& low, float& high)
+{
+    low = Element::decode(static_cast<typename Element::Bits>(bits));
+    high = Element::decode(static_cast<typename Element::Bits>(bits >> 8 * sizeof(typename Element::Bits)));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+template <> MEMSHARE_DEVICE void decode_pair<Fp8E4M3>(unsigned int bits, float& low, float& high)
+{
+    unsigned int halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(bits)));
+    low = Fp16::decode(static_cast<unsigned short>(halves));
+    high = Fp16::decode(static_cast<unsigned short>(halves >> 16));
+}
+#endif
+
+// One 16-byte load through the read-only path.
+template <class Element, int kCount>
+MEMSHARE_DEVICE void load_vector(typename Element::Bits const* source, float (&values)[kCount])
+{
+    uint4 const words = __ldg(reinterpret_cast<uint4 const*>(source));
+    unsigned int const word[4] = {words.x, words.y, words.z, words.w};
+    if constexpr (kCount == 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values[i] = Element::decode(word[i]);
+        }
+    } else {
+        constexpr int kPairsPerWord = kCount / 8;
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            unsigned int const bits = word[i / kPairsPerWord] >> (i % kPairsPerWord * 16);
+            decode_pair<Element>(bits, values[2 * i], values[2 * i + 1]);
+        }
+    }
+}
+#endif
+
+// Decodes kCount elements at `source`, aligned to 16 bytes if they fill a vector.
+template <class Element, int kCount>
+MEMSHARE_HD void load(typename Element::Bits const* source, float (&values)[kCount])
+{
+#if defined(__CUDA_ARCH__)
+    constexpr bool kFills = kCount == kFullVector<Element>;
+#else
+    constexpr bool kFills = false;
+#endif
+    if constexpr (kFills) {
+        load_vector<Element>(source, values);
+    } else {
+        for (int i = 0; i < kCount; ++i) {
+            values[i] = Element::decode(source[i]);
+        }
+    }
+}
+
+} // namespace memshare

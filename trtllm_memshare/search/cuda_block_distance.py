@@ -1,0 +1,227 @@
+"""Stage 2 on a CUDA device: launches the kernel of ``plugins/kernels`` on the caller's stream, never synchronises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_memshare.search.kernel_compiler import compile_variant, import_cuda_core
+from trtllm_memshare.search.kernel_source import ENTRY_POINT, KernelVariant
+from trtllm_memshare.search.types import PairBatch
+
+_INPUTS = 3  # new rows, old rows, position delta
+
+
+@dataclass
+class _Staging:
+    """One of two sets of buffers: the host fills one while the device may still read the other.
+
+    Attributes:
+      host: int32 ``[3 * max_pairs * tokens_per_block]``, pinned. Flat: a search of fewer pairs takes a contiguous
+        front part, since torch copies strided memory through a temporary and waits for it.
+      device: the same on the device.
+      distances: float32 ``[max_pairs, num_layers, 4]``, device.
+      sums: the same, pinned.
+      copied: recorded after the host buffer has been read.
+    """
+
+    host: torch.Tensor
+    device: torch.Tensor
+    distances: torch.Tensor
+    sums: torch.Tensor
+    copied: torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class PendingDistances:
+    """Sums on their way to the host. ``read`` waits for them."""
+
+    sums: torch.Tensor
+    started: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    def read(self) -> tuple[np.ndarray, float]:
+        """float32 ``[pairs, num_layers, 4]``, valid until the search after next, and the device seconds it took."""
+        self.ended.synchronize()
+        return self.sums.numpy(), self.started.elapsed_time(self.ended) * 1e-3
+
+
+class CudaBlockDistance:
+    """The block distance over one pool.
+
+    Args:
+      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, contiguous, on a CUDA device;
+        fp32, fp16, bf16, fp8 e4m3 or int8.
+      inv_freq: float32 ``[rotary_dim / 2]``, radians per token.
+      max_pairs: most pairs of one search.
+      interleaved: RoPE turns neighbouring elements (GPT-J) instead of halves.
+      cache_dir: where cubins are kept; None = ``~/.cache/trtllm_memshare``.
+
+    Raises:
+      ValueError: a pool, dtype or shape that no kernel takes; nothing has been compiled then.
+      UserError: ``cuda.core`` is missing.
+    """
+
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        inv_freq: torch.Tensor,
+        max_pairs: int,
+        interleaved: bool = False,
+        cache_dir: Path | None = None,
+    ) -> None:
+        check_pool(pool)
+        self._pool, self._max_pairs, self._interleaved = pool, max_pairs, interleaved
+        self._cache_dir = cache_dir or Path.home() / ".cache" / "trtllm_memshare"
+        self._inv_freq = inv_freq.to(pool.device, torch.float32).contiguous()
+        self._core = import_cuda_core()
+        self._device = self._core.Device(pool.device.index or 0)
+        self._device.set_current()
+        capability = self._device.compute_capability
+        self.arch = f"sm_{capability.major}{capability.minor}"
+        self._kernels: dict[bool, tuple[KernelVariant, Any]] = {}
+        # The kernel reads these two on the device, as the TensorRT plugin does.
+        self._pool_pointer = torch.tensor([pool.data_ptr()], dtype=torch.int64, device=pool.device)
+        self._num_blocks = torch.tensor([pool.shape[0]], dtype=torch.int32, device=pool.device)
+        self._staging = [self._new_staging() for _ in range(2)]
+        self._turn = 0
+
+    def compare(self, pairs: PairBatch) -> PendingDistances:
+        """Enqueues copy in, kernel and copy out on torch's current stream.
+
+        Raises:
+          ValueError: shapes that do not agree, more than max_pairs, or rows out of the pool; nothing is launched.
+        """
+        check_pairs(pairs, self._pool.shape[0], self._pool.shape[4])
+        count = len(pairs)
+        if count > self._max_pairs:
+            raise ValueError(f"at most {self._max_pairs} pairs fit one search, got {count} (raise max_pairs)")
+        staging = self._staging[self._turn]
+        self._turn = 1 - self._turn
+        staging.copied.synchronize()  # of the search before last: long past
+        used = _INPUTS * pairs.new_rows.size
+        np.stack(
+            (pairs.new_rows, pairs.old_rows, pairs.position_delta),
+            out=staging.host[:used].numpy().reshape(_INPUTS, *pairs.new_rows.shape),
+        )
+        stream = torch.cuda.current_stream(self._pool.device)
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record(stream)
+        staging.device[:used].copy_(staging.host[:used], non_blocking=True)
+        staging.copied.record(stream)
+        new_rows, old_rows, delta = staging.device[:used].view(_INPUTS, *pairs.new_rows.shape)
+        self.launch(new_rows, old_rows, delta, staging.distances[:count], pairs.undo_rope)
+        sums = staging.sums[:count].copy_(staging.distances[:count], non_blocking=True)
+        ended.record(stream)
+        return PendingDistances(sums, started, ended)
+
+    def launch(
+        self,
+        new_rows: torch.Tensor,
+        old_rows: torch.Tensor,
+        position_delta: torch.Tensor,
+        distances: torch.Tensor,
+        undo_rope: bool = True,
+    ) -> None:
+        """Enqueues the kernel alone on torch's current stream; can be captured once ``kernel`` has compiled it.
+
+        Args:
+          new_rows, old_rows, position_delta: int32 ``[pairs, tokens_per_block]``, contiguous, device. Rows are checked
+            by the kernel only: one out of the pool makes its pair NaN. Pairs of -1 return at once.
+          distances: float32 ``[pairs, num_layers, 4]``, device, written.
+          undo_rope: compare K after undoing the rotation between the two positions.
+        """
+        count = new_rows.shape[0]
+        if not count:
+            return
+        variant, kernel = self.kernel(undo_rope)
+        core = self._core
+        config = core.LaunchConfig(grid=count * variant.num_layers, block=variant.num_threads)
+        stream = core.Stream.from_handle(torch.cuda.current_stream(self._pool.device).cuda_stream)
+        arguments = (
+            self._pool_pointer,
+            self._num_blocks,
+            new_rows,
+            old_rows,
+            position_delta,
+            self._inv_freq,
+            distances,
+        )
+        core.launch(stream, config, kernel, *(a.data_ptr() for a in arguments))
+
+    def kernel(self, undo_rope: bool = True) -> tuple[KernelVariant, Any]:
+        """The variant and its loaded kernel; compiles on first use."""
+        if undo_rope not in self._kernels:
+            rotary_dim = 2 * len(self._inv_freq) if undo_rope else 0
+            variant = variant_of(self._pool, rotary_dim, self._interleaved)
+            code = compile_variant(variant, self.arch, self._cache_dir)
+            self._kernels[undo_rope] = variant, code.get_kernel(ENTRY_POINT)
+        return self._kernels[undo_rope]
+
+    def _new_staging(self) -> _Staging:
+        _, num_layers, _, _, tokens_per_block, _ = self._pool.shape
+        rows = torch.empty(_INPUTS * self._max_pairs * tokens_per_block, dtype=torch.int32)
+        sums = torch.empty((self._max_pairs, num_layers, 4), dtype=torch.float32)
+        device = self._pool.device
+        return _Staging(rows.pin_memory(), rows.to(device), sums.to(device), sums.pin_memory(), torch.cuda.Event())
+
+
+def variant_of(pool: torch.Tensor, rotary_dim: int, interleaved: bool) -> KernelVariant:
+    """The kernel that compares rows of ``pool``. Raises ValueError if there is none."""
+    _, num_layers, _, num_kv_heads, tokens_per_block, head_dim = pool.shape
+    dtype = str(pool.dtype).removeprefix("torch.")
+    return KernelVariant(dtype, num_layers, num_kv_heads, tokens_per_block, head_dim, rotary_dim, interleaved)
+
+
+def check_pool(pool: torch.Tensor) -> None:
+    """Raises ValueError unless ``pool`` has TensorRT-LLM's shape, is contiguous and lies on a CUDA device."""
+    if pool.ndim != 6 or pool.shape[2] != 2:
+        raise ValueError(
+            f"the KV pool must be [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], got "
+            f"{list(pool.shape)}"
+        )
+    variant_of(pool, 0, False)
+    if not pool.is_contiguous() or pool.data_ptr() % 16:
+        raise ValueError(f"the KV pool must be contiguous and aligned to 16 bytes, got strides {list(pool.stride())}")
+    if not pool.is_cuda:
+        raise ValueError(f"the CUDA search needs a pool on a CUDA device, got {pool.device} (use block_distance there)")
+
+
+def check_pairs(pairs: PairBatch, num_blocks: int, tokens_per_block: int) -> None:
+    """Checks on the host what the kernel would answer with NaN.
+
+    Args:
+      pairs: rows to compare.
+      num_blocks, tokens_per_block: of the pool.
+
+    Raises:
+      ValueError: arrays that are not int32 of one shape ``[pairs, tokens_per_block]``, a row out of the pool, or a row
+        without a partner; the message names the first one.
+    """
+    named = {"new_rows": pairs.new_rows, "old_rows": pairs.old_rows, "position_delta": pairs.position_delta}
+    shape = (len(pairs.new_rows), tokens_per_block)
+    for name, array in named.items():
+        if array.shape != shape or array.dtype != np.int32:
+            raise ValueError(
+                f"{name} must be int32 [pairs, tokens_per_block] = {list(shape)}, got {array.dtype} {list(array.shape)}"
+            )
+    num_rows = num_blocks * tokens_per_block
+    for name in ("new_rows", "old_rows"):
+        outside = (named[name] < -1) | (named[name] >= num_rows)
+        if outside.any():
+            pair, token = np.argwhere(outside)[0]
+            raise ValueError(
+                f"{name}[{pair}, {token}] must lie in the pool's rows 0..{num_rows - 1} or be -1, got "
+                f"{named[name][pair, token]}"
+            )
+    unpaired = (pairs.new_rows == -1) != (pairs.old_rows == -1)
+    if unpaired.any():
+        pair, token = np.argwhere(unpaired)[0]
+        raise ValueError(
+            f"rows [{pair}, {token}] must both be -1 or neither, got {pairs.new_rows[pair, token]} and "
+            f"{pairs.old_rows[pair, token]}"
+        )

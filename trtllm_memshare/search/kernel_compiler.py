@@ -1,0 +1,112 @@
+"""Compiles kernel variants with NVRTC through ``cuda.core``; needs neither a GPU nor a driver."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant, kernel_source
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+"""What ``build_plugins.py --check`` compiles for: A100, L40 and RTX 40, H100 and H200, B200, RTX 50."""
+
+CHECKED_HEAD_DIMS = (64, 128)
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What ptxas reports of a compiled kernel. ``spill_bytes``: stores and loads; ``shared_bytes``: static."""
+
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+def import_cuda_core() -> Any:
+    """The ``cuda.core`` module.
+
+    Raises:
+      UserError: it or NVRTC is not installed; the original text is kept.
+    """
+    try:
+        import cuda.core
+    except ImportError as error:
+        raise UserError(
+            f"the CUDA search needs cuda.core, got {error} (pip install 'trtllm-memshare[cuda]')"
+        ) from error
+    return cuda.core
+
+
+def compile_variant(variant: KernelVariant, arch: str, cache_dir: Path | None = None, logs: Any = None) -> Any:
+    """Compiles one variant to a cubin.
+
+    Args:
+      variant: what to compile.
+      arch: such as ``sm_90``.
+      cache_dir: where cubins are kept, keyed by source, options, architecture and NVRTC version; None = compile anew.
+      logs: object whose ``write`` receives ptxas' report; it stays silent when the cubin comes from the cache.
+
+    Returns:
+      A ``cuda.core.ObjectCode``.
+
+    Raises:
+      UserError: ``cuda.core`` is missing.
+      RuntimeError: the kernel does not compile; the text names the variant.
+    """
+    core = import_cuda_core()
+    options = core.ProgramOptions(
+        arch=arch, std="c++17", define_macro=variant.macros, ptxas_options=["-v"], name="block_distance"
+    )
+    try:
+        program = core.Program(kernel_source(), "c++", options)
+        if cache_dir is None:
+            return program.compile("cubin", logs=logs)
+        from cuda.core.utils import FileStreamProgramCache
+
+        with FileStreamProgramCache(cache_dir) as cache:
+            return program.compile("cubin", logs=logs, cache=cache)
+    except Exception as error:  # cuda.core raises several unrelated types
+        raise RuntimeError(f"block_distance does not compile for {arch}, {variant}: {error}") from error
+
+
+def kernel_resources(variant: KernelVariant, arch: str) -> KernelResources:
+    """Registers, shared memory and spills of a variant, from a fresh compilation.
+
+    Raises:
+      RuntimeError: as ``compile_variant``, or a report that cannot be read.
+    """
+    logs = io.StringIO()
+    compile_variant(variant, arch, logs=logs)
+    return parse_resources(logs.getvalue())
+
+
+def parse_resources(report: str) -> KernelResources:
+    """Reads ptxas' verbose report of one kernel.
+
+    Raises:
+      RuntimeError: no register count in it.
+    """
+    registers = re.search(r"Used (\d+) registers", report)
+    memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    if registers is None or memory is None:
+        raise RuntimeError(f"ptxas reported no resources (expected 'Used N registers'), got {report!r}")
+    shared = re.search(r"(\d+) bytes smem", report)
+    return KernelResources(
+        int(registers[1]), int(shared[1]) if shared else 0, int(memory[2]) + int(memory[3]), int(memory[1])
+    )
+
+
+def checked_variants() -> list[KernelVariant]:
+    """Every element type, layout and vector width: full vectors at two head sizes, and single elements."""
+    variants = []
+    for dtype in ELEMENT_TYPES:
+        for interleaved in (False, True):
+            variants += [KernelVariant(dtype, 28, 4, 32, d, d, interleaved) for d in CHECKED_HEAD_DIMS]
+            # 36 rotary elements of 72: neither divides into 16-byte vectors.
+            variants.append(KernelVariant(dtype, 28, 4, 32, 72, 36, interleaved))
+    return variants
