@@ -1,0 +1,232 @@
+// Enqueues on a GPU, against the same arithmetic on the host.
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "block_distance_host.h"
+#include "checks.h"
+
+using namespace nvinfer1;
+
+namespace harness {
+namespace {
+
+constexpr int32_t kInputs = 7;
+constexpr int kBlocks = 9;
+constexpr int kPairs = 6;
+constexpr double kTolerance = 1e-5; // float32 sums in one order; cos and sin differ in the last bit
+
+void cuda(cudaError_t status, char const* what)
+{
+    require(status == cudaSuccess, std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <class T> class DeviceArray {
+public:
+    explicit DeviceArray(std::vector<T> const& values)
+        : mCount(values.size())
+    {
+        cuda(cudaMalloc(&mData, std::max<std::size_t>(1, mCount) * sizeof(T)), "cudaMalloc");
+        cuda(cudaMemcpy(mData, values.data(), mCount * sizeof(T), cudaMemcpyHostToDevice), "copy to the device");
+    }
+    DeviceArray(DeviceArray const&) = delete;
+    ~DeviceArray() { cudaFree(mData); }
+
+    [[nodiscard]] void* data() const { return mData; }
+
+    [[nodiscard]] std::vector<T> read() const
+    {
+        std::vector<T> values(mCount);
+        cuda(cudaMemcpy(values.data(), mData, mCount * sizeof(T), cudaMemcpyDeviceToHost), "copy to the host");
+        return values;
+    }
+
+private:
+    void* mData{nullptr};
+    std::size_t mCount;
+};
+
+// A pool of random finite values and pairs of rows over it: shifted runs, an absent row, padding, a row out of the pool.
+struct Case {
+    memshare::PoolShape shape;
+    memshare::KvDtype dtype;
+    bool interleaved;
+    std::vector<unsigned char> pool;
+    std::vector<int> newRows, oldRows, delta;
+    std::vector<float> frequencies;
+
+    Case(std::vector<int32_t> const& f)
+        : shape{f[0], f[1], f[2], f[3], f[4]}
+        , dtype(static_cast<memshare::KvDtype>(f[5]))
+        , interleaved(f[6] != 0)
+    {
+        std::mt19937 random(17);
+        static constexpr std::array<std::size_t, 5> kBytes{4, 2, 2, 1, 1};
+        std::size_t const bytes = kBytes[static_cast<std::size_t>(f[5])];
+        std::size_t const count = static_cast<std::size_t>(kBlocks) * static_cast<std::size_t>(f[0]) * 2
+            * static_cast<std::size_t>(f[1]) * static_cast<std::size_t>(f[2]) * static_cast<std::size_t>(f[3]);
+        pool.resize(count * bytes);
+        for (std::size_t i = 0; i < pool.size(); ++i) {
+            // Top bytes with a middling exponent: no infinity, no NaN, values of like size.
+            bool const top = i % bytes == bytes - 1;
+            unsigned int const value = random();
+            pool[i] = static_cast<unsigned char>(!top || bytes == 1 ? value & 0xbfU : (value & 0x81U) | 0x3eU);
+        }
+        int const size = shape.tokens_per_block;
+        int const rows = kBlocks * size;
+        for (int pair = 0; pair < kPairs; ++pair) {
+            int const newest = static_cast<int>(random() % static_cast<unsigned int>(rows - size));
+            int const oldest = static_cast<int>(random() % static_cast<unsigned int>(rows - size));
+            for (int token = 0; token < size; ++token) {
+                newRows.push_back(newest + token);
+                oldRows.push_back(oldest + token);
+                delta.push_back(static_cast<int>(random() % 65536U) - 32768);
+            }
+        }
+        newRows[1] = oldRows[1] = -1;
+        std::fill_n(newRows.begin() + 2 * size, size, -1);
+        std::fill_n(oldRows.begin() + 2 * size, size, -1);
+        newRows[static_cast<std::size_t>(3 * size + 4)] = rows;
+        oldRows[static_cast<std::size_t>(4 * size)] = -5;
+        for (int i = 0; i < std::max(1, shape.rotary_dim / 2); ++i) {
+            frequencies.push_back(std::pow(1e6F, -2.0F * static_cast<float>(i) / static_cast<float>(shape.head_dim)));
+        }
+    }
+
+    [[nodiscard]] std::vector<float> expected() const
+    {
+        std::vector<float> out(static_cast<std::size_t>(kPairs * shape.num_layers) * 4);
+        memshare::HostArguments const arguments{pool.data(), kBlocks, newRows.data(), oldRows.data(), delta.data(),
+            frequencies.data(), out.data(), kPairs, shape, dtype, interleaved};
+        require(memshare::block_distance_host(arguments), "unknown dtype");
+        return out;
+    }
+};
+
+// The inputs of one enqueue on the device.
+struct DeviceCase {
+    DeviceArray<unsigned char> pool, hidden;
+    DeviceArray<long long> pointer;
+    DeviceArray<int> numBlocks, newRows, oldRows, delta;
+    DeviceArray<float> frequencies, distances;
+    std::vector<PluginTensorDesc> descriptions;
+
+    explicit DeviceCase(Case const& c)
+        : pool(c.pool)
+        , hidden(std::vector<unsigned char>(16))
+        , pointer({reinterpret_cast<long long>(pool.data())})
+        , numBlocks({kBlocks})
+        , newRows(c.newRows)
+        , oldRows(c.oldRows)
+        , delta(c.delta)
+        , frequencies(c.frequencies)
+        , distances(std::vector<float>(static_cast<std::size_t>(kPairs * c.shape.num_layers) * 4, -1.0F))
+        , descriptions(tensors(kPairs, c.shape.tokens_per_block, static_cast<int64_t>(c.frequencies.size()),
+              c.shape.num_layers))
+    {
+    }
+
+    int32_t enqueue(IPluginV3OneRuntime& plugin, cudaStream_t stream, void const* pointers = nullptr)
+    {
+        std::array<void const*, kInputs> const inputs{hidden.data(), pointers ? pointers : pointer.data(),
+            numBlocks.data(), newRows.data(), oldRows.data(), delta.data(), frequencies.data()};
+        std::array<void*, 1> const outputs{distances.data()};
+        auto const* output = descriptions.data() + kInputs;
+        require(plugin.onShapeChange(descriptions.data(), kInputs, output, 1) == 0, "onShapeChange");
+        return plugin.enqueue(descriptions.data(), output, inputs.data(), outputs.data(), nullptr, stream);
+    }
+};
+
+void compare(std::vector<float> const& got, std::vector<float> const& expected)
+{
+    for (std::size_t i = 0; i < got.size(); ++i) {
+        if (std::isnan(expected[i])) {
+            require(std::isnan(got[i]), "sum " + std::to_string(i) + " should be NaN");
+            continue;
+        }
+        double const norm = std::max(1e-30F, expected[i | 1U]);
+        double const error = std::abs(static_cast<double>(got[i]) - expected[i]) / norm;
+        require(error < kTolerance, "sum " + std::to_string(i) + " is " + std::to_string(got[i]) + ", expected "
+                + std::to_string(expected[i]));
+    }
+}
+
+void runPhase(Library const& library, std::vector<int32_t> const& values)
+{
+    Fields fields(values);
+    auto plugin = create(library, fields, TensorRTPhase::kRUNTIME);
+    ResourceContext context;
+    auto attached = std::unique_ptr<IPluginV3>(runtime(*plugin)->attachToContext(&context));
+    Case const c(values);
+    DeviceCase device(c);
+    cudaStream_t stream = nullptr;
+    cuda(cudaStreamCreate(&stream), "stream");
+    require(device.enqueue(*runtime(*attached), stream) == 0, "enqueue failed");
+    cuda(cudaStreamSynchronize(stream), "synchronise");
+    auto const first = device.distances.read();
+    compare(first, c.expected());
+
+    // Again, inside a captured graph: the same bits.
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    cuda(cudaMemset(device.distances.data(), 0xff, first.size() * sizeof(float)), "clear");
+    cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+    require(device.enqueue(*runtime(*attached), stream) == 0, "enqueue failed under capture");
+    cuda(cudaStreamEndCapture(stream, &graph), "end of capture");
+    cuda(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
+    cuda(cudaGraphLaunch(executable, stream), "launch");
+    cuda(cudaStreamSynchronize(stream), "synchronise");
+    auto const second = device.distances.read();
+    require(std::memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0, "other bits in a graph");
+    cuda(cudaGraphExecDestroy(executable), "destroy");
+    cuda(cudaGraphDestroy(graph), "destroy");
+    cuda(cudaStreamDestroy(stream), "destroy");
+    require(context.recorder.getNbErrors() == 0, "errors were recorded");
+}
+
+void buildPhase(Library const& library)
+{
+    std::vector<int32_t> const values{2, 2, 16, 64, 64, 2, 0};
+    Fields fields(values);
+    auto plugin = create(library, fields, TensorRTPhase::kBUILD);
+    Case c(values);
+    std::mt19937 random(3);
+    for (auto* rows : {&c.newRows, &c.oldRows, &c.delta}) {
+        for (int& row : *rows) {
+            row = static_cast<int>(random());
+        }
+    }
+    DeviceCase device(c);
+    DeviceArray<long long> const nowhere({0x7eadbeef00LL});
+    require(device.enqueue(*runtime(*plugin), nullptr, nowhere.data()) == 0, "enqueue failed");
+    cuda(cudaDeviceSynchronize(), "a made-up address was read");
+    for (float value : device.distances.read()) {
+        require(value == 0.0F, "the output was not cleared");
+    }
+}
+
+} // namespace
+
+std::vector<Check> gpuChecks(Library const& library)
+{
+    std::vector<Check> checks{{"build phase reads no address", [&library] { buildPhase(library); }}};
+    for (int32_t dtype = 0; dtype < 5; ++dtype) {
+        for (int32_t interleaved = 0; interleaved < 2; ++interleaved) {
+            for (auto const& shape : {std::array<int32_t, 5>{3, 2, 16, 64, 64}, {2, 4, 32, 128, 64}, {1, 1, 8, 72, 36},
+                     {2, 1, 128, 256, 256}, {2, 2, 64, 32, 0}}) {
+                std::vector<int32_t> values(shape.begin(), shape.end());
+                values.push_back(dtype);
+                values.push_back(interleaved);
+                std::string name = "run phase, dtype " + std::to_string(dtype) + (interleaved ? ", interleaved" : "");
+                name += ", head_dim " + std::to_string(shape[3]) + ", rotary_dim " + std::to_string(shape[4]);
+                checks.push_back({name, [&library, values] { runPhase(library, values); }});
+            }
+        }
+    }
+    return checks;
+}
+
+} // namespace harness
