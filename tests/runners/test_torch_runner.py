@@ -124,7 +124,7 @@ def test_changing_k_or_v_in_the_pool_changes_the_decision(filled, field):
     def decisions():
         pairs = make_pairs([candidate], pool.origin_position, SIZE, undo_rope=True)
         output = runner.step(runner.prepare(batch_of(manager, [0], [41], [1], tokens, 0, pairs=pairs)))
-        return policy.decide([candidate], output.block_distances)
+        return policy.decide([candidate], output.block_distances.read()[0])
 
     assert len(decisions()) == 1
     runner.pool[table[3], -1, field] += 1.0

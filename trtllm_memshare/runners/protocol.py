@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.types import PairBatch
 
 
@@ -45,13 +46,12 @@ class StepOutput:
 
     Attributes:
       logits: float32 ``[batch, vocab_size]``, of each sequence's last token.
-      block_distances: float32 ``[pairs, num_layers, 4]`` on the host (contract 3.3), or None.
-      search_seconds: time spent on block distances.
+      block_distances: of the batch's pairs (contract 3.3), or None. To be read after the logits: a runner on a GPU
+        then need not be waited for twice.
     """
 
     logits: torch.Tensor
-    block_distances: np.ndarray | None
-    search_seconds: float = 0.0
+    block_distances: Distances | None
 
 
 class Runner(Protocol):

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest
 
+MAX_PAIRS = 4096
+"""Most pairs that buffers are made for."""
+
 
 class MemShareConfig(BaseModel):
     """How blocks are matched, compared, protected and shared. Frozen; lengths in tokens, ratios in [0, 1]."""
@@ -43,7 +46,7 @@ class MemShareConfig(BaseModel):
     max_aliases: int = Field(8, ge=2, description="most block-table entries that may point at one block")
     scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
     search_interval: int = Field(6, ge=1, description="decode steps between two searches")
-    max_pairs: int = Field(64, ge=1, description="most candidate pairs compared in one search")
+    max_pairs: int = Field(64, ge=1, le=MAX_PAIRS, description="most candidate pairs compared in one search")
 
     control: Literal["none", "drop-duplicate", "random", "streaming"] = Field(
         "none", description="an experiment's control in place of sharing; never meant for serving"

@@ -61,6 +61,10 @@ class CudaBlockDistance:
       interleaved: RoPE turns neighbouring elements (GPT-J) instead of halves.
       cache_dir: where cubins are kept; None = ``~/.cache/trtllm_memshare``.
 
+    Attributes:
+      arch: such as ``sm_90``.
+      description: which implementation this is.
+
     Raises:
       ValueError: a pool, dtype or shape that no kernel takes; nothing has been compiled then.
       UserError: ``cuda.core`` is missing.
@@ -83,6 +87,7 @@ class CudaBlockDistance:
         self._device.set_current()
         capability = self._device.compute_capability
         self.arch = f"sm_{capability.major}{capability.minor}"
+        self.description = f"CUDA kernel for {self.arch}, compiled by NVRTC"
         self._kernels: dict[bool, tuple[KernelVariant, Any]] = {}
         # The kernel reads these two on the device, as the TensorRT plugin does.
         self._pool_pointer = torch.tensor([pool.data_ptr()], dtype=torch.int64, device=pool.device)

@@ -89,7 +89,6 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = "available" if device == "cuda" else "not available"
     print(f"device: {device} ({'asked for' if options.device != 'auto' else f'CUDA is {found}'})")
-    print(f"block distances: PyTorch reference; backend: {engine.backend}")
     load = Load(
         max_batch_size=engine.build.max_batch_size,
         max_num_tokens=engine.build.max_num_tokens,
@@ -106,7 +105,8 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         demand = bench.measure_demand()
         blocks = max(1, round(demand * options.kv_cache_share))
         print(f"KV pool: {blocks} blocks = {options.kv_cache_share:g} x {demand}, the full cache's peak demand")
-    bench.use_pool(blocks)
+    runner = bench.use_pool(blocks)
+    print(f"block distances: {runner.search.description}; backend: {engine.backend}")
     entries = bench.run_all(variants, options.repeat)
     if options.output_texts is not None:
         bench.write_texts(options.output_texts)
@@ -115,6 +115,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
         "device": device,
+        "block_distances": runner.search.description,
         "engine": {"engine_dir": str(options.engine_dir), "backend": engine.backend, **engine.build.model_dump()},
         "dataset": {"path": str(options.dataset), "num_requests": len(items)},
         "kv_cache_blocks": blocks,
@@ -154,13 +155,15 @@ class _Bench:
         self.use_pool(self.enough_blocks())
         return self._run(make_variant("full", self._engine.memshare)).entry["peak_used_blocks"]
 
-    def use_pool(self, num_blocks: int) -> None:
+    def use_pool(self, num_blocks: int) -> TorchRunner:
+        """The runner, made anew if the pool's size changed."""
         if self._runner is None or self._runner.num_blocks != num_blocks:
             dtype = getattr(torch, self._engine.kv_dtype)
             build = self._engine.build
             self._runner = TorchRunner(
                 self._engine.model_dir, num_blocks, build.tokens_per_block, dtype, self._device, self._fold
             )
+        return self._runner
 
     def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:
         """Entries in the order of ``variants``; rounds are interleaved so that drift of the machine hits all alike."""

@@ -141,8 +141,8 @@ class Executor:
             return
         batch, states = self._make_batch(schedule)
         output = self._runner.step(self._runner.prepare(batch))
-        self.sharing.take_distances(output.block_distances, output.search_seconds)
         self._advance(schedule, states, output.logits)
+        self.sharing.take_distances(output.block_distances)
         self.stats.record_step(
             started, time.perf_counter(), self.manager.pool.num_used, len(states), self.sharing.seconds
         )

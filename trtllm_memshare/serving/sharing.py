@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.types import Candidate, Decision, PairBatch
@@ -49,10 +48,11 @@ class Sharing:
         self.seconds += time.perf_counter() - started
         return pairs
 
-    def take_distances(self, sums: np.ndarray | None, seconds: float) -> None:
-        """Decides on the pairs of this step; ``seconds``: what the runner spent on them."""
-        if sums is None:
+    def take_distances(self, distances: Distances | None) -> None:
+        """Decides on the pairs of this step."""
+        if distances is None:
             return
+        sums, seconds = distances.read()
         started = time.perf_counter()
         self._decisions = self.policy.decide(self._candidates, sums)
         self._candidates = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.plan import plan_step
-from trtllm_memshare.search.block_distance import block_distance, pairs_on
+from trtllm_memshare.search.block_search import make_block_search
+from trtllm_memshare.search.config import MAX_PAIRS
 
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
@@ -41,6 +41,7 @@ class TorchRunner:
 
     Attributes:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
+      search: what computes stage 2 on it.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class TorchRunner:
             device=device,
         )
         self._fold_aliases = fold_aliases
-        self.inv_freq = self.model.model.rotary_emb.inv_freq.float()
+        self.search = make_block_search(self.pool, self.model.model.rotary_emb.inv_freq.float(), MAX_PAIRS)
 
     def prepare(self, batch: StepBatch) -> TorchInputs:
         """Works out addresses on the host and moves them to the device."""
@@ -97,8 +98,6 @@ class TorchRunner:
             logits_to_keep=inputs.paged.last_tokens,
             memshare_step=inputs.paged,
         )
-        distances, started, pairs = None, time.perf_counter(), inputs.batch.pairs
-        if pairs is not None:
-            inv_freq = self.inv_freq if pairs.undo_rope else self.inv_freq[:0]
-            distances = block_distance(self.pool, *pairs_on(self.pool.device, pairs), inv_freq).cpu().numpy()
-        return StepOutput(result.logits[0].float(), distances, time.perf_counter() - started)
+        pairs = inputs.batch.pairs
+        distances = None if pairs is None else self.search.compare(pairs)
+        return StepOutput(result.logits[0].float(), distances)

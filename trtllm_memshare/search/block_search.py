@@ -1,0 +1,77 @@
+"""Chooses what computes stage 2 for a pool: the CUDA kernel, or the PyTorch specification where it cannot run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.block_distance import block_distance, pairs_on
+from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance
+from trtllm_memshare.search.types import PairBatch
+
+
+class Distances(Protocol):
+    """Results of one search, perhaps still on their way."""
+
+    def read(self) -> tuple[np.ndarray, float]:
+        """float32 ``[pairs, num_layers, 4]`` (contract 3.3) and the seconds the search took; waits for them."""
+
+
+class BlockSearch(Protocol):
+    """Compares rows of one pool. ``description``: which implementation, and why."""
+
+    description: str
+
+    def compare(self, pairs: PairBatch) -> Distances:
+        """Starts the comparison of the pool's rows as they are at this point of the stream."""
+
+
+@dataclass(frozen=True)
+class ReadyDistances:
+    """Distances that are there already."""
+
+    sums: np.ndarray
+    seconds: float
+
+    def read(self) -> tuple[np.ndarray, float]:
+        """See ``Distances.read``."""
+        return self.sums, self.seconds
+
+
+class ReferenceBlockSearch:
+    """The PyTorch specification, on whatever device the pool is."""
+
+    def __init__(self, pool: torch.Tensor, inv_freq: torch.Tensor, reason: str) -> None:
+        self._pool, self._inv_freq = pool, inv_freq
+        self.description = f"PyTorch reference ({reason})"
+
+    def compare(self, pairs: PairBatch) -> ReadyDistances:
+        """See ``BlockSearch.compare``."""
+        started = time.perf_counter()
+        inv_freq = self._inv_freq if pairs.undo_rope else self._inv_freq[:0]
+        sums = block_distance(self._pool, *pairs_on(self._pool.device, pairs), inv_freq).cpu().numpy()
+        return ReadyDistances(sums, time.perf_counter() - started)
+
+
+def make_block_search(pool: torch.Tensor, inv_freq: torch.Tensor, max_pairs: int) -> BlockSearch:
+    """The CUDA kernel for a pool on a CUDA device, the reference elsewhere or where ``cuda.core`` is missing.
+
+    Args:
+      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
+      inv_freq: float32 ``[rotary_dim / 2]``, radians per token, half-split layout.
+      max_pairs: most pairs of one search.
+
+    Raises:
+      ValueError: a pool on a CUDA device that no kernel takes.
+    """
+    if not pool.is_cuda:
+        return ReferenceBlockSearch(pool, inv_freq, f"the pool is on {pool.device}")
+    try:
+        return CudaBlockDistance(pool, inv_freq, max_pairs)
+    except UserError as error:
+        return ReferenceBlockSearch(pool, inv_freq, str(error))
