@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.report.machine import describe_machine
-from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.policy import SharingPolicy
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
@@ -59,7 +59,7 @@ def main() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(engine.model_dir)
     items = read_dataset(options.dataset, tokenizer)
     size = engine.build.tokens_per_block
-    runner = TorchRunner(engine.model_dir, 200 * len(items), size)
+    runner = TorchRunner(load_model(engine.model_dir), 200 * len(items), size)
     config = make_variant("aligned", engine.memshare).config
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
     executor = Executor(runner, config, boundaries, engine.build.max_seq_len, len(items))

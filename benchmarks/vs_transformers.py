@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.report.machine import describe_machine, one_line
-from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import Load, run_variant
 from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
@@ -64,7 +64,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir)
     items = read_dataset(options.dataset, tokenizer)
     eos = engine.stop_token_ids[0]
-    runner = TorchRunner(engine.model_dir, options.kv_cache_blocks, options.page_size)
+    runner = TorchRunner(load_model(engine.model_dir), options.kv_cache_blocks, options.page_size)
     stock = AutoModelForCausalLM.from_pretrained(engine.model_dir, attn_implementation="sdpa")
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
     load = Load(64, options.max_num_tokens, engine.build.max_seq_len, "MAX_UTILIZATION", engine.stop_token_ids)

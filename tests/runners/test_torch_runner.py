@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.runners.protocol import StepBatch
-from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.types import Candidate
@@ -45,7 +45,7 @@ def reference_logits(checkpoint, tokens) -> torch.Tensor:
 @pytest.mark.parametrize("fold", [True, False])
 def test_packed_chunks_and_generation_give_the_stock_logits(family_checkpoint, fold):
     """Two prompts in uneven chunks beside two sequences that generate, in the same calls."""
-    runner = TorchRunner(family_checkpoint, 40, SIZE, fold_aliases=fold)
+    runner = TorchRunner(load_model(family_checkpoint), 40, SIZE, fold_aliases=fold)
     manager, rng = make_manager(runner), np.random.default_rng(0)
     tokens = {i: rng.integers(4, 70, n) for i, n in enumerate((40, 23, 31, 9))}
     for request, ids in tokens.items():
@@ -66,7 +66,7 @@ def test_packed_chunks_and_generation_give_the_stock_logits(family_checkpoint, f
 @pytest.fixture
 def filled(family_checkpoint):
     """A runner with one sequence of 41 tokens in the cache; 40 fill five blocks."""
-    runner = TorchRunner(family_checkpoint, 12, SIZE, fold_aliases=False)
+    runner = TorchRunner(load_model(family_checkpoint), 12, SIZE, fold_aliases=False)
     manager = make_manager(runner)
     tokens = {0: np.random.default_rng(1).integers(4, 70, 41)}
     assert manager.add_sequence(0, tokens[0].astype(np.int32))
@@ -133,7 +133,7 @@ def test_changing_k_or_v_in_the_pool_changes_the_decision(filled, field):
 
 
 def test_bfloat16_pool_is_read_back_in_the_model_s_dtype(family_checkpoint):
-    runner = TorchRunner(family_checkpoint, 12, SIZE, kv_dtype=torch.bfloat16)
+    runner = TorchRunner(load_model(family_checkpoint), 12, SIZE, kv_dtype=torch.bfloat16)
     manager, tokens = make_manager(runner), {0: np.arange(4, 34)}
     assert manager.add_sequence(0, tokens[0].astype(np.int32))
     runner.step(runner.prepare(batch_of(manager, [0], [29], [29], tokens, 1)))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
@@ -20,7 +20,7 @@ NEW_TOKENS = 160
 
 @pytest.fixture(scope="module")
 def runner(bundled_model) -> TorchRunner:
-    return TorchRunner(bundled_model, 1200, SIZE)
+    return TorchRunner(load_model(bundled_model), 1200, SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.report.machine import describe_machine
-from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import Load, Measurement, run_variant, streaming_window
 from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
@@ -106,7 +106,8 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         blocks = max(1, round(demand * options.kv_cache_share))
         print(f"KV pool: {blocks} blocks = {options.kv_cache_share:g} x {demand}, the full cache's peak demand")
     runner = bench.use_pool(blocks)
-    print(f"block distances: {runner.search.description}; backend: {engine.backend}")
+    print(f"block distances: {runner.search.description}")
+    print(f"decode attention: {runner.decode_description}; backend: {engine.backend}")
     entries = bench.run_all(variants, options.repeat)
     if options.output_texts is not None:
         bench.write_texts(options.output_texts)
@@ -116,6 +117,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         "machine": describe_machine(),
         "device": device,
         "block_distances": runner.search.description,
+        "decode_attention": runner.decode_description,
         "engine": {"engine_dir": str(options.engine_dir), "backend": engine.backend, **engine.build.model_dump()},
         "dataset": {"path": str(options.dataset), "num_requests": len(items)},
         "kv_cache_blocks": blocks,
@@ -160,9 +162,8 @@ class _Bench:
         if self._runner is None or self._runner.num_blocks != num_blocks:
             dtype = getattr(torch, self._engine.kv_dtype)
             build = self._engine.build
-            self._runner = TorchRunner(
-                self._engine.model_dir, num_blocks, build.tokens_per_block, dtype, self._device, self._fold
-            )
+            model = load_model(self._engine.model_dir, self._device)
+            self._runner = TorchRunner(model, num_blocks, build.tokens_per_block, dtype, self._fold)
         return self._runner
 
     def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:

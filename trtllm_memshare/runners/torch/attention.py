@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from trtllm_memshare.runners.torch.flashinfer_decode import FlashInferDecode
 from trtllm_memshare.runners.torch.plan import StepPlan
 
 IMPLEMENTATION = "memshare_paged"
@@ -38,17 +39,30 @@ class PagedStep:
 
     Args:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``; modified by ``attend``.
-      plan: the step's addresses.
+      plan: the step's addresses; None: those of ``for_decode``.
       compute_dtype: dtype of the model's activations.
+      decode: attends for the generation requests, planned for this step; None = PyTorch, from the plan's groups.
     """
 
-    def __init__(self, pool: torch.Tensor, plan: StepPlan, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        plan: StepPlan | None,
+        compute_dtype: torch.dtype,
+        decode: FlashInferDecode | None = None,
+    ) -> None:
         _, _, _, self.num_kv_heads, self.tokens_per_block, self.head_dim = pool.shape
         device = pool.device
         self._rows = pool.view(-1, self.head_dim)
         self._head_units = pool.view(-1, self.tokens_per_block * self.head_dim)
         self._dtype = compute_dtype
+        self._decode, self._first_decode = decode, 0
+        self._contexts: list[DeviceContext] = []
+        self._groups: list[DeviceGroup] = []
+        if plan is None:
+            return
         self._write_rows = torch.from_numpy(plan.write_rows).to(device)
+        self._first_decode = plan.contexts[-1].stop if plan.contexts else 0
         self._contexts = [self._context(chunk, device) for chunk in plan.contexts]
         self._groups = [
             DeviceGroup(
@@ -59,6 +73,20 @@ class PagedStep:
             for g in plan.decode_groups
         ]
         self.last_tokens = torch.from_numpy(plan.last_tokens).to(device)
+
+    @classmethod
+    def for_decode(
+        cls, pool: torch.Tensor, write_rows: torch.Tensor, decode: FlashInferDecode, compute_dtype: torch.dtype
+    ) -> PagedStep:
+        """A pure decode step whose addresses may change in place between uses.
+
+        Args:
+          write_rows: int64 ``[2, batch, num_kv_heads]``, on the device; kept.
+        """
+        step = cls(pool, None, compute_dtype, decode)
+        step._write_rows = write_rows
+        step.last_tokens = torch.arange(write_rows.shape[1], device=pool.device)
+        return step
 
     @staticmethod
     def _context(chunk: Any, device: torch.device) -> DeviceContext:
@@ -107,6 +135,9 @@ class PagedStep:
                 enable_gqa=True,
             )
             output[part] = attended[0].transpose(0, 1)
+        if self._decode is not None and self._first_decode < num_tokens:
+            part = slice(self._first_decode, num_tokens)
+            output[part] = self._decode.attend(layer, query[:, part].transpose(0, 1))
         for group in self._groups:
             # The queries that share a KV head become the rows of one small product.
             grouped = query[:, group.tokens].view(self.num_kv_heads, -1, len(group.tokens), self.head_dim)

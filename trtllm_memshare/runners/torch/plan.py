@@ -60,12 +60,15 @@ class StepPlan:
     decode_groups: list[DecodeGroup]
 
 
-def plan_step(batch: StepBatch, num_kv_heads: int, tokens_per_block: int, fold_aliases: bool = True) -> StepPlan:
+def plan_step(
+    batch: StepBatch, num_kv_heads: int, tokens_per_block: int, fold_aliases: bool = True, group_decode: bool = True
+) -> StepPlan:
     """Works out a step's addresses.
 
     Args:
       fold_aliases: read a block that a table names m times once, with ln m added to its logits: the same softmax for
         less memory traffic. False reads it m times, as TensorRT-LLM's attention kernels do.
+      group_decode: False leaves ``decode_groups`` empty, for a decode attention with page lists of its own.
     """
     lengths, chunks = batch.sequence_lengths, batch.chunk_lengths
     sequence_of = np.repeat(np.arange(len(chunks)), chunks)
@@ -83,7 +86,7 @@ def plan_step(batch: StepBatch, num_kv_heads: int, tokens_per_block: int, fold_a
         contexts.append(ContextChunk(stop - int(chunks[index]), stop, past, read))
     first = batch.num_contexts
     groups = []
-    if first < len(chunks):
+    if group_decode and first < len(chunks):
         groups = _decode_groups(
             offsets[first:], lengths[first:], last_tokens[first:], num_kv_heads, tokens_per_block, batch, fold_aliases
         )

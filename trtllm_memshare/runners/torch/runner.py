@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
-from trtllm_memshare.runners.torch.plan import plan_step
+from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
+from trtllm_memshare.runners.torch.flashinfer_decode import FlashInferDecode, PageLists, find_flashinfer, list_pages
+from trtllm_memshare.runners.torch.plan import StepPlan, plan_step
 from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
 
@@ -20,49 +23,63 @@ AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 @dataclass(frozen=True)
 class TorchInputs:
-    """Device inputs of a step."""
+    """Inputs of a step: the batch, its addresses, and with FlashInfer the pages of its generation requests."""
 
-    input_ids: torch.Tensor  # int64 [1, num_tokens]
-    position_ids: torch.Tensor  # int64 [1, num_tokens]
-    paged: PagedStep
     batch: StepBatch
+    plan: StepPlan
+    pages: PageLists | None
+
+
+def load_model(model_dir: Path, device: str = "cpu") -> Any:
+    """A Hugging Face decoder that attends through the pool.
+
+    Args:
+      model_dir: a checkpoint directory that ``engine.read_checkpoint`` accepts.
+      device: ``cpu`` or a CUDA device.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype="auto",
+        attn_implementation=IMPLEMENTATION,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    return model.to(device).eval()
 
 
 class TorchRunner:
     """Runs a Hugging Face decoder with rotary embeddings over a paged pool.
 
     Args:
-      model_dir: a checkpoint directory that ``engine.read_checkpoint`` accepts.
+      model: from ``load_model``, or another decoder with the attention implementation ``IMPLEMENTATION``.
       num_blocks: physical blocks of the pool.
       tokens_per_block: tokens of one block.
       kv_dtype: element type of the pool, None = the model's.
-      device: ``cpu`` or a CUDA device.
-      fold_aliases: see ``plan_step``.
+      fold_aliases: see ``plan_step``; FlashInfer reads every alias.
+      use_graphs: replay CUDA graphs in pure decode steps where FlashInfer attends.
+      flashinfer: a stand-in for the module, for tests; None = the installed one if the pool is on a GPU.
+      new_graph: see ``DecodeGraphs``.
 
     Attributes:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
       search: what computes stage 2 on it.
+      decode_description: what attends for generation requests, and why.
     """
 
     def __init__(
         self,
-        model_dir: Path,
+        model: Any,
         num_blocks: int,
         tokens_per_block: int,
         kv_dtype: torch.dtype | None = None,
-        device: str = "cpu",
         fold_aliases: bool = True,
+        use_graphs: bool = True,
+        flashinfer: Any = None,
+        new_graph: Callable[[], Any] | None = None,
     ) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype="auto",
-            attn_implementation=IMPLEMENTATION,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-        self.model.to(device).eval()
-        config = self.model.config
+        self.model = model
+        config = model.config
         self.num_layers = config.num_hidden_layers
         self.num_blocks = num_blocks
         self.tokens_per_block = tokens_per_block
@@ -71,33 +88,66 @@ class TorchRunner:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.pool = torch.zeros(
             (num_blocks, self.num_layers, 2, self._num_kv_heads, tokens_per_block, head_dim),
-            dtype=kv_dtype or self.model.dtype,
-            device=device,
+            dtype=kv_dtype or model.dtype,
+            device=model.device,
         )
         self._fold_aliases = fold_aliases
-        self.search = make_block_search(self.pool, self.model.model.rotary_emb.inv_freq.float(), MAX_PAIRS)
+        self._scaling = float(model.model.layers[0].self_attn.scaling)
+        self.search = make_block_search(self.pool, model.model.rotary_emb.inv_freq.float(), MAX_PAIRS)
+        self._decode: FlashInferDecode | None = None
+        self._graphs: DecodeGraphs | None = None
+        found, self.decode_description = (
+            find_flashinfer(self.pool, model.dtype) if flashinfer is None else (flashinfer, "a stand-in for FlashInfer")
+        )
+        if found is not None:
+            self._use_flashinfer(found, use_graphs, new_graph)
 
     def prepare(self, batch: StepBatch) -> TorchInputs:
-        """Works out addresses on the host and moves them to the device."""
-        plan = plan_step(batch, self._num_kv_heads, self.tokens_per_block, self._fold_aliases)
-        device = self.pool.device
-        return TorchInputs(
-            torch.from_numpy(batch.input_ids).to(device, torch.int64)[None],
-            torch.from_numpy(batch.position_ids).to(device, torch.int64)[None],
-            PagedStep(self.pool, plan, self.model.dtype),
-            batch,
-        )
+        """Works out addresses on the host."""
+        grouped = self._decode is None
+        plan = plan_step(batch, self._num_kv_heads, self.tokens_per_block, self._fold_aliases, grouped)
+        decodes = not grouped and batch.num_contexts < len(batch.chunk_lengths)
+        pages = list_pages(batch, self.num_layers, self.tokens_per_block) if decodes else None
+        return TorchInputs(batch, plan, pages)
 
     @torch.inference_mode()
     def step(self, inputs: TorchInputs) -> StepOutput:
         """Runs the model once, then stage 2 on the batch's pairs."""
+        batch, plan, pages = inputs.batch, inputs.plan, inputs.pages
+        if self._graphs is not None and pages is not None and self._graphs.takes(batch):
+            logits = self._graphs.run(batch, plan.write_rows, pages, self._scaling)
+        else:
+            if self._decode is not None and pages is not None:
+                self._decode.plan(pages, self._scaling)
+            device = self.pool.device
+            ids, positions = (
+                torch.from_numpy(a).to(device, torch.int64)[None] for a in (batch.input_ids, batch.position_ids)
+            )
+            logits = self._forward(ids, positions, PagedStep(self.pool, plan, self.model.dtype, self._decode))
+        distances = None if batch.pairs is None else self.search.compare(batch.pairs)
+        return StepOutput(logits.float(), distances)
+
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
+        """Logits ``[batch, vocab_size]`` of each sequence's last token."""
         result = self.model(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.position_ids,
+            input_ids=input_ids,
+            position_ids=position_ids,
             use_cache=False,
-            logits_to_keep=inputs.paged.last_tokens,
-            memshare_step=inputs.paged,
+            logits_to_keep=step.last_tokens,
+            memshare_step=step,
         )
-        pairs = inputs.batch.pairs
-        distances = None if pairs is None else self.search.compare(pairs)
-        return StepOutput(result.logits[0].float(), distances)
+        return result.logits[0]
+
+    def _use_flashinfer(self, flashinfer: Any, use_graphs: bool, new_graph: Callable[[], Any] | None) -> None:
+        num_heads, dtype = self.model.config.num_attention_heads, self.model.dtype
+        self._decode = FlashInferDecode(flashinfer, self.pool, num_heads, dtype)
+        if not use_graphs:
+            return
+
+        longest = -(-self.model.config.max_position_embeddings // self.tokens_per_block)
+
+        def make_decode(bucket: int) -> FlashInferDecode:
+            return FlashInferDecode(flashinfer, self.pool, num_heads, dtype, bucket, bucket * longest)
+
+        self._graphs = DecodeGraphs(self._forward, make_decode, self.pool, dtype, new_graph)
+        self.decode_description += ", CUDA graphs for pure decode steps"
