@@ -74,12 +74,12 @@ class DecodeGraphs:
         found = self._captured.get(bucket)
         captured = found or self._allocate(bucket)
         pad = bucket - count
-        inputs = (batch.input_ids[None], batch.position_ids[None], write_rows)
-        for target, values in zip(
-            (captured.input_ids, captured.position_ids, captured.write_rows), inputs, strict=True
+        for target, values in (
+            (captured.input_ids, batch.input_ids[None]),
+            (captured.position_ids, batch.position_ids[None]),
+            (captured.write_rows, write_rows),
         ):
-            filled = np.concatenate([values, np.repeat(values[:, :1], pad, axis=1)], axis=1)
-            target.copy_(torch.from_numpy(filled))
+            target.copy_(torch.from_numpy(np.concatenate([values, np.repeat(values[:, :1], pad, axis=1)], axis=1)))
         captured.decode.plan(pages.padded(bucket), scaling)
         if found is None:
             self._capture(bucket, captured)

@@ -63,6 +63,11 @@ def list_pages(batch: StepBatch, num_layers: int, tokens_per_block: int) -> Page
     return PageLists(indptr, blocks[present].astype(np.int32), ((lengths - 1) % tokens_per_block + 1).astype(np.int32))
 
 
+def make_workspace(device: torch.device) -> torch.Tensor:
+    """Memory for partial results, uint8, zero as FlashInfer wants it at first use."""
+    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
 class FlashInferDecode:
     """One FlashInfer wrapper over a pool.
 
@@ -71,6 +76,7 @@ class FlashInferDecode:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
       num_heads: query heads.
       dtype: of queries and outputs.
+      workspace: from ``make_workspace``; wrappers that run one after the other may share it.
       fixed_batch: batch size of every step, with buffers that a CUDA graph may keep; None = any, no graph.
       max_pages: with ``fixed_batch``: most entries of ``PageLists.indices``.
     """
@@ -81,12 +87,12 @@ class FlashInferDecode:
         pool: torch.Tensor,
         num_heads: int,
         dtype: torch.dtype,
+        workspace: torch.Tensor,
         fixed_batch: int | None = None,
         max_pages: int = 0,
     ) -> None:
         self._pool, self._num_heads, self._dtype = pool, num_heads, dtype
         device = pool.device
-        workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         buffers: dict[str, Any] = {}
         if fixed_batch is not None:
             sizes = {"indptr": fixed_batch + 1, "indices": max_pages, "last_page_len": fixed_batch}

@@ -13,7 +13,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
-from trtllm_memshare.runners.torch.flashinfer_decode import FlashInferDecode, PageLists, find_flashinfer, list_pages
+from trtllm_memshare.runners.torch.flashinfer_decode import (
+    FlashInferDecode,
+    PageLists,
+    find_flashinfer,
+    list_pages,
+    make_workspace,
+)
 from trtllm_memshare.runners.torch.plan import StepPlan, plan_step
 from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
@@ -140,14 +146,15 @@ class TorchRunner:
 
     def _use_flashinfer(self, flashinfer: Any, use_graphs: bool, new_graph: Callable[[], Any] | None) -> None:
         num_heads, dtype = self.model.config.num_attention_heads, self.model.dtype
-        self._decode = FlashInferDecode(flashinfer, self.pool, num_heads, dtype)
+        workspace = make_workspace(self.pool.device)
+        self._decode = FlashInferDecode(flashinfer, self.pool, num_heads, dtype, workspace)
         if not use_graphs:
             return
 
         longest = -(-self.model.config.max_position_embeddings // self.tokens_per_block)
 
         def make_decode(bucket: int) -> FlashInferDecode:
-            return FlashInferDecode(flashinfer, self.pool, num_heads, dtype, bucket, bucket * longest)
+            return FlashInferDecode(flashinfer, self.pool, num_heads, dtype, workspace, bucket, bucket * longest)
 
         self._graphs = DecodeGraphs(self._forward, make_decode, self.pool, dtype, new_graph)
         self.decode_description += ", CUDA graphs for pure decode steps"
