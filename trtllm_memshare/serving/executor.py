@@ -45,6 +45,10 @@ class Executor:
       max_batch_size: most requests in flight.
       max_num_tokens: most tokens of one step.
       scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
+      sampler: chooses next tokens; None = as each request's parameters say.
+
+    Attributes:
+      last_batch: of the last step that ran the model, None before the first.
 
     Raises:
       UserError: unknown policy.
@@ -59,6 +63,7 @@ class Executor:
         max_batch_size: int = 64,
         max_num_tokens: int = 2048,
         scheduler_policy: str = MAX_UTILIZATION,
+        sampler: Sampler | None = None,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
@@ -76,7 +81,8 @@ class Executor:
         )
         self._scheduler = Scheduler(self.manager, scheduler_policy, max_batch_size, max_num_tokens)
         self.sharing = Sharing(self.manager, config)
-        self._sampler = Sampler()
+        self._sampler = sampler or Sampler()
+        self.last_batch: StepBatch | None = None
         self.stats = ExecutorStats()
         self._ids = itertools.count()
         self._lock = threading.Condition()
@@ -140,6 +146,7 @@ class Executor:
         if not schedule.contexts and not schedule.generations:
             return
         batch, states = self._make_batch(schedule)
+        self.last_batch = batch
         output = self._runner.step(self._runner.prepare(batch))
         self._advance(schedule, states, output.logits)
         self.sharing.take_distances(output.block_distances)
