@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
 from trtllm_memshare.serving.sampling import Sampler
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.1, 0.07, 0.03]]).log()
 
 
+def request(params: SamplingParams, tokens: tuple[int, ...] = (4,)) -> RequestState:
+    return RequestState(0, [4], params, RequestHandle(0), tokens=list(tokens))
+
+
 def drawn(count: int = 400, **options) -> list[int]:
     sampler, params = Sampler(), SamplingParams(temperature=1.0, seed=3, **options)
-    return [sampler.sample(LOGITS, [(0, params)])[0] for _ in range(count)]
+    return [sampler.sample(LOGITS, [request(params)])[0] for _ in range(count)]
 
 
 def test_greedy_takes_the_largest():
-    assert Sampler().sample(LOGITS.flip(1), [(0, SamplingParams())]) == [4]
+    assert Sampler().sample(LOGITS.flip(1), [request(SamplingParams())]) == [4]
 
 
 def test_top_k_and_top_p_cut_the_tail():
@@ -34,6 +38,24 @@ def test_frequencies_follow_the_probabilities():
 
 def test_a_finished_request_s_id_starts_over_with_its_seed():
     sampler, params = Sampler(), SamplingParams(temperature=1.0, seed=3)
-    first = [sampler.sample(LOGITS, [(0, params)])[0] for _ in range(20)]
+    first = [sampler.sample(LOGITS, [request(params)])[0] for _ in range(20)]
     sampler.forget(0)
-    assert [sampler.sample(LOGITS, [(0, params)])[0] for _ in range(20)] == first
+    assert [sampler.sample(LOGITS, [request(params)])[0] for _ in range(20)] == first
+
+
+def test_a_bad_word_is_not_completed_and_may_begin():
+    params = SamplingParams(bad_words=((0,), (2, 1), (9, 2, 1)))
+    sampler = Sampler()
+    assert sampler.sample(LOGITS, [request(params)]) == [1]
+    assert sampler.sample(LOGITS, [request(params, (4, 2))]) == [2]
+    assert sampler.sample(LOGITS.repeat(2, 1), [request(SamplingParams()), request(params)]) == [0, 1]
+    assert set(drawn(bad_words=((0,), (4, 3)))) == {1, 2, 4}
+    assert LOGITS.isfinite().all()
+
+
+def test_stop_sequences_count_generated_tokens_only():
+    params = SamplingParams(stop_token_ids=(3,), stop_sequences=((4, 2), (0, 1)))
+    assert request(params, (4, 3)).stops
+    assert not request(params, (4, 2)).stops  # the 4 is the prompt's
+    assert request(params, (4, 4, 2)).stops
+    assert not request(params, (4, 0, 2, 1)).stops

@@ -28,7 +28,7 @@ from trtllm_memshare.serving.request import (
 from trtllm_memshare.serving.sampling import Sampler
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
 from trtllm_memshare.serving.sharing import Sharing
-from trtllm_memshare.serving.statistics import ExecutorStats
+from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
 
 
 class Executor:
@@ -130,6 +130,29 @@ class Executor:
     def has_work(self) -> bool:
         """Whether any request is queued or in flight."""
         return bool(self._submitted or self._scheduler.waiting or self._scheduler.running)
+
+    def status(self) -> ExecutorStatus:
+        """Counts of this moment; safe from any thread, since it only reads."""
+        running = list(self._scheduler.running)
+        generating = sum(s.phase is Phase.GENERATION for s in running)
+        pool = self.manager.pool
+        return ExecutorStatus(
+            num_active=len(running),
+            num_waiting=len(self._submitted) + len(self._scheduler.waiting),
+            num_context=len(running) - generating,
+            num_context_tokens=sum(len(s.tokens) for s in running if s.phase is Phase.CONTEXT),
+            num_generating=generating,
+            num_pauses=self._scheduler.num_pauses,
+            num_steps=self.stats.num_steps,
+            num_finished=self.stats.num_finished,
+            max_blocks=self._runner.num_blocks,
+            used_blocks=pool.num_used,
+            tokens_per_block=self._runner.tokens_per_block,
+            shared_blocks=self.manager.stats().shared,
+            search_seconds=self.stats.search_seconds,
+            num_candidates=self.sharing.policy.num_candidates,
+            refused={**self.rejected, **self.manager.stats().refused},
+        )
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -236,7 +259,7 @@ class Executor:
             self.manager.mark_computed(state.request_id, state.num_computed)
         rows = [i for i, s in enumerate(states) if s.num_computed == len(s.tokens)]
         chosen = logits if len(rows) == len(states) else logits[rows]
-        sampled = self._sampler.sample(chosen, [(states[i].request_id, states[i].params) for i in rows])
+        sampled = self._sampler.sample(chosen, [states[i] for i in rows])
         now = time.perf_counter()
         for row, token in zip(rows, sampled, strict=True):
             state = states[row]
@@ -245,7 +268,7 @@ class Executor:
             if state.first_token_at is None:
                 state.first_token_at = now
             state.handle.push(token)
-            if token in state.params.stop_token_ids:
+            if state.stops:
                 self._scheduler.finish(state)
                 self._end(state, "stop", in_cache=True)
             elif len(state.tokens) >= state.max_tokens:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.request import RequestState
 from trtllm_memshare.serving.sampling import Sampler
 
 
@@ -30,13 +30,13 @@ class ReplaySampler(Sampler):
         self._scripts[request_id] = token_ids
         self._places[request_id] = 0
 
-    def sample(self, logits: torch.Tensor, requests: list[tuple[int, SamplingParams]]) -> list[int]:
+    def sample(self, logits: torch.Tensor, requests: list[RequestState]) -> list[int]:
         """Next scripted token of each row; see ``Sampler.sample``."""
         super().sample(logits, requests)
         tokens = []
-        for request_id, _ in requests:
-            tokens.append(self._scripts[request_id][self._places[request_id]])
-            self._places[request_id] += 1
+        for request in requests:
+            tokens.append(self._scripts[request.request_id][self._places[request.request_id]])
+            self._places[request.request_id] += 1
         return tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from trtllm_memshare.cache.sequence import SharingRecord
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those off."""
+    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those off.
+
+    ``stop_sequences``: token sequences that end the request once generated; ``bad_words``: ones never generated.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -22,6 +26,8 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,20 @@ class RequestState:
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def banned_tokens(self) -> list[int]:
+        """Tokens that would complete a bad word."""
+        before = len(self.tokens) + 1
+        return [w[-1] for w in self.params.bad_words if w and self.tokens[before - len(w) :] == list(w[:-1])]
+
+    @property
+    def stops(self) -> bool:
+        """Whether the last token ends the request: a stop token, or the end of a stop sequence."""
+        if self.tokens[-1] in self.params.stop_token_ids:
+            return True
+        generated = self.num_generated
+        return any(len(s) <= generated and self.tokens[-len(s) :] == list(s) for s in self.params.stop_sequences if s)
+
+    @property
     def max_tokens(self) -> int:
         """Length at which generation ends at the latest."""
         return len(self.prompt) + self.params.max_new_tokens
@@ -114,6 +134,17 @@ class RequestHandle:
             yield token
         if self.future.done():
             self.future.result()  # raises if the executor stopped on an error
+
+    def batches(self) -> Iterator[list[int]]:
+        """Yields the tokens that have come since the last time, at least one: a slow reader gets larger pieces."""
+        ended = False
+        while not ended and (token := self._stream.get()) is not None:
+            tokens = [token]
+            with contextlib.suppress(queue.Empty):
+                while (following := self._stream.get_nowait()) is not None:
+                    tokens.append(following)
+                ended = True
+            yield tokens
 
     def push(self, token: int) -> None:
         """Executor's side: one more token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.request import RequestState, SamplingParams
 
 
 class Sampler:
@@ -13,17 +13,21 @@ class Sampler:
     def __init__(self) -> None:
         self._generators: dict[int, torch.Generator] = {}
 
-    def sample(self, logits: torch.Tensor, requests: list[tuple[int, SamplingParams]]) -> list[int]:
+    def sample(self, logits: torch.Tensor, requests: list[RequestState]) -> list[int]:
         """Next token of each row.
 
         Args:
           logits: float32 ``[batch, vocab_size]``.
-          requests: request id and parameters, one per row.
+          requests: one per row.
         """
+        if any(request.params.bad_words for request in requests):
+            logits = logits.clone()
+            for row, request in enumerate(requests):
+                logits[row, request.banned_tokens] = -torch.inf
         tokens: list[int] = logits.argmax(-1).tolist()
-        for row, (request_id, params) in enumerate(requests):
-            if params.temperature > 0:
-                tokens[row] = self._sample_row(logits[row], request_id, params)
+        for row, request in enumerate(requests):
+            if request.params.temperature > 0:
+                tokens[row] = self._sample_row(logits[row], request.request_id, request.params)
         return tokens
 
     def forget(self, request_id: int) -> None:

@@ -49,3 +49,31 @@ class ExecutorStats:
     def mean_resident_blocks_per_request(self) -> float:
         """Blocks in use over requests in flight, both averaged over time."""
         return self.block_seconds / self.request_seconds if self.request_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class ExecutorStatus:
+    """A moment of a running executor. Counts of requests and blocks; totals since the start where the name says so.
+
+    Attributes:
+      num_active, num_waiting, num_context, num_generating: requests now.
+      num_context_tokens: tokens of requests still in their context phase.
+      num_pauses, num_steps, num_finished, shared_blocks, num_candidates: totals.
+      refused: total candidates and decisions turned down, by reason.
+    """
+
+    num_active: int
+    num_waiting: int
+    num_context: int
+    num_context_tokens: int
+    num_generating: int
+    num_pauses: int
+    num_steps: int
+    num_finished: int
+    max_blocks: int
+    used_blocks: int
+    tokens_per_block: int
+    shared_blocks: int
+    search_seconds: float
+    num_candidates: int
+    refused: dict[str, int]

@@ -1,0 +1,127 @@
+"""Writes a Triton model repository over an engine directory."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from trtllm_memshare.engine.engine_dir import Engine, load_engine
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
+from trtllm_memshare.triton.ensemble_model import PERF_OUTPUTS
+
+_MODELS = {"tensorrt_llm": ("token_model", "TokenModel"), "ensemble": ("ensemble_model", "EnsembleModel")}
+_MARKER = "memshare_repository.txt"
+
+
+@dataclass(frozen=True)
+class RepositoryOptions:
+    """What a deployment allows and how large its pool is.
+
+    Attributes:
+      engine_dir: written by ``build_engine.py``; named in the repository, not copied.
+      output_dir: where the repository goes.
+      kv_cache_blocks: blocks of the KV pool; None = enough for ``max_batch_size`` requests of ``max_seq_len``.
+      max_prompt_tokens, max_output_tokens: of one request; None = what ``max_seq_len`` allows.
+      max_queue_size: requests that may wait beside those in flight.
+      batch_scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
+      exclude_input_in_output: leave the prompt out of answers to requests that do not say.
+      cancellation_check_period_ms, stats_check_period_ms: how often clients and counters are looked at.
+      force: replace a repository that is there.
+    """
+
+    engine_dir: Path
+    output_dir: Path
+    kv_cache_blocks: int | None = None
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_queue_size: int = 256
+    batch_scheduler_policy: str = MAX_UTILIZATION
+    exclude_input_in_output: bool = True
+    cancellation_check_period_ms: int = 100
+    stats_check_period_ms: int = 100
+    force: bool = False
+
+
+def write_repository(options: RepositoryOptions) -> dict[str, str]:
+    """Writes ``ensemble`` and ``tensorrt_llm``; nothing is left behind if it fails.
+
+    Returns:
+      The parameters that went into the models' ``config.pbtxt``.
+
+    Raises:
+      UserError: a damaged engine, limits that cannot hold, a pool too small for one request, or a folder in the way.
+    """
+    engine = load_engine(options.engine_dir)
+    parameters = _parameters(engine, options)
+    target = options.output_dir
+    if target.exists() and not (target / _MARKER).is_file() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty and not a repository of this project (choose another --output-dir)")
+    if (target / _MARKER).is_file() and not options.force:
+        raise UserError(f"there is a model repository at {target} already (add --force to replace it)")
+    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        for name in _MODELS:
+            _write_model(draft, name, parameters)
+        (draft / _MARKER).write_text(f"written by build_triton_repo.py for {engine.engine_dir}\n")
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(draft)
+    return parameters
+
+
+def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
+    build = engine.build
+    size, longest = build.tokens_per_block, build.max_seq_len
+    one_request = -(-longest // size)
+    blocks = options.kv_cache_blocks or one_request * build.max_batch_size
+    if blocks < one_request:
+        raise UserError(
+            f"--kv-cache-blocks must hold one request of max_seq_len {longest}: {one_request} blocks of {size} tokens, "
+            f"got {blocks}"
+        )
+    for name in ("max_prompt_tokens", "max_output_tokens"):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value < longest:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be between 1 and {longest - 1}, got {value} (max_seq_len is "
+                f"{longest})"
+            )
+    if options.max_queue_size < 0:
+        raise UserError(f"--max-queue-size must not be negative, got {options.max_queue_size}")
+    return {
+        "engine_dir": str(engine.engine_dir.resolve()),
+        "tokenizer_dir": str(engine.model_dir.resolve()),
+        "max_tokens_in_paged_kv_cache": str(blocks * size),
+        "batch_scheduler_policy": options.batch_scheduler_policy,
+        "exclude_input_in_output": str(options.exclude_input_in_output).lower(),
+        "cancellation_check_period_ms": str(options.cancellation_check_period_ms),
+        "stats_check_period_ms": str(options.stats_check_period_ms),
+        "max_prompt_tokens": str(options.max_prompt_tokens or longest - 1),
+        "max_output_tokens": str(options.max_output_tokens or longest - 1),
+        "max_queue_size": str(options.max_queue_size),
+        "max_requests": str(options.max_queue_size + build.max_batch_size),
+        "perf_outputs": ",\n".join(
+            f'  {{ name: "{name}" data_type: TYPE_INT{64 if name.endswith("_ns") else 32} dims: [ 1 ] }}'
+            for name in PERF_OUTPUTS
+        ),
+    }
+
+
+def _write_model(repository: Path, name: str, parameters: dict[str, str]) -> None:
+    templates = resources.files("trtllm_memshare") / "triton" / "templates"
+    module, model_class = _MODELS[name]
+    version = repository / name / "1"
+    version.mkdir(parents=True)
+    config = Template((templates / f"{name}.pbtxt").read_text())
+    (repository / name / "config.pbtxt").write_text(config.substitute(parameters))
+    code = Template((templates / "model.py.template").read_text())
+    (version / "model.py").write_text(code.substitute(module=module, model_class=model_class))
