@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -91,9 +92,13 @@ class Executor:
         self._stopping = False
 
     def submit(
-        self, input_ids: list[int], params: SamplingParams = SamplingParams(), group: int | None = None
+        self,
+        input_ids: list[int],
+        params: SamplingParams = SamplingParams(),
+        group: int | None = None,
+        listener: Callable[[bool], None] | None = None,
     ) -> RequestHandle:
-        """Queues a request.
+        """Queues a request. ``listener``: see ``RequestHandle``.
 
         Raises:
           UserError: an empty prompt, one that does not fit max_seq_len with its output, or a pool too small for it.
@@ -117,7 +122,7 @@ class Executor:
                 f"{self._runner.tokens_per_block}, the pool has {blocks} (set --kv-cache-blocks {needed} or more)"
             )
         request_id = next(self._ids)
-        handle = RequestHandle(request_id)
+        handle = RequestHandle(request_id, listener)
         state = RequestState(request_id, list(input_ids), params, handle, group, tokens=list(input_ids))
         with self._lock:
             if self._stopping:

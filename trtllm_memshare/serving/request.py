@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -112,11 +112,13 @@ class RequestState:
 class RequestHandle:
     """What ``Executor.submit`` returns: a future, a stream and a way to cancel.
 
-    Iterating yields token ids as they are generated and ends with the request.
+    Iterating yields token ids as they are generated and ends with the request. Who cannot wait takes ``drain`` and a
+    listener, which the executor's thread calls after each token with False and at the end with True.
     """
 
-    def __init__(self, request_id: int) -> None:
+    def __init__(self, request_id: int, listener: Callable[[bool], None] | None = None) -> None:
         self.request_id = request_id
+        self._listener = listener
         self.future: Future[RequestResult] = Future()
         self.cancelled = False
         self._stream: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -135,20 +137,20 @@ class RequestHandle:
         if self.future.done():
             self.future.result()  # raises if the executor stopped on an error
 
-    def batches(self) -> Iterator[list[int]]:
-        """Yields the tokens that have come since the last time, at least one: a slow reader gets larger pieces."""
-        ended = False
-        while not ended and (token := self._stream.get()) is not None:
-            tokens = [token]
-            with contextlib.suppress(queue.Empty):
-                while (following := self._stream.get_nowait()) is not None:
-                    tokens.append(following)
-                ended = True
-            yield tokens
+    def drain(self) -> tuple[list[int], bool]:
+        """Tokens that have come since the last time, and whether the request has ended; never waits."""
+        tokens: list[int] = []
+        with contextlib.suppress(queue.Empty):
+            while (token := self._stream.get_nowait()) is not None:
+                tokens.append(token)
+            return tokens, True
+        return tokens, False
 
     def push(self, token: int) -> None:
         """Executor's side: one more token."""
         self._stream.put(token)
+        if self._listener is not None:
+            self._listener(False)
 
     def finish(self, result: RequestResult | None, error: BaseException | None = None) -> None:
         """Executor's side: ends stream and future."""
@@ -157,3 +159,5 @@ class RequestHandle:
         elif result is not None:
             self.future.set_result(result)
         self._stream.put(None)
+        if self._listener is not None:
+            self._listener(True)

@@ -13,7 +13,7 @@ from string import Template
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
-from trtllm_memshare.triton.ensemble_model import PERF_OUTPUTS
+from trtllm_memshare.triton.tensors import PERF_OUTPUTS
 
 _MODELS = {"tensorrt_llm": ("token_model", "TokenModel"), "ensemble": ("ensemble_model", "EnsembleModel")}
 _MARKER = "memshare_repository.txt"

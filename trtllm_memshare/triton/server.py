@@ -14,6 +14,7 @@ from pathlib import Path
 from trtllm_memshare.errors import UserError
 
 _STUB = "triton_python_backend_stub"
+_SHM_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def server_command(server: Server, repository: Path, ports: Ports, host: str, ex
         command += [f"--{name}-port={port}", f"--{name}-address={host}"]
     # A name of its own for shared memory: a second server on the machine must not find ours.
     command.append(f"--backend-config=python,shm-region-prefix-name=memshare_{ports.http}_")
+    command.append(f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}")
     if server.backends is not None:
         command.append("--allow-gpu-metrics=false")  # a CPU build has none
     return command + extra

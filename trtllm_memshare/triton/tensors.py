@@ -9,6 +9,13 @@ import numpy as np
 
 from trtllm_memshare.errors import UserError
 
+PERF_OUTPUTS = (
+    "num_input_tokens", "num_output_tokens", "kv_cache_alloc_new_blocks", "kv_cache_reused_blocks",
+    "kv_cache_alloc_total_blocks", "memshare_shared_blocks", "arrival_time_ns", "first_token_time_ns",
+    "last_token_time_ns",
+)  # fmt: skip
+"""Outputs that come with ``return_perf_metrics``."""
+
 
 class RequestTensors:
     """The inputs of one request by name; those a client left out are absent.
@@ -86,3 +93,11 @@ class RequestTensors:
         if array.size != 1:
             raise UserError(f"{name} must be one value, got shape {list(array.shape)} (send one request per prompt)")
         return convert(array.reshape(-1)[0])
+
+
+def perf_tensors(tensor: Any, perf: dict[str, int]) -> list[Any]:
+    """Output tensors of counts and times. ``tensor``: Triton's class."""
+    return [
+        tensor(name, np.array([[value]], np.int64 if name.endswith("_ns") else np.int32))
+        for name, value in perf.items()
+    ]

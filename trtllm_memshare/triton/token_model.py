@@ -1,31 +1,32 @@
 """Triton's model `tensorrt_llm`: token ids in, token ids out, over the one executor of the deployment.
 
-Each python model instance is a process of its own, so this one owns the executor (instance count 1). ``execute``
-submits and returns; responses go out from a few threads as tokens arrive.
+Each python model instance is a process of its own, so this one owns the executor (instance count 1). ``execute`` hands
+requests to an asyncio loop and returns; `ensemble` reaches the same executor over a Unix socket.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.request import RequestHandle, RequestResult
+from trtllm_memshare.triton.loop import LoopThread
 from trtllm_memshare.triton.metrics import TritonMetrics, gauge_values
-from trtllm_memshare.triton.tensors import RequestTensors
-from trtllm_memshare.triton.token_requests import Limits, TokenRequest, parse_token_request
+from trtllm_memshare.triton.reply import Reply
+from trtllm_memshare.triton.service import ExecutorService, QueueFullError, SocketServer, TokenEvent, socket_path
+from trtllm_memshare.triton.tensors import RequestTensors, perf_tensors
+from trtllm_memshare.triton.token_requests import Limits
 
 
 class TokenModel:
@@ -38,153 +39,99 @@ class TokenModel:
 
     def __init__(self, pb_utils: Any, args: dict[str, str]) -> None:
         self._pb = pb_utils
-        config = json.loads(args["model_config"])
-        parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
+        parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         engine = load_engine(Path(parameters["engine_dir"]))
-        self._stop_token_ids = engine.stop_token_ids
-        self._exclude_input = parameters["exclude_input_in_output"] == "true"
-        self._poll_s = int(parameters["cancellation_check_period_ms"]) / 1e3
-        self._stats_s = int(parameters["stats_check_period_ms"]) / 1e3
-        blocks = int(parameters["max_tokens_in_paged_kv_cache"]) // engine.build.tokens_per_block
+        build = engine.build
+        blocks = int(parameters["max_tokens_in_paged_kv_cache"]) // build.tokens_per_block
         self._executor, description = make_executor(engine, blocks, parameters["batch_scheduler_policy"])
-        self._limits = Limits(
-            min(int(parameters["max_prompt_tokens"]), engine.build.max_seq_len - 1),
-            min(int(parameters["max_output_tokens"]), engine.build.max_seq_len - 1),
-            int(parameters["max_queue_size"]) + engine.build.max_batch_size,
+        limits = Limits(
+            min(int(parameters["max_prompt_tokens"]), build.max_seq_len - 1),
+            min(int(parameters["max_output_tokens"]), build.max_seq_len - 1),
+            int(parameters["max_queue_size"]) + build.max_batch_size,
             engine.vocab_size,
         )
-        pb_utils.Logger.log_info(f"{engine.engine_dir}: {blocks} KV blocks, {description}; {self._limits}")
-        self._max_batch_size, self._bytes_per_block = engine.build.max_batch_size, engine.bytes_per_block
-        self._tokens_per_block = engine.build.tokens_per_block
-        self._active: dict[RequestHandle, tuple[str, Any]] = {}  # request id, response sender
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
+        pb_utils.Logger.log_info(f"{engine.engine_dir}: {blocks} KV blocks, {description}; {limits}")
+        self._max_batch_size, self._bytes_per_block = build.max_batch_size, engine.bytes_per_block
         self._metrics = TritonMetrics(pb_utils, {"model": args["model_name"], "version": args["model_version"]})
-        # One thread waits for each request; idle ones cost nothing but a stack.
-        self._responders = ThreadPoolExecutor(self._limits.max_requests, "memshare-respond")
-        self._watchers = [
-            threading.Thread(target=self._every, args=(period, action), daemon=True)
-            for period, action in ((self._poll_s, self._look_for_cancelled), (self._stats_s, self._update_metrics))
-        ]
+        self._service = ExecutorService(
+            self._executor,
+            limits,
+            engine.stop_token_ids,
+            build.tokens_per_block,
+            parameters["exclude_input_in_output"] == "true",
+        )
+        self._replies: dict[object, Reply] = {}
         self._executor.__enter__()
-        for watcher in self._watchers:
-            watcher.start()
+        self._loop = LoopThread("memshare-triton")
+        self._socket = SocketServer(self._service, socket_path())
+        self._loop.run(self._socket.start())
+        self._closing = asyncio.Event()
+        for key, look in (
+            ("cancellation_check_period_ms", self._look_for_cancelled),
+            ("stats_check_period_ms", self._update_metrics),
+        ):
+            self._loop.start(self._every(int(parameters[key]) / 1e3, look))
 
     def execute(self, requests: list[Any]) -> None:
-        """Submits each request, or answers it with the error; returns before any token is there."""
+        """Hands each request to the loop and returns before any token is there."""
         for request in requests:
-            sender, arrived = request.get_response_sender(), time.time_ns()
-            try:
-                tensors = RequestTensors.of(request)
-                if tensors.flag("stop", False):
-                    self._cancel(request.request_id())
-                    sender.send(flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-                    continue
-                if len(self._active) >= self._limits.max_requests:
-                    self._send_error(
-                        sender,
-                        f"the queue is full: {self._limits.max_requests} requests are in the system, the limit of "
-                        f"max_queue_size plus the engine's batch size (try again later)",
-                        self._pb.TritonError.UNAVAILABLE,
-                    )
-                    continue
-                parsed = parse_token_request(tensors, self._limits, self._stop_token_ids, self._exclude_input)
-                handle = self._executor.submit(parsed.input_ids, parsed.params)
-            except UserError as error:
-                self._send_error(sender, str(error), self._pb.TritonError.INVALID_ARG)
-                continue
-            with self._lock:
-                self._active[handle] = request.request_id(), sender
-            self._responders.submit(self._respond, handle, parsed, sender, arrived)
+            reply, tensors = Reply(self._pb, request.get_response_sender()), RequestTensors.of(request)
+            # Without an id of its own a request cannot be stopped by another one.
+            self._loop.start(self._answer(request.request_id() or object(), tensors, reply))
 
     def finalize(self) -> None:
         """Lets requests in flight end, then frees everything."""
+        self._loop.run(self._socket.stop())
         self._executor.__exit__()
-        self._responders.shutdown()
-        self._closing.set()
-        for watcher in self._watchers:
-            watcher.join()
+        self._loop.loop.call_soon_threadsafe(self._closing.set)
+        self._loop.stop()
         self._metrics.close()
 
-    def _respond(self, handle: RequestHandle, parsed: TokenRequest, sender: Any, arrived: int) -> None:
-        """Sends what a request generates, in one piece or as it comes, and the final flag."""
-        final = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    async def _answer(self, key: object, tensors: RequestTensors, reply: Reply) -> None:
         try:
-            pending = list(parsed.input_ids) if parsed.echo_input else []
-            if parsed.streaming:
-                for tokens in handle.batches():
-                    sender.send(self._response(pending + tokens, ""))
-                    pending = []
-            result = handle.result()
-            ids = pending if parsed.streaming else pending + result.token_ids
-            more = self._perf_metrics(result, arrived) if parsed.perf_metrics else []
-            sender.send(self._response(ids, result.finish_reason, more), flags=final)
+            if tensors.flag("stop", False):
+                self._service.cancel(key)
+                reply.end()
+                return
+            self._replies[key] = reply
+            async with aclosing(self._service.generate(key, tensors)) as events:
+                async for event in events:
+                    (reply.end if event.finish_reason else reply.send)(self._response(event))
+        except QueueFullError as error:
+            reply.fail(str(error), self._pb.TritonError.UNAVAILABLE)
+        except UserError as error:
+            reply.fail(str(error))
         except Exception as error:
-            handle.cancel()
-            self._send_error(sender, f"request {handle.request_id} failed: {error}", self._pb.TritonError.INTERNAL)
+            reply.fail(f"the request failed: {type(error).__name__}: {error}", self._pb.TritonError.INTERNAL)
         finally:
-            with self._lock:
-                self._active.pop(handle, None)
+            self._replies.pop(key, None)
 
-    def _response(self, token_ids: list[int], finish_reason: str, more: Sequence[Any] = ()) -> Any:
+    def _response(self, event: TokenEvent) -> Any:
         tensor = self._pb.Tensor
         outputs = [
-            tensor("output_ids", np.array([[token_ids]], np.int32)),
-            tensor("sequence_length", np.array([[len(token_ids)]], np.int32)),
-            tensor("finish_reason", np.array([[finish_reason]], np.object_)),
+            tensor("output_ids", np.array([[event.token_ids]], np.int32)),
+            tensor("sequence_length", np.array([[len(event.token_ids)]], np.int32)),
+            tensor("finish_reason", np.array([[event.finish_reason]], np.object_)),
+            *perf_tensors(tensor, event.perf),
         ]
-        return self._pb.InferenceResponse(output_tensors=[*outputs, *more])
-
-    def _perf_metrics(self, result: RequestResult, arrived: int) -> list[Any]:
-        """Counts and times of a finished request. ``arrived``: nanoseconds since the epoch."""
-        stats = result.stats
-        allocated = -(-(stats.num_prompt_tokens + stats.num_output_tokens) // self._tokens_per_block)
-        counts = {
-            "num_input_tokens": stats.num_prompt_tokens,
-            "num_output_tokens": stats.num_output_tokens,
-            "kv_cache_alloc_new_blocks": allocated,
-            "kv_cache_reused_blocks": 0,
-            "kv_cache_alloc_total_blocks": allocated,
-            "memshare_shared_blocks": stats.sharing.retired_blocks,
-        }
-        times = {
-            "arrival_time_ns": arrived,
-            "first_token_time_ns": arrived + int(stats.ttft_s * 1e9),
-            "last_token_time_ns": arrived + int(stats.latency_s * 1e9),
-        }
-        tensor = self._pb.Tensor
-        return [tensor(name, np.array([[value]], np.int32)) for name, value in counts.items()] + [
-            tensor(name, np.array([[value]], np.int64)) for name, value in times.items()
-        ]
-
-    def _send_error(self, sender: Any, message: str, code: int) -> None:
-        """Answers with an error; a client that has gone away is not worth another one."""
-        error = self._pb.TritonError(message, code)
-        try:
-            sender.send(self._pb.InferenceResponse(error=error), flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception as failure:
-            self._pb.Logger.log_warn(f"could not send '{message}': {failure}")
-
-    def _cancel(self, request_id: str) -> None:
-        with self._lock:
-            for handle, (known, _) in self._active.items():
-                if known == request_id and request_id:
-                    handle.cancel()
+        return self._pb.InferenceResponse(output_tensors=outputs)
 
     def _look_for_cancelled(self) -> None:
-        with self._lock:
-            active = list(self._active.items())
-        for handle, (_, sender) in active:
-            if sender.is_cancelled():
-                handle.cancel()
+        for key, reply in list(self._replies.items()):
+            if reply.is_cancelled():
+                self._service.cancel(key)
 
     def _update_metrics(self) -> None:
         status = self._executor.status()
         self._metrics.update(gauge_values(status, self._max_batch_size, self._bytes_per_block), status.refused)
 
-    def _every(self, period: float, action: Any) -> None:
-        while not self._closing.wait(period):
-            action()
+    async def _every(self, period: float, look: Any) -> None:
+        while not self._closing.is_set():
+            look()
+            try:
+                await asyncio.wait_for(self._closing.wait(), period)
+            except asyncio.TimeoutError:
+                continue
 
 
 def make_executor(engine: Engine, num_blocks: int, policy: str) -> tuple[Executor, str]:
@@ -193,8 +140,6 @@ def make_executor(engine: Engine, num_blocks: int, policy: str) -> tuple[Executo
     Raises:
       UserError: a pool too small for the engine's longest request.
     """
-    from transformers import AutoTokenizer
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size, longest = engine.build.tokens_per_block, engine.build.max_seq_len
     if num_blocks < -(-longest // size):
