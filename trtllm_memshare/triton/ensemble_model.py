@@ -34,8 +34,6 @@ _PASSED_ON = {
 }
 """Inputs handed to the executor, and its names for them."""
 
-_WAKE_UP_INPUTS = {"input_ids": [[0]], "input_lengths": [[1]], "request_output_len": [[1]], "stop": [[True]]}
-
 
 class EnsembleModel:
     """What Triton's ``TritonPythonModel`` does, with its utilities handed in.
@@ -53,16 +51,13 @@ class EnsembleModel:
         self._poll_s = int(parameters["cancellation_check_period_ms"]) / 1e3
         self._loop = LoopThread("memshare-ensemble")
         self._client = ServiceClient(socket_path())
-        self._lost = self._waking = False
+        self._reloading = False
 
     def execute(self, requests: list[Any]) -> None:
         """Hands each request to the loop and returns."""
         for request in requests:
             reply = Reply(self._pb, request.get_response_sender())
             self._loop.start(self._answer(RequestTensors.of(request), reply))
-        if self._lost and not self._waking:
-            self._waking = True
-            threading.Thread(target=self._wake_token_model, daemon=True).start()
 
     def finalize(self) -> None:
         """Lets requests in flight end."""
@@ -83,8 +78,10 @@ class EnsembleModel:
         except UserError as error:
             reply.fail(str(error))
         except ServiceLostError as error:
-            self._lost = True
             reply.fail(str(error), self._pb.TritonError.UNAVAILABLE)
+            if not self._reloading:
+                self._reloading = True
+                threading.Thread(target=self._reload_token_model, daemon=True).start()
         except Exception as error:
             reply.fail(f"ensemble failed: {type(error).__name__}: {error}", self._pb.TritonError.INTERNAL)
 
@@ -96,7 +93,6 @@ class EnsembleModel:
         detokenizer, stop_words = IncrementalDetokenizer(self._tokenizer), StopWords(words)
         text = "" if tensors.flag("exclude_input_in_output", self._exclude_input) else prompts[0]
         call = await self._client.submit(self._inputs(tensors, prompts[0], streams or bool(words)))
-        self._lost = False
         async with aclosing(call.events()) as events:
             async for event in events:
                 last, found = bool(event.finish_reason), stop_words.found
@@ -141,18 +137,13 @@ class EnsembleModel:
         ]
         return self._pb.InferenceResponse(output_tensors=outputs)
 
-    def _wake_token_model(self) -> None:
-        """Triton starts a model's process anew when a request for it comes in, and ours do not pass through it."""
-        types = {"input_ids": np.int32, "input_lengths": np.int32, "request_output_len": np.int32, "stop": np.bool_}
-        request = self._pb.InferenceRequest(
-            model_name="tensorrt_llm",
-            requested_output_names=["output_ids"],
-            inputs=[self._pb.Tensor(name, np.array(value, types[name])) for name, value in _WAKE_UP_INPUTS.items()],
-        )
+    def _reload_token_model(self) -> None:
+        """Triton 2.51 does not start a decoupled model's process anew after it died, so it is loaded again."""
+        self._pb.Logger.log_warn("the process of tensorrt_llm was lost: loading the model again")
         try:
-            for _ in request.exec(decoupled=True):
-                pass
+            self._pb.unload_model(model_name="tensorrt_llm")
+            self._pb.load_model(model_name="tensorrt_llm")
         except Exception as error:
-            self._pb.Logger.log_warn(f"tensorrt_llm did not start anew: {error}")
+            self._pb.Logger.log_error(f"tensorrt_llm could not be loaded again: {error}")
         finally:
-            self._waking = False
+            self._reloading = False

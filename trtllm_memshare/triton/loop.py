@@ -50,6 +50,10 @@ class LoopThread:
     async def _wait(self) -> None:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        others = asyncio.all_tasks() - {asyncio.current_task()}  # readers of connections
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
 
 class TokenStream:

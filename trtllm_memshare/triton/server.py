@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 import sysconfig
@@ -80,6 +81,10 @@ def server_command(server: Server, repository: Path, ports: Ports, host: str, ex
     # A name of its own for shared memory: a second server on the machine must not find ours.
     command.append(f"--backend-config=python,shm-region-prefix-name=memshare_{ports.http}_")
     command.append(f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}")
+    # The model that owns the executor can then be loaded again after its process died; clients may not ask for that.
+    command += ["--model-control-mode=explicit", "--load-model=tensorrt_llm", "--load-model=ensemble"]
+    key = f"{secrets.token_hex(16)}={secrets.token_hex(16)}"
+    command += [f"--http-restricted-api=model-repository:{key}", f"--grpc-restricted-protocol=model-repository:{key}"]
     if server.backends is not None:
         command.append("--allow-gpu-metrics=false")  # a CPU build has none
     return command + extra

@@ -169,6 +169,8 @@ class SocketServer:
                 task = asyncio.create_task(self._answer(key, message, writer))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
+        except (asyncio.CancelledError, ConnectionError):
+            pass  # this process stops, or the client's was killed
         finally:
             for task in tasks:
                 task.cancel()

@@ -97,7 +97,5 @@ class RequestTensors:
 
 def perf_tensors(tensor: Any, perf: dict[str, int]) -> list[Any]:
     """Output tensors of counts and times. ``tensor``: Triton's class."""
-    return [
-        tensor(name, np.array([[value]], np.int64 if name.endswith("_ns") else np.int32))
-        for name, value in perf.items()
-    ]
+    types = {name: np.int64 if name.endswith("_ns") else np.int32 for name in perf}
+    return [tensor(name, np.array([[value]], types[name])) for name, value in perf.items()]

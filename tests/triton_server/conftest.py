@@ -1,0 +1,139 @@
+"""A real Triton server, the CPU build inside the nvidia-pytriton wheel, over the bundled model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
+from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 120
+
+
+@dataclass
+class Triton:
+    """A running server. ``log``: what it wrote."""
+
+    process: subprocess.Popen
+    http: int
+    grpc: int
+    metrics_port: int
+    log: Path
+
+    def generate(self, timeout: float = 60, **inputs) -> dict:
+        """One call of ``ensemble``'s generate endpoint; raises ``urllib.error.HTTPError`` for an error."""
+        with self.open("generate", timeout, **inputs) as response:
+            return json.load(response)
+
+    def stream(self, timeout: float = 60, **inputs) -> list[dict]:
+        """All events of a generate_stream call."""
+        with self.open("generate_stream", timeout, stream=True, **inputs) as response:
+            return [json.loads(line[5:]) for line in response if line.startswith(b"data:")]
+
+    def open(self, endpoint: str, timeout: float, **inputs):
+        """The open response of an endpoint of ``ensemble``."""
+        url = f"http://127.0.0.1:{self.http}/v2/models/ensemble/{endpoint}"
+        return urllib.request.urlopen(urllib.request.Request(url, json.dumps(inputs).encode()), timeout=timeout)
+
+    def metrics(self) -> dict[str, float]:
+        """Value by name with labels, as on the metrics endpoint."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
+
+    def used_blocks(self) -> float:
+        """KV blocks in use, as the server reports them."""
+        found = [v for k, v in self.metrics().items() if 'kv_cache_block_type="used"' in k]
+        assert len(found) == 1
+        return found[0]
+
+    def model_process(self, model: str) -> psutil.Process:
+        """The python process of a model."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(c for c in children if f"/{model}/1/model.py" in " ".join(c.cmdline()))
+
+    def wait_until(self, holds, timeout: float = 30) -> None:
+        """Waits for a condition; fails with the end of the log."""
+        deadline = time.monotonic() + timeout
+        while not holds():
+            assert time.monotonic() < deadline, self.log.read_text(errors="replace")[-3000:]
+            time.sleep(0.05)
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/v2/health/ready", timeout=5) as response:
+                return response.status == 200 and bool(self.metrics())  # the metrics endpoint starts last
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def start_triton(folder: Path, engine_dir: Path, **options) -> Triton:
+    """Writes a repository and starts the server through ``launch_triton.py``."""
+    repository = folder / "model_repository"
+    write_repository(RepositoryOptions(engine_dir, repository, cancellation_check_period_ms=50, **options))
+    http, grpc, metrics = free_ports(3)
+    command = [sys.executable, str(ROOT / "build_scripts" / "launch_triton.py"), str(repository),
+               f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]  # fmt: skip
+    log = folder / "triton.log"
+    # One thread for arithmetic: the machine's cores belong to the server and to the clients of the test.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    triton = Triton(process, http, grpc, metrics, log)
+    triton.wait_until(lambda: triton.is_ready() or process.poll() is not None, START_TIMEOUT_S)
+    assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+    return triton
+
+
+def stop_triton(triton: Triton) -> None:
+    triton.process.send_signal(signal.SIGTERM)
+    try:
+        triton.process.wait(60)
+    except subprocess.TimeoutExpired:
+        triton.process.kill()
+        triton.process.wait()
+        raise
+
+
+@pytest.fixture(scope="session")
+def served_engine(tmp_path_factory) -> Path:
+    """The bundled model with sharing on."""
+    pytest.importorskip("pytriton", reason="nvidia-pytriton, which carries a Triton server, is not installed")
+    options = BuildOptions(output_dir=tmp_path_factory.mktemp("triton") / "engine", memshare=True,
+                           build={"max_seq_len": 2048, "max_batch_size": 64})  # fmt: skip
+    build_engine(plan_build(options))
+    return options.output_dir
+
+
+@pytest.fixture(scope="session")
+def triton(served_engine, tmp_path_factory) -> Iterator[Triton]:
+    """One server for the tests that leave it as it was."""
+    server = start_triton(tmp_path_factory.mktemp("server"), served_engine, kv_cache_blocks=2000, max_prompt_tokens=100)
+    yield server
+    stop_triton(server)
