@@ -259,7 +259,7 @@ def test_a_repository_is_written_whole_or_not_at_all(engine_dir, tmp_path):
     assert f'"{engine_dir.resolve()}"' in config
     assert "$" not in config
     compile((target / "ensemble" / "1" / "model.py").read_text(), "model.py", "exec")
-    with pytest.raises(UserError, match="there is a model repository at .* add --force"):
+    with pytest.raises(UserError, match=r"there is a model repository at .* already \(add --force"):
         write_repository(options)
     write_repository(RepositoryOptions(engine_dir, target, max_queue_size=5, force=True))
     assert (
@@ -300,7 +300,7 @@ def test_the_server_listens_on_loopback_unless_told_otherwise(tmp_path):
     assert any(a.startswith("--http-restricted-api=model-repository:") for a in command)
     environment = server_environment(server)
     assert environment["PATH"].split(":")[0] == str(Path(os.sys.executable).parent)
-    with pytest.raises(UserError, match="no model repository at .*/nothing"):
+    with pytest.raises(UserError, match=r"no model repository at .*/nothing"):
         server_command(server, tmp_path / "nothing", Ports(), "127.0.0.1", [])
 
 
