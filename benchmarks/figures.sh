@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Repeats every committed figure: bash benchmarks/figures.sh [python]. About half an hour on two cores; let nothing
-# else run meanwhile.
+# Repeats every committed figure that needs no GPU: bash benchmarks/figures.sh [python]. About 45 minutes on two cores;
+# let nothing else run meanwhile. gpu_suite.sh does the same for a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python}
@@ -17,13 +17,15 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "${bench[@]}" --dataset benchmarks/data/hard.jsonl \
   --variants full paper aligned lexical shadow drop-duplicate random streaming \
   --output-json "$results/hard.json" --plot "$results/hard.png" --output-texts "$results/hard.texts.jsonl"
-# The other end of the curve: a block may stand in for one other block only.
-"${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --variants aligned --set max_aliases=2 \
-  --output-json "$results/evaluation_two_aliases.json"
 # Throughput where memory binds: a quarter of the full cache's peak demand.
 "${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 100 --kv-cache-share 0.25 --repeat 3 \
   --variants full full-guaranteed aligned \
   --output-json "$results/pressure_fold.json" --plot "$results/pressure_fold.png"
+# The same over the size of the pool, and on problems whose four re-checks are all restated.
+"$python" benchmarks/pressure_curve.py --output-json "$results/pressure_curve.json" \
+  --plot "$results/pressure_curve.png"
+"$python" benchmarks/pressure_curve.py --dataset benchmarks/data/repetitive.jsonl --shares 0.25 --repeat 3 \
+  --output-json "$results/pressure_repetitive.json"
 # Where memory does not bind: eight requests at a time, every alias read as TensorRT-LLM's attention kernels do.
 "${bench[@]}" --dataset benchmarks/data/small.jsonl --num-requests 24 --concurrency 8 --repeat 3 \
   --read-aliases repeat --variants full aligned --output-json "$results/unbound.json"
@@ -31,4 +33,13 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" benchmarks/search_cost.py --output-json "$results/search_cost.json"
 "$python" benchmarks/redundancy.py benchmarks/data/traces/r1_aime24.jsonl benchmarks/data/traces/r1_math500.jsonl \
   "$results/evaluation.texts.jsonl" "$results/hard.texts.jsonl" --output-json "$results/redundancy.json"
+# Share against accuracy, on the problems that settings were chosen on.
+"$python" benchmarks/settings_sweep.py --variant paper \
+  --values max_distance=0.9 max_distance=1.0 max_distance=1.1 max_distance=1.2 \
+  --output-json "$results/sweep_paper.json"
+"$python" benchmarks/settings_sweep.py --variant aligned \
+  --values max_aliases=8 max_aliases=2 max_aliases=4 max_distance=0.25 max_distance=0.35 protected_tokens=256 \
+  --output-json "$results/sweep_aligned.json"
+"$python" benchmarks/triton_serving.py --engine-dir "$engine" --soak-minutes 5 \
+  --output-json "$results/triton_serving.json"
 "$python" benchmarks/rejected_pairs.py --output-json "$results/rejected_pairs.json"

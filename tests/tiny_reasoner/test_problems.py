@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from trtllm_memshare.tiny_reasoner.datasets import SIZES, write_datasets
-from trtllm_memshare.tiny_reasoner.problems import MAX_TOTAL, Problem, parse_answer, sample_problem, transcript
+from trtllm_memshare.tiny_reasoner.problems import (
+    HARD_DIGITS,
+    MAX_TOTAL,
+    REPETITIVE_DIGITS,
+    Problem,
+    parse_answer,
+    sample_problem,
+    transcript,
+)
 from trtllm_memshare.tiny_reasoner.tokenizer import EOS, build_tokenizer, encode_fast
 from trtllm_memshare.tiny_reasoner.training import model_config
 
@@ -57,7 +65,8 @@ def test_the_split_is_disjoint_and_hard_problems_are_never_restated():
     rng = random.Random(1)
     assert {sample_problem(rng, 4, held_out=side).is_held_out for side in (True,) * 20} == {True}
     assert {sample_problem(rng, 4, held_out=side).is_held_out for side in (False,) * 20} == {False}
-    assert all("R" not in sample_problem(rng, 3, held_out=True, hard=True).check_styles for _ in range(20))
+    assert all("R" not in sample_problem(rng, 3, held_out=True, digits=HARD_DIGITS).check_styles for _ in range(20))
+    assert {sample_problem(rng, 3, held_out=True, digits=REPETITIVE_DIGITS).check_styles for _ in range(20)} == {"RRRR"}
     with pytest.raises(ValueError, match="between 2 and 8, got 9"):
         sample_problem(rng, 9, held_out=True)
 

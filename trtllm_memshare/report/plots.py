@@ -79,3 +79,30 @@ def _draw_throughput(axis: Any, variants: list[dict[str, Any]], colours: dict[st
     axis.set_xlim(0, max(rates) * 1.3)
     axis.set_xlabel("per second")
     axis.set_title("requests, pale (right answers, solid)" if has_answers else "requests")
+
+
+def plot_pressure(document: dict[str, Any], path: Path) -> None:
+    """Writes a PNG: requests per second against the size of the pool, and the ratio beside its ceiling.
+
+    Args:
+      document: as ``benchmarks/pressure_curve.py`` writes it.
+      path: file to write.
+    """
+    points = document["points"]
+    shares = [p["share"] for p in points]
+    figure, (rates, ratios) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for name, colour in zip(("full", "full-guaranteed", "aligned"), _COLOURS, strict=False):
+        values = [v["request_throughput_req_s"] for p in points for v in p["variants"] if v["variant"] == name]
+        rates.plot(shares, values, color=colour, marker="o", label=name)
+    rates.set_title("requests per second")
+    ratios.plot(shares, [p["ratio"] for p in points], color=_COLOURS[2], marker="o", label="aligned / better full")
+    ratios.axhline(document["ceiling"], color="#666666", linestyle=":", label="ceiling: resident blocks saved")
+    ratios.axhline(1, color="#666666", linewidth=0.8)
+    ratios.set_title("ratio")
+    for axis in (rates, ratios):
+        axis.set_xlabel("KV pool / the full cache's peak demand")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -50,6 +50,7 @@ class Measurement:
 
     entry: dict[str, Any]
     results: list[RequestResult]
+    right: list[bool]  # of the items that have an answer
     config: MemShareConfig
 
 
@@ -100,7 +101,7 @@ def run_variant(
     seconds = time.perf_counter() - started
     results = [handle.result() for handle in handles]
     right = [is_right(i, r.token_ids) for i, r in zip(items, results, strict=True) if i.answer is not None]
-    return Measurement(_entry(variant, executor, results, right, seconds), results, variant.config)
+    return Measurement(_entry(variant, executor, results, right, seconds), results, right, variant.config)
 
 
 def _entry(

@@ -64,7 +64,7 @@ class BenchmarkOptions:
     def from_arguments(cls, arguments: argparse.Namespace) -> BenchmarkOptions:
         """Checks parsed arguments. Raises UserError on values that make no sense together."""
         values = vars(arguments)
-        settings = tuple(_parse_setting(text) for text in values.pop("set"))
+        settings = tuple(parse_setting(text) for text in values.pop("set"))
         values["variants"] = tuple(values["variants"])
         for name in ("kv_cache_blocks", "concurrency", "num_requests", "repeat", "request_rate"):
             if values[name] is not None and values[name] <= 0:
@@ -220,6 +220,9 @@ def _merge(rounds: list[Measurement], full: Measurement | None) -> dict[str, Any
     if full is not None:
         same = [a.token_ids == b.token_ids for a, b in zip(rounds[0].results, full.results, strict=True)]
         entry["same_tokens_as_full"] = sum(same) / len(same)
+        pairs = list(zip(full.right, rounds[0].right, strict=True))
+        entry["answers_lost"] = sum(before and not after for before, after in pairs)
+        entry["answers_gained"] = sum(after and not before for before, after in pairs)
     return entry
 
 
@@ -239,7 +242,8 @@ def _write(report: dict[str, Any], options: BenchmarkOptions) -> None:
         print(f"picture: {options.plot}")
 
 
-def _parse_setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
+    """One ``KEY=VALUE``; the value is JSON where it can be read as such. Raises UserError without an equals sign."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set takes KEY=VALUE, got {text} (for example max_distance=0.4)")

@@ -6,15 +6,16 @@ import json
 import random
 from pathlib import Path
 
-from trtllm_memshare.tiny_reasoner.problems import Problem, sample_problem
+from trtllm_memshare.tiny_reasoner.problems import HARD_DIGITS, REPETITIVE_DIGITS, Problem, sample_problem
 
 OUTPUT_TOKENS = 2048
 """Cap on generated tokens that no transcript of 3 to 6 terms reaches: the longest of 36,000 drawn ones with 6 terms
 has 1,753 tokens, the longest in the files 1,698. (8 terms, which no file holds, take up to 2,320.)"""
 
-SIZES = {"demo": 20, "small": 60, "evaluation": 500, "hard": 100, "tuning": 300}
+SIZES = {"demo": 20, "small": 60, "evaluation": 500, "hard": 100, "tuning": 300, "repetitive": 100}
 """Problems per file. ``tuning`` is what settings are chosen on, so that ``evaluation`` stays unseen by them too."""
 
+_DIGITS = {"hard": HARD_DIGITS, "repetitive": REPETITIVE_DIGITS}
 _SEED = 2507_21433
 
 
@@ -27,7 +28,7 @@ def write_datasets(folder: Path) -> dict[str, Path]:
         rng = random.Random(_SEED + index)
         lines: list[str] = []
         while len(lines) < size:
-            problem = sample_problem(rng, rng.randint(3, 6), held_out=True, hard=name == "hard")
+            problem = sample_problem(rng, rng.randint(3, 6), held_out=True, digits=_DIGITS.get(name, tuple(range(10))))
             if problem in seen:
                 continue
             seen.add(problem)

@@ -40,6 +40,9 @@ chosen wordings would always pick the commonest one, so the choice is a function
 HARD_DIGITS = (7, 8)
 """Ones digits whose re-checks are all paraphrased or reordered: the `hard` data set."""
 
+REPETITIVE_DIGITS = (0, 2)
+"""Ones digits with four re-checks, all restated: the `repetitive` data set, the other end of the scale."""
+
 _HEADERS = {RESTATED: "the same way again", PARAPHRASED: "in other words", REORDERED: "hundreds first"}
 _HELD_OUT_MODULUS = 50
 
@@ -71,14 +74,16 @@ class Problem:
         return zlib.crc32(self.prompt.encode()) % _HELD_OUT_MODULUS == 0
 
 
-def sample_problem(rng: random.Random, num_terms: int, *, held_out: bool, hard: bool = False) -> Problem:
+def sample_problem(
+    rng: random.Random, num_terms: int, *, held_out: bool, digits: tuple[int, ...] = tuple(range(10))
+) -> Problem:
     """Draws a problem with ``num_terms`` distinct terms from the training or the held-out side.
 
     Args:
       rng: source of randomness; the same state gives the same problem.
       num_terms: terms of the chain, 2 to 8.
       held_out: which side of the split.
-      hard: only problems whose re-checks are all paraphrased or reordered.
+      digits: ones digits that the first term may have; they decide the wording of the re-checks.
 
     Raises:
       ValueError: num_terms out of range.
@@ -87,7 +92,7 @@ def sample_problem(rng: random.Random, num_terms: int, *, held_out: bool, hard: 
         raise ValueError(f"num_terms must be between {MIN_TERMS} and {MAX_TERMS}, got {num_terms}")
     while True:
         terms = [rng.randint(1, MAX_TOTAL)]
-        if hard and terms[0] % 10 not in HARD_DIGITS:
+        if terms[0] % 10 not in digits:
             continue
         total = terms[0]
         for _ in range(num_terms - 1):

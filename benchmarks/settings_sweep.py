@@ -1,0 +1,67 @@
+"""Share against accuracy over a setting: one variant, many values, the same problems, with 95 % intervals.
+
+    python benchmarks/settings_sweep.py --variant aligned --values max_aliases=2 max_aliases=4 max_distance=0.35
+
+A value may name several settings: `protected_tokens=32,protected_steps=1`. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.statistics import wilson_interval
+from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, parse_setting, run_benchmark
+
+_KEPT = ("accuracy", "shared_block_fraction", "block_steps_per_request", "mean_output_tokens", "rejected", "refused")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-dir", type=Path, default=Path("engines/tiny_reasoner"))
+    parser.add_argument("--dataset", type=Path, default=Path("benchmarks/data/tuning.jsonl"))
+    parser.add_argument("--num-requests", type=int, help="first lines of the data set only")
+    parser.add_argument("--variant", default="aligned")
+    parser.add_argument("--values", nargs="+", required=True, metavar="KEY=VALUE[,KEY=VALUE]")
+    parser.add_argument("--output-json", type=Path)
+    arguments = parser.parse_args()
+    command = " ".join(["python", *sys.argv])
+    options = BenchmarkOptions(arguments.engine_dir, arguments.dataset, ("full",), num_requests=arguments.num_requests)
+    full = run_benchmark(options, command)
+    rows = [{"values": "full", **{name: full["variants"][0][name] for name in _KEPT}}]
+    for text in arguments.values:
+        settings = tuple(parse_setting(part) for part in text.split(","))
+        report = run_benchmark(replace(options, variants=(arguments.variant,), settings=settings), command)
+        rows.append({"values": text, **{name: report["variants"][0][name] for name in _KEPT}})
+    count, base = full["dataset"]["num_requests"], rows[0]["block_steps_per_request"]
+    print(f"\n{arguments.variant}: {'values':<44} {'shared':>7} {'right':>7}  95 % interval   block-steps")
+    for row in rows:
+        row["interval"] = wilson_interval(round(row["accuracy"] * count), count)
+        low, high = row["interval"]
+        print(
+            f"{'':<{len(arguments.variant) + 2}}{row['values']:<44} {row['shared_block_fraction']:>7.1%} "
+            f"{row['accuracy']:>7.1%}  {low:.1%} to {high:.1%}  {row['block_steps_per_request'] / base:.2f}"
+        )
+    machine = describe_machine()
+    print(f"{count} problems of {arguments.dataset}; {one_line(machine)}")
+    document = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "dataset": full["dataset"],
+        "variant": arguments.variant,
+        "rows": rows,
+    }
+    if arguments.output_json is not None:
+        arguments.output_json.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,60 @@
+"""The documents name what exists and print what can be worked out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from trtllm_memshare.triton.metrics import GAUGES, REFUSED
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
+LAYERS_AND_HEADS = {"DeepSeek-R1-Distill-Qwen-7B": (28, 4), "DeepSeek-R1-Distill-Llama-8B": (32, 8),
+                    "DeepSeek-R1-Distill-Qwen-32B, QwQ-32B": (64, 8)}  # fmt: skip
+
+
+def test_the_sizing_table_follows_from_its_formula():
+    rows = re.findall(r"^\| (\S.*?) \| (\d+) \| (.*) \|$", DEPLOY, flags=re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(LAYERS_AND_HEADS)
+    for name, kib, cells in rows:
+        layers, heads = LAYERS_AND_HEADS[name]
+        token_bytes = layers * 2 * heads * 128 * 2
+        assert int(kib) == token_bytes // 1024
+        expected = [int(g * 2**30 / (token_bytes * 4096 * (1 - saved))) for g in (10, 40) for saved in (0, 0.1, 0.35)]
+        assert [int(c) for c in cells.split(" | ")] == expected
+
+
+def test_paths_and_options_in_the_deployment_page_exist():
+    for path in re.findall(r"`((?:deploy|build_scripts|benchmarks)/[\w./]+)`", DEPLOY):
+        assert (ROOT / path).exists(), path
+    scripts = "".join(p.read_text() for p in (ROOT / "build_scripts").glob("*.py"))
+    scripts += (ROOT / "trtllm_memshare" / "triton" / "launch.py").read_text()
+    for option in re.findall(r"`(--[a-z-]+)`", DEPLOY):
+        assert option in scripts or option[2:].replace("-", "_") in scripts, option
+
+
+def test_the_dashboard_asks_for_metrics_that_exist():
+    dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    known = {*GAUGES, REFUSED, "nv_inference_request_success", "nv_inference_request_failure"}
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(queries) >= 10
+    for query in queries:
+        (name,) = re.findall(r"(?:nv|memshare)_[a-z_]+(?=[{\[])", query)
+        assert name in known, query
+        for label, value in re.findall(r'(\w+)="(\w+)"', query):
+            if name in GAUGES:
+                assert (GAUGES[name][1], value in GAUGES[name][2]) == (label, True), query
+
+
+def test_the_container_files_are_well_formed_and_take_the_image_from_outside():
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    assert compose["services"]["triton"]["image"].startswith("${TRITON_IMAGE")
+    assert all(p.startswith("127.0.0.1:") for p in compose["services"]["triton"]["ports"])
+    deployment, service = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text())
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
+    assert deployment["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == "8002"
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
