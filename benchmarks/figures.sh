@@ -40,6 +40,6 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" benchmarks/settings_sweep.py --variant aligned \
   --values max_aliases=8 max_aliases=2 max_aliases=4 max_distance=0.25 max_distance=0.35 protected_tokens=256 \
   --output-json "$results/sweep_aligned.json"
-"$python" benchmarks/triton_serving.py --engine-dir "$engine" --soak-minutes 5 \
+"$python" benchmarks/triton_serving.py --engine-dir "$engine" \
   --output-json "$results/triton_serving.json"
 "$python" benchmarks/rejected_pairs.py --output-json "$results/rejected_pairs.json"
