@@ -9,11 +9,7 @@ counts, against a copy in main memory: that says nothing of the kernel. The last
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +19,7 @@ from typing import Any
 import torch
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.search.block_distance import block_distance
 from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance
 
@@ -160,15 +156,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
 
 
-def driver_version() -> str | None:
-    """The GPU driver's, or None without one."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")
@@ -187,20 +174,15 @@ def main() -> None:
             rows += measure(
                 name, getattr(torch, dtype), options.pairs, options.tokens_per_block, device, options.repeat
             )
-    machine = {**describe_machine(), "driver": driver_version()}
     print(table(rows))
-    print(one_line(machine))
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "device": device,
-        "tokens_per_block": options.tokens_per_block,
-        "rows": rows,
-    }
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    report = make_report(
+        {
+            "device": device,
+            "tokens_per_block": options.tokens_per_block,
+            "rows": rows,
+        }
+    )
+    publish(report, options.output_json)
 
 
 if __name__ == "__main__":

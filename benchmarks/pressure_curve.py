@@ -8,15 +8,13 @@ does not bind: with a step time that did not depend on the batch, no more could 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.report.plots import plot_pressure
 from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, run_benchmark
 
@@ -73,23 +71,20 @@ def main() -> None:
             f"{p['share']:>13.3f} {p['kv_cache_blocks']:>7} {p['ratio']:>12.2f} {p['in_flight_ratio']:>10.2f} "
             f"{p['step_time_ratio']:>10.2f}"
         )
-    machine = describe_machine()
-    print(f"ratios: aligned over the better full; ceiling 1 / (1 - {saved:.2f}) = {ceiling:.2f}\n{one_line(machine)}")
-    document = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "dataset": {"path": str(arguments.dataset), "num_requests": arguments.num_requests},
-        "peak_demand_blocks": demand,
-        "resident_blocks_saved": saved,
-        "ceiling": ceiling,
-        "points": points,
-    }
-    if arguments.output_json is not None:
-        arguments.output_json.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"ratios: aligned over the better full; ceiling 1 / (1 - {saved:.2f}) = {ceiling:.2f}")
+    document = make_report(
+        {
+            "dataset": {"path": str(arguments.dataset), "num_requests": arguments.num_requests},
+            "peak_demand_blocks": demand,
+            "resident_blocks_saved": saved,
+            "ceiling": ceiling,
+            "points": points,
+        },
+        command,
+    )
     if arguments.plot is not None:
         plot_pressure(document, arguments.plot)
-    print(json.dumps(document))
+    publish(document, arguments.output_json)
 
 
 if __name__ == "__main__":

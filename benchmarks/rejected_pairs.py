@@ -7,9 +7,6 @@ JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.machine import describe_machine
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.policy import SharingPolicy
 from trtllm_memshare.search.steps import BoundaryTokens
@@ -76,20 +73,17 @@ def main() -> None:
         texts = [tokenizer.decode(tokens[request][max(0, p - 24) : p + size]) for p in (start, other)]
         worst.append({"distance": distance, "retired": texts[0], "kept": texts[1]})
         print(f"{distance:.2f}  retired {texts[0]!r}\n      kept    {texts[1]!r}")
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
-        "dataset": str(options.dataset),
-        "num_candidates": len(distances),
-        "distance": quantiles,
-        "turned_down_by_distance": policy.rejected,
-        "turned_down_at_apply": executor.manager.stats().refused,
-        "worst": worst,
-    }
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    report = make_report(
+        {
+            "dataset": str(options.dataset),
+            "num_candidates": len(distances),
+            "distance": quantiles,
+            "turned_down_by_distance": policy.rejected,
+            "turned_down_at_apply": executor.manager.stats().refused,
+            "worst": worst,
+        }
+    )
+    publish(report, options.output_json)
 
 
 if __name__ == "__main__":

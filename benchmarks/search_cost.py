@@ -8,11 +8,8 @@ the last 1,000 tokens is taken, median over streams. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.report.redundancy import read_texts
 from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.matchers import make_matcher_factory
@@ -75,19 +72,15 @@ def main() -> None:
         cells = "  ".join(f"{n}: {t:.2f}" for n, t in zip(options.lengths, rows[preset], strict=True))
         spread = max(rows[preset]) / min(rows[preset]) - 1
         print(f"{preset}: us per token at length {cells}  (largest over smallest: +{spread:.0%})")
-    machine = describe_machine()
-    print(f"{len(streams)} streams; {one_line(machine)}")
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "num_streams": len(streams),
-        "lengths": options.lengths,
-        "us_per_token": rows,
-    }
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    print(f"{len(streams)} streams")
+    report = make_report(
+        {
+            "num_streams": len(streams),
+            "lengths": options.lengths,
+            "us_per_token": rows,
+        }
+    )
+    publish(report, options.output_json)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ A value may name several settings: `protected_tokens=32,protected_steps=1`. The 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.report.statistics import wilson_interval
 from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, parse_setting, run_benchmark
 
@@ -48,19 +46,16 @@ def main() -> None:
             f"{'':<{len(arguments.variant) + 2}}{row['values']:<44} {row['shared_block_fraction']:>7.1%} "
             f"{row['accuracy']:>7.1%}  {low:.1%} to {high:.1%}  {row['block_steps_per_request'] / base:.2f}"
         )
-    machine = describe_machine()
-    print(f"{count} problems of {arguments.dataset}; {one_line(machine)}")
-    document = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "dataset": full["dataset"],
-        "variant": arguments.variant,
-        "rows": rows,
-    }
-    if arguments.output_json is not None:
-        arguments.output_json.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    print(f"{count} problems of {arguments.dataset}")
+    document = make_report(
+        {
+            "dataset": full["dataset"],
+            "variant": arguments.variant,
+            "rows": rows,
+        },
+        command,
+    )
+    publish(document, arguments.output_json)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ be those of a trained model. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from trtllm_memshare.errors import UserError, nearest, run_command_line
-from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.report.redundancy import read_texts
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION
 from trtllm_memshare.runners.torch.runner import TorchRunner
@@ -164,24 +161,20 @@ def main() -> None:
         shares = f"{row['search_time_fraction']:>7.1%} {row['shared_block_fraction']:>7.1%}"
         blocks = f"{row['mean_used_blocks']:>13.0f} {row['peak_used_blocks']:>6}"
         print(f"{name:<9} {row['step_ms_mean']:>8.2f} {over:>9} {shares} {blocks}")
-    machine = describe_machine()
-    print(f"random weights: these figures say nothing of accuracy\n{one_line(machine)}")
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "device": device,
-        "model_shape": options.model_shape,
-        "batch_size": options.batch_size,
-        "output_tokens": options.output_tokens,
-        "tokens_per_block": options.tokens_per_block,
-        "block_distances": runner.search.description,
-        "decode_attention": runner.decode_description,
-        "variants": rows,
-    }
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    print("random weights: these figures say nothing of accuracy")
+    report = make_report(
+        {
+            "device": device,
+            "model_shape": options.model_shape,
+            "batch_size": options.batch_size,
+            "output_tokens": options.output_tokens,
+            "tokens_per_block": options.tokens_per_block,
+            "block_distances": runner.search.description,
+            "decode_attention": runner.decode_description,
+            "variants": rows,
+        }
+    )
+    publish(report, options.output_json)
 
 
 if __name__ == "__main__":

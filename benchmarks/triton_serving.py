@@ -10,7 +10,6 @@ processes are sampled. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
@@ -32,7 +31,7 @@ from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
@@ -220,28 +219,28 @@ def main() -> None:
             soaked = soak(server, prompts, options.soak_minutes, 32) if options.soak_minutes else None
         finally:
             server.stop()
-    machine = describe_machine()
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "server": server.origin,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "concurrency": options.concurrency,
-        "num_requests": len(items),
-        "ttft_ms": {name: statistics.median(values) for name, values in ttft.items()},
-        "req_s": {name: statistics.median(values) for name, values in rates.items()},
-        "req_s_rounds": rates,
-        "throughput_ratio": statistics.median(t / e for t, e in zip(rates["triton"], rates["executor"], strict=True)),
-        "client_cpu_cores": statistics.median(client_cpu),
-        "soak": soaked,
-    }
+    report = make_report(
+        {
+            "server": server.origin,
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "concurrency": options.concurrency,
+            "num_requests": len(items),
+            "ttft_ms": {name: statistics.median(values) for name, values in ttft.items()},
+            "req_s": {name: statistics.median(values) for name, values in rates.items()},
+            "req_s_rounds": rates,
+            "throughput_ratio": statistics.median(
+                t / e for t, e in zip(rates["triton"], rates["executor"], strict=True)
+            ),
+            "client_cpu_cores": statistics.median(client_cpu),
+            "soak": soaked,
+        }
+    )
     added = report["ttft_ms"]["triton"] - report["ttft_ms"]["executor"]
     print(f"time to first token: {report['ttft_ms']['executor']:.2f} ms alone, {added:+.2f} ms through Triton")
     print(
         f"requests per second at {options.concurrency}: {report['req_s']['executor']:.2f} alone, "
         f"{report['req_s']['triton']:.2f} through Triton ({report['throughput_ratio']:.0%}); the load client took "
-        f"{report['client_cpu_cores']:.2f} of {machine['cores']} cores"
+        f"{report['client_cpu_cores']:.2f} of {report['machine']['cores']} cores"
     )
     if soaked:
         first, last = soaked["samples"][len(soaked["samples"]) // 5], soaked["samples"][-1]
@@ -249,10 +248,7 @@ def main() -> None:
             change = ", ".join(f"{k} {first[name][k]} -> {last[name][k]}" for k in last[name])
             print(f"soak, {name}: {change}")
         print(f"soak: {soaked['requests']}, {soaked['leaked_blocks']:.0f} blocks leaked")
-    print(one_line(machine))
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    publish(report, options.output_json)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Both run in this process, in turns, `--repeat` times; medians are reported. The 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import logging
 import statistics
 import sys
@@ -21,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.machine import describe_machine, one_line
+from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import Load, run_variant
@@ -80,26 +78,22 @@ def main() -> None:
         agree = sum(a.token_ids == b for a, b in zip(mine.results, outputs, strict=True)) / len(items)
         print(f"round: ours {ours[-1]:.2f} s, transformers {seconds:.2f} s, same tokens {agree:.0%}", file=sys.stderr)
     count = len(items)
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
-        "dataset": {"path": str(options.dataset), "num_requests": count},
-        "kv_cache_blocks": options.kv_cache_blocks,
-        "page_size": options.page_size,
-        "full_seconds": ours,
-        "transformers_seconds": theirs,
-        "full_req_s": count / statistics.median(ours),
-        "transformers_req_s": count / statistics.median(theirs),
-        "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
-        "same_tokens": agree,
-    }
+    report = make_report(
+        {
+            "dataset": {"path": str(options.dataset), "num_requests": count},
+            "kv_cache_blocks": options.kv_cache_blocks,
+            "page_size": options.page_size,
+            "full_seconds": ours,
+            "transformers_seconds": theirs,
+            "full_req_s": count / statistics.median(ours),
+            "transformers_req_s": count / statistics.median(theirs),
+            "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+            "same_tokens": agree,
+        }
+    )
     print(f"transformers {transformers.__version__} generate_batch: {report['transformers_req_s']:.2f} req/s")
     print(f"full: {report['full_req_s']:.2f} req/s, {report['ratio']:.2f} times as fast; same tokens {agree:.0%}")
-    print(one_line(report["machine"]))
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    publish(report, options.output_json)
 
 
 if __name__ == "__main__":

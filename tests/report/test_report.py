@@ -19,6 +19,7 @@ MACHINE = {
     "cpu": "Example CPU",
     "cores": 2,
     "memory_gib": 8.0,
+    "driver": None,
     "gpu": None,
     "platform": "Linux x86_64",
     "python": "3.11.7",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.report.machine import describe_machine
+from trtllm_memshare.report.document import make_report
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import Load, Measurement, run_variant, streaming_window
@@ -111,24 +110,24 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     entries = bench.run_all(variants, options.repeat)
     if options.output_texts is not None:
         bench.write_texts(options.output_texts)
-    report = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
-        "device": device,
-        "block_distances": runner.search.description,
-        "decode_attention": runner.decode_description,
-        "engine": {"engine_dir": str(options.engine_dir), "backend": engine.backend, **engine.build.model_dump()},
-        "dataset": {"path": str(options.dataset), "num_requests": len(items)},
-        "kv_cache_blocks": blocks,
-        "scheduler_policy": options.scheduler_policy,
-        "concurrency": options.concurrency,
-        "request_rate": options.request_rate,
-        "repeat": options.repeat,
-        "read_aliases": options.read_aliases,
-        "seed": options.seed,
-        "variants": entries,
-    }
+    report = make_report(
+        {
+            "device": device,
+            "block_distances": runner.search.description,
+            "decode_attention": runner.decode_description,
+            "engine": {"engine_dir": str(options.engine_dir), "backend": engine.backend, **engine.build.model_dump()},
+            "dataset": {"path": str(options.dataset), "num_requests": len(items)},
+            "kv_cache_blocks": blocks,
+            "scheduler_policy": options.scheduler_policy,
+            "concurrency": options.concurrency,
+            "request_rate": options.request_rate,
+            "repeat": options.repeat,
+            "read_aliases": options.read_aliases,
+            "seed": options.seed,
+            "variants": entries,
+        },
+        command,
+    )
     _write(report, options)
     return report
 

@@ -1,0 +1,1 @@
+"""Everything that touches TensorRT-LLM's own classes; imports them lazily, behind one probe."""
