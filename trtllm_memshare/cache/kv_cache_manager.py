@@ -147,6 +147,12 @@ class KVCacheManager:
         self._stats.shared += freed
         return freed
 
+    def offer_again(self, candidate: Candidate) -> None:
+        """Puts a candidate that could not be looked at back on stage 1's list, unless its request has changed."""
+        sequence = self._sequences.get(candidate.request_id)
+        if sequence is not None:
+            self._remapper.offer_again(candidate, sequence)
+
     def count_shadow(self, decisions: list[Decision]) -> None:
         """Counts what would have been shared, for shadow mode; changes nothing else."""
         self._stats.shadowed += len(decisions)
@@ -159,6 +165,20 @@ class KVCacheManager:
         row = np.unique(self._tables[sequence.slot, : sequence.num_blocks])
         row = row[row != NO_BLOCK]
         return row[self.pool.is_full[row]]
+
+    def origin_blocks(self, request_id: int) -> np.ndarray:
+        """The logical block whose K and V each entry of a sequence's table reads, int32 ``[num_blocks]``.
+
+        The identity before anything is shared; under ``scope: group`` a donor's own position in its request.
+        """
+        sequence = self._sequences[request_id]
+        blocks = self._tables[sequence.slot, : sequence.num_blocks]
+        return self.pool.origin_position[blocks] // self.tokens_per_block
+
+    def is_retired(self, request_id: int, logical_block: int) -> bool:
+        """True if the block's own physical block was given up; False for a request that is not in the cache."""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and bool(sequence.retired[logical_block])
 
     def generating_sequences(self) -> list[tuple[int, int, int]]:
         """(request id, first generated block, tokens computed) of each sequence that is past its prompt."""

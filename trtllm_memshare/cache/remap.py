@@ -44,7 +44,7 @@ class Remapper:
             if reason is not None or sequence is None:
                 self.refused[reason or "stale"] += 1
                 if reason in _WORTH_ANOTHER_LOOK and sequence is not None:
-                    self._offer_again(candidate, sequence)
+                    self.offer_again(candidate, sequence)
                 continue
             self._remap(candidate, decision.distance, sequence, sequences)
             donors.update((candidate.kept_rows // self._pool.tokens_per_block).tolist(), (candidate.donor,))
@@ -100,7 +100,7 @@ class Remapper:
         # The reader holds references to the donor alone: counterparts in its neighbours could be freed by their owner.
         return None if (kept_blocks == candidate.donor).all() else "out_of_phase"
 
-    def _offer_again(self, candidate: Candidate, sequence: Sequence) -> None:
+    def offer_again(self, candidate: Candidate, sequence: Sequence) -> None:
         """Puts a block whose surroundings changed back on stage 1's list."""
         unchanged = self._pool.generation[candidate.block] == candidate.block_generation
         if sequence.matcher is not None and sequence.epoch == candidate.epoch and unchanged:

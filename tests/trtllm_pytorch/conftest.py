@@ -1,0 +1,35 @@
+"""What the tests of the PyTorch backend share: a model's facts, a module that stands for TensorRT-LLM's ``_util``."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.trtllm.pytorch.attach import ModelFacts
+from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
+from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings
+
+
+class TextlessFacts(ModelFacts):
+    """A model of 50 tokens without step boundaries and with a rotation of one frequency."""
+
+    def boundaries(self, tokenizer_dir):
+        return BoundaryTokens.from_texts([chr(97 + i % 26) for i in range(50)])
+
+    def inv_freq(self):
+        return torch.tensor([0.5])
+
+
+def make_settings(preset="lexical", on_unsupported="stop", **config):
+    values = {"shingle_tokens": 4, "min_run_tokens": 8, "protected_tokens": 8, "protected_steps": 0}
+    memshare = make_config(preset, **{**values, "search_interval": 2, **config})
+    return Settings(memshare, AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000))
+
+
+def make_sharing_class(manager_class=FakeKVCacheManager, **settings):
+    return sharing_class(manager_class, TextlessFacts(SimpleNamespace()), make_settings(**settings))
+

@@ -1,0 +1,215 @@
+"""TensorRT-LLM's executor loop over a fake manager: scheduling, overlap, pauses, and the order of the calls on record.
+
+The "model" stores at each position what the whole text up to it determines, as a real cache does: a number for each
+prefix. Rows of the pool are written and read through the block table that the manager fills, so a wrong table shows.
+"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import torch
+from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM, MAX_SEQ_LEN = 2, 1, 2, 256
+
+
+def make_mapping(**changes):
+    return SimpleNamespace(
+        **{"tp_size": 1, "pp_size": 1, "cp_size": 1, "rank": 0, "enable_attention_dp": False, **changes}
+    )
+
+
+def make_cache_config(num_blocks, tokens_per_block, **changes):
+    values = {"max_attention_window": None, "enable_block_reuse": False, "host_cache_size": 0}
+    return SimpleNamespace(**{**values, "max_tokens": num_blocks * tokens_per_block, **changes})
+
+
+def make_manager(manager_class, num_blocks, tokens_per_block, max_batch_size=8, reuse=False, **arguments):
+    return manager_class(
+        make_cache_config(num_blocks, tokens_per_block, enable_block_reuse=reuse), "SELF", num_layers=NUM_LAYERS,
+        num_kv_heads=NUM_HEADS, head_dim=HEAD_DIM, tokens_per_block=tokens_per_block, max_seq_len=MAX_SEQ_LEN,
+        max_batch_size=max_batch_size, mapping=make_mapping(), **arguments,
+    )  # fmt: skip
+
+
+def repetitive_text(rng: random.Random, length: int) -> list[int]:
+    """Tokens that come back in phrases, at any shift."""
+    phrases = [[rng.randrange(50) for _ in range(rng.randrange(9, 40))] for _ in range(2)]
+    text: list[int] = []
+    while len(text) < length:
+        text += rng.choice(phrases) if rng.random() < 0.8 else [rng.randrange(50) for _ in range(rng.randrange(1, 6))]
+    return text[:length]
+
+
+class FakeExecutor:
+    """Runs scripted requests. ``metadata``: the attention metadata of 1.0 and 1.1, which fills the table itself."""
+
+    def __init__(self, manager, overlap: bool, metadata=None) -> None:
+        self.manager, self.overlap, self.metadata = manager, overlap, metadata
+        self.pool = self._pool()
+        self.table = torch.full((1, manager.max_batch_size + 1, 2, manager.max_blocks_per_seq), -7, dtype=torch.int32)
+        if metadata is not None:
+            metadata.kv_cache_block_offsets = self.table
+        self.active: list[FakeLlmRequest] = []
+        self.scripts: dict[int, list[int]] = {}
+        self.processed: dict[int, int] = {}  # positions that forward passes have written
+        self.previous: ScheduledRequests | None = None
+        self.tables: list[torch.Tensor] = []
+        self.num_pauses = 0
+        self._prefix_ids: dict[tuple[int, int], int] = {}
+        self._prefixes: dict[int, list[int]] = {}
+
+    def submit(self, request_id: int, prompt: list[int], output: list[int]) -> FakeLlmRequest:
+        request = FakeLlmRequest(request_id, prompt)
+        self.scripts[request_id] = prompt + output
+        number, numbers = 0, self._prefixes.setdefault(request_id, [])
+        for token in prompt + output:
+            number = self._prefix_ids.setdefault((number, token), len(self._prefix_ids) + 1)
+            numbers.append(number)
+        self.active.append(request)
+        return request
+
+    def cancel(self, request_id: int) -> None:
+        """Takes effect where responses are handled."""
+        self.scripts[request_id] = self.scripts[request_id][: self.request(request_id).max_beam_num_tokens]
+
+    def request(self, request_id: int) -> FakeLlmRequest:
+        return next(r for r in self.active if r.py_request_id == request_id)
+
+    def step(self) -> None:
+        """One iteration."""
+        batch, paused = self._schedule()
+        for request in paused:
+            self.manager.free_resources(request)
+            self.processed.pop(request.py_request_id)
+        self.manager.prepare_resources(batch)
+        self._forward(batch)
+        if self.overlap:
+            finished, self.previous = self.previous, batch
+        else:
+            finished = batch
+        # With overlap these are the tokens of the batch before the one that runs now.
+        self._update_requests(finished)
+        for request in paused:
+            if request.state is LlmRequestState.GENERATION_IN_PROGRESS:
+                request.pause()
+        self._process(finished)
+
+    def prefix_id(self, request_id: int, position: int) -> int:
+        """What the cache holds for a position: a number of the text up to it."""
+        return self._prefixes[request_id][position]
+
+    def content(self, request_id: int, position: int) -> float | torch.Tensor:
+        """K and V of a position, broadcast to ``[num_layers, 2, num_heads, head_dim]``."""
+        return float(self.prefix_id(request_id, position))
+
+    def row(self, request_id: int) -> torch.Tensor:
+        """The request's pages in reading order, from the table of the last forward pass."""
+        entries = self.table[0, self._ids.index(request_id), 0]
+        return entries // (NUM_LAYERS * 2)
+
+    def _pool(self) -> torch.Tensor:
+        size = self.manager.tokens_per_block
+        pool = self.manager.impl.pool
+        return pool.view(pool.shape[0], NUM_LAYERS, 2, NUM_HEADS, size, HEAD_DIM)
+
+    def _schedule(self) -> tuple[ScheduledRequests, list[FakeLlmRequest]]:
+        """MAX_UTILIZATION: running requests go on, the youngest give way: V1 frees and recomputes, V2 suspends."""
+        size, free = self.manager.tokens_per_block, self.manager.get_num_free_blocks()
+        running = [r for r in self.active if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
+        caches = getattr(self.manager, "kv_cache_map", None)
+        suspended = [r for r in running if caches is not None and not caches[r.py_request_id].is_active]
+        running = [r for r in running if r not in suspended]
+        paused: list[FakeLlmRequest] = []
+        while sum(map(self._needs_block, running)) > free:
+            victim = running.pop()
+            self.num_pauses += 1
+            if caches is None:
+                paused.append(victim)
+                free += self._pages(victim)
+            else:
+                caches[victim.py_request_id].suspend()
+                free = self.manager.get_num_free_blocks()
+        free -= sum(map(self._needs_block, running))
+        for request in suspended:
+            if self._pages(request) + 1 <= free and caches[request.py_request_id].resume(None):
+                free -= self._pages(request) + 1
+                running.append(request)
+        context = []
+        for request in self.active:
+            if request.state is not LlmRequestState.CONTEXT_INIT or paused:
+                continue
+            blocks = -(-request.prompt_len // size)
+            if len(running) + len(context) >= self.manager.max_batch_size or blocks + 1 > free:
+                break
+            free -= blocks
+            context.append(request)
+        return ScheduledRequests(context, running), paused
+
+    def _pages(self, request: FakeLlmRequest) -> int:
+        """Pages that come free for certain; with block reuse some may be held by others."""
+        pages = self.manager.get_batch_cache_indices([request.py_request_id])[0]
+        counts = getattr(self.manager.impl, "ref_count", None)
+        return sum(counts is None or counts[p] == 1 for p in pages)
+
+    def _needs_block(self, request: FakeLlmRequest) -> int:
+        if hasattr(self.manager, "kv_cache_map"):
+            return int(self.manager.kv_cache_map[request.py_request_id].capacity % self.manager.tokens_per_block == 0)
+        return self.manager.impl.get_needed_blocks_one_step(request)
+
+    def _forward(self, batch: ScheduledRequests) -> None:
+        requests = batch.all_requests()
+        self._ids = [r.py_request_id for r in requests]
+        context = len(batch.context_requests)
+        if self.metadata is not None:
+            self.metadata.request_ids, self.metadata.num_contexts = self._ids, context
+            self.metadata.prepare()
+        else:
+            self.manager.copy_batch_block_offsets(self.table, self._ids, 1, context, len(self._ids))
+        self.tables.append(self.table[:, : len(self._ids)].clone())
+        for request in batch.context_requests:
+            for position in range(request.context_current_position, request.prompt_len):
+                self._write(request.py_request_id, position)
+            self.processed[request.py_request_id] = request.prompt_len
+            request.context_current_position = request.prompt_len
+            request.is_first_context_chunk = False
+        for request in batch.generation_requests:
+            position = self.processed[request.py_request_id]
+            self._write(request.py_request_id, position)
+            self.processed[request.py_request_id] = position + 1
+        for request in batch.context_requests:
+            request.state = LlmRequestState.GENERATION_IN_PROGRESS
+
+    def _write(self, request_id: int, position: int) -> None:
+        size = self.manager.tokens_per_block
+        if position >= len(self.scripts[request_id]):
+            return  # the extra pass of a request whose end the host does not know yet
+        page = int(self.row(request_id)[position // size])
+        entries = [int(e) for e in self.row(request_id)[: position // size + 1]]
+        assert entries.count(page) == 1, f"page {page} of request {request_id} is written while shared: {entries}"
+        self.pool[page, :, :, :, position % size] = self.content(request_id, position)
+
+    def _update_requests(self, batch: ScheduledRequests | None) -> None:
+        for request in batch.all_requests() if batch else ():
+            script, count = self.scripts[request.py_request_id], request.max_beam_num_tokens
+            if request.state is not LlmRequestState.GENERATION_COMPLETE and count < len(script):
+                request.add_new_token(script[count], 0)
+            if request.max_beam_num_tokens >= len(script):
+                request.state = LlmRequestState.GENERATION_COMPLETE
+
+    def _process(self, batch: ScheduledRequests | None) -> None:
+        for request in batch.all_requests() if batch else ():
+            if request.state is LlmRequestState.GENERATION_COMPLETE and request in self.active:
+                self.active.remove(request)
+                if request.py_request_id in self.processed:  # a request may end while it is being paused
+                    self.manager.free_resources(request)
+                    self.processed.pop(request.py_request_id)
+        if batch is not None:
+            self.manager.update_resources(
+                ScheduledRequests(
+                    [r for r in batch.context_requests if r.py_request_id in self.processed],
+                    [r for r in batch.generation_requests if r.py_request_id in self.processed],
+                )
+            )

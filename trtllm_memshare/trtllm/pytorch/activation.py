@@ -1,0 +1,80 @@
+"""Waits for TensorRT-LLM to be imported, in every process of it, and installs sharing at that moment.
+
+``trtllm_memshare_activation.pth`` in site-packages runs at interpreter start and calls ``activate`` if
+``TRTLLM_MEMSHARE_ENABLE`` is set. That covers the LLM API, trtllm-serve, trtllm-bench, Triton's llmapi model and the
+MPI workers that each of them spawns, without a flag. Nothing of TensorRT-LLM or torch is imported here, and a wrong
+setting stops the import of TensorRT-LLM, not every Python process of the environment.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+TARGET = "tensorrt_llm._torch.pyexecutor._util"
+
+
+class PostImportHook(importlib.abc.MetaPathFinder):
+    """Calls a function with a module right after it was imported. Finds nothing itself."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
+        self._name, self._action = name, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec that the other finders have, with a loader that runs the action; None for any other module."""
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        spec.loader = _Loader(spec.loader, self._action)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader, action: Callable[[ModuleType], object]) -> None:
+        self._loader, self._action = loader, action
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._action(module)
+
+
+def activate() -> None:
+    """Registers the hook; installs at once if TensorRT-LLM was imported already."""
+    if TARGET in sys.modules:
+        _install_sharing(sys.modules[TARGET])
+    elif not any(isinstance(finder, PostImportHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PostImportHook(TARGET, _install_sharing))
+
+
+def _install_sharing(module: ModuleType) -> None:
+    """Raises UserError, through the import of TensorRT-LLM, if a setting is wrong."""
+    from trtllm_memshare.trtllm.pytorch.probe import install
+    from trtllm_memshare.trtllm.pytorch.settings import is_enabled, load_settings
+
+    if is_enabled(os.environ):
+        _speak()
+        install(module, load_settings(os.environ))
+
+
+def _speak() -> None:
+    """Makes this package's messages visible where nobody configured logging: what was chosen must be seen."""
+    log = logging.getLogger("trtllm_memshare")
+    if not log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[trtllm_memshare] %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)

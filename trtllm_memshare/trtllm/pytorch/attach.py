@@ -1,0 +1,120 @@
+"""Makes sharing for a KV cache manager that TensorRT-LLM has just constructed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.block_search import make_block_search
+from trtllm_memshare.search.config import MAX_PAIRS
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.trtllm.pytorch.agreement import Agreement, OneRank, TensorParallelRanks
+from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
+from trtllm_memshare.trtllm.pytorch.guards import ROPE_TYPES, rope_type, unsupported_features
+from trtllm_memshare.trtllm.pytorch.settings import Settings
+from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+
+log = logging.getLogger("trtllm_memshare")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What sharing needs of the model: ``config``, its Hugging Face configuration."""
+
+    config: Any
+
+    @classmethod
+    def of(cls, model_config: Any) -> ModelFacts:
+        """From TensorRT-LLM's ``ModelConfig``."""
+        return cls(model_config.pretrained_config)
+
+    def boundaries(self, tokenizer_dir: str | None) -> BoundaryTokens:
+        """Step boundaries of the model's tokenizer.
+
+        Raises:
+          UserError: there is no tokenizer in the directory.
+        """
+        from transformers import AutoTokenizer
+
+        source = tokenizer_dir or getattr(self.config, "_name_or_path", "")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no tokenizer in {source!r}: {str(error).splitlines()[0]} (set tokenizer_dir in the settings file)"
+            ) from error
+        return BoundaryTokens.from_tokenizer(tokenizer, self.config.vocab_size)
+
+    def inv_freq(self) -> torch.Tensor:
+        """float32 ``[rotary_dim / 2]``, radians per token.
+
+        Raises:
+          UserError: a rotation that depends on more than the position.
+        """
+        kind = rope_type(self.config)
+        if kind not in ROPE_TYPES:
+            raise UserError(f"sharing excludes rotary embeddings of type {kind} (known: {', '.join(ROPE_TYPES)})")
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        return LlamaRotaryEmbedding(config=self.config).inv_freq.float()
+
+
+def attach(
+    manager: Any, kv_cache_config: Any, arguments: dict[str, Any], facts: ModelFacts, settings: Settings
+) -> TailSwap | None:
+    """Sharing for a manager; None where it must stay as TensorRT-LLM made it, which is logged.
+
+    Args:
+      manager: constructed, V1 or V2.
+      kv_cache_config: TensorRT-LLM's ``KvCacheConfig``.
+      arguments: keyword arguments of the manager's constructor.
+
+    Raises:
+      UserError: something sharing excludes is on, and ``on_unsupported`` is stop.
+    """
+    if arguments.get("is_draft") or arguments.get("is_estimating_kv_cache"):
+        return None  # the dry run that measures memory, or a draft model's cache
+    try:
+        reasons = unsupported_features(manager, kv_cache_config, arguments)
+        if reasons:
+            raise UserError(reasons[0])
+        backend = V2Backend(manager) if hasattr(manager, "kv_cache_map") else V1Backend(manager)
+        boundaries = facts.boundaries(settings.options.tokenizer_dir)
+        search = make_block_search(backend.pool, facts.inv_freq(), min(settings.memshare.max_pairs, MAX_PAIRS))
+    except UserError as error:
+        if settings.options.on_unsupported == "stop":
+            raise
+        log.warning("MemShare is off, requests run unshared: %s", error)
+        return None
+    shared = TailSwap(backend, settings.memshare, boundaries, search, make_agreement(manager.mapping))
+    log.info(
+        "MemShare is on: preset %s%s, %s on %d blocks of %d tokens, %s; process %d",
+        settings.memshare.preset,
+        " (shadow)" if settings.memshare.shadow else "",
+        type(backend).__name__,
+        backend.pool.shape[0],
+        manager.tokens_per_block,
+        search.description,
+        os.getpid(),
+    )
+    return shared
+
+
+def make_agreement(mapping: Any) -> Agreement:
+    """How the ranks of a mapping agree.
+
+    Raises:
+      UserError: several ranks that do not talk through MPI.
+    """
+    if mapping.tp_size == 1:
+        return OneRank()
+    from tensorrt_llm._utils import mpi_comm, mpi_disabled
+
+    if mpi_disabled():
+        raise UserError(f"tensor parallelism needs MPI to share, got tp_size {mapping.tp_size} with MPI disabled")
+    return TensorParallelRanks(mpi_comm())

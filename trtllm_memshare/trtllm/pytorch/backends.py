@@ -1,0 +1,95 @@
+"""The two KV cache managers of TensorRT-LLM behind one protocol: pages, tail, pool, stream."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from trtllm_memshare.errors import UserError
+
+_DTYPES = {"FP8": torch.float8_e4m3fn, "INT8": torch.int8}  # pools that arrive as plain bytes
+
+
+class _Backend:
+    """What both have in common. Reads the manager's geometry once."""
+
+    protects_prompt_only: bool
+    pool: torch.Tensor
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self.max_blocks_per_seq = int(manager.max_blocks_per_seq)
+        self.max_batch_size = int(manager.max_batch_size)
+        self.protects_prompt_only = not manager.enable_block_reuse
+        self._stream = getattr(manager, "_stream", None)
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """See ``CacheBackend.stream``: the manager's execution stream, else the current one."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _shape(self, num_blocks: int) -> tuple[int, ...]:
+        m = self._manager
+        return (num_blocks, m.num_local_layers, 2, m.num_kv_heads_per_layer[0], m.tokens_per_block, m.head_dim)
+
+
+class V1Backend(_Backend):
+    """The C++ ``KVCacheManager``; ``rewind_kv_cache`` drops tokens from the end (TensorRT-LLM 1.0 to now)."""
+
+    def __init__(self, manager: Any) -> None:
+        super().__init__(manager)
+        pool = manager.get_unique_primary_pool()
+        shape = self._shape(pool.shape[0])
+        # [blocks, layers, 2, elements of a block]: heads before tokens, as TensorRT-LLM's kernels store them.
+        if tuple(pool.shape[:3]) != shape[:3] or pool.numel() != torch.Size(shape).numel():
+            raise UserError(
+                f"the KV pool must have the elements of [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, "
+                f"head_dim] = {list(shape)}, got {list(pool.shape)} (this TensorRT-LLM lays its pool out differently)"
+            )
+        self.pool = _typed(pool, manager.dtype).view(shape)
+
+    def pages(self, request_id: int) -> list[int]:
+        """See ``CacheBackend.pages``."""
+        return self._manager.get_batch_cache_indices([request_id])[0]
+
+    def shrink(self, request_id: int, num_pages: int) -> None:
+        """See ``CacheBackend.shrink``: as many tokens as the pages hold, so that the phase in a block stays."""
+        self._manager.impl.rewind_kv_cache(request_id, num_pages * self._manager.tokens_per_block)
+
+
+class V2Backend(_Backend):
+    """``KVCacheManagerV2``; ``resize`` sets the capacity, never below what counts as history."""
+
+    def __init__(self, manager: Any) -> None:
+        super().__init__(manager)
+        layers = manager.num_local_layers
+        offsets = manager.kv_cache_pool_mapping[:, 1].tolist()
+        if offsets != list(range(layers)):
+            raise UserError(
+                f"the layers of a page must lie one behind the other, got offsets {offsets} (this TensorRT-LLM lays "
+                f"its pool out differently)"
+            )
+        # The view of the first layer spans all: a page's index for one layer counts the pages of every layer.
+        first = manager.get_buffers(manager.pp_layers[0], kv_layout="HND")
+        if first.shape[0] % layers:
+            raise UserError(f"the pool must hold {layers} layers a page, got {first.shape[0]} pages of one layer")
+        self._layers = layers
+        self.pool = _typed(first, manager.dtype).view(self._shape(first.shape[0] // layers))
+
+    def pages(self, request_id: int) -> list[int]:
+        """See ``CacheBackend.pages``."""
+        return [index // self._layers for index in self._manager.get_batch_cache_indices([request_id])[0]]
+
+    def shrink(self, request_id: int, num_pages: int) -> None:
+        """See ``CacheBackend.shrink``."""
+        cache = self._manager.kv_cache_map[request_id]
+        capacity = cache.capacity - num_pages * self._manager.tokens_per_block
+        if cache.resize(capacity, None) is False:
+            raise RuntimeError(f"request {request_id} could not be cut to {capacity} tokens, it has {cache.capacity}")
+
+
+def _typed(pool: torch.Tensor, dtype: Any) -> torch.Tensor:
+    """Gives a pool of bytes its element type; ``dtype``: TensorRT-LLM's ``DataType``."""
+    target = _DTYPES.get(getattr(dtype, "name", ""))
+    return pool.view(target) if target is not None and pool.dtype == torch.uint8 else pool

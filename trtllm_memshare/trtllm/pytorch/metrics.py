@@ -1,0 +1,114 @@
+"""Totals of one process, for Prometheus and for a file that ``python -m trtllm_memshare bench`` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.registry import REGISTRY
+
+from trtllm_memshare.trtllm.pytorch.settings import Settings
+from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+
+
+def totals(shared: TailSwap, bytes_per_block: int) -> dict[str, Any]:
+    """Counters since the start and gauges as of now, by name.
+
+    Args:
+      shared: the manager's sharing.
+      bytes_per_block: of all layers on this rank, K and V.
+    """
+    stats = shared.manager.stats()
+    return {
+        "blocks_shared": stats.shared,
+        "blocks_shadowed": stats.shadowed,
+        "blocks_generated": stats.generated,
+        "blocks_retired_of_finished": stats.retired_at_end,
+        "pages_copied": shared.num_copies,
+        "saved_bytes": stats.shared * bytes_per_block,
+        "aliased_entries": stats.aliased_entries,
+        "candidates": shared.policy.num_candidates,
+        "rejected": dict(shared.policy.rejected),
+        "refused": stats.refused,
+        "host_seconds": shared.seconds,
+        "search_seconds": shared.search_seconds,
+    }
+
+
+_COUNTERS = {
+    "blocks_shared": "KV blocks freed by sharing",
+    "saved_bytes": "Bytes of KV cache freed by sharing",
+    "pages_copied": "Pages moved into the place of a freed one",
+    "candidates": "Pairs of blocks compared",
+    "host_seconds": "Host time spent on sharing",
+    "search_seconds": "Time of the comparisons",
+}
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    counters: dict[str, Counter]
+    turned_down: Counter
+    aliased: Gauge
+
+
+@cache
+def _metrics(registry: CollectorRegistry) -> _Metrics:
+    """Once for a process: a second LLM in it counts on."""
+    return _Metrics(
+        {name: Counter(f"memshare_{name}", text, registry=registry) for name, text in _COUNTERS.items()},
+        Counter("memshare_decisions_refused", "Candidates and decisions turned down", ["reason"], registry=registry),
+        Gauge("memshare_aliased_entries", "Block table entries beyond one a page", registry=registry),
+    )
+
+
+class Reporter:
+    """Keeps metrics and the statistics file up to date, every ``stats_interval`` iterations.
+
+    The metrics are in prometheus_client's registry, so a process with PROMETHEUS_MULTIPROC_DIR shows them where
+    TensorRT-LLM shows its own; with ``metrics_port`` they also have an endpoint on loopback.
+    """
+
+    def __init__(self, shared: TailSwap, settings: Settings, registry: CollectorRegistry = REGISTRY) -> None:
+        self._shared, self._settings = shared, settings
+        pool = shared.pool
+        self._bytes_per_block = pool[0].numel() * pool.element_size()
+        self._step = 0
+        self._metrics = _metrics(registry)
+        self._reported: dict[str, float] = {}
+        if settings.metrics_port is not None:
+            start_http_server(settings.metrics_port, addr="127.0.0.1", registry=registry)
+
+    def count_step(self) -> None:
+        """One iteration more."""
+        self._step += 1
+        if self._step % self._settings.options.stats_interval == 0:
+            self.report()
+
+    def report(self) -> None:
+        """Brings everything up to date."""
+        now = totals(self._shared, self._bytes_per_block)
+        for name, counter in self._metrics.counters.items():
+            counter.inc(self._growth(name, now[name]))
+        for reason, count in {**now["rejected"], **now["refused"]}.items():
+            self._metrics.turned_down.labels(reason=reason).inc(self._growth(f"refused {reason}", count))
+        self._metrics.aliased.set(now["aliased_entries"])
+        if self._settings.stats_file is not None:
+            # Whoever reads it sees the old file or the new one.
+            draft = self._settings.stats_file.with_name(f".{self._settings.stats_file.name}.{uuid.uuid4().hex}")
+            draft.write_text(json.dumps({"iterations": self._step, **now}, indent=1) + "\n")
+            os.replace(draft, self._settings.stats_file)
+
+    def close(self) -> None:
+        """The last report."""
+        self.report()
+
+    def _growth(self, name: str, total: float) -> float:
+        growth = total - self._reported.get(name, 0)
+        self._reported[name] = total
+        return growth

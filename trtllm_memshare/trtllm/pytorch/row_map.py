@@ -1,0 +1,80 @@
+"""Rearranges rows of the block table on the device, behind the manager's own copy (TensorRT-LLM calls it each step).
+
+The manager writes the positions of its list from left to right. A request that shares reads them in another order, some
+several times: ``row[..., positions]``. The gather knows nothing of the encoding of entries, needs no pinned memory of
+the manager's, and runs on the stream that fills the table, before a CUDA graph replays on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class RowMap:
+    """One row of positions for each request that shares.
+
+    Args:
+      max_requests: most requests that share at once.
+      width: entries of a table's row.
+      device: of the table.
+    """
+
+    def __init__(self, max_requests: int, width: int, device: torch.device) -> None:
+        self._rows = torch.zeros((max_requests, width), dtype=torch.int64, device=device)
+        # Two staging rows: the device may still read one while the host fills the other.
+        pinned = device.type == "cuda"
+        self._staging = [torch.zeros(width, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        self._turn = 0
+        self._slots: dict[int, int] = {}
+        self._free = list(range(max_requests - 1, -1, -1))
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._slots
+
+    def set_row(self, request_id: int, positions: np.ndarray) -> None:
+        """Sets a request's positions, int64 ``[width]``; they hold from the next table on."""
+        slot = self._slots.get(request_id)
+        if slot is None:
+            slot = self._slots[request_id] = self._free.pop()
+        turn, self._turn = self._turn, 1 - self._turn
+        if self._copied:
+            self._copied[turn].synchronize()  # of the row before last: long past
+        self._staging[turn].numpy()[:] = positions
+        self._rows[slot].copy_(self._staging[turn], non_blocking=True)
+        if self._copied:
+            self._copied[turn].record()
+
+    def forget(self, request_id: int) -> None:
+        """Gives the request's row back; one that has none passes."""
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def gather(self, table: torch.Tensor, request_ids: Sequence[int]) -> int:
+        """Rearranges the rows of requests that share; ids that are not known pass through.
+
+        Args:
+          table: int32 ``[num_pools, >= len(request_ids), 2, width]``, filled by the manager; modified.
+          request_ids: of the table's first rows.
+
+        Returns:
+          How many rows were rearranged.
+        """
+        if not self._slots:
+            return 0
+        slots = self._slots
+        pairs = [(row, slots[i]) for row, i in enumerate(request_ids) if i in slots]
+        if not pairs:
+            return 0
+        index = torch.tensor(pairs, dtype=torch.int64)
+        if table.is_cuda:
+            index = index.pin_memory().to(table.device, non_blocking=True)
+        rows, width = index[:, 0], table.shape[3]
+        positions = self._rows[index[:, 1], :width]
+        old = table[:, rows]
+        table[:, rows] = old.gather(3, positions[None, :, None, :].expand(old.shape))
+        return len(pairs)

@@ -1,0 +1,119 @@
+"""What a user sets: three environment variables and one file. TensorRT-LLM's own arguments forbid unknown keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtllm_memshare.errors import UserError, describe_validation_error, nearest
+from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
+
+PREFIX = "TRTLLM_MEMSHARE_"  # TensorRT-LLM hands variables that start with TRTLLM on to its MPI workers
+ENABLE = PREFIX + "ENABLE"
+VARIABLES = {
+    ENABLE: "1 switches sharing on, 0 or nothing leaves TensorRT-LLM as it is",
+    PREFIX + "CONFIG": "JSON file with settings",
+    PREFIX + "STATS_FILE": "file that rank 0 keeps its totals in, as JSON",
+    PREFIX + "METRICS_PORT": "port of a Prometheus endpoint of rank 0, on loopback",
+}
+
+
+class AdapterOptions(BaseModel):
+    """Settings beside those of the search.
+
+    ``on_unsupported``: stop the start-up, or run unshared and say so, when a feature is on that sharing excludes.
+    ``tokenizer_dir``: where the tokenizer is that step boundaries come from; default: the model's directory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    on_unsupported: Literal["stop", "warn"] = "stop"
+    tokenizer_dir: str | None = None
+    stats_interval: int = Field(100, ge=1, description="iterations between two updates of metrics and statistics")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was set. ``stats_file`` and ``metrics_port`` are None where not given."""
+
+    memshare: MemShareConfig
+    options: AdapterOptions
+    stats_file: Path | None = None
+    metrics_port: int | None = None
+
+
+def is_enabled(environment: Mapping[str, str]) -> bool:
+    """Whether sharing is switched on.
+
+    Raises:
+      UserError: a value other than 0 or 1, or a variable of ours that does not exist.
+    """
+    for name in environment:
+        if name.startswith(PREFIX) and name not in VARIABLES:
+            raise UserError(f"unknown variable {name} ({nearest(name, VARIABLES)})")
+    value = environment.get(ENABLE, "0")
+    if value not in ("", "0", "1"):
+        raise UserError(f"{ENABLE} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def load_settings(environment: Mapping[str, str]) -> Settings:
+    """Settings of the file that ``TRTLLM_MEMSHARE_CONFIG`` names, or the defaults.
+
+    The file is one JSON object: a ``preset``, any field of ``MemShareConfig`` laid over it, and those of
+    ``AdapterOptions``.
+
+    Raises:
+      UserError: no such file, not JSON, an unknown key, a value out of range, or settings that serving excludes.
+    """
+    path = environment.get(PREFIX + "CONFIG")
+    values = _read(Path(path)) if path else {}
+    options = {name: values.pop(name) for name in list(values) if name in AdapterOptions.model_fields}
+    known = {*MemShareConfig.model_fields, *AdapterOptions.model_fields}
+    for name in values:
+        if name not in known:
+            raise UserError(f"{path} has an unknown key {name} ({nearest(name, known)})")
+    memshare = make_config(values.pop("preset", "aligned"), **values)
+    if memshare.scope == "group":
+        raise UserError(
+            "scope must be request with TensorRT-LLM's PyTorch backend, got group (a request frees its own tail only)"
+        )
+    if memshare.control != "none":
+        raise UserError(f"control must be none when serving, got {memshare.control} (controls run in benchmarks/)")
+    try:
+        adapter = AdapterOptions.model_validate(options)
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, AdapterOptions.model_fields, str(path))) from error
+    stats_file = environment.get(PREFIX + "STATS_FILE")
+    return Settings(memshare, adapter, Path(stats_file) if stats_file else None, _port(environment))
+
+
+def presets() -> list[str]:
+    """Presets that can be served."""
+    return sorted(PRESETS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{PREFIX}CONFIG names {path}, which cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _port(environment: Mapping[str, str]) -> int | None:
+    text = environment.get(PREFIX + "METRICS_PORT")
+    if not text:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise UserError(f"{PREFIX}METRICS_PORT must be a port between 1 and 65535, got {text!r}")
+    return int(text)
