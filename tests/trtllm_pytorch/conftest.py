@@ -32,4 +32,3 @@ def make_settings(preset="lexical", on_unsupported="stop", **config):
 
 def make_sharing_class(manager_class=FakeKVCacheManager, **settings):
     return sharing_class(manager_class, TextlessFacts(SimpleNamespace()), make_settings(**settings))
-

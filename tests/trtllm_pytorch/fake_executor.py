@@ -53,6 +53,7 @@ class FakeExecutor:
         if metadata is not None:
             metadata.kv_cache_block_offsets = self.table
         self.active: list[FakeLlmRequest] = []
+        self.requests: list[FakeLlmRequest] = []
         self.scripts: dict[int, list[int]] = {}
         self.processed: dict[int, int] = {}  # positions that forward passes have written
         self.previous: ScheduledRequests | None = None
@@ -64,6 +65,7 @@ class FakeExecutor:
     def submit(self, request_id: int, prompt: list[int], output: list[int]) -> FakeLlmRequest:
         request = FakeLlmRequest(request_id, prompt)
         self.scripts[request_id] = prompt + output
+        self.requests.append(request)
         number, numbers = 0, self._prefixes.setdefault(request_id, [])
         for token in prompt + output:
             number = self._prefix_ids.setdefault((number, token), len(self._prefix_ids) + 1)

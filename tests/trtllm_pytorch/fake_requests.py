@@ -27,6 +27,7 @@ class FakeLlmRequest:
         self.lora_task_id = None
         self.sampling_config = SimpleNamespace(beam_width=1)
         self.num_history_reads = 0
+        self.num_lives = 1
 
     @property
     def max_beam_num_tokens(self) -> int:
@@ -47,6 +48,7 @@ class FakeLlmRequest:
 
     def pause(self) -> None:
         """What is generated becomes prompt; the request starts again with its context."""
+        self.num_lives += 1
         self.prompt_len = len(self._tokens)
         self.state = LlmRequestState.CONTEXT_INIT
         self.is_first_context_chunk = True

@@ -163,9 +163,7 @@ class FakeKVCacheManagerV2:
         self._free_rows.append(self._index_of.pop(request.py_request_id))
 
     def get_batch_cache_indices(self, request_ids, layer_id=0):
-        return [
-            (np.asarray(self.kv_cache_map[i].get_page_indices(0)) // self.kv_factor).tolist() for i in request_ids
-        ]
+        return [(np.asarray(self.kv_cache_map[i].get_page_indices(0)) // self.kv_factor).tolist() for i in request_ids]
 
     def copy_batch_block_offsets(self, dst_tensor, request_ids, beam_width, num_contexts, num_seqs):
         rows = [self._index_of[i] for i in request_ids]
@@ -189,7 +187,5 @@ class FakeLateKVCacheManagerV2(FakeKVCacheManagerV2):
 
     def update_resources(self, scheduled_batch):
         if self.kv_compression_manages_history:
-            scheduled_batch = SimpleNamespace(
-                context_requests=scheduled_batch.context_requests, generation_requests=[]
-            )
+            scheduled_batch = SimpleNamespace(context_requests=scheduled_batch.context_requests, generation_requests=[])
         super().update_resources(scheduled_batch)

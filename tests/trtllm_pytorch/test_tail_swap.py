@@ -1,4 +1,4 @@
-"""Sharing under random schedules: whatever happens, each token reads its own row or that of its accepted counterpart."""
+"""Sharing under random schedules: each token reads its own row or that of its accepted counterpart."""
 
 from __future__ import annotations
 
@@ -10,11 +10,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtllm_pytorch.conftest import make_sharing_class
-from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, repetitive_text
-from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeOldAttentionMetadata, FakeOldKVCacheManager
+from trtllm_pytorch.fake_executor import (
+    HEAD_DIM,
+    NUM_HEADS,
+    NUM_LAYERS,
+    FakeExecutor,
+    make_manager,
+    repetitive_text,
+)
+from trtllm_pytorch.fake_v1 import (
+    FakeCppKVCacheManager,
+    FakeKVCacheManager,
+    FakeOldAttentionMetadata,
+    FakeOldKVCacheManager,
+)
 from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeLateKVCacheManagerV2
 
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.probe import wrap_prepare
+from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 
 MANAGERS = {
     "V1": FakeKVCacheManager,
@@ -65,18 +79,28 @@ def check_pages(executor: FakeExecutor) -> None:
 
 
 def run(kind: str, seed: int, overlap: bool, reuse: bool = False, **config) -> FakeExecutor:
-    """A schedule drawn from a seed: arrivals, lengths, pool size, cancellations."""
-    rng = random.Random(seed)
+    """A schedule drawn from a seed, checked as it goes."""
+
+    def check(executor: FakeExecutor, step: int) -> None:
+        if step % 3 == 0:
+            check_contents(executor)
+        check_pages(executor)
+
+    return drive(make_sharing_class(MANAGERS[kind], **config), random.Random(seed), kind, overlap, reuse, check)
+
+
+def drive(manager_class, rng, kind, overlap, reuse, check=None, executor_class=FakeExecutor) -> FakeExecutor:
+    """Arrivals, lengths, pool size and cancellations as ``rng`` draws them, to the end of the last request."""
     size = rng.choice([4, 8])
     # Just enough for one request of any length, or for all of them.
     num_blocks = 212 // size + 2 + rng.randrange(12) if rng.random() < 0.7 else 400
-    manager = make_manager(make_sharing_class(MANAGERS[kind], **config), num_blocks, size, reuse=reuse)
+    manager = make_manager(manager_class, num_blocks, size, reuse=reuse)
     metadata = None
     if kind == "V1 old":
         metadata_class = type("Metadata", (FakeOldAttentionMetadata,), {})
         wrap_prepare(metadata_class)
         metadata = metadata_class(manager)
-    executor = FakeExecutor(manager, overlap, metadata)
+    executor = executor_class(manager, overlap, metadata)
     pending = list(range(rng.randrange(2, 9)))
     prompt = repetitive_text(rng, 20)
     for step in range(2000):
@@ -86,9 +110,8 @@ def run(kind: str, seed: int, overlap: bool, reuse: bool = False, **config) -> F
         if executor.active and rng.random() < 0.01:
             executor.cancel(rng.choice(executor.active).py_request_id)
         executor.step()
-        if step % 3 == 0:
-            check_contents(executor)
-        check_pages(executor)
+        if check is not None:
+            check(executor, step)
         if not pending and not executor.active:
             break
     assert not executor.active, "the schedule did not end"
@@ -98,7 +121,136 @@ def run(kind: str, seed: int, overlap: bool, reuse: bool = False, **config) -> F
 
 
 @pytest.mark.parametrize("kind", MANAGERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), overlap=st.booleans())
 def test_any_schedule_keeps_every_token_readable(kind, seed, overlap):
     run(kind, seed, overlap)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_reused_prefixes_stay_and_shared_text_never_enters_the_tree(overlap, seed):
+    executor = run("V1", seed, overlap, reuse=True)
+    impl = executor.manager.impl
+    held = executor.pool[:, 0, 0, 0, :, 0].numpy()
+    for block, key in impl.key_of.items():
+        numbers, number = [], 0
+        for token in key:
+            number = executor._prefix_ids[(number, token)]
+            numbers.append(number)
+        size = executor.manager.tokens_per_block
+        assert held[block].tolist() == numbers[-size:]
+    assert sum(impl.ref_count) == 0
+
+
+def test_a_request_that_shared_is_freed_unregistered():
+    executor = run("V1", 3, overlap=True, reuse=True)
+    stats = executor.manager.memshare.manager.stats()
+    assert stats.shared > 0
+    assert executor.manager.impl.num_unregistered > 0
+
+
+@pytest.mark.parametrize("kind", ["V1", "V2"])
+def test_shadow_leaves_every_table_as_the_unpatched_manager_writes_it(kind):
+    assert run(kind, 5, True).manager.memshare.manager.stats().shared > 0
+    shadow = run(kind, 5, True, shadow=True)
+    assert shadow.manager.memshare.manager.stats().shadowed > 0
+    plain = replay_plainly(kind, 5)
+    assert len(shadow.tables) == len(plain.tables)
+    assert all(torch.equal(a, b) for a, b in zip(shadow.tables, plain.tables, strict=True))
+
+
+def replay_plainly(kind: str, seed: int) -> FakeExecutor:
+    """The same schedule on TensorRT-LLM's own class."""
+    rng = random.Random(seed)
+    return drive(MANAGERS[kind], rng, kind, True, False, lambda executor, step: None)
+
+
+@pytest.mark.parametrize("kind", ["V1", "V2"])
+def test_the_managers_pinned_rows_are_never_edited(kind, monkeypatch):
+    """A copy of the last step may still be reading them: what lies there is what the manager itself wrote."""
+    original = TailSwap.rearrange
+
+    def rearrange(self, table, request_ids):
+        host = executor_of[self].manager.host_kv_cache_block_offsets
+        before = host.clone()
+        original(self, table, request_ids)
+        assert torch.equal(before, host)
+        compared.append(not torch.equal(table[:, : len(request_ids), :, :8], executor_of[self].plain_rows(request_ids)))
+
+    compared: list[bool] = []
+    executor_of: dict[TailSwap, FakeExecutor] = {}
+    monkeypatch.setattr(TailSwap, "rearrange", rearrange)
+
+    class Watched(FakeExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            executor_of[self.manager.memshare] = self
+
+        def plain_rows(self, request_ids):
+            table = torch.empty_like(self.table)
+            MANAGERS[kind].copy_batch_block_offsets(self.manager, table, request_ids, 1, 0, len(request_ids))
+            return table[:, : len(request_ids), :, :8]
+
+    drive(make_sharing_class(MANAGERS[kind]), random.Random(5), kind, True, False, None, Watched)
+    assert any(compared), "rows were rearranged on the device"
+
+
+def test_history_is_read_once_for_each_life_of_a_request():
+    executor = run("V1", 2, overlap=True)
+    assert executor.num_pauses > 3
+    reads = [r.num_history_reads for r in executor.requests]
+    lives = [r.num_lives for r in executor.requests]
+    assert all(r <= n for r, n in zip(reads, lives, strict=True))
+    assert max(reads) > 1
+
+
+class TokenContent(FakeExecutor):
+    """K and V that depend on the token alone, K turned by its position as RoPE turns it."""
+
+    def content(self, request_id, position):
+        token = self.scripts[request_id][position]
+        generator = torch.Generator().manual_seed(token)
+        k, v = torch.randn(2, NUM_LAYERS, 1, NUM_HEADS, HEAD_DIM, generator=generator)
+        angle = torch.tensor(0.5 * position)
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+        return torch.cat([k @ turn.T, v], 1)
+
+
+def test_stage_2_compares_the_rows_where_they_are_now():
+    """After pages have moved, equal text is still at distance 0; text whose K and V differ is refused."""
+    equal = drive(
+        make_sharing_class(preset="aligned", max_distance=1e-3), random.Random(2), "V1", True, False, None, TokenContent
+    )
+    policy = equal.manager.memshare.policy
+    assert equal.manager.memshare.num_copies > 20
+    assert policy.num_candidates > 20
+    assert policy.rejected["distance"] == 0
+    different = drive(make_sharing_class(preset="aligned", max_distance=1e-3), random.Random(2), "V1", True, False)
+    assert different.manager.memshare.policy.rejected["distance"] > 0
+    assert different.manager.memshare.manager.stats().shared == 0
+
+
+def test_an_attention_backend_that_fills_its_own_table_is_refused(monkeypatch):
+    monkeypatch.setattr(TailSwap, "rearrange", lambda self, table, request_ids: None)
+    with pytest.raises(UserError, match="set attn_backend: TRTLLM"):
+        run("V1", 5, overlap=True)
+
+
+def test_a_list_that_changed_behind_our_back_stops_the_process(monkeypatch):
+    original = FakeCppKVCacheManager.rewind_kv_cache
+    monkeypatch.setattr(
+        FakeCppKVCacheManager, "rewind_kv_cache", lambda self, i, n: original(self, i, n - self.tokens_per_block)
+    )
+    with pytest.raises(RuntimeError, match="dropped from the end, but the KV cache manager now lists"):
+        run("V1", 5, overlap=True)
+
+
+def test_retired_counts_are_left_on_a_finished_request():
+    executor = run("V1", 5, overlap=True)
+    retired = [getattr(r, "py_memshare_retired_blocks", 0) for r in executor.requests]
+    generated = [getattr(r, "py_memshare_generated_blocks", 0) for r in executor.requests]
+    stats = executor.manager.memshare.manager.stats()
+    assert sum(retired) == stats.retired_at_end > 0
+    assert sum(generated) == stats.generated

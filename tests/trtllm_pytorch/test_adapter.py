@@ -1,0 +1,353 @@
+"""Where sharing gets into TensorRT-LLM, what it refuses, and that nothing changes where it cannot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from trtllm_pytorch.conftest import make_settings, make_sharing_class
+from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_manager, make_mapping, repetitive_text
+from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
+from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeOldAttentionMetadata, FakeOldKVCacheManager
+from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeLateKVCacheManagerV2
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch.agreement import TensorParallelRanks
+from trtllm_memshare.trtllm.pytorch.attach import ModelFacts, make_agreement
+from trtllm_memshare.trtllm.pytorch.guards import check_request
+from trtllm_memshare.trtllm.pytorch.metrics import Reporter, totals
+from trtllm_memshare.trtllm.pytorch.probe import install
+from trtllm_memshare.trtllm.pytorch.settings import load_settings
+from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+
+
+def make_util_module(v1=FakeKVCacheManager, v2=None) -> ModuleType:
+    """Stands for ``tensorrt_llm._torch.pyexecutor._util``."""
+    module = ModuleType("tensorrt_llm._torch.pyexecutor._util")
+    module.KVCacheManager = v1
+    if v2 is not None:
+        module.KVCacheManagerV2 = v2
+
+    def get_kv_cache_manager_cls(model_config, kv_cache_config=None, is_disagg=False, cache_transceiver_config=None):
+        return v2 if v2 is not None and getattr(kv_cache_config, "use_kv_cache_manager_v2", False) else v1
+
+    module.get_kv_cache_manager_cls = get_kv_cache_manager_cls
+    return module
+
+
+@pytest.fixture
+def model_config(bundled_model):
+    from transformers import AutoConfig
+
+    return SimpleNamespace(pretrained_config=AutoConfig.from_pretrained(bundled_model))
+
+
+@pytest.mark.parametrize(
+    ("v1", "v2", "selected"),
+    [
+        (FakeKVCacheManager, None, FakeKVCacheManager),
+        (FakeOldKVCacheManager, None, FakeOldKVCacheManager),
+        (FakeKVCacheManager, FakeKVCacheManagerV2, FakeKVCacheManagerV2),
+        (FakeKVCacheManager, FakeLateKVCacheManagerV2, FakeLateKVCacheManagerV2),
+    ],
+)
+def test_the_class_that_tensorrt_llm_selects_is_subclassed(v1, v2, selected, model_config):
+    module = make_util_module(v1, v2)
+    metadata = type("Metadata", (FakeOldAttentionMetadata,), {})
+    assert install(module, make_settings(), lambda: metadata)
+    config = make_cache_config(40, 8, use_kv_cache_manager_v2=v2 is not None)
+    chosen = module.get_kv_cache_manager_cls(model_config, config)
+    assert issubclass(chosen, selected)
+    manager = make_manager(chosen, 40, 8)
+    assert isinstance(manager.memshare, TailSwap)
+    assert (metadata.prepare is not FakeOldAttentionMetadata.prepare) == (v1 is FakeOldKVCacheManager)
+
+
+def without(cls: type, name: str) -> type:
+    """A class like ``cls`` that lacks a method."""
+    members = {k: v for base in reversed(cls.__mro__[:-1]) for k, v in vars(base).items()}
+    return type(cls.__name__, (), {k: v for k, v in members.items() if k != name and not k.startswith("__")})
+
+
+@pytest.mark.parametrize("name", ["prepare_resources", "get_batch_cache_indices", "get_unique_primary_pool"])
+def test_a_probe_that_fails_leaves_everything_and_says_why(name, caplog):
+    module = make_util_module(without(FakeKVCacheManager, name))
+    before = dict(vars(module))
+    with caplog.at_level(logging.WARNING, logger="trtllm_memshare"):
+        assert not install(module, make_settings())
+    assert vars(module) == before
+    assert len(caplog.records) == 1
+    assert f"has no {name}" in caplog.text
+
+
+def test_another_signature_of_the_selector_is_left_alone(caplog):
+    module = make_util_module()
+    module.get_kv_cache_manager_cls = lambda llm_args: FakeKVCacheManager
+    assert not install(module, make_settings())
+    assert "must take model_config first, got llm_args" in caplog.text
+
+
+def test_another_manager_is_refused_or_left_as_it_is(model_config, caplog):
+    other = type("MambaHybridCacheManager", (FakeKVCacheManager,), {})
+    for on_unsupported in ("stop", "warn"):
+        module = make_util_module()
+        module.get_kv_cache_manager_cls = lambda model_config: other
+        assert install(module, make_settings(on_unsupported=on_unsupported))
+        if on_unsupported == "stop":
+            with pytest.raises(UserError, match="excludes the KV cache manager MambaHybridCacheManager"):
+                module.get_kv_cache_manager_cls(model_config)
+        else:
+            assert module.get_kv_cache_manager_cls(model_config) is other
+            assert "MemShare is off, requests run unshared" in caplog.text
+
+
+@pytest.mark.parametrize("arguments", [{"is_disagg": True}, {"cache_transceiver_config": object()}])
+def test_disaggregated_serving_is_refused(arguments, model_config):
+    module = make_util_module()
+    install(module, make_settings())
+    with pytest.raises(UserError, match="disaggregated serving"):
+        module.get_kv_cache_manager_cls(model_config, make_cache_config(40, 8), **arguments)
+    with pytest.raises(UserError, match="disaggregated serving"):
+        check_request(SimpleNamespace(llm_request_type="LLMREQUEST_TYPE_GENERATION_ONLY"))
+
+
+UNSUPPORTED = [
+    ({"spec_config": object()}, {}, {}, "speculative decoding"),
+    ({"max_beam_width": 4}, {}, {}, "beam search, got max_beam_width 4"),
+    ({}, {"max_attention_window": [64]}, {}, r"sliding window, got max_attention_window \[64\]"),
+    ({}, {"host_cache_size": 1 << 30}, {}, "offload to the host"),
+    ({"kv_connector_manager": object()}, {}, {}, "KV cache connector"),
+    ({}, {}, {"enable_attention_dp": True}, "attention data parallelism"),
+    ({}, {}, {"pp_size": 2}, "pipeline parallelism, got pp_size 2"),
+    ({}, {}, {"cp_size": 2}, "context parallelism"),
+    ({"dtype": SimpleNamespace(name="NVFP4")}, {}, {}, "NVFP4"),
+]
+
+
+def construct(manager_class, arguments, config, mapping):
+    values = {
+        "num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "tokens_per_block": 8, "max_seq_len": 256,
+        "max_batch_size": 4, "mapping": make_mapping(**mapping), **arguments,
+    }  # fmt: skip
+    return manager_class(make_cache_config(40, 8, **config), values.pop("kv_cache_type", "SELF"), **values)
+
+
+@pytest.mark.parametrize(("arguments", "config", "mapping", "message"), UNSUPPORTED)
+def test_what_sharing_excludes_stops_the_start_or_runs_unshared(arguments, config, mapping, message, caplog):
+    with pytest.raises(UserError, match=message) as error:
+        construct(make_sharing_class(), arguments, config, mapping)
+    assert "\n" not in str(error.value)
+    manager = construct(make_sharing_class(on_unsupported="warn"), arguments, config, mapping)
+    assert manager.memshare is None
+    assert str(error.value) in caplog.text
+    request = FakeLlmRequest(1, [1, 2, 3])
+    manager.prepare_resources(ScheduledRequests([request], []))
+    assert manager.get_batch_cache_indices([1]) == [[0]]
+
+
+def test_mla_is_refused():
+    with pytest.raises(UserError, match="one latent instead of K and V"):
+        construct(make_sharing_class(), {"kv_cache_type": "SELFKONLY"}, {}, {})
+
+
+@pytest.mark.parametrize("name", ["is_draft", "is_estimating_kv_cache"])
+def test_the_dry_run_and_draft_models_have_no_sharing(name):
+    assert construct(make_sharing_class(), {name: True}, {}, {}).memshare is None
+
+
+def test_kv_cache_compression_beside_sharing_is_refused():
+    manager = make_manager(make_sharing_class(FakeLateKVCacheManagerV2), 40, 8)
+    assert manager.kv_compression_manages_history
+    manager.kv_compression_manages_history = False  # a method that keeps lengths
+    assert manager.kv_compression_manages_history
+    with pytest.raises(UserError, match="excludes KV cache compression"):
+        manager.kv_compression_manages_history = True
+
+
+def test_a_pool_of_another_layout_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        FakeKVCacheManager, "get_unique_primary_pool", lambda self: self.impl.pool.transpose(0, 1).contiguous()
+    )
+    with pytest.raises(UserError, match="lays its pool out differently"):
+        make_manager(make_sharing_class(), 40, 8)
+
+
+def test_model_facts_come_from_the_checkpoint(model_config, bundled_model, tmp_path):
+    facts = ModelFacts.of(model_config)
+    from trtllm_memshare.runners.torch.runner import load_model
+
+    expected = load_model(bundled_model).model.rotary_emb.inv_freq
+    torch.testing.assert_close(facts.inv_freq(), expected.float(), rtol=0, atol=0)
+    assert facts.boundaries(None).ends_line.any()
+    with pytest.raises(UserError, match="set tokenizer_dir"):
+        facts.boundaries(str(tmp_path))
+
+
+def test_a_rotation_that_depends_on_the_length_is_refused():
+    config = SimpleNamespace(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(UserError, match="rotary embeddings of type dynamic"):
+        ModelFacts(config).inv_freq()
+
+
+class FakeCommunicator:
+    """mpi4py's ``allgather`` between threads."""
+
+    def __init__(self, rank, slots, barrier):
+        self._rank, self._slots, self._barrier = rank, slots, barrier
+
+    def allgather(self, value):
+        self._slots[self._rank] = value
+        self._barrier.wait(30)
+        gathered = list(self._slots)
+        self._barrier.wait(30)
+        return gathered
+
+
+def on_ranks(count, work):
+    slots, barrier, results = [None] * count, threading.Barrier(count), [None] * count
+
+    def run(rank):
+        try:
+            results[rank] = work(TensorParallelRanks(FakeCommunicator(rank, slots, barrier)), rank)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return results
+
+
+def test_ranks_add_their_heads_in_one_order():
+    sums = np.random.default_rng(0).standard_normal((4, 3, 2, 4)).astype(np.float32)
+    results = on_ranks(4, lambda agreement, rank: agreement.combine("same", sums[rank]))
+    expected = ((sums[0] + sums[1]) + sums[2]) + sums[3]
+    assert all((r == expected).all() for r in results)
+    assert on_ranks(2, lambda agreement, rank: agreement.combine("same", None)) == [None, None]
+
+
+def test_ranks_that_search_different_blocks_stop():
+    results = on_ranks(2, lambda agreement, rank: agreement.combine(f"digest {rank}", np.zeros((1, 1, 4))))
+    assert all("must search the same blocks" in str(r) for r in results)
+
+
+def test_two_ranks_hold_identical_tables():
+    """Heads are split, so each rank alone measures something else; with the sum they decide alike."""
+    text = repetitive_text(random.Random(4), 150)
+
+    def serve(agreement, rank):
+        manager = make_manager(make_sharing_class(preset="aligned", undo_rope=False, max_distance=0.8), 200, 8)
+        manager.memshare._agreement = agreement
+
+        class Rank(FakeExecutor):
+            def content(self, request_id, position):
+                token = self.scripts[request_id][position]
+                base = torch.randn(2, 2, 1, 2, generator=torch.Generator().manual_seed(2 * token + rank))
+                noise = torch.Generator().manual_seed(1000 + 2 * (position % (5 + rank)) + rank)
+                return base + 0.6 * torch.randn(2, 2, 1, 2, generator=noise)
+
+        executor = Rank(manager, True)
+        for request_id in range(3):
+            executor.submit(request_id, text[: 5 + request_id], text)
+        while executor.active:
+            executor.step()
+        return executor.tables, manager.memshare.manager.stats().shared, dict(manager.memshare.policy.rejected)
+
+    (tables, shared, rejected), (other, other_shared, _) = on_ranks(2, serve)
+    assert shared == other_shared > 0
+    assert rejected["distance"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(tables, other, strict=True))
+
+
+def test_several_ranks_need_mpi(monkeypatch):
+    utils = ModuleType("tensorrt_llm._utils")
+    utils.mpi_comm, utils.mpi_disabled = lambda: "world", lambda: True
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", ModuleType("tensorrt_llm"))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm._utils", utils)
+    with pytest.raises(UserError, match="got tp_size 2 with MPI disabled"):
+        make_agreement(make_mapping(tp_size=2))
+    utils.mpi_disabled = lambda: False
+    assert isinstance(make_agreement(make_mapping(tp_size=2)), TensorParallelRanks)
+
+
+def test_metrics_and_the_statistics_file_say_what_was_shared(tmp_path):
+    manager = make_manager(make_sharing_class(), 200, 8)
+    executor = FakeExecutor(manager, True)
+    text = repetitive_text(random.Random(1), 150)
+    executor.submit(0, text[:5], text)
+    while executor.active:
+        executor.step()
+    registry = CollectorRegistry()
+    settings = make_settings()
+    stats_file = tmp_path / "totals.json"
+    reporter = Reporter(manager.memshare, type(settings)(settings.memshare, settings.options, stats_file), registry)
+    reporter.report()
+    reporter.report()
+    shared = manager.memshare.manager.stats().shared
+    assert shared > 0
+    assert registry.get_sample_value("memshare_blocks_shared_total") == shared
+    block_bytes = 2 * 2 * 8 * 2 * 4  # layers, K and V, tokens, elements, float32
+    assert registry.get_sample_value("memshare_saved_bytes_total") == shared * block_bytes
+    document = json.loads(stats_file.read_text())
+    assert document["blocks_shared"] == shared
+    assert document.keys() - {"iterations"} == totals(manager.memshare, block_bytes).keys()
+    assert [p.name for p in tmp_path.iterdir()] == ["totals.json"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_distnce": 0.4}, "unknown key max_distnce .did you mean max_distance"),
+        ({"on_unsupported": "ignore"}, "on_unsupported"),
+        ({"preset": "alligned"}, "did you mean aligned"),
+        ({"scope": "group"}, "scope must be request"),
+        ({"control": "random"}, "control must be none"),
+        ([1], "must hold a JSON object"),
+    ],
+)
+def test_wrong_settings_are_named(values, message, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)})
+
+
+def test_settings_are_laid_over_the_preset(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"preset": "lexical", "max_aliases": 3, "on_unsupported": "warn"}))
+    settings = load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path), "TRTLLM_MEMSHARE_METRICS_PORT": "9400"})
+    assert (settings.memshare.preset, settings.memshare.accept_all, settings.memshare.max_aliases) == (
+        "lexical",
+        True,
+        3,
+    )
+    assert (settings.options.on_unsupported, settings.metrics_port) == ("warn", 9400)
+    with pytest.raises(UserError, match="METRICS_PORT must be a port"):
+        load_settings({"TRTLLM_MEMSHARE_METRICS_PORT": "http"})
+    with pytest.raises(UserError, match="which cannot be read"):
+        load_settings({"TRTLLM_MEMSHARE_CONFIG": str(tmp_path / "none.json")})
+
+
+def test_dummies_pass_through():
+    """Padding of CUDA graphs and warm-up requests have ids that nobody admitted."""
+    manager = make_manager(make_sharing_class(), 40, 8)
+    dummy = FakeLlmRequest(99, [1] * 9, is_dummy=True)
+    manager.impl.add_sequence(99, 9, 1, dummy)
+    dummy.state = LlmRequestState.GENERATION_IN_PROGRESS
+    for _ in range(4):
+        manager.prepare_resources(ScheduledRequests([], [dummy]))
+    table = torch.zeros(1, 4, 2, manager.max_blocks_per_seq, dtype=torch.int32)
+    manager.copy_batch_block_offsets(table, [99], 1, 0, 1)
+    assert table[0, 0, 0, :2].tolist() == [0, 4]
+    manager.free_resources(dummy)
+    assert manager.get_num_free_blocks() == 40

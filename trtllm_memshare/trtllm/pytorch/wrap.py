@@ -1,0 +1,152 @@
+"""``python -m trtllm_memshare serve MODEL ...`` and ``bench``: TensorRT-LLM's own commands with what sharing needs.
+
+Every option goes on to ``trtllm-serve`` or ``trtllm-bench``. Settings of the LLM API that sharing needs are laid over
+the user's own file; one that says otherwise is an error, not overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings
+
+_PROGRAMS = {"serve": "trtllm-serve", "bench": "trtllm-bench"}
+_FILE_OPTIONS = ("--config", "--extra_llm_api_options")  # two names of one option
+_NEEDED: dict[str, Any] = {
+    "attn_backend": "TRTLLM",
+    "kv_cache_config": {"enable_block_reuse": False, "host_cache_size": 0},
+    # Freed blocks turn into more requests in flight under this policy only: the other counts them as still needed.
+    "scheduler_config": {"capacity_scheduler_policy": "MAX_UTILIZATION"},
+    "enable_iter_perf_stats": True,
+}
+_MAY_DIFFER = (("kv_cache_config", "enable_block_reuse"), ("enable_iter_perf_stats",))
+"""Settings that may differ: with block reuse, prompts are protected and shared text stays out of the tree."""
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Runs the command; its exit status is this process's.
+
+    Args:
+      command: serve or bench.
+      arguments: TensorRT-LLM's, and ``--memshare-config FILE``.
+
+    Raises:
+      UserError: wrong settings, a conflict, or TensorRT-LLM is not installed.
+    """
+    arguments, config = _take_option(arguments, ("--memshare-config",))
+    environment = {**os.environ, ENABLE: "1", **({PREFIX + "CONFIG": str(Path(config).resolve())} if config else {})}
+    is_enabled(environment)
+    settings = load_settings(environment)
+    arguments, user_file = _take_option(arguments, _FILE_OPTIONS)
+    llm_options = merge_options(_read_yaml(Path(user_file)) if user_file else {})
+    program = shutil.which(_PROGRAMS[command])
+    if program is None:
+        raise UserError(
+            f"{_PROGRAMS[command]} is not on PATH (install TensorRT-LLM 1.0 or later, then trtllm-memshare[trtllm])"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        options_file = Path(folder) / "llm_options.yaml"
+        options_file.write_text(yaml.safe_dump(llm_options))
+        if command == "bench":
+            environment[PREFIX + "STATS_FILE"] = str(Path(folder) / "totals.json")
+        line = [program, *place_option(command, arguments, str(options_file))]
+        print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
+        print(f"LLM options: {json.dumps(llm_options)}")
+        print(f"+ {ENABLE}=1 {shlex.join(line)}", flush=True)
+        status = subprocess.run(line, env=environment, check=False).returncode
+        if command == "bench" and status == 0:
+            _merge_report(arguments, Path(environment[PREFIX + "STATS_FILE"]))
+    sys.exit(status)
+
+
+def merge_options(user: dict[str, Any]) -> dict[str, Any]:
+    """The user's LLM options with what sharing needs.
+
+    Raises:
+      UserError: an option that contradicts it.
+    """
+    merged = json.loads(json.dumps(user))
+    for key, needed in _NEEDED.items():
+        pairs = [((key, inner), value) for inner, value in needed.items()] if isinstance(needed, dict) else []
+        for path, value in pairs or [((key,), needed)]:
+            section = merged if len(path) == 1 else merged.setdefault(key, {})
+            got = section.setdefault(path[-1], value)
+            if got != value and path not in _MAY_DIFFER and got is not None:
+                raise UserError(f"{'.'.join(path)} must be {value} to share, got {got} (remove it from your options)")
+    return merged
+
+
+def place_option(command: str, arguments: Sequence[str], options_file: str) -> list[str]:
+    """The command's arguments with the options file; trtllm-bench takes it behind its subcommand.
+
+    Raises:
+      UserError: bench without a subcommand that runs a model.
+    """
+    option = ["--extra_llm_api_options", options_file]
+    if command == "serve":
+        return [*arguments, *option]
+    for subcommand in ("throughput", "latency"):
+        if subcommand in arguments:
+            place = arguments.index(subcommand) + 1
+            policy = ["--scheduler_policy", "max_utilization"] if subcommand == "throughput" else []
+            policy = [] if "--scheduler_policy" in arguments else policy
+            return [*arguments[:place], *option, *policy, *arguments[place:]]
+    raise UserError(f"bench needs the subcommand throughput or latency, got {shlex.join(arguments) or 'nothing'}")
+
+
+def _take_option(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], str | None]:
+    """Arguments without an option, and its value."""
+    rest, value, pending = [], None, False
+    for argument in arguments:
+        name, equals, attached = argument.partition("=")
+        if pending:
+            value, pending = argument, False
+        elif name in names and equals:
+            value = attached
+        elif name in names:
+            pending = True
+        else:
+            rest.append(argument)
+    if pending:
+        raise UserError(f"{arguments[-1]} needs a file")
+    return rest, value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} must hold a mapping of LLM options, got {type(document).__name__}")
+    return document
+
+
+def _merge_report(arguments: Sequence[str], stats_file: Path) -> None:
+    """Adds our totals to trtllm-bench's report under ``memshare`` and prints them."""
+    if not stats_file.is_file():
+        raise UserError(
+            "trtllm-bench ran, but no worker reported sharing (is trtllm-memshare installed in its Python, and did a "
+            "line of the log say why MemShare is off?)"
+        )
+    stats = json.loads(stats_file.read_text())
+    _, report = _take_option(arguments, ("--report_json",))
+    if report is not None and Path(report).is_file():
+        document = json.loads(Path(report).read_text())
+        Path(report).write_text(json.dumps({**document, "memshare": stats}, indent=4) + "\n")
+        print(f"merged into {report}")
+    print(json.dumps(stats))
