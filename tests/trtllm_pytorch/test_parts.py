@@ -36,8 +36,10 @@ def test_pages_move_from_the_end_into_the_holes():
     assert pages.position == [0, 1, -1, -1, 2, 3]
     pages.extend(7)
     assert pages.position[6] == 4
-    # Blocks 2 and 3 read block 5; blocks 7 and 8 will come at the end of the list.
-    assert pages.row(np.array([0, 1, 5, 5, 4, 5]), 9).tolist() == [0, 1, 3, 3, 2, 3, 4, 5, 6]
+    # Blocks 2 and 3 read block 5; blocks 7 and 8 will come at the end of the list, whether 7 is known or not.
+    for known in (6, 8):
+        origins = np.array([0, 1, 5, 5, 4, 5, 6, 7])[:known]
+        assert pages.row(origins, 9).tolist() == [0, 1, 3, 3, 2, 3, 4, 5, 6]
 
 
 @given(st.data())

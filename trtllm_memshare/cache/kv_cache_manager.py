@@ -125,6 +125,13 @@ class KVCacheManager:
             self.pool.is_full[self._tables[sequence.slot, first:last]] = True
         sequence.num_computed = num_computed
 
+    def match(self, request_id: int) -> None:
+        """Lets stage 1 look at a request's new tokens now, so that ``candidates`` finds less to do at once."""
+        sequence = self._sequences[request_id]
+        if sequence.matcher is not None:
+            self._feed(sequence)
+            sequence.matcher.ready_blocks()
+
     def candidates(self) -> list[Candidate]:
         """Blocks that could be retired now, at most ``max_pairs``, over sequences that are past their prompt."""
         found: list[Candidate] = []

@@ -78,11 +78,11 @@ class PageList:
         """Position in the manager's list that each entry of the block table reads, int64 ``[width]``.
 
         Args:
-          origins: int ``[n]``, the logical block whose page serves each of the first n blocks; all have pages.
-          width: of the table. Blocks that are not there yet will be appended, so their positions are known.
+          origins: int ``[n]``, the logical block whose page serves each of the first n blocks; none was given up.
+          width: of the table. Pages that are not there yet will be appended, so their positions are known.
         """
-        positions = np.array(self.position, np.int64)
-        row = np.arange(width, dtype=np.int64) - self.num_given_up
-        row[: self.num_blocks] = positions
-        row[: len(origins)] = positions[origins]
+        own = np.arange(width, dtype=np.int64) - self.num_given_up
+        own[: self.num_blocks] = self.position
+        row = own.copy()
+        row[: len(origins)] = own[origins]
         return row

@@ -98,6 +98,7 @@ class TailSwap:
         self._parked: dict[int, int] = {}  # paused requests: tokens that stage 1 has seen
         self._pending: tuple[list[Candidate], Distances | None] | None = None
         self._page_of = np.zeros(self.manager.pool.num_blocks, np.int32)  # scratch: virtual block -> page
+        self._turns = max(config.search_interval, self._size // 2)
         self._step = 0
         self.num_tables = self.num_copies = 0
         self.seconds = self.search_seconds = 0.0
@@ -118,13 +119,14 @@ class TailSwap:
           RuntimeError: the manager's list is not what its calls imply, or ranks disagree.
         """
         started = time.perf_counter()
-        if self._pending is not None or self._step % self._config.search_interval == 0:
-            requests = {r.py_request_id: r for r in generation_requests}
+        searches = self._step % self._config.search_interval == 0
+        self._take_in(generation_requests, self._step % self._turns)
+        if self._pending is not None or searches:
+            active = {r.py_request_id for r in generation_requests}
             with self._backend.stream():
-                self._apply(requests)
-                if self._step % self._config.search_interval == 0:
-                    self._take_in(requests.values())
-                    self._start_search(requests)
+                self._apply(active)
+                if searches:
+                    self._start_search(active)
         self._step += 1
         self.seconds += time.perf_counter() - started
 
@@ -163,9 +165,15 @@ class TailSwap:
             self.manager.forget_paused(oldest)
             del self._parked[oldest]
 
-    def _take_in(self, requests: Iterable[Any]) -> None:
-        """Reads the tokens that came since the last search; a new request's whole history, once."""
+    def _take_in(self, requests: Iterable[Any], turn: int) -> None:
+        """Reads new tokens of the requests whose turn it is, and a new request's whole history, once.
+
+        Stage 1 looks at a block's worth of tokens at a time, so a turn every half block loses little, costs less than
+        reading each token as it comes, and leaves no iteration that looks at every request.
+        """
         for request in requests:
+            if request.py_request_id % self._turns != turn:
+                continue
             known = self._known.get(request.py_request_id)
             if known is None:
                 known = admit(request, self.manager, self._parked, self._backend.protects_prompt_only)
@@ -173,6 +181,7 @@ class TailSwap:
                     continue
                 self._known[request.py_request_id] = known
             known.read_new_tokens(request, self.manager)
+            self.manager.match(request.py_request_id)
 
     def _start_search(self, active: Container[int]) -> None:
         candidates = self._only_active(self.manager.candidates(), active)
@@ -258,7 +267,7 @@ class TailSwap:
         pages, page_list = self._backend.pages(known.request_id), known.pages
         logical = len(pages) + page_list.num_given_up
         fewest = self.manager.blocks_for(known.num_tokens - 1)
-        most = self.manager.blocks_for(known.num_tokens + self._config.search_interval + _MAX_AHEAD)
+        most = self.manager.blocks_for(known.num_tokens + self._turns + _MAX_AHEAD)
         if not max(fewest, page_list.num_blocks) <= logical <= most:
             raise RuntimeError(
                 f"request {known.request_id} of {known.num_tokens} tokens must have {fewest} to {most} blocks, got "

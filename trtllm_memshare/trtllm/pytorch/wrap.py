@@ -24,12 +24,13 @@ from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, 
 
 _PROGRAMS = {"serve": "trtllm-serve", "bench": "trtllm-bench"}
 _FILE_OPTIONS = ("--config", "--extra_llm_api_options")  # two names of one option
-_NEEDED: dict[str, Any] = {
-    "attn_backend": "TRTLLM",
-    "kv_cache_config": {"enable_block_reuse": False, "host_cache_size": 0},
+_NEEDED: dict[tuple[str, ...], Any] = {
+    ("attn_backend",): "TRTLLM",
+    ("kv_cache_config", "enable_block_reuse"): False,
+    ("kv_cache_config", "host_cache_size"): 0,
     # Freed blocks turn into more requests in flight under this policy only: the other counts them as still needed.
-    "scheduler_config": {"capacity_scheduler_policy": "MAX_UTILIZATION"},
-    "enable_iter_perf_stats": True,
+    ("scheduler_config", "capacity_scheduler_policy"): "MAX_UTILIZATION",
+    ("enable_iter_perf_stats",): True,
 }
 _MAY_DIFFER = (("kv_cache_config", "enable_block_reuse"), ("enable_iter_perf_stats",))
 """Settings that may differ: with block reuse, prompts are protected and shared text stays out of the tree."""
@@ -78,13 +79,13 @@ def merge_options(user: dict[str, Any]) -> dict[str, Any]:
       UserError: an option that contradicts it.
     """
     merged = json.loads(json.dumps(user))
-    for key, needed in _NEEDED.items():
-        pairs = [((key, inner), value) for inner, value in needed.items()] if isinstance(needed, dict) else []
-        for path, value in pairs or [((key,), needed)]:
-            section = merged if len(path) == 1 else merged.setdefault(key, {})
-            got = section.setdefault(path[-1], value)
-            if got != value and path not in _MAY_DIFFER and got is not None:
-                raise UserError(f"{'.'.join(path)} must be {value} to share, got {got} (remove it from your options)")
+    for path, value in _NEEDED.items():
+        section = merged
+        for key in path[:-1]:
+            section = section.setdefault(key, {})
+        got = section.setdefault(path[-1], value)
+        if got != value and path not in _MAY_DIFFER:
+            raise UserError(f"{'.'.join(path)} must be {value} to share, got {got} (remove it from your options)")
     return merged
 
 
