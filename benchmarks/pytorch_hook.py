@@ -122,9 +122,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-block", type=int, default=32)
     parser.add_argument("--steps", type=int, default=600, help="iterations that count")
     parser.add_argument("--admitted-per-step", type=int, default=2, help="prompts that one forward pass takes")
-    parser.add_argument(
-        "--warm-up", type=int, default=150, help="iterations before, in which all requests are admitted"
-    )
+    parser.add_argument("--warm-up", type=int, default=150, help="iterations before, that admit all requests")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; the one with the median mean counts")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()

@@ -1,0 +1,203 @@
+"""Modelled throughput of TensorRT-LLM's PyTorch backend where KV memory binds, with and without sharing.
+
+**Modelled, not measured**: TensorRT-LLM does not run here. Its KV cache manager and its executor loop are the tests'
+fakes, which hold the recorded semantics (what frees a block, what a policy counts as still needed, pauses that
+recompute); the adapter on top is the real one. The duration of an iteration comes from a bandwidth model:
+
+    decode   (bytes of the weights + bytes of K and V that all requests read, aliases each time) / bandwidth
+    prefill  2 * parameters * tokens / FLOP rate, where it is longer than the reading of the weights
+    others   a fixed time for launches and host; with sharing its measured host cost, taken as proportional to the
+             requests and not hidden behind the GPU, and reads and copies of pages
+
+Text is scripted: answers of the bundled model, or real DeepSeek-R1 traces. Stage 2 is left out (preset `lexical`),
+since scripted text has no K and V: it would refuse some of what is shared here. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from search_cost import make_streams
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the fakes hold the recorded contracts
+from trtllm_pytorch.conftest import TextlessFacts
+from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_mapping
+from trtllm_pytorch.fake_requests import LlmRequestState, ScheduledRequests
+from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+
+from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
+from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings
+
+MAX_UTILIZATION, GUARANTEED_NO_EVICT = "MAX_UTILIZATION", "GUARANTEED_NO_EVICT"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A model on a GPU. Defaults: DeepSeek-R1-Distill-Qwen-7B in bf16 on an H200; bandwidth as in its data sheet, the
+    shares of it and of the FLOP rate that kernels reach are assumptions."""
+
+    weights_bytes: float = 15.2e9
+    parameters: float = 7.6e9
+    kv_bytes_per_token: int = 28 * 2 * 4 * 128 * 2
+    bandwidth: float = 4.8e12 * 0.8
+    flops: float = 990e12 * 0.5
+    overhead_s: float = 2e-3
+    hook_s_per_request: float = 0.0
+
+
+class ModelledExecutor(FakeExecutor):
+    """Adds up the modelled time of each iteration; nothing is computed."""
+
+    def __init__(self, manager, policy: str, machine: Machine, max_output: dict[int, int]) -> None:
+        super().__init__(manager, overlap=True)
+        self.policy, self.machine, self.max_output = policy, machine, max_output
+        self.seconds = self.running = self.recomputed = 0.0
+        self.steps = self.peak_blocks = 0
+
+    def _schedule(self):
+        batch, paused = super()._schedule()
+        if self.policy == GUARANTEED_NO_EVICT:
+            batch.context_requests = self._reserved(batch.generation_requests)
+        return batch, paused
+
+    def _reserved(self, running):
+        """Requests whose worst case fits beside the worst cases of all that run: this policy's rule."""
+        impl, budget = self.manager.impl, self.manager.get_num_free_blocks()
+        budget -= sum(impl.get_remaining_blocks_to_completion(r, self.max_output[r.py_request_id]) for r in running)
+        admitted = []
+        for request in self.active:
+            if request.state is LlmRequestState.CONTEXT_INIT:
+                budget -= impl.get_remaining_blocks_to_completion(request, self.max_output[request.py_request_id])
+                if budget < 0 or len(running) + len(admitted) >= self.manager.max_batch_size:
+                    break
+                admitted.append(request)
+        return admitted
+
+    def _write(self, request_id: int, position: int) -> None:
+        pass
+
+    def _forward(self, batch: ScheduledRequests) -> None:
+        m = self.machine
+        prompt_tokens = sum(r.prompt_len for r in batch.context_requests)
+        self.recomputed += sum(r.prompt_len for r in batch.context_requests if r.num_lives > 1)
+        super()._forward(batch)
+        self.tables.clear()
+        kv_tokens = sum(self.processed[r.py_request_id] for r in batch.generation_requests)
+        reading = (m.weights_bytes + kv_tokens * m.kv_bytes_per_token) / m.bandwidth
+        self.seconds += max(reading, 2 * m.parameters * prompt_tokens / m.flops) + m.overhead_s
+        self.steps += 1
+        self.running += len(batch.generation_requests)
+        self.peak_blocks = max(self.peak_blocks, self.pool.shape[0] - self.manager.get_num_free_blocks())
+
+    def add_sharing_time(self) -> None:
+        """Host cost of every iteration, and the reads and copies of pages, none of it hidden behind the GPU's work."""
+        shared, m = self.manager.memshare, self.machine
+        page = self.manager.tokens_per_block * m.kv_bytes_per_token
+        pages = 2 * shared.num_copies + 2 * shared.policy.num_candidates
+        self.seconds += self.running * m.hook_s_per_request + pages * page / m.bandwidth
+
+
+def run(texts, boundaries, policy: str, preset: str | None, blocks: int, size: int, machine: Machine) -> dict:
+    """One workload to its end."""
+
+    class Facts(TextlessFacts):
+        def boundaries(self, tokenizer_dir):
+            return boundaries
+
+    longest = max(len(prompt) + len(output) for prompt, output in texts) + size
+    manager_class: type = FakeKVCacheManager
+    if preset is not None:
+        settings = Settings(make_config(preset), AdapterOptions(stats_interval=1000))
+        manager_class = sharing_class(FakeKVCacheManager, Facts(None), settings)
+    manager = manager_class(
+        make_cache_config(blocks, size), "SELF", num_layers=2, num_kv_heads=1, head_dim=2, tokens_per_block=size,
+        max_seq_len=longest, max_batch_size=256, mapping=make_mapping(),
+    )  # fmt: skip
+    # Servers reserve for the longest answer they allow, since nobody knows the length of this one.
+    limit = max(len(output) for _, output in texts)
+    executor = ModelledExecutor(manager, policy, machine, dict.fromkeys(range(len(texts)), limit))
+    for request_id, (prompt, output) in enumerate(texts):
+        executor.submit(request_id, prompt, output)
+    while executor.active:
+        executor.step()
+    if preset is not None:
+        executor.add_sharing_time()
+    shared = manager.memshare.manager.stats() if preset is not None else None
+    return {
+        "request_throughput_req_s": len(texts) / executor.seconds,
+        "mean_requests_in_flight": executor.running / executor.steps,
+        "mean_step_ms": executor.seconds / executor.steps * 1e3,
+        "peak_blocks": executor.peak_blocks,
+        "paused": executor.num_pauses,
+        "recomputed_tokens": executor.recomputed,
+        "shared_block_fraction": shared.shared_block_fraction if shared else 0.0,
+    }
+
+
+def load_texts(name: str, count: int) -> tuple[list[tuple[list[int], list[int]]], BoundaryTokens]:
+    """(prompt, output) token ids of a workload, and the step boundaries of its vocabulary."""
+    if name == "toy":
+        vocabulary: dict[str, int] = {}
+        problems, rows = (
+            [json.loads(line) for line in Path("benchmarks", name).read_text().splitlines()]
+            for name in ("data/evaluation.jsonl", "results/evaluation.texts.jsonl")
+        )
+        pairs = [(p["prompt"], r["text"]) for p, r in zip(problems, rows, strict=True)][:count]
+        coded = [tuple([vocabulary.setdefault(c, len(vocabulary)) for c in text] for text in pair) for pair in pairs]
+        return coded, BoundaryTokens.from_texts(list(vocabulary))
+    length = 8000
+    streams, boundaries = make_streams(Path("benchmarks/data/traces/r1_aime24.jsonl"), length + 100)
+    # Lengths between a quarter and all of the stream, as answers differ.
+    return [
+        (s[:100].tolist(), s[100 : 100 + length // 4 + (i * 7919) % (3 * length // 4)].tolist())
+        for i, s in enumerate(streams[:count])
+    ], boundaries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", default=["toy", "r1_aime24"], choices=["toy", "r1_aime24"])
+    parser.add_argument("--num-requests", type=int, default=150, help="at most; real traces give fewer")
+    parser.add_argument("--share", type=float, default=0.25, help="pool over the demand of all requests at once")
+    parser.add_argument("--tokens-per-block", type=int, default=32)
+    parser.add_argument("--hook-report", type=Path, default=Path("benchmarks/results/pytorch_hook.json"))
+    parser.add_argument("--output-json", type=Path)
+    options = parser.parse_args()
+    hook = json.loads(options.hook_report.read_text())
+    per_request = hook["rows"]["lexical"]["hook_ms_mean"] * 1e-3 / hook["requests"]
+    machine, size, rows = Machine(hook_s_per_request=per_request), options.tokens_per_block, []
+    print(f"MODELLED: {machine}")
+    titles = f"{'req/s':>7} {'ratio':>6} {'in flight':>9} {'step ms':>8} {'shared':>7}"
+    print(f"{'workload':<10} {'policy':<20} {'':<9} {titles}")
+    for workload in options.workloads:
+        texts, boundaries = load_texts(workload, options.num_requests)
+        demand = sum(-(-(len(p) + len(o)) // size) for p, o in texts[:256])
+        longest = -(-max(len(p) + len(o) for p, o in texts) // size)
+        blocks = max(round(options.share * demand), longest + 2)
+        for policy in (MAX_UTILIZATION, GUARANTEED_NO_EVICT):
+            base = None
+            for preset in (None, "lexical"):
+                row = run(texts, boundaries, policy, preset, blocks, size, machine)
+                base = base or row["request_throughput_req_s"]
+                row |= {"workload": workload, "policy": policy, "preset": preset or "full", "kv_cache_blocks": blocks}
+                row |= {"num_requests": len(texts), "ratio": row["request_throughput_req_s"] / base}
+                rows.append(row)
+                print(
+                    f"{workload:<10} {policy:<20} {row['preset']:<9} {row['request_throughput_req_s']:>7.2f} "
+                    f"{row['ratio']:>6.2f} {row['mean_requests_in_flight']:>9.1f} {row['mean_step_ms']:>8.2f} "
+                    f"{row['shared_block_fraction']:>7.1%}"
+                )
+    figures = {"modelled": True, "machine_model": asdict(machine), "tokens_per_block": size, "share": options.share}
+    publish(make_report({**figures, "rows": rows}), options.output_json)
+
+
+if __name__ == "__main__":
+    run_command_line(main)
