@@ -178,12 +178,9 @@ async def collect(client, inputs) -> tuple[list[int], list]:
 
 def test_requests_over_the_socket_get_the_executor_s_tokens(service, tmp_path):
     async def use(client):
-        many = [collect(client, INPUTS) for _ in range(3)]
-        return await asyncio.gather(*many, collect_later(client))
-
-    async def collect_later(client):
-        await asyncio.sleep(0.2)
-        return await collect(client, {**INPUTS, "streaming": False, "return_perf_metrics": True})
+        together = await asyncio.gather(*(collect(client, INPUTS) for _ in range(3)))
+        whole = await collect(client, {**INPUTS, "streaming": False, "return_perf_metrics": True})
+        return [*together, whole]
 
     (first, events), *others = over_socket(service[0], tmp_path, use)
     assert len(first) == 20

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.triton.repository import flavour_of
 from trtllm_memshare.triton.server import Ports, find_server, server_command, server_environment
 
 
@@ -24,8 +25,10 @@ def main() -> None:
     server = find_server(options.tritonserver)
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     command = server_command(server, options.model_repository, ports, options.host, extra)
-    print(f"tritonserver: {server.origin}\n+ {shlex.join(command)}", flush=True)
-    os.execve(command[0], command, server_environment(server))
+    environment = server_environment(server, options.model_repository)
+    print(f"tritonserver: {server.origin}; flavour: {flavour_of(options.model_repository)}")
+    print(f"+ {shlex.join(command)}", flush=True)
+    os.execve(command[0], command, environment)
 
 
 if __name__ == "__main__":

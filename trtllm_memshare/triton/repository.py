@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 from trtllm_memshare.triton.tensors import PERF_OUTPUTS
 
 _MODELS = {"tensorrt_llm": ("token_model", "TokenModel"), "ensemble": ("ensemble_model", "EnsembleModel")}
-_MARKER = "memshare_repository.txt"
+MARKER = "memshare_repository.json"
+"""A file of every repository written here; it says which flavour it is."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,12 @@ def write_repository(options: RepositoryOptions) -> dict[str, str]:
     engine = load_engine(options.engine_dir)
     parameters = _parameters(engine, options)
     target = options.output_dir
-    if target.exists() and not (target / _MARKER).is_file() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty and not a repository of this project (choose another --output-dir)")
-    if (target / _MARKER).is_file() and not options.force:
-        raise UserError(f"there is a model repository at {target} already (add --force to replace it)")
+    check_target(target, options.force)
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
         for name in _MODELS:
             _write_model(draft, name, parameters)
-        (draft / _MARKER).write_text(f"written by build_triton_repo.py for {engine.engine_dir}\n")
+        (draft / MARKER).write_text(json.dumps({"flavour": "engine", "engine_dir": str(engine.engine_dir)}) + "\n")
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)
@@ -76,6 +75,20 @@ def write_repository(options: RepositoryOptions) -> dict[str, str]:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(draft)
     return parameters
+
+
+def check_target(output_dir: Path, force: bool) -> None:
+    """Refuses a folder that holds something else, or a repository unless ``force``."""
+    if output_dir.exists() and not (output_dir / MARKER).is_file() and any(output_dir.iterdir()):
+        raise UserError(f"{output_dir} is not empty and not a repository of this project (choose another --output-dir)")
+    if (output_dir / MARKER).is_file() and not force:
+        raise UserError(f"there is a model repository at {output_dir} already (add --force to replace it)")
+
+
+def flavour_of(repository: Path) -> str:
+    """``engine`` or ``llmapi``; a repository that somebody else wrote counts as ``engine``."""
+    marker = repository / MARKER
+    return json.loads(marker.read_text())["flavour"] if marker.is_file() else "engine"
 
 
 def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:

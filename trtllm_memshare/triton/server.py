@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.triton.llmapi_repository import llmapi_environment
+from trtllm_memshare.triton.repository import flavour_of
 
 _STUB = "triton_python_backend_stub"
 _SHM_BYTES = 256 << 20
@@ -82,7 +84,9 @@ def server_command(server: Server, repository: Path, ports: Ports, host: str, ex
     command.append(f"--backend-config=python,shm-region-prefix-name=memshare_{ports.http}_")
     command.append(f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}")
     # The model that owns the executor can then be loaded again after its process died; clients may not ask for that.
-    command += ["--model-control-mode=explicit", "--load-model=tensorrt_llm", "--load-model=ensemble"]
+    command += ["--model-control-mode=explicit", "--load-model=tensorrt_llm"]
+    if flavour_of(repository) == "engine":
+        command.append("--load-model=ensemble")
     key = f"{secrets.token_hex(16)}={secrets.token_hex(16)}"
     command += [f"--http-restricted-api=model-repository:{key}", f"--grpc-restricted-protocol=model-repository:{key}"]
     if server.backends is not None:
@@ -90,11 +94,12 @@ def server_command(server: Server, repository: Path, ports: Ports, host: str, ex
     return command + extra
 
 
-def server_environment(server: Server) -> dict[str, str]:
+def server_environment(server: Server, repository: Path | None = None) -> dict[str, str]:
     """This process's environment, such that the server's model processes find its libraries and this Python.
 
     The python backend's stub embeds an interpreter that ignores PYTHONPATH and takes its packages from the first
-    ``python3`` on PATH (seen with Triton 2.51), so this one goes to the front.
+    ``python3`` on PATH (seen with Triton 2.51), so this one goes to the front. A ``repository`` of the flavour llmapi
+    adds the variables that switch sharing on.
     """
     libraries = [str(p) for p in server.library_dirs]
     inherited = os.environ.get("LD_LIBRARY_PATH")
@@ -102,6 +107,7 @@ def server_environment(server: Server) -> dict[str, str]:
         **os.environ,
         "LD_LIBRARY_PATH": ":".join(libraries + ([inherited] if inherited else [])),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+        **(llmapi_environment(repository) if repository is not None and flavour_of(repository) == "llmapi" else {}),
     }
 
 

@@ -51,7 +51,7 @@ def main(command: str, arguments: list[str]) -> None:
     is_enabled(environment)
     settings = load_settings(environment)
     arguments, user_file = _take_option(arguments, _FILE_OPTIONS)
-    llm_options = merge_options(_read_yaml(Path(user_file)) if user_file else {})
+    llm_options = merge_options(read_yaml(Path(user_file)) if user_file else {})
     program = shutil.which(_PROGRAMS[command])
     if program is None:
         raise UserError(
@@ -125,7 +125,8 @@ def _take_option(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[s
     return rest, value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options of the LLM API from a file. Raises UserError if it is not a YAML mapping."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
