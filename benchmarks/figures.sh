@@ -43,3 +43,8 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" benchmarks/triton_serving.py --engine-dir "$engine" \
   --output-json "$results/triton_serving.json"
 "$python" benchmarks/rejected_pairs.py --output-json "$results/rejected_pairs.json"
+# Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
+"$python" benchmarks/pytorch_hook.py --output-json "$results/pytorch_hook.json"
+"$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
+"$python" benchmarks/triton_serving.py --engine-dir "$engine" --soak-minutes 5 \
+  --output-json "$results/triton_soak.json"

@@ -58,3 +58,31 @@ def test_the_container_files_are_well_formed_and_take_the_image_from_outside():
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
     assert deployment["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == "8002"
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+
+
+PYTORCH = (ROOT / "docs" / "pytorch_backend.md").read_text()
+
+
+def test_the_pages_of_the_pytorch_backend_name_what_exists():
+    from trtllm_memshare.trtllm.pytorch.metrics import _COUNTERS
+    from trtllm_memshare.trtllm.pytorch.settings import VARIABLES, AdapterOptions
+
+    assert set(re.findall(r"`(TRTLLM_MEMSHARE_\w+)`", PYTORCH)) == set(VARIABLES)
+    for name in AdapterOptions.model_fields:
+        assert f"`{name}`" in PYTORCH
+    counters = {f"memshare_{name}_total" for name in _COUNTERS}
+    assert counters <= set(re.findall(r"`(memshare_\w+)", PYTORCH))
+    for path in re.findall(r"benchmarks/\w+\.(?:py|sh)", PYTORCH):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_figures_of_the_pytorch_backend_are_those_of_the_reports():
+    results = ROOT / "benchmarks" / "results"
+    for preset, row in json.loads((results / "pytorch_hook.json").read_text())["rows"].items():
+        cells = " | ".join(f"{row[f'hook_ms_{n}']:.2f}" for n in ("mean", "p50", "p99", "max"))
+        assert preset == "unpatched" or f"| {preset} | {cells} |" in PYTORCH
+    modelled = json.loads((results / "modelled_throughput.json").read_text())["rows"]
+    for row in modelled:
+        if row["preset"] != "full":
+            shared = f"{100 * row['shared_block_fraction']:.1f} %"
+            assert re.search(rf"\| {row['policy']} \| {row['ratio']:.2f} \| .* \| {shared} \|", PYTORCH), row

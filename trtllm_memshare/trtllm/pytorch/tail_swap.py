@@ -95,10 +95,11 @@ class TailSwap:
         self.policy = SharingPolicy(config)
         self._rows = RowMap(backend.max_batch_size, backend.max_blocks_per_seq, backend.pool.device)
         self._known: dict[int, KnownRequest] = {}
+        self._unshared: set[int] = set()  # dummies, and requests that found no room in our tables
         self._parked: dict[int, int] = {}  # paused requests: tokens that stage 1 has seen
         self._pending: tuple[list[Candidate], Distances | None] | None = None
         self._page_of = np.zeros(self.manager.pool.num_blocks, np.int32)  # scratch: virtual block -> page
-        self._turns = max(config.search_interval, self._size // 2)
+        self._tokens_at_once = max(config.search_interval, self._size // 2)
         self._step = 0
         self.num_tables = self.num_copies = 0
         self.seconds = self.search_seconds = 0.0
@@ -120,7 +121,7 @@ class TailSwap:
         """
         started = time.perf_counter()
         searches = self._step % self._config.search_interval == 0
-        self._take_in(generation_requests, self._step % self._turns)
+        self._take_in(generation_requests)
         if self._pending is not None or searches:
             active = {r.py_request_id for r in generation_requests}
             with self._backend.stream():
@@ -150,6 +151,7 @@ class TailSwap:
         """Lets go of a request whose resources are freed; if it is only paused, stage 1's state is kept."""
         request_id = request.py_request_id
         known = self._known.pop(request_id, None)
+        self._unshared.discard(request_id)
         self._rows.forget(request_id)
         if known is None:
             return
@@ -165,21 +167,25 @@ class TailSwap:
             self.manager.forget_paused(oldest)
             del self._parked[oldest]
 
-    def _take_in(self, requests: Iterable[Any], turn: int) -> None:
-        """Reads new tokens of the requests whose turn it is, and a new request's whole history, once.
+    def _take_in(self, requests: Iterable[Any]) -> None:
+        """Reads a new request's whole history, once, and new tokens of the others when half a block has gathered.
 
-        Stage 1 looks at a block's worth of tokens at a time, so a turn every half block loses little, costs less than
-        reading each token as it comes, and leaves no iteration that looks at every request.
+        Stage 1 looks at a block's worth at a time, so that loses little, and it costs less than reading each token as
+        it comes. Requests began at different times, so no iteration has to look at all of them.
         """
+        known_requests, batch = self._known, self._tokens_at_once
         for request in requests:
-            if request.py_request_id % self._turns != turn:
-                continue
-            known = self._known.get(request.py_request_id)
+            known = known_requests.get(request.py_request_id)
             if known is None:
+                if request.py_request_id in self._unshared:
+                    continue
                 known = admit(request, self.manager, self._parked, self._backend.protects_prompt_only)
                 if known is None:
+                    self._unshared.add(request.py_request_id)
                     continue
-                self._known[request.py_request_id] = known
+                known_requests[request.py_request_id] = known
+            elif request.max_beam_num_tokens - known.num_tokens < batch:
+                continue
             known.read_new_tokens(request, self.manager)
             self.manager.match(request.py_request_id)
 
@@ -267,7 +273,7 @@ class TailSwap:
         pages, page_list = self._backend.pages(known.request_id), known.pages
         logical = len(pages) + page_list.num_given_up
         fewest = self.manager.blocks_for(known.num_tokens - 1)
-        most = self.manager.blocks_for(known.num_tokens + self._turns + _MAX_AHEAD)
+        most = self.manager.blocks_for(known.num_tokens + self._tokens_at_once + _MAX_AHEAD)
         if not max(fewest, page_list.num_blocks) <= logical <= most:
             raise RuntimeError(
                 f"request {known.request_id} of {known.num_tokens} tokens must have {fewest} to {most} blocks, got "
