@@ -18,6 +18,7 @@ from trtllm_pytorch.fake_executor import (
     make_manager,
     repetitive_text,
 )
+from trtllm_pytorch.fake_requests import FakeLlmRequest
 from trtllm_pytorch.fake_v1 import (
     FakeCppKVCacheManager,
     FakeKVCacheManager,
@@ -204,6 +205,13 @@ def test_history_is_read_once_for_each_life_of_a_request():
     lives = [r.num_lives for r in executor.requests]
     assert all(r <= n for r, n in zip(reads, lives, strict=True))
     assert max(reads) > 1
+
+
+def test_a_request_without_get_token_is_read_by_its_history(monkeypatch):
+    expected = run("V1", 5, overlap=True)
+    monkeypatch.delattr(FakeLlmRequest, "get_token")
+    tables = run("V1", 5, overlap=True).tables
+    assert all(torch.equal(a, b) for a, b in zip(tables, expected.tables, strict=True))
 
 
 class TokenContent(FakeExecutor):

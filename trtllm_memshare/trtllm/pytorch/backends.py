@@ -1,8 +1,7 @@
-"""The two KV cache managers of TensorRT-LLM behind one protocol: pages, tail, pool, stream."""
+"""The two KV cache managers of TensorRT-LLM behind one protocol: pages, tail, pool."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +22,6 @@ class _Backend:
         self.max_blocks_per_seq = int(manager.max_blocks_per_seq)
         self.max_batch_size = int(manager.max_batch_size)
         self.protects_prompt_only = not manager.enable_block_reuse
-        self._stream = getattr(manager, "_stream", None)
-
-    def stream(self) -> AbstractContextManager[Any]:
-        """See ``CacheBackend.stream``: the manager's execution stream, else the current one."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _shape(self, num_blocks: int) -> tuple[int, ...]:
         m = self._manager

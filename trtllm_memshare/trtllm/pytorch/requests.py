@@ -26,11 +26,13 @@ class KnownRequest:
     is_frozen: bool = False
 
     def read_new_tokens(self, request: Any, manager: KVCacheManager) -> None:
-        """Hands tokens sampled since the last call to the manager; ``get_token`` reads one without a copy of all."""
+        """Hands tokens sampled since the last call to the manager.
+
+        ``get_token`` reads one without a copy of all; where a request has none, ``get_tokens`` copies its history.
+        """
         count = request.max_beam_num_tokens
         if count > self.num_tokens and not self.is_frozen:
-            get_token = request.get_token
-            self._append([get_token(_BEAM, p) for p in range(self.num_tokens, count)], manager)
+            self._append(_tokens_from(request, self.num_tokens, count), manager)
 
     def append_history(self, token_ids: list[int], manager: KVCacheManager) -> None:
         """The same for tokens at hand."""
@@ -44,6 +46,13 @@ class KnownRequest:
         self.num_tokens += len(token_ids)
         # Without the overlap scheduler the newest token's K and V are written by the coming forward pass.
         manager.mark_computed(self.request_id, self.num_tokens - 1)
+
+
+def _tokens_from(request: Any, first: int, count: int) -> list[int]:
+    get_token = getattr(request, "get_token", None)
+    if get_token is None:
+        return list(request.get_tokens(_BEAM)[first:count])
+    return [get_token(_BEAM, position) for position in range(first, count)]
 
 
 def admit(

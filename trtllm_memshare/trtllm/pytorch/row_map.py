@@ -23,10 +23,10 @@ class RowMap:
     """
 
     def __init__(self, max_requests: int, width: int, device: torch.device) -> None:
-        self._rows = torch.zeros((max_requests, width), dtype=torch.int64, device=device)
+        self._rows = torch.zeros((max_requests, width), dtype=torch.int32, device=device)
         # Two staging rows: the device may still read one while the host fills the other.
         pinned = device.type == "cuda"
-        self._staging = [torch.zeros(width, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._staging = [torch.zeros(width, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._turn = 0
         self._slots: dict[int, int] = {}
@@ -36,7 +36,7 @@ class RowMap:
         return request_id in self._slots
 
     def set_row(self, request_id: int, positions: np.ndarray) -> None:
-        """Sets a request's positions, int64 ``[width]``; they hold from the next table on."""
+        """Sets a request's positions, int ``[width]``; they hold from the next table on."""
         slot = self._slots.get(request_id)
         if slot is None:
             slot = self._slots[request_id] = self._free.pop()
@@ -73,8 +73,8 @@ class RowMap:
         index = torch.tensor(pairs, dtype=torch.int64)
         if table.is_cuda:
             index = index.pin_memory().to(table.device, non_blocking=True)
-        rows, width = index[:, 0], table.shape[3]
-        positions = self._rows[index[:, 1], :width]
-        old = table[:, rows]
-        table[:, rows] = old.gather(3, positions[None, :, None, :].expand(old.shape))
+        rows, width = index[:, 0], min(table.shape[3], self._rows.shape[1])
+        positions = self._rows[index[:, 1], :width].long()
+        old = table[:, rows, :, :width]
+        table[:, rows, :, :width] = old.gather(3, positions[None, :, None, :].expand(old.shape))
         return len(pairs)

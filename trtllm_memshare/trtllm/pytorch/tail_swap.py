@@ -20,7 +20,7 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,9 +62,6 @@ class CacheBackend(Protocol):
     def shrink(self, request_id: int, num_pages: int) -> None:
         """Frees the last pages of the list; the manager's token count falls by whole blocks."""
 
-    def stream(self) -> AbstractContextManager[Any]:
-        """Makes the stream of the forward passes the current one."""
-
 
 class TailSwap:
     """Searches, decides and shares for the requests of one manager.
@@ -100,6 +97,7 @@ class TailSwap:
         self._pending: tuple[list[Candidate], Distances | None] | None = None
         self._page_of = np.zeros(self.manager.pool.num_blocks, np.int32)  # scratch: virtual block -> page
         self._tokens_at_once = max(config.search_interval, self._size // 2)
+        self._stream: torch.cuda.Stream | None = None
         self._step = 0
         self.num_tables = self.num_copies = 0
         self.seconds = self.search_seconds = 0.0
@@ -124,7 +122,7 @@ class TailSwap:
         self._take_in(generation_requests)
         if self._pending is not None or searches:
             active = {r.py_request_id for r in generation_requests}
-            with self._backend.stream():
+            with self._forward_stream():
                 self._apply(active)
                 if searches:
                     self._start_search(active)
@@ -140,8 +138,14 @@ class TailSwap:
         """
         started = time.perf_counter()
         self.num_tables += 1
+        if table.is_cuda:
+            self._stream = torch.cuda.current_stream(table.device)
         self._rows.gather(table, request_ids)
         self.seconds += time.perf_counter() - started
+
+    def _forward_stream(self) -> AbstractContextManager[Any]:
+        """The stream that the last table was written on: the forward passes', whatever the manager calls its own."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def shares(self, request_id: int) -> bool:
         """True if pages of the request hold what other tokens read too."""
