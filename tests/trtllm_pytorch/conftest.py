@@ -20,6 +20,9 @@ class TextlessFacts(ModelFacts):
     def boundaries(self, tokenizer_dir):
         return BoundaryTokens.from_texts([chr(97 + i % 26) for i in range(50)])
 
+    def reasons(self):
+        return []
+
     def inv_freq(self):
         return torch.tensor([0.5])
 

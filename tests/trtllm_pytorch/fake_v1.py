@@ -12,6 +12,8 @@ import torch
 class FakeCppKVCacheManager:
     """``tensorrt_llm.bindings.internal.batch_manager.KVCacheManager``, beam width 1, one pool, full attention."""
 
+    accepts_none = False  # nanobind refuses None for an argument without annotation, pybind takes it
+
     def __init__(self, num_blocks, num_layers, num_kv_heads, tokens_per_block, head_dim, enable_block_reuse):
         self.tokens_per_block, self.enable_block_reuse = tokens_per_block, enable_block_reuse
         self.max_num_blocks = num_blocks
@@ -67,6 +69,10 @@ class FakeCppKVCacheManager:
                 self._release(block, to_front=True)
 
     def remove_sequence(self, request_id, request, pin_on_release):
+        if request is None and not self.accepts_none:
+            raise TypeError("remove_sequence(): incompatible function arguments")
+        if request_id not in self.sequences:
+            return
         sequence = self.sequences.pop(request_id)
         if request is None:
             self.num_unregistered += 1
@@ -150,7 +156,7 @@ class FakeOldKVCacheManager:
         self.num_pools = 1
         self.max_attention_window_vec = kv_cache_config.max_attention_window or [max_seq_len]
         self.enable_block_reuse = kv_cache_config.enable_block_reuse
-        self._stream = execution_stream
+        self._stream = object()  # not the stream of the forward passes in 1.1: nothing may run on it
         blocks = kv_cache_config.max_tokens // tokens_per_block
         self.impl = FakeCppKVCacheManager(
             blocks, num_layers, num_kv_heads, tokens_per_block, head_dim, self.enable_block_reuse
@@ -202,6 +208,14 @@ class FakeKVCacheManager(FakeOldKVCacheManager):
         self.impl.copy_batch_block_offsets(host, request_ids[:num_context], 1, 0)
         self.impl.copy_batch_block_offsets(host, request_ids[num_context:], beam_width, num_context)
         dst_tensor[0, :num_seqs].copy_(host[0, :num_seqs])
+
+
+class FakeReusingKVCacheManager(FakeKVCacheManager):
+    """One that can free a sequence without registering it."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.impl.accepts_none = True
 
 
 class FakeOldAttentionMetadata:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import socket
 import sys
 import threading
 from types import ModuleType, SimpleNamespace
@@ -13,16 +14,21 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
-from trtllm_pytorch.conftest import make_settings, make_sharing_class
+from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class
 from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
-from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeOldAttentionMetadata, FakeOldKVCacheManager
+from trtllm_pytorch.fake_v1 import (
+    FakeKVCacheManager,
+    FakeOldAttentionMetadata,
+    FakeOldKVCacheManager,
+    FakeReusingKVCacheManager,
+)
 from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeLateKVCacheManagerV2
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.agreement import TensorParallelRanks
 from trtllm_memshare.trtllm.pytorch.attach import ModelFacts, make_agreement
-from trtllm_memshare.trtllm.pytorch.guards import check_request
+from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
 from trtllm_memshare.trtllm.pytorch.metrics import Reporter, totals
 from trtllm_memshare.trtllm.pytorch.probe import install
 from trtllm_memshare.trtllm.pytorch.settings import load_settings
@@ -115,8 +121,25 @@ def test_disaggregated_serving_is_refused(arguments, model_config):
     install(module, make_settings())
     with pytest.raises(UserError, match="disaggregated serving"):
         module.get_kv_cache_manager_cls(model_config, make_cache_config(40, 8), **arguments)
-    with pytest.raises(UserError, match="disaggregated serving"):
-        check_request(SimpleNamespace(llm_request_type="LLMREQUEST_TYPE_GENERATION_ONLY"))
+
+
+@pytest.mark.parametrize("on_unsupported", ["stop", "warn"])
+def test_a_request_of_disaggregated_serving_is_refused_or_runs_unshared(on_unsupported, caplog):
+    manager = make_manager(make_sharing_class(on_unsupported=on_unsupported), 200, 8)
+    executor = FakeExecutor(manager, True)
+    text = repetitive_text(random.Random(1), 150)
+    executor.submit(0, text[:5], text).llm_request_type = "LLMREQUEST_TYPE_GENERATION_ONLY"
+    executor.submit(1, text[:6], text)
+    if on_unsupported == "stop":
+        executor.step()  # the prompts
+        with pytest.raises(UserError, match="disaggregated serving, got a request of type LLMREQUEST_TYPE_GENER"):
+            executor.step()
+        return
+    while executor.active:
+        executor.step()
+    assert "requests run unshared: sharing excludes disaggregated serving" in caplog.text
+    assert not hasattr(executor.requests[0], "py_memshare_generated_blocks")
+    assert executor.requests[1].py_memshare_retired_blocks > 0
 
 
 UNSUPPORTED = [
@@ -191,10 +214,52 @@ def test_model_facts_come_from_the_checkpoint(model_config, bundled_model, tmp_p
         facts.boundaries(str(tmp_path))
 
 
-def test_a_rotation_that_depends_on_the_length_is_refused():
-    config = SimpleNamespace(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    with pytest.raises(UserError, match="rotary embeddings of type dynamic"):
-        ModelFacts(config).inv_freq()
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary embeddings of type dynamic"),
+        ({"sliding_window": 4096}, "models with a sliding window, got one of 4096 tokens"),
+        ({"sliding_window": 512, "layer_types": ["sliding_attention"]}, "models with a sliding window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window in some layers"),
+        ({"sliding_window": 4096, "use_sliding_window": False}, None),
+        ({"layer_types": ["full_attention"]}, None),
+    ],
+)
+def test_models_whose_attention_depends_on_more_than_the_position(values, reason):
+    found = ModelFacts(SimpleNamespace(**values)).reasons()
+    assert (reason in found[0]) if reason else not found
+
+
+def test_something_unexpected_leaves_tensorrt_llm_as_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(TextlessFacts, "inv_freq", lambda self: 1 / 0)
+    manager = make_manager(make_sharing_class(), 40, 8)
+    assert manager.memshare is None
+    assert "MemShare is off, TensorRT-LLM runs as it is: ZeroDivisionError" in caplog.text
+
+
+def test_block_reuse_needs_a_way_to_free_without_registering():
+    with pytest.raises(UserError, match="block reuse with this TensorRT-LLM"):
+        make_manager(make_sharing_class(), 40, 8, reuse=True)
+    assert make_manager(make_sharing_class(FakeReusingKVCacheManager), 40, 8, reuse=True).memshare is not None
+
+
+def test_all_ranks_share_or_none(caplog, monkeypatch):
+    """One rank that cannot switch it on would leave the others waiting for it."""
+    from trtllm_memshare.trtllm.pytorch import attach
+
+    agreements = threading.local()
+    monkeypatch.setattr(attach, "make_agreement", lambda mapping: agreements.mine)
+
+    def construct_on(agreement, rank):
+        agreements.mine = agreement
+        facts = TextlessFacts(None)
+        if rank == 1:
+            facts.__dict__["boundaries"] = lambda tokenizer_dir: 1 / 0
+        manager_class = sharing_class(FakeKVCacheManager, facts, make_settings())
+        return make_manager(manager_class, 40, 8).memshare
+
+    assert on_ranks(2, construct_on) == [None, None]
+    assert "another rank could not switch it on" in caplog.text
 
 
 class FakeCommunicator:
@@ -271,7 +336,7 @@ def test_two_ranks_hold_identical_tables():
 
 def test_several_ranks_need_mpi(monkeypatch):
     utils = ModuleType("tensorrt_llm._utils")
-    utils.mpi_comm, utils.mpi_disabled = lambda: "world", lambda: True
+    utils.mpi_comm, utils.mpi_disabled = lambda: SimpleNamespace(Dup=lambda: "our own"), lambda: True
     monkeypatch.setitem(sys.modules, "tensorrt_llm", ModuleType("tensorrt_llm"))
     monkeypatch.setitem(sys.modules, "tensorrt_llm._utils", utils)
     with pytest.raises(UserError, match="got tp_size 2 with MPI disabled"):
@@ -304,6 +369,25 @@ def test_metrics_and_the_statistics_file_say_what_was_shared(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["totals.json"]
 
 
+def test_a_taken_port_and_a_full_disk_are_said_once(tmp_path, caplog):
+    manager = make_manager(make_sharing_class(), 40, 8)
+    settings = make_settings()
+    gone = Reporter(
+        manager.memshare,
+        type(settings)(settings.memshare, settings.options, tmp_path / "gone" / "totals.json"),
+        CollectorRegistry(),
+    )
+    gone.report()
+    gone.report()
+    assert caplog.text.count("statistics cannot be written") == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"METRICS_PORT {port} cannot be opened: Address already in use"):
+            Reporter(
+                manager.memshare, type(settings)(settings.memshare, settings.options, None, port), CollectorRegistry()
+            )
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -334,6 +418,11 @@ def test_settings_are_laid_over_the_preset(tmp_path):
     assert (settings.options.on_unsupported, settings.metrics_port) == ("warn", 9400)
     with pytest.raises(UserError, match="METRICS_PORT must be a port"):
         load_settings({"TRTLLM_MEMSHARE_METRICS_PORT": "http"})
+    with pytest.raises(UserError, match="must lie in a folder that exists"):
+        load_settings({"TRTLLM_MEMSHARE_STATS_FILE": str(tmp_path / "none" / "totals.json")})
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)})
     with pytest.raises(UserError, match="which cannot be read"):
         load_settings({"TRTLLM_MEMSHARE_CONFIG": str(tmp_path / "none.json")})
 

@@ -197,6 +197,9 @@ def test_options_are_laid_over_the_users_and_conflicts_are_named():
     assert merged["kv_cache_config"] == {"enable_block_reuse": True, "dtype": "fp8", "host_cache_size": 0}
     assert merged["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
     assert merged["max_batch_size"] == 8
+    assert merge_options({"kv_cache_config": None})["kv_cache_config"]["host_cache_size"] == 0
+    with pytest.raises(UserError, match="kv_cache_config must be a mapping of options, got 'fp8'"):
+        merge_options({"kv_cache_config": "fp8"})
     with pytest.raises(UserError, match="attn_backend must be TRTLLM to share, got FLASHINFER"):
         merge_options({"attn_backend": "FLASHINFER"})
     with pytest.raises(UserError, match=r"scheduler_config\.capacity_scheduler_policy must be MAX_UTILIZATION"):
@@ -207,12 +210,14 @@ def test_the_options_file_goes_behind_the_subcommand():
     assert place_option("serve", ["MODEL", "--port", "8001"], "F") == [
         "MODEL", "--port", "8001", "--extra_llm_api_options", "F",
     ]  # fmt: skip
-    assert place_option("bench", ["-m", "M", "throughput", "--dataset", "D"], "F") == [
-        "-m", "M", "throughput", "--extra_llm_api_options", "F", "--scheduler_policy", "max_utilization", "--dataset",
-        "D",
+    assert place_option("bench", ["-m", "M", "throughput", "--eos_id", "2"], "F") == [
+        "-m", "M", "throughput", "--extra_llm_api_options", "F", "--scheduler_policy", "max_utilization", "--eos_id",
+        "2",
     ]  # fmt: skip
     with pytest.raises(UserError, match="needs the subcommand throughput or latency"):
-        place_option("bench", ["-m", "M", "build"], "F")
+        place_option("bench", ["-m", "M", "build", "--eos_id=2"], "F")
+    with pytest.raises(UserError, match="bench needs --eos_id"):
+        place_option("bench", ["-m", "M", "throughput"], "F")
 
 
 @pytest.fixture
@@ -260,7 +265,7 @@ def test_bench_merges_our_totals_into_the_report(fake_program, tmp_path):
     fake_program("trtllm-bench")
     report = tmp_path / "report.json"
     with pytest.raises(SystemExit):
-        wrap.main("bench", ["-m", "M", "throughput", "--report_json", str(report)])
+        wrap.main("bench", ["-m", "M", "throughput", "--eos_id", "2", "--report_json", str(report)])
     assert json.loads(report.read_text()) == {"performance": {}, "memshare": {"blocks_shared": 17}}
 
 

@@ -12,7 +12,10 @@ import numpy as np
 
 
 class Agreement(Protocol):
-    """Makes one set of sums of what the ranks measured."""
+    """Makes one of what the ranks have."""
+
+    def all_hold(self, holds: bool) -> bool:
+        """True if it holds on every rank; each rank asks."""
 
     def combine(self, digest: str, sums: np.ndarray | None) -> np.ndarray | None:
         """Sums over all heads, float32 ``[pairs, num_layers, 4]``; None if nothing was compared.
@@ -25,6 +28,10 @@ class Agreement(Protocol):
 class OneRank:
     """Nobody to agree with."""
 
+    def all_hold(self, holds: bool) -> bool:
+        """See ``Agreement.all_hold``."""
+        return holds
+
     def combine(self, digest: str, sums: np.ndarray | None) -> np.ndarray | None:
         """See ``Agreement.combine``."""
         return sums
@@ -34,11 +41,15 @@ class TensorParallelRanks:
     """All ranks of a tensor-parallel group, called in the same iteration by each.
 
     Args:
-      communicator: has ``allgather(object) -> list`` in rank order, such as mpi4py's.
+      communicator: has ``allgather(object) -> list`` in rank order, such as mpi4py's; used by nobody else.
     """
 
     def __init__(self, communicator: Any) -> None:
         self._communicator = communicator
+
+    def all_hold(self, holds: bool) -> bool:
+        """See ``Agreement.all_hold``."""
+        return all(self._communicator.allgather(holds))
 
     def combine(self, digest: str, sums: np.ndarray | None) -> np.ndarray | None:
         """See ``Agreement.combine``."""

@@ -15,7 +15,7 @@ from trtllm_memshare.search.config import MAX_PAIRS
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.trtllm.pytorch.agreement import Agreement, OneRank, TensorParallelRanks
 from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
-from trtllm_memshare.trtllm.pytorch.guards import ROPE_TYPES, rope_type, unsupported_features
+from trtllm_memshare.trtllm.pytorch.guards import model_reasons, unsupported_features
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 
@@ -30,8 +30,9 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model_config: Any) -> ModelFacts:
-        """From TensorRT-LLM's ``ModelConfig``."""
-        return cls(model_config.pretrained_config)
+        """From TensorRT-LLM's ``ModelConfig``; of a model for several kinds of input the part for text."""
+        config = model_config.pretrained_config
+        return cls(config.get_text_config() if hasattr(config, "get_text_config") else config)
 
     def boundaries(self, tokenizer_dir: str | None) -> BoundaryTokens:
         """Step boundaries of the model's tokenizer.
@@ -50,15 +51,12 @@ class ModelFacts:
             ) from error
         return BoundaryTokens.from_tokenizer(tokenizer, self.config.vocab_size)
 
-    def inv_freq(self) -> torch.Tensor:
-        """float32 ``[rotary_dim / 2]``, radians per token.
+    def reasons(self) -> list[str]:
+        """Why this model cannot be served with sharing."""
+        return model_reasons(self.config)
 
-        Raises:
-          UserError: a rotation that depends on more than the position.
-        """
-        kind = rope_type(self.config)
-        if kind not in ROPE_TYPES:
-            raise UserError(f"sharing excludes rotary embeddings of type {kind} (known: {', '.join(ROPE_TYPES)})")
+    def inv_freq(self) -> torch.Tensor:
+        """float32 ``[rotary_dim / 2]``, radians per token."""
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         return LlamaRotaryEmbedding(config=self.config).inv_freq.float()
@@ -79,19 +77,30 @@ def attach(
     """
     if arguments.get("is_draft") or arguments.get("is_estimating_kv_cache"):
         return None  # the dry run that measures memory, or a draft model's cache
+    complain = Complaints(settings.options.on_unsupported)
+    agreement: Agreement | None = None
+    shared: TailSwap | None = None
+    problem: Exception | None = None
     try:
-        reasons = unsupported_features(manager, kv_cache_config, arguments)
+        agreement = make_agreement(manager.mapping)
+        reasons = unsupported_features(manager, kv_cache_config, arguments) + facts.reasons()
         if reasons:
             raise UserError(reasons[0])
         backend = V2Backend(manager) if hasattr(manager, "kv_cache_map") else V1Backend(manager)
         boundaries = facts.boundaries(settings.options.tokenizer_dir)
         search = make_block_search(backend.pool, facts.inv_freq(), min(settings.memshare.max_pairs, MAX_PAIRS))
-    except UserError as error:
-        if settings.options.on_unsupported == "stop":
-            raise
-        log.warning("MemShare is off, requests run unshared: %s", error)
+        shared = TailSwap(backend, settings.memshare, boundaries, search, agreement, complain)
+    except Exception as error:  # TensorRT-LLM must run as it is, whatever it has that is not expected here
+        problem = error
+    on_all_ranks = agreement is None or agreement.all_hold(shared is not None)
+    if isinstance(problem, UserError):
+        complain(str(problem))
+    elif problem is not None:
+        log.warning("MemShare is off, TensorRT-LLM runs as it is: %s: %s", type(problem).__name__, problem)
+    elif not on_all_ranks:
+        log.warning("MemShare is off, requests run unshared: another rank could not switch it on, see its log")
+    if shared is None or not on_all_ranks:
         return None
-    shared = TailSwap(backend, settings.memshare, boundaries, search, make_agreement(manager.mapping))
     log.info(
         "MemShare is on: preset %s%s, %s on %d blocks of %d tokens, %s; process %d",
         settings.memshare.preset,
@@ -103,6 +112,22 @@ def attach(
         os.getpid(),
     )
     return shared
+
+
+class Complaints:
+    """What becomes of something that sharing excludes: the process stops, or each thing is said once."""
+
+    def __init__(self, on_unsupported: str) -> None:
+        self._stops = on_unsupported == "stop"
+        self._said: set[str] = set()
+
+    def __call__(self, message: str) -> None:
+        """Raises UserError, or logs and returns: requests then run unshared."""
+        if self._stops:
+            raise UserError(message)
+        if message not in self._said:
+            self._said.add(message)
+            log.warning("MemShare is off, requests run unshared: %s", message)
 
 
 def make_agreement(mapping: Any) -> Agreement:
@@ -117,4 +142,5 @@ def make_agreement(mapping: Any) -> Agreement:
 
     if mpi_disabled():
         raise UserError(f"tensor parallelism needs MPI to share, got tp_size {mapping.tp_size} with MPI disabled")
-    return TensorParallelRanks(mpi_comm())
+    # A communicator of our own: TensorRT-LLM's collectives must not meet ours.
+    return TensorParallelRanks(mpi_comm().Dup())

@@ -15,6 +15,7 @@ class _Backend:
     """What both have in common. Reads the manager's geometry once."""
 
     protects_prompt_only: bool
+    edits_pinned_rows = False
     pool: torch.Tensor
 
     def __init__(self, manager: Any) -> None:
@@ -54,6 +55,8 @@ class V1Backend(_Backend):
 
 class V2Backend(_Backend):
     """``KVCacheManagerV2``; ``resize`` sets the capacity, never below what counts as history."""
+
+    edits_pinned_rows = True
 
     def __init__(self, manager: Any) -> None:
         super().__init__(manager)

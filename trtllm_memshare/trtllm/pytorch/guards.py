@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trtllm_memshare.errors import UserError
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "mrope")
+_NO_SEQUENCE = 2**62
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone, so that one copy of a key can be turned to the place of another."""
 
 
@@ -32,6 +31,9 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
         "attention data parallelism (set enable_attention_dp to false)": mapping.enable_attention_dp,
         f"pipeline parallelism, got pp_size {mapping.pp_size} (set it to 1, use tp_size)": mapping.pp_size > 1,
         f"context parallelism, got cp_size {mapping.cp_size} (set it to 1)": mapping.cp_size > 1,
+        "block reuse with this TensorRT-LLM (set kv_cache_config.enable_block_reuse to false)": (
+            manager.enable_block_reuse and not can_free_unregistered(manager)
+        ),
         "models that keep one latent instead of K and V (MLA)": manager.kv_factor != 2,
         f"several KV pools, got {manager.num_pools}": manager.num_pools != 1,
         f"layers with different numbers of KV heads, got {sorted(heads)}": len(heads) > 1,
@@ -40,17 +42,39 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
     return [f"sharing excludes {reason}" for reason, is_on in found.items() if is_on]
 
 
-def check_request(request: Any) -> None:
-    """Refuses requests of disaggregated serving, which the manager's constructor cannot tell.
+def can_free_unregistered(manager: Any) -> bool:
+    """Whether a sequence can be freed without registering its blocks for reuse.
 
-    Raises:
-      UserError: a request that is context only or generation only.
+    V1 takes None in place of the request, which bindings through nanobind may refuse: it is tried with an id that no
+    sequence has. V2 registers prompts only.
     """
+    if hasattr(manager, "kv_cache_map"):
+        return True
+    try:
+        manager.impl.remove_sequence(_NO_SEQUENCE, None, False)
+    except TypeError:
+        return False
+    except (RuntimeError, KeyError):
+        return True  # the arguments were taken, the sequence was not there
+    return True
+
+
+def disaggregated_kind(request: Any) -> str | None:
+    """The type of a request that is context only or generation only, which the manager's constructor cannot tell."""
     kind = str(getattr(request, "llm_request_type", ""))
-    if kind.upper().endswith("_ONLY"):
-        raise UserError(
-            f"sharing excludes disaggregated serving, got a request of type {kind} (serve prompt and generation in one)"
-        )
+    return kind if kind.upper().endswith("_ONLY") else None
+
+
+def model_reasons(config: Any) -> list[str]:
+    """Reasons in the model's own configuration, of transformers 4 or 5."""
+    found = []
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        found.append(f"models with a sliding window, got one of {config.sliding_window} tokens")
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        found.append("models with a sliding window in some layers")
+    if rope_type(config) not in ROPE_TYPES:
+        found.append(f"rotary embeddings of type {rope_type(config)} (known: {', '.join(ROPE_TYPES)})")
+    return [f"sharing excludes {reason}" for reason in found]
 
 
 def rope_type(config: Any) -> str:

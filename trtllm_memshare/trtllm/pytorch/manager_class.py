@@ -11,7 +11,6 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.attach import ModelFacts, attach
-from trtllm_memshare.trtllm.pytorch.guards import check_request
 from trtllm_memshare.trtllm.pytorch.metrics import Reporter
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
@@ -46,10 +45,7 @@ class SharingMixin:
     def prepare_resources(self, scheduled_batch: Any) -> None:
         """Applies and searches before the manager adds this iteration's tokens."""
         if self.memshare is not None:
-            requests = scheduled_batch.generation_requests
-            for request in requests[:1]:
-                check_request(request)
-            self.memshare.begin_step(requests)
+            self.memshare.begin_step(scheduled_batch.generation_requests)
             if self._memshare_reporter is not None:
                 self._memshare_reporter.count_step()
         super().prepare_resources(scheduled_batch)  # type: ignore[misc]
@@ -73,7 +69,7 @@ class SharingMixin:
         if self.memshare is not None:
             shares = self.memshare.shares(request.py_request_id)
             self.memshare.forget(request)
-        if shares and not hasattr(self, "kv_cache_map"):
+        if shares and not hasattr(self, "kv_cache_map") and self.enable_block_reuse:  # type: ignore[attr-defined]
             return self.impl.remove_sequence(request.py_request_id, None, False)  # type: ignore[attr-defined]
         return super().free_resources(request, *arguments, **keywords)  # type: ignore[misc]
 
@@ -87,6 +83,7 @@ class SharingMixin:
         """Writes the last totals."""
         if self._memshare_reporter is not None:
             self._memshare_reporter.close()
+        self.memshare = self._memshare_reporter = None  # lets go of the pool
         super().shutdown()  # type: ignore[misc]
 
 

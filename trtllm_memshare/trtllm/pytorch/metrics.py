@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import uuid
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.registry import REGISTRY
 
-from trtllm_memshare.trtllm.pytorch.settings import Settings
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch.settings import PREFIX, Settings
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+
+log = logging.getLogger("trtllm_memshare")
 
 
 def totals(shared: TailSwap, bytes_per_block: int) -> dict[str, Any]:
@@ -67,6 +72,15 @@ def _metrics(registry: CollectorRegistry) -> _Metrics:
     )
 
 
+@cache
+def _serve(port: int, registry: CollectorRegistry) -> None:
+    """Starts the endpoint, once for a process. Raises UserError if the port is taken."""
+    try:
+        start_http_server(port, addr="127.0.0.1", registry=registry)
+    except OSError as error:
+        raise UserError(f"{PREFIX}METRICS_PORT {port} cannot be opened: {error.strerror} (choose another)") from error
+
+
 class Reporter:
     """Keeps metrics and the statistics file up to date, every ``stats_interval`` iterations.
 
@@ -78,11 +92,11 @@ class Reporter:
         self._shared, self._settings = shared, settings
         pool = shared.pool
         self._bytes_per_block = pool[0].numel() * pool.element_size()
-        self._step = 0
+        self._step, self._told = 0, False
         self._metrics = _metrics(registry)
         self._reported: dict[str, float] = {}
         if settings.metrics_port is not None:
-            start_http_server(settings.metrics_port, addr="127.0.0.1", registry=registry)
+            _serve(settings.metrics_port, registry)
 
     def count_step(self) -> None:
         """One iteration more."""
@@ -99,14 +113,22 @@ class Reporter:
             self._metrics.turned_down.labels(reason=reason).inc(self._growth(f"refused {reason}", count))
         self._metrics.aliased.set(now["aliased_entries"])
         if self._settings.stats_file is not None:
-            # Whoever reads it sees the old file or the new one.
-            draft = self._settings.stats_file.with_name(f".{self._settings.stats_file.name}.{uuid.uuid4().hex}")
-            draft.write_text(json.dumps({"iterations": self._step, **now}, indent=1) + "\n")
-            os.replace(draft, self._settings.stats_file)
+            self._write(self._settings.stats_file, {"iterations": self._step, **now})
 
     def close(self) -> None:
         """The last report."""
         self.report()
+
+    def _write(self, stats_file: Path, document: dict[str, Any]) -> None:
+        """Whoever reads the file sees the old one or the new one. A full disk must not stop the server."""
+        draft = stats_file.with_name(f".{stats_file.name}.{uuid.uuid4().hex}")
+        try:
+            draft.write_text(json.dumps(document, indent=1) + "\n")
+            os.replace(draft, stats_file)
+        except OSError as error:
+            if not self._told:
+                log.warning("statistics cannot be written to %s: %s", stats_file, error.strerror)
+            self._told = True
 
     def _growth(self, name: str, total: float) -> float:
         growth = total - self._reported.get(name, 0)

@@ -3,7 +3,7 @@
 Three forms of the block table's copy, two of the manager::
 
     V1      KVCacheManager.copy_batch_block_offsets exists: the subclass rearranges behind it
-    V1 old  it does not (1.0, 1.1): TrtllmAttentionMetadata.prepare copies, and is wrapped
+    V1 old  it does not (1.1): TrtllmAttentionMetadata.prepare copies, and is wrapped
     V2      KVCacheManagerV2, where the configuration or the model selects it
 
 Newer releases have a framework for KV cache compression. Its managers are told when a step begins, after the KV cache

@@ -1,13 +1,15 @@
-"""What is known of one of TensorRT-LLM's requests; its tokens are read one by one, not as a copy of all each time."""
+"""What is known of TensorRT-LLM's requests; their tokens are read one by one, not as a copy of all each time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.trtllm.pytorch.guards import disaggregated_kind
 from trtllm_memshare.trtllm.pytorch.page_list import PageList
 
 _BEAM = 0
@@ -17,74 +19,126 @@ _BEAM = 0
 class KnownRequest:
     """One request that generates.
 
-    ``num_tokens``: tokens taken in so far, prompt included; ``is_frozen``: no more are, since there is no room.
+    Attributes:
+      num_tokens: tokens taken in so far, prompt included.
+      is_behind: there was no room for its newest tokens, so it is not searched until there is.
     """
 
     request_id: int
     num_tokens: int
     pages: PageList = field(default_factory=PageList)
-    is_frozen: bool = False
+    is_behind: bool = False
 
-    def read_new_tokens(self, request: Any, manager: KVCacheManager) -> None:
-        """Hands tokens sampled since the last call to the manager.
 
-        ``get_token`` reads one without a copy of all; where a request has none, ``get_tokens`` copies its history.
+class KnownRequests:
+    """The requests of one manager, kept in step with ours.
+
+    Args:
+      manager: this project's, gets the sequences.
+      tokens_at_once: tokens that gather before a request is read again.
+      max_parked: paused requests whose stage-1 state is kept.
+      protects_prompt_only: after a pause TensorRT-LLM counts old generated tokens as prompt; True = they may be shared
+        again, False = their pages may belong to the reuse tree, so they may not.
+      complain: told of a request that cannot be served with sharing; raises, or lets it run unshared.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        tokens_at_once: int,
+        max_parked: int,
+        protects_prompt_only: bool,
+        complain: Callable[[str], None],
+    ) -> None:
+        self._manager, self._tokens_at_once, self._max_parked = manager, tokens_at_once, max_parked
+        self._protects_prompt_only, self._complain = protects_prompt_only, complain
+        self._known: dict[int, KnownRequest] = {}
+        self._unshared: set[int] = set()  # dummies, and requests that found no room in our tables
+        self._parked: dict[int, int] = {}  # paused requests: tokens that stage 1 has seen
+
+    def __getitem__(self, request_id: int) -> KnownRequest:
+        return self._known[request_id]
+
+    def get(self, request_id: int) -> KnownRequest | None:
+        """None for a request that is not known, or runs unshared."""
+        return self._known.get(request_id)
+
+    def take_in(self, requests: Iterable[Any]) -> None:
+        """Reads a new request's whole history, once, and new tokens of the others when enough have gathered.
+
+        Stage 1 looks at a block's worth at a time, so waiting for half a block loses little and costs less than
+        reading each token as it comes. Requests began at different times, so no iteration has to look at all of them.
         """
-        count = request.max_beam_num_tokens
-        if count > self.num_tokens and not self.is_frozen:
-            self._append(_tokens_from(request, self.num_tokens, count), manager)
+        for request in requests:
+            known = self._known.get(request.py_request_id)
+            if known is None:
+                if request.py_request_id in self._unshared:
+                    continue
+                known = self._admit(request)
+                if known is None:
+                    self._unshared.add(request.py_request_id)
+                    continue
+                self._known[request.py_request_id] = known
+            count = request.max_beam_num_tokens
+            if count - known.num_tokens >= self._tokens_at_once:
+                self._append(known, _tokens_from(request, known.num_tokens, count))
 
-    def append_history(self, token_ids: list[int], manager: KVCacheManager) -> None:
-        """The same for tokens at hand."""
-        if token_ids and not self.is_frozen:
-            self._append(token_ids, manager)
-
-    def _append(self, token_ids: list[int], manager: KVCacheManager) -> None:
-        if not manager.append_tokens(self.request_id, token_ids):
-            self.is_frozen = True
+    def forget(self, request: Any) -> None:
+        """Lets go of a request whose resources are freed; if it is only paused, stage 1's state is kept."""
+        request_id = request.py_request_id
+        self._unshared.discard(request_id)
+        known = self._known.pop(request_id, None)
+        if known is None:
             return
-        self.num_tokens += len(token_ids)
+        if getattr(request.state, "name", "") == "GENERATION_COMPLETE":
+            record = self._manager.remove_sequence(request_id)
+            request.py_memshare_retired_blocks = record.retired_blocks
+            request.py_memshare_generated_blocks = record.generated_blocks
+            return
+        self._manager.pause_sequence(request_id)
+        self._parked[request_id] = known.num_tokens
+        while len(self._parked) > self._max_parked:
+            oldest = next(iter(self._parked))
+            self._manager.forget_paused(oldest)
+            del self._parked[oldest]
+
+    def _admit(self, request: Any) -> KnownRequest | None:
+        """None for a dummy, and where the manager has no room: such a request stays unshared."""
+        if getattr(request, "is_dummy_request", False):
+            return None
+        kind = disaggregated_kind(request)
+        if kind is not None:
+            self._complain(f"sharing excludes disaggregated serving, got a request of type {kind}")
+            return None
+        request_id = request.py_request_id
+        token_ids = list(request.get_tokens(_BEAM))
+        seen = self._parked.pop(request_id, None)
+        if seen is not None and seen > len(token_ids):
+            self._manager.forget_paused(request_id)
+            seen = None
+        first = len(token_ids) if seen is None else seen
+        prompt = request.orig_prompt_len if self._protects_prompt_only else request.prompt_len
+        if not self._manager.add_sequence(request_id, np.array(token_ids[:first], np.int32), prompt):
+            self._manager.forget_paused(request_id)
+            return None
+        known = KnownRequest(request_id, first)
+        self._manager.mark_computed(request_id, first - 1)
+        self._append(known, token_ids[first:])
+        return known
+
+    def _append(self, known: KnownRequest, token_ids: list[int]) -> None:
+        known.is_behind = not self._manager.append_tokens(known.request_id, token_ids)
+        if known.is_behind:
+            return
+        known.num_tokens += len(token_ids)
         # Without the overlap scheduler the newest token's K and V are written by the coming forward pass.
-        manager.mark_computed(self.request_id, self.num_tokens - 1)
+        self._manager.mark_computed(known.request_id, known.num_tokens - 1)
+        self._manager.match(known.request_id)
 
 
 def _tokens_from(request: Any, first: int, count: int) -> list[int]:
+    """Tokens of a request from ``first`` on; where it has no ``get_token``, ``get_tokens`` copies its history."""
     get_token = getattr(request, "get_token", None)
     if get_token is None:
         return list(request.get_tokens(_BEAM)[first:count])
     return [get_token(_BEAM, position) for position in range(first, count)]
-
-
-def admit(
-    request: Any, manager: KVCacheManager, parked: dict[int, int], protects_prompt_only: bool
-) -> KnownRequest | None:
-    """Takes in a request at its first search after its prompt was computed.
-
-    Args:
-      request: TensorRT-LLM's ``LlmRequest``.
-      manager: gets the sequence.
-      parked: tokens seen of requests that were paused; the request's entry is removed.
-      protects_prompt_only: after a pause TensorRT-LLM counts old generated tokens as prompt; True = they may be shared
-        again, False = their pages may belong to the reuse tree, so they may not.
-
-    Returns:
-      None for a dummy, and where the manager has no room: such a request stays unshared.
-    """
-    if getattr(request, "is_dummy_request", False):
-        return None
-    request_id = request.py_request_id
-    token_ids = list(request.get_tokens(_BEAM))
-    seen = parked.pop(request_id, None)
-    if seen is not None and seen > len(token_ids):
-        manager.forget_paused(request_id)
-        seen = None
-    first = len(token_ids) if seen is None else seen
-    num_prompt_tokens = request.orig_prompt_len if protects_prompt_only else request.prompt_len
-    head = np.array(token_ids[:first], np.int32)
-    if not manager.add_sequence(request_id, head, num_prompt_tokens):
-        manager.forget_paused(request_id)
-        return None
-    known = KnownRequest(request_id, first)
-    manager.mark_computed(request_id, first - 1)
-    known.append_history(token_ids[first:], manager)
-    return known

@@ -24,11 +24,7 @@ class RowMap:
 
     def __init__(self, max_requests: int, width: int, device: torch.device) -> None:
         self._rows = torch.zeros((max_requests, width), dtype=torch.int32, device=device)
-        # Two staging rows: the device may still read one while the host fills the other.
-        pinned = device.type == "cuda"
-        self._staging = [torch.zeros(width, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
-        self._turn = 0
+        self._changed: dict[int, np.ndarray] = {}  # by slot, until the next table
         self._slots: dict[int, int] = {}
         self._free = list(range(max_requests - 1, -1, -1))
 
@@ -40,18 +36,13 @@ class RowMap:
         slot = self._slots.get(request_id)
         if slot is None:
             slot = self._slots[request_id] = self._free.pop()
-        turn, self._turn = self._turn, 1 - self._turn
-        if self._copied:
-            self._copied[turn].synchronize()  # of the row before last: long past
-        self._staging[turn].numpy()[:] = positions
-        self._rows[slot].copy_(self._staging[turn], non_blocking=True)
-        if self._copied:
-            self._copied[turn].record()
+        self._changed[slot] = positions
 
     def forget(self, request_id: int) -> None:
         """Gives the request's row back; one that has none passes."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
+            self._changed.pop(slot, None)
             self._free.append(slot)
 
     def gather(self, table: torch.Tensor, request_ids: Sequence[int]) -> int:
@@ -66,15 +57,28 @@ class RowMap:
         """
         if not self._slots:
             return 0
+        self._flush()
         slots = self._slots
         pairs = [(row, slots[i]) for row, i in enumerate(request_ids) if i in slots]
         if not pairs:
             return 0
-        index = torch.tensor(pairs, dtype=torch.int64)
-        if table.is_cuda:
-            index = index.pin_memory().to(table.device, non_blocking=True)
+        index = _on_device(torch.tensor(pairs, dtype=torch.int64), table.device)
         rows, width = index[:, 0], min(table.shape[3], self._rows.shape[1])
         positions = self._rows[index[:, 1], :width].long()
         old = table[:, rows, :, :width]
         table[:, rows, :, :width] = old.gather(3, positions[None, :, None, :].expand(old.shape))
         return len(pairs)
+
+    def _flush(self) -> None:
+        """One copy to the device for all rows that changed since the last table."""
+        if not self._changed:
+            return
+        slots = torch.tensor(list(self._changed), dtype=torch.int64)
+        rows = torch.from_numpy(np.stack(list(self._changed.values())).astype(np.int32))
+        self._rows.index_copy_(0, _on_device(slots, self._rows.device), _on_device(rows, self._rows.device))
+        self._changed.clear()
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy through pinned memory, which torch keeps until the stream has read it: nothing here waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -89,8 +89,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         adapter = AdapterOptions.model_validate(options)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, AdapterOptions.model_fields, str(path))) from error
-    stats_file = environment.get(PREFIX + "STATS_FILE")
-    return Settings(memshare, adapter, Path(stats_file) if stats_file else None, _port(environment))
+    return Settings(memshare, adapter, _stats_file(environment), _port(environment))
 
 
 def presets() -> list[str]:
@@ -103,11 +102,22 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{PREFIX}CONFIG names {path}, which cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def _stats_file(environment: Mapping[str, str]) -> Path | None:
+    text = environment.get(PREFIX + "STATS_FILE")
+    if not text:
+        return None
+    if not Path(text).absolute().parent.is_dir():
+        raise UserError(f"{PREFIX}STATS_FILE must lie in a folder that exists, got {text}")
+    return Path(text)
 
 
 def _port(environment: Mapping[str, str]) -> int | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
-from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.block_search import BlockSearch, Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
@@ -35,7 +34,7 @@ from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, PairBatch
 from trtllm_memshare.trtllm.pytorch.agreement import Agreement
-from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, admit
+from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap
 
 _MAX_AHEAD = 2  # tokens that may have a slot before the host knows them: the one in flight, and the next
@@ -49,12 +48,14 @@ class CacheBackend(Protocol):
       max_blocks_per_seq: entries of a row of the block table.
       max_batch_size: most requests at once.
       protects_prompt_only: False when pages of a resumed request's old tokens may be known to the reuse tree.
+      edits_pinned_rows: ``shrink`` writes into the rows that the table is copied from.
     """
 
     pool: torch.Tensor
     max_blocks_per_seq: int
     max_batch_size: int
     protects_prompt_only: bool
+    edits_pinned_rows: bool
 
     def pages(self, request_id: int) -> list[int]:
         """The request's list: indices into the pool."""
@@ -66,7 +67,18 @@ class CacheBackend(Protocol):
 class TailSwap:
     """Searches, decides and shares for the requests of one manager.
 
-    ``seconds``: host time spent so far, the waits for distances included; ``search_seconds``: of the comparisons.
+    Args:
+      backend: of the manager.
+      config: settings of the search.
+      boundaries: of the model's tokenizer.
+      search: compares rows of the backend's pool.
+      agreement: with the other ranks.
+      complain: told of what sharing excludes and only shows while serving; raises, or lets requests run unshared.
+
+    Attributes:
+      requests: what is known of the requests.
+      is_off: nothing is searched or shared, since ``complain`` was told why and returned.
+      seconds: host time spent so far, waits for distances included. ``search_seconds``: of the comparisons.
     """
 
     def __init__(
@@ -76,12 +88,13 @@ class TailSwap:
         boundaries: BoundaryTokens,
         search: BlockSearch,
         agreement: Agreement,
+        complain: Callable[[str], None],
     ) -> None:
         self._backend, self._config, self._search, self._agreement = backend, config, search, agreement
         self._size = backend.pool.shape[4]
         self.manager = KVCacheManager(
             # Pages of the reuse tree belong to several requests, virtual blocks to one each.
-            num_blocks=backend.pool.shape[0] * (1 if backend.protects_prompt_only else 2) + backend.max_batch_size,
+            num_blocks=backend.pool.shape[0] * (1 if backend.protects_prompt_only else 4) + backend.max_batch_size,
             num_layers=backend.pool.shape[1],
             tokens_per_block=self._size,
             max_blocks_per_seq=backend.max_blocks_per_seq,
@@ -91,13 +104,16 @@ class TailSwap:
         )
         self.policy = SharingPolicy(config)
         self._rows = RowMap(backend.max_batch_size, backend.max_blocks_per_seq, backend.pool.device)
-        self._known: dict[int, KnownRequest] = {}
-        self._unshared: set[int] = set()  # dummies, and requests that found no room in our tables
-        self._parked: dict[int, int] = {}  # paused requests: tokens that stage 1 has seen
+        self._tokens_at_once = max(config.search_interval, self._size // 2)
+        self.requests = KnownRequests(
+            self.manager, self._tokens_at_once, backend.max_batch_size, backend.protects_prompt_only, complain
+        )
+        self._complain = complain
+        self.is_off = False
         self._pending: tuple[list[Candidate], Distances | None] | None = None
         self._page_of = np.zeros(self.manager.pool.num_blocks, np.int32)  # scratch: virtual block -> page
-        self._tokens_at_once = max(config.search_interval, self._size // 2)
         self._stream: torch.cuda.Stream | None = None
+        self._table_copied: torch.cuda.Event | None = None
         self._step = 0
         self.num_tables = self.num_copies = 0
         self.seconds = self.search_seconds = 0.0
@@ -107,19 +123,21 @@ class TailSwap:
         """The live pool, see ``CacheBackend.pool``."""
         return self._backend.pool
 
-    def begin_step(self, generation_requests: Iterable[Any]) -> None:
+    def begin_step(self, generation_requests: Sequence[Any]) -> None:
         """Applies the last search and, every few steps, starts the next; before the manager adds tokens.
 
         Args:
           generation_requests: TensorRT-LLM's ``LlmRequest`` objects of this iteration that are past their prompt.
 
         Raises:
-          UserError: nobody writes the block table through the manager, so rows cannot be rearranged.
+          UserError: from ``complain``.
           RuntimeError: the manager's list is not what its calls imply, or ranks disagree.
         """
         started = time.perf_counter()
         searches = self._step % self._config.search_interval == 0
-        self._take_in(generation_requests)
+        if self.is_off or not self._table_is_ours(generation_requests):
+            return
+        self.requests.take_in(generation_requests)
         if self._pending is not None or searches:
             active = {r.py_request_id for r in generation_requests}
             with self._forward_stream():
@@ -138,10 +156,27 @@ class TailSwap:
         """
         started = time.perf_counter()
         self.num_tables += 1
+        self._rows.gather(table, request_ids)
         if table.is_cuda:
             self._stream = torch.cuda.current_stream(table.device)
-        self._rows.gather(table, request_ids)
+            self._table_copied = self._table_copied or torch.cuda.Event()
+            self._table_copied.record(self._stream)
         self.seconds += time.perf_counter() - started
+
+    def _table_is_ours(self, generation_requests: Sequence[Any]) -> bool:
+        """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
+        if self.num_tables == 0 and any(not getattr(r, "is_dummy_request", False) for r in generation_requests):
+            self._complain(
+                "sharing needs the attention backend TRTLLM, got one that does not write its block table through the "
+                "KV cache manager (set attn_backend: TRTLLM)"
+            )
+            self.is_off = True
+        return not self.is_off
+
+    def _wait_for_table(self) -> None:
+        """The last copy of the manager's pinned rows has been read: V2's resize writes into them at once."""
+        if self._table_copied is not None:
+            self._table_copied.synchronize()
 
     def _forward_stream(self) -> AbstractContextManager[Any]:
         """The stream that the last table was written on: the forward passes', whatever the manager calls its own."""
@@ -152,46 +187,9 @@ class TailSwap:
         return request_id in self._rows
 
     def forget(self, request: Any) -> None:
-        """Lets go of a request whose resources are freed; if it is only paused, stage 1's state is kept."""
-        request_id = request.py_request_id
-        known = self._known.pop(request_id, None)
-        self._unshared.discard(request_id)
-        self._rows.forget(request_id)
-        if known is None:
-            return
-        if getattr(request.state, "name", "") == "GENERATION_COMPLETE":
-            record = self.manager.remove_sequence(request_id)
-            request.py_memshare_retired_blocks = record.retired_blocks
-            request.py_memshare_generated_blocks = record.generated_blocks
-            return
-        self.manager.pause_sequence(request_id)
-        self._parked[request_id] = known.num_tokens
-        while len(self._parked) > self._backend.max_batch_size:
-            oldest = next(iter(self._parked))
-            self.manager.forget_paused(oldest)
-            del self._parked[oldest]
-
-    def _take_in(self, requests: Iterable[Any]) -> None:
-        """Reads a new request's whole history, once, and new tokens of the others when half a block has gathered.
-
-        Stage 1 looks at a block's worth at a time, so that loses little, and it costs less than reading each token as
-        it comes. Requests began at different times, so no iteration has to look at all of them.
-        """
-        known_requests, batch = self._known, self._tokens_at_once
-        for request in requests:
-            known = known_requests.get(request.py_request_id)
-            if known is None:
-                if request.py_request_id in self._unshared:
-                    continue
-                known = admit(request, self.manager, self._parked, self._backend.protects_prompt_only)
-                if known is None:
-                    self._unshared.add(request.py_request_id)
-                    continue
-                known_requests[request.py_request_id] = known
-            elif request.max_beam_num_tokens - known.num_tokens < batch:
-                continue
-            known.read_new_tokens(request, self.manager)
-            self.manager.match(request.py_request_id)
+        """Lets go of a request whose resources are freed."""
+        self._rows.forget(request.py_request_id)
+        self.requests.forget(request)
 
     def _start_search(self, active: Container[int]) -> None:
         candidates = self._only_active(self.manager.candidates(), active)
@@ -208,7 +206,7 @@ class TailSwap:
         for candidate in candidates:
             request_id = candidate.request_id
             if request_id not in lists:
-                known = self._known[request_id]
+                known = self.requests[request_id]
                 pages = self._synchronise(known)
                 lists[request_id] = np.array(pages, np.int32)[np.array(known.pages.position)]
             blocks = np.append(candidate.kept_rows // size, candidate.block)
@@ -217,11 +215,19 @@ class TailSwap:
         return PairBatch(new_rows, old_rows, pairs.position_delta, pairs.undo_rope)
 
     def _only_active(self, candidates: list[Candidate], active: Container[int]) -> list[Candidate]:
-        """Those of requests in this iteration. V2 keeps suspended requests, whose pages are nowhere on the device."""
+        """Those of requests in this iteration; the others are offered again.
+
+        V2 keeps suspended requests, whose pages are nowhere on the device. A request whose newest tokens found no room
+        in our tables waits until they do.
+        """
+        kept = []
         for candidate in candidates:
-            if candidate.request_id not in active:
+            known = self.requests.get(candidate.request_id)
+            if candidate.request_id in active and known is not None and not known.is_behind:
+                kept.append(candidate)
+            else:
                 self.manager.offer_again(candidate)
-        return [c for c in candidates if c.request_id in active]
+        return kept
 
     def _apply(self, active: Container[int]) -> None:
         """Carries out what the last search found, on every rank in the same iteration."""
@@ -240,11 +246,6 @@ class TailSwap:
         if not self._config.shares:
             self.manager.count_shadow(decisions)
             return
-        if self.num_tables == 0:
-            raise UserError(
-                "sharing needs the attention backend TRTLLM, got one that does not write its block table through the "
-                "KV cache manager (set attn_backend: TRTLLM)"
-            )
         self.manager.apply(decisions)
         retired = defaultdict[int, list[int]](list)
         for candidate in (d.candidate for d in decisions):
@@ -256,12 +257,14 @@ class TailSwap:
 
     def _swap(self, request_id: int, blocks: list[int]) -> None:
         """Gives the pages of retired blocks back to TensorRT-LLM."""
-        known = self._known[request_id]
+        known = self.requests[request_id]
         pages = self._synchronise(known)
         pool = self._backend.pool
         for source, target in known.pages.give_up(blocks):
             pool[pages[target]].copy_(pool[pages[source]], non_blocking=True)
             self.num_copies += 1
+        if self._backend.edits_pinned_rows:
+            self._wait_for_table()
         self._backend.shrink(request_id, len(blocks))
         left = self._backend.pages(request_id)
         if left != pages[: known.pages.num_pages]:

@@ -6,6 +6,7 @@ the user's own file; one that says otherwise is an error, not overwritten.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shlex
@@ -55,7 +56,7 @@ def main(command: str, arguments: list[str]) -> None:
     program = shutil.which(_PROGRAMS[command])
     if program is None:
         raise UserError(
-            f"{_PROGRAMS[command]} is not on PATH (install TensorRT-LLM 1.0 or later, then trtllm-memshare[trtllm])"
+            f"{_PROGRAMS[command]} is not on PATH (install TensorRT-LLM 1.1 or later, then trtllm-memshare[trtllm])"
         )
     with tempfile.TemporaryDirectory() as folder:
         options_file = Path(folder) / "llm_options.yaml"
@@ -64,7 +65,7 @@ def main(command: str, arguments: list[str]) -> None:
             environment[PREFIX + "STATS_FILE"] = str(Path(folder) / "totals.json")
         line = [program, *place_option(command, arguments, str(options_file))]
         print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
-        print(f"LLM options: {json.dumps(llm_options)}")
+        print(f"LLM options: {json.dumps(llm_options, default=str)}")
         print(f"+ {ENABLE}=1 {shlex.join(line)}", flush=True)
         status = subprocess.run(line, env=environment, check=False).returncode
         if command == "bench" and status == 0:
@@ -78,11 +79,14 @@ def merge_options(user: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: an option that contradicts it.
     """
-    merged = json.loads(json.dumps(user))
+    merged = copy.deepcopy(user)
     for path, value in _NEEDED.items():
         section = merged
         for key in path[:-1]:
-            section = section.setdefault(key, {})
+            section[key] = section.get(key) or {}
+            if not isinstance(section[key], dict):
+                raise UserError(f"{key} must be a mapping of options, got {section[key]!r}")
+            section = section[key]
         got = section.setdefault(path[-1], value)
         if got != value and path not in _MAY_DIFFER:
             raise UserError(f"{'.'.join(path)} must be {value} to share, got {got} (remove it from your options)")
@@ -93,11 +97,16 @@ def place_option(command: str, arguments: Sequence[str], options_file: str) -> l
     """The command's arguments with the options file; trtllm-bench takes it behind its subcommand.
 
     Raises:
-      UserError: bench without a subcommand that runs a model.
+      UserError: bench without a subcommand that runs a model, or without an end token.
     """
     option = ["--extra_llm_api_options", options_file]
     if command == "serve":
         return [*arguments, *option]
+    if not any(a.partition("=")[0] == "--eos_id" for a in arguments):
+        raise UserError(
+            "bench needs --eos_id with the model's end token: without it trtllm-bench runs every answer to its full "
+            "length, and what follows the end is repetition that no user would see"
+        )
     for subcommand in ("throughput", "latency"):
         if subcommand in arguments:
             place = arguments.index(subcommand) + 1
@@ -131,6 +140,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(document, dict):
