@@ -251,6 +251,9 @@ class Executor:
             block_offsets=self.manager.block_offsets([s.request_id for s in states]),
             pairs=pairs,
             count_aliases=self.config.control != "drop-duplicate",
+            context_lengths=np.array(
+                [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32
+            ),
         )
         return batch, states
 
@@ -258,6 +261,7 @@ class Executor:
         """Moves every request of the step on by its chunk, and samples where a prompt is complete."""
         for state, chunk in schedule.contexts:
             state.num_computed += chunk
+            state.context_length = state.num_computed
             self.manager.mark_computed(state.request_id, state.num_computed)
         for state in schedule.generations:
             state.num_computed = len(state.tokens)
