@@ -57,6 +57,14 @@ class StepOutput:
     block_distances: Distances | None
 
 
+class Described(Protocol):
+    """What says of itself which implementation it is."""
+
+    @property
+    def description(self) -> str:
+        """Which implementation, and why."""
+
+
 class Runner(Protocol):
     """Holds the model and the pool; knows nothing of requests."""
 
@@ -70,3 +78,13 @@ class Runner(Protocol):
 
     def step(self, inputs: Any) -> StepOutput:
         """Runs the model once: writes K and V of the batch's tokens to the pool and returns the logits."""
+
+
+class BenchmarkedRunner(Runner, Protocol):
+    """A runner that says what it runs on."""
+
+    decode_description: str
+
+    @property
+    def search(self) -> Described:
+        """What computes stage 2."""

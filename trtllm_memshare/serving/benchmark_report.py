@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.report.document import make_report
-from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.runners.open import choose_device, open_runner
+from trtllm_memshare.runners.protocol import BenchmarkedRunner
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import Load, Measurement, run_variant, streaming_window
 from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
@@ -83,9 +83,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     items = read_dataset(options.dataset, tokenizer, options.num_requests)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(options.device)
     found = "available" if device == "cuda" else "not available"
     print(f"device: {device} ({'asked for' if options.device != 'auto' else f'CUDA is {found}'})")
     load = Load(
@@ -98,7 +96,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         request_rate=options.request_rate,
         seed=options.seed,
     )
-    bench = _Bench(engine, tokenizer, items, load, device, options.read_aliases == "fold")
+    bench = _Bench(engine, tokenizer, items, load, options.device, options.read_aliases == "fold")
     blocks = options.kv_cache_blocks or bench.enough_blocks()
     if options.kv_cache_share is not None:
         demand = bench.measure_demand()
@@ -122,7 +120,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
             "concurrency": options.concurrency,
             "request_rate": options.request_rate,
             "repeat": options.repeat,
-            "read_aliases": options.read_aliases,
+            "read_aliases": options.read_aliases if engine.backend == "torch" else "repeat",
             "seed": options.seed,
             "variants": entries,
         },
@@ -141,7 +139,7 @@ class _Bench:
         self._engine, self._tokenizer, self._items, self._load = engine, tokenizer, items, load
         self._device, self._fold = device, fold
         self._first: list[RequestResult] = []
-        self._runner: TorchRunner | None = None
+        self._runner: BenchmarkedRunner | None = None
         self._boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
 
     def enough_blocks(self) -> int:
@@ -156,13 +154,11 @@ class _Bench:
         self.use_pool(self.enough_blocks())
         return self._run(make_variant("full", self._engine.memshare)).entry["peak_used_blocks"]
 
-    def use_pool(self, num_blocks: int) -> TorchRunner:
+    def use_pool(self, num_blocks: int) -> BenchmarkedRunner:
         """The runner, made anew if the pool's size changed."""
         if self._runner is None or self._runner.num_blocks != num_blocks:
-            dtype = getattr(torch, self._engine.kv_dtype)
-            build = self._engine.build
-            model = load_model(self._engine.model_dir, self._device)
-            self._runner = TorchRunner(model, num_blocks, build.tokens_per_block, dtype, self._fold)
+            self._runner = None  # gives its pool back before the next one is made
+            self._runner = open_runner(self._engine, num_blocks, self._device, self._fold)
         return self._runner
 
     def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from trtllm_memshare.runners.protocol import StepBatch, StepOutput
+from trtllm_memshare.runners.protocol import Described, StepBatch, StepOutput
 from trtllm_memshare.runners.tensorrt.bindings import Bindings
 from trtllm_memshare.runners.tensorrt.decode_graphs import DecodeGraphs
 from trtllm_memshare.runners.tensorrt.device import Device, Mark
@@ -19,15 +19,7 @@ from trtllm_memshare.search.types import PairBatch
 from trtllm_memshare.trtllm.engine.spec import EngineSpec
 
 
-class SearchDescription(Protocol):
-    """What computes stage 2."""
-
-    @property
-    def description(self) -> str:
-        """Which implementation, and why."""
-
-
-class SeparateSearch(SearchDescription, Protocol):
+class SeparateSearch(Described, Protocol):
     """A search that runs after the engine instead of inside it."""
 
     @property
@@ -111,7 +103,7 @@ class TensorRTRunner:
             getattr(torch, spec.kv_dtype),
         )
         self._separate: SeparateSearch | None = search(self.pool) if search is not None else None
-        self.search: SearchDescription = self._separate or (EmbeddedSearch() if spec.max_pairs else NoSearch())
+        self.search: Described = self._separate or (EmbeddedSearch() if spec.max_pairs else NoSearch())
         self._max_pairs = self._separate.max_pairs if self._separate is not None else spec.max_pairs
         self._bindings = Bindings(device, spec, self.pool, inv_freq, all_reduce_workspace)
         table = 2 * spec.max_batch_size * spec.max_blocks_per_seq
