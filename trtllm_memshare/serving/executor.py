@@ -18,6 +18,7 @@ from trtllm_memshare.runners.protocol import Runner, StepBatch
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -47,6 +48,7 @@ class Executor:
       max_num_tokens: most tokens of one step.
       scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
       sampler: chooses next tokens; None = as each request's parameters say.
+      agreement: with other ranks, see ``Sharing``.
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
@@ -65,6 +67,7 @@ class Executor:
         max_num_tokens: int = 2048,
         scheduler_policy: str = MAX_UTILIZATION,
         sampler: Sampler | None = None,
+        agreement: RankAgreement | None = None,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
@@ -81,7 +84,7 @@ class Executor:
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
         )
         self._scheduler = Scheduler(self.manager, scheduler_policy, max_batch_size, max_num_tokens)
-        self.sharing = Sharing(self.manager, config)
+        self.sharing = Sharing(self.manager, config, agreement)
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None
         self.stats = ExecutorStats()

@@ -146,7 +146,7 @@ class TensorRTRunner:
         distances = self._take_distances(inputs)
         self._device.end()
         if not self.spec.is_last_pp_rank:
-            return StepOutput(torch.empty(0), distances)
+            return StepOutput(torch.empty((len(inputs.batch.chunk_lengths), 0)), distances)
         logits = self._bindings.outputs.last[: len(inputs.batch.chunk_lengths), : self.vocab_size]
         return StepOutput(logits.float(), distances)
 
