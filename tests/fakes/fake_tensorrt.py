@@ -18,8 +18,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+from fakes.contract import ContractError, require
+from fakes.fake_network import (
+    Builder,
+    LayerType,
+    NetworkDefinitionCreationFlag,
+    PluginField,
+    PluginFieldType,
+    PluginV3Layer,
+    SearchCreator,
+    TensorRTPhase,
+)
 from fakes.numpy_decoder import NULL, NumpyDecoder, PagedStep, array_at, block_distances
 
+__all__ = ["ContractError", "FakeTensorRT", "write_engine"]
 __version__ = "10.14.1.48"
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT32 INT64")
 TensorIOMode = enum.Enum("TensorIOMode", "NONE INPUT OUTPUT")
@@ -27,28 +39,22 @@ KV_ROUND = 256
 _TYPES = {"int32": DataType.INT32, "int64": DataType.INT64, "float32": DataType.FLOAT}
 
 
-class ContractError(AssertionError):
-    """The engine was given something that the recorded contract does not allow."""
-
-
-def require(condition, text):
-    if not condition:
-        raise ContractError(text)
-
-
 def write_engine(path, model_dir, **sizes):
     """What a build leaves: a 'plan' that names its weights. ``sizes``: tokens_per_block, max_batch_size, ..."""
-    plan = {"model_dir": str(model_dir), "max_pairs": 0, "kind": "decoder", "num_profiles": 1, **sizes}
+    plan = {"model_dir": str(model_dir), "max_pairs": 0, "kind": "decoder", "num_profiles": 1, "kv_dtype": "float32",
+            **sizes}  # fmt: skip
     Path(path).write_text(json.dumps(plan))
 
 
 class Registry:
-    def __init__(self):
-        self.libraries = []
+    def __init__(self, module):
+        self.libraries, self.has_attention, self._module = [], False, module
 
     def get_creator(self, name, version, namespace=""):
+        if (name, version, namespace) == ("GPTAttention", "1", "tensorrt_llm") and self.has_attention:
+            return object()
         found = bool(self.libraries) and (name, version, namespace) == ("MemShareBlockSearch", "1", "trtllm_memshare")
-        return object() if found else None
+        return SearchCreator() if found else None
 
     def load_library(self, plugin_path):
         if self.libraries or not Path(plugin_path).is_file():
@@ -61,9 +67,13 @@ class FakeTensorRT:
     """The module: hand it to what imports ``tensorrt``. ``device``: whose memory and stream engines use."""
 
     DataType, TensorIOMode = DataType, TensorIOMode
+    LayerType, IPluginV3Layer = LayerType, PluginV3Layer
+    PluginField, PluginFieldCollection, PluginFieldType = PluginField, list, PluginFieldType
+    TensorRTPhase, NetworkDefinitionCreationFlag = TensorRTPhase, NetworkDefinitionCreationFlag
+    Builder = Builder
 
     def __init__(self, device, version=__version__):
-        self.__version__, self.device, self.registry = version, device, Registry()
+        self.__version__, self.device, self.registry = version, device, Registry(self)
         self.engines = []
 
     class Logger:
@@ -97,10 +107,16 @@ class _Runtime:
         return engine
 
 
-def engine_tensors(plan, model):
+class SearchedPool:
+    """The shape of a pool, from the fields of the plugin."""
+
+    def __init__(self, fields):
+        self.num_layers, self.kv_heads, self.dim = fields["num_layers"], fields["num_kv_heads"], fields["head_dim"]
+
+
+def engine_tensors(plan, decoder):
     """The recorded table: name -> (type, dims, "host" or "device", is output)."""
-    layers, size = model["num_hidden_layers"], plan["tokens_per_block"]
-    dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+    layers, size, dim = decoder.num_layers, plan["tokens_per_block"], decoder.dim
     rows = ("P", size)
     extra = {
         "memshare_pool_pointers": ("int64", (1,), "device", False),
@@ -131,7 +147,7 @@ def engine_tensors(plan, model):
         "host_kv_cache_pool_mapping": ("int32", (layers, 2), "host", False),
         "host_runtime_perf_knobs": ("int64", (16,), "host", False),
         "host_context_progress": ("int64", (1,), "host", False),
-        "logits": ("float32", ("B", model["vocab_size"]), "device", True),
+        "logits": ("float32", ("B", decoder.config["vocab_size"]), "device", True),
     }
     return {**table, **(extra if plan["max_pairs"] else {})}
 
@@ -139,13 +155,14 @@ def engine_tensors(plan, model):
 class FakeEngine:
     def __init__(self, plan, device):
         self.plan, self.device = plan, device
-        self.decoder = NumpyDecoder(plan["model_dir"])
-        self.tensors = engine_tensors(plan, self.decoder.config)
+        fields = plan.get("fields")  # of a search alone, built by the stand-in's builder
+        self.decoder = SearchedPool(fields) if fields else NumpyDecoder(plan["model_dir"])
+        self.tensors = engine_tensors(plan, self.decoder)
         self.ranges = {
-            "T": (1, plan["max_num_tokens"]),
-            "B": (1, plan["max_batch_size"]),
-            "M": (1, -(-plan["max_seq_len"] // plan["tokens_per_block"])),
-            "S": (1, plan["max_seq_len"]),
+            "T": (1, plan.get("max_num_tokens", 1)),
+            "B": (1, plan.get("max_batch_size", 1)),
+            "M": (1, -(-plan.get("max_seq_len", 1) // plan["tokens_per_block"])),
+            "S": (1, plan.get("max_seq_len", 1)),
             "P": (1, max(1, plan["max_pairs"])),
         }
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), plan["num_profiles"]
@@ -257,7 +274,7 @@ def _run_decoder(engine, inputs, captured):
     require(pointers[0, 1] == 0, "the secondary pool must be 0")
     require(mapping.tolist() == [[0, i] for i in range(len(mapping))], f"pool mapping {mapping.tolist()}")
     pool_bytes = engine.device.size_from(int(pointers[0, 0]))
-    step = PagedStep(int(pointers[0, 0]), pool_bytes, engine.decoder, size, inputs)
+    step = PagedStep(int(pointers[0, 0]), pool_bytes, engine.decoder, size, inputs, plan["kv_dtype"])
     _check_table(engine, step, inputs, captured)
     results = {"logits": engine.decoder.forward(step)}
     engine.seen_offsets.append(inputs["kv_cache_block_offsets"].copy())
@@ -338,9 +355,10 @@ def _check_table(engine, step, inputs, captured):
 def _pool(engine, address, num_blocks):
     d = engine.decoder
     unit = (d.kv_heads, engine.plan["tokens_per_block"], d.dim)
-    num_bytes = num_blocks * d.num_layers * 2 * int(np.prod(unit)) * 4
+    dtype = engine.plan["kv_dtype"]
+    num_bytes = num_blocks * d.num_layers * 2 * int(np.prod(unit)) * np.dtype(dtype).itemsize
     require(engine.device.find(address, num_bytes) == "device", "the search was given another pool")
-    return array_at(address, np.float32, (num_blocks * d.num_layers * 2, *unit))
+    return array_at(address, dtype, (num_blocks * d.num_layers * 2, *unit))
 
 
 def _distances(engine, units, inputs):

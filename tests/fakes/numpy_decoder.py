@@ -63,12 +63,13 @@ class NumpyDecoder:
             positions = np.arange(begin, length)
             for field, states in enumerate((k, v)):
                 units = step.unit(layer, step.offsets[row, field, positions // step.size])
-                step.units[units, :, positions % step.size] = states[part]
+                step.units[units, :, positions % step.size] = states[part].astype(step.units.dtype)
             blocks = -(-length // step.size)
             keys, values = (
                 step.units[step.unit(layer, step.offsets[row, field, :blocks])]
                 .transpose(1, 0, 2, 3)
                 .reshape(self.kv_heads, -1, self.dim)[:, :length]
+                .astype(np.float32)
                 for field in (0, 1)
             )
             query = q[part].reshape(count, self.kv_heads, group, self.dim).transpose(1, 2, 0, 3)
@@ -83,10 +84,11 @@ class NumpyDecoder:
 class PagedStep:
     """One step's inputs and the pool as TensorRT-LLM's kernels see it: units of one layer's K or V block."""
 
-    def __init__(self, pool_address, pool_bytes, decoder, size, inputs):
+    def __init__(self, pool_address, pool_bytes, decoder, size, inputs, kv_dtype):
         self.size, self.num_layers = size, decoder.num_layers
-        unit = decoder.kv_heads * size * decoder.dim
-        self.units = array_at(pool_address, np.float32, (pool_bytes // (4 * unit), decoder.kv_heads, size, decoder.dim))
+        unit_bytes = decoder.kv_heads * size * decoder.dim * np.dtype(kv_dtype).itemsize
+        shape = (pool_bytes // unit_bytes, decoder.kv_heads, size, decoder.dim)
+        self.units = array_at(pool_address, kv_dtype, shape)
         self.input_ids, self.position_ids = inputs["input_ids"], inputs["position_ids"]
         self.last_token_ids, self.offsets = inputs["last_token_ids"], inputs["kv_cache_block_offsets"][0]
         is_generation = inputs["is_generation"]
