@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     options = BenchmarkOptions.from_arguments(parser.parse_args())
     report = run_benchmark(options, command=" ".join(["python", *sys.argv]))
+    if not report:
+        return  # not rank 0
     for variant in report["variants"]:
         variant.pop("timeline")
     print(json.dumps(report))

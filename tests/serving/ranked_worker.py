@@ -16,7 +16,10 @@ import torch.distributed as dist
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving import benchmark_report
+from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, run_benchmark
 from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.ranks import RankAgreement, RankDisagreementError
 from trtllm_memshare.serving.replay import ReplaySampler
 from trtllm_memshare.serving.request import SamplingParams
@@ -79,11 +82,45 @@ def run(checkpoint: str, rank: int, size: int, rendezvous: str, rounds: int, pre
     return {"chain": chain.hex(), "steps": steps, "shared": stats.shared, "pauses": pauses}
 
 
-def run_into(path: str, *arguments) -> None:
+def serve(checkpoint: str, rank: int, size: int, rendezvous: str, prompts: list[list[int]]) -> dict:
+    """Requests that reach rank 0 only, from another thread, and one that is cancelled there."""
+    runner = TorchRunner(load_model(Path(checkpoint)), 120, 8)
+    boundaries = BoundaryTokens.from_texts([f"t{i}" for i in range(runner.vocab_size)])
+    settings = {"protected_tokens": 8, "protected_steps": 0, "search_interval": 1, "min_run_tokens": 16}
+    ranks = Ranks(TorchCommunicator(rank, size, f"file://{rendezvous}"), size, 1)
+    config = make_config("lexical", **settings)
+    executor = ranks.executor(runner, config, boundaries, 512, 4, 64, "MAX_UTILIZATION")
+    outputs = []
+    if rank == 0:
+        with executor:
+            endless = executor.submit(prompts[0], SamplingParams(440))
+            next(iter(endless))
+            endless.cancel()
+            params = [SamplingParams(60, temperature=0.4 * i, seed=i) for i in range(len(prompts))]
+            handles = [executor.submit(p, s) for p, s in zip(prompts, params, strict=True)]
+            outputs = [h.result(60).token_ids for h in handles]
+            reason = endless.result(60).finish_reason
+        assert reason == "cancelled"
+    else:
+        executor.follow()
+    stats, state = executor.manager.stats(), executor.manager.state_digest().hex()
+    return {"shared": stats.shared, "state": state, "steps": executor.stats.num_steps, "outputs": outputs}
+
+
+def benchmark(engine_dir: str, rank: int, size: int, rendezvous: str, dataset: str) -> dict:
+    """The benchmark as each rank of an engine of ``size`` ranks runs it."""
+    ranks = Ranks(TorchCommunicator(rank, size, f"file://{rendezvous}"), size, 1)
+    benchmark_report._connect = lambda _: ranks
+    options = BenchmarkOptions(Path(engine_dir), Path(dataset), ("full", "lexical"), kv_cache_share=1.0)
+    report = run_benchmark(options, "command")
+    return {v["variant"]: v["mean_output_tokens"] for v in report.get("variants", [])}
+
+
+def run_into(path: str, what: str, *arguments) -> None:
     """Writes the result, or the text of a disagreement, to a file."""
     torch.set_num_threads(1)
     try:
-        result = run(*arguments)
+        result = globals()[what](*arguments)
     except RankDisagreementError as error:
         result = {"error": str(error)}
     Path(path).write_text(json.dumps(result))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,11 +16,14 @@ import torch
 from conftest import write_random_checkpoint
 from serving import ranked_worker
 
+from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.block_distance import block_distance
 from trtllm_memshare.search.types import Candidate, Decision
+from trtllm_memshare.serving import torch_ranks
 from trtllm_memshare.serving.ranks import RankAgreement, RankDisagreementError, combine_distances
 from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
-from trtllm_memshare.serving.torch_ranks import RankedSampler
+from trtllm_memshare.serving.torch_ranks import RankedSampler, TorchCommunicator
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +32,22 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_random_checkpoint(folder, num_key_value_heads=4, num_hidden_layers=1)
 
 
-def run_ranks(checkpoint, tmp_path, size, rounds, preset, fault_at=-1):
+def run_ranks(what, place, tmp_path, size, *arguments):
     """What every rank left. The processes are forked from one that has imported everything once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["serving.ranked_worker"])
     paths = [tmp_path / f"rank{r}.json" for r in range(size)]
-    common = (size, str(tmp_path / "rendezvous"), rounds, preset, fault_at)
     processes = [
-        context.Process(target=ranked_worker.run_into, args=(str(p), str(checkpoint), r, *common))
+        context.Process(
+            target=ranked_worker.run_into,
+            args=(str(p), what, str(place), r, size, str(tmp_path / "rendezvous"), *arguments),
+        )
         for r, p in enumerate(paths)
     ]
-    for process in processes:
-        process.start()
+    # The server of forks imports before it is told any path.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(240)
         assert process.exitcode == 0
@@ -47,7 +57,7 @@ def run_ranks(checkpoint, tmp_path, size, rounds, preset, fault_at=-1):
 @pytest.mark.parametrize(("size", "rounds", "preset"), [(2, 5, "aligned"), (4, 1, "lexical")])
 def test_ranks_hold_identical_tables_over_thousands_of_steps(checkpoint, tmp_path, size, rounds, preset):
     alone = ranked_worker.run(str(checkpoint), 0, 1, "", rounds, preset, -1)
-    results = run_ranks(checkpoint, tmp_path, size, rounds, preset)
+    results = run_ranks("run", checkpoint, tmp_path, size, rounds, preset, -1)
     assert all(r == results[0] for r in results)
     assert results[0]["steps"] >= 400 * rounds
     assert results[0]["shared"] > 20 * rounds
@@ -55,7 +65,7 @@ def test_ranks_hold_identical_tables_over_thousands_of_steps(checkpoint, tmp_pat
 
 
 def test_every_rank_stops_when_one_differs(checkpoint, tmp_path):
-    for result in run_ranks(checkpoint, tmp_path, 2, 1, "aligned", fault_at=50):
+    for result in run_ranks("run", checkpoint, tmp_path, 2, 1, "aligned", 50):
         assert "block tables or candidates of ranks [1] differ from those of rank 0 at decision " in result["error"]
         assert "restart all ranks" in result["error"]
 
@@ -143,3 +153,30 @@ def test_tokens_come_from_the_rank_that_has_the_logits():
     last, first = (RankedSampler(OneOf(r, 2, shared), root=1) for r in (1, 0))
     assert last.sample(torch.tensor([[0.0, 3.0, 1.0]]), states) == [1]
     assert first.sample(torch.empty((1, 0)), states) == [1]
+
+
+def test_requests_reach_rank_0_and_run_on_all(checkpoint, tmp_path, prompts):
+    first, second = run_ranks("serve", checkpoint, tmp_path, 2, prompts[:4])
+    assert all(len(tokens) == 60 for tokens in first["outputs"])
+    assert first["steps"] >= 60
+    for key in ("shared", "state", "steps"):
+        assert first[key] == second[key]
+
+
+def test_the_benchmark_runs_on_every_rank_and_rank_0_reports(checkpoint, tmp_path, prompts):
+    engine_dir = tmp_path / "engine"
+    build_engine(plan_build(BuildOptions(checkpoint, engine_dir, memshare=True)))
+    dataset = tmp_path / "data.jsonl"
+    rows = [{"task_id": i, "input_ids": p, "output_tokens": 20} for i, p in enumerate(prompts[:3])]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = run_ranks("benchmark", engine_dir, tmp_path, 2, str(dataset))
+    assert first == {"full": 20.0, "lexical": 20.0}
+    assert second == {}
+
+
+def test_a_process_that_nobody_started_with_others_is_told_how(monkeypatch):
+    for pair in torch_ranks._LAUNCHERS:
+        for name in pair:
+            monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"several ranks need mpirun or torchrun, .* \(start with mpirun -n RANKS\)"):
+        TorchCommunicator.from_environment()

@@ -14,11 +14,12 @@ from transformers import AutoTokenizer
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.report.document import make_report
-from trtllm_memshare.runners.open import choose_device, open_runner
+from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.benchmark import Load, Measurement, run_variant, streaming_window
+from trtllm_memshare.serving.benchmark import Load, Measurement, follow_variant, run_variant, streaming_window
 from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
+from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.request import RequestResult
 from trtllm_memshare.serving.variants import Variant, make_variant
 
@@ -77,7 +78,10 @@ class BenchmarkOptions:
 
 
 def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
-    """Runs everything, prints the table on stdout, writes the files, and returns the report."""
+    """Runs everything, prints the table on stdout, writes the files, and returns the report.
+
+    Of an engine on several GPUs rank 0 does; the others take part in its runs and return an empty report.
+    """
     engine = load_engine(options.engine_dir)
     overrides = dict(options.settings)
     variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
@@ -96,7 +100,11 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         request_rate=options.request_rate,
         seed=options.seed,
     )
-    bench = _Bench(engine, tokenizer, items, load, options.device, options.read_aliases == "fold")
+    ranks = _connect(engine)
+    bench = _Bench(engine, tokenizer, items, load, options.device, options.read_aliases == "fold", ranks)
+    if ranks is not None and not ranks.is_leader:
+        bench.follow()
+        return {}
     blocks = options.kv_cache_blocks or bench.enough_blocks()
     if options.kv_cache_share is not None:
         demand = bench.measure_demand()
@@ -106,6 +114,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     print(f"block distances: {runner.search.description}")
     print(f"decode attention: {runner.decode_description}; backend: {engine.backend}")
     entries = bench.run_all(variants, options.repeat)
+    bench.dismiss()
     if options.output_texts is not None:
         bench.write_texts(options.output_texts)
     report = make_report(
@@ -134,8 +143,16 @@ class _Bench:
     """The engine's runner, kept between variants, and the requests."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, items: list[DatasetItem], load: Load, device: str, fold: bool
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        items: list[DatasetItem],
+        load: Load,
+        device: str,
+        fold: bool,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._engine, self._tokenizer, self._items, self._load = engine, tokenizer, items, load
         self._device, self._fold = device, fold
         self._first: list[RequestResult] = []
@@ -158,7 +175,10 @@ class _Bench:
         """The runner, made anew if the pool's size changed."""
         if self._runner is None or self._runner.num_blocks != num_blocks:
             self._runner = None  # gives its pool back before the next one is made
-            self._runner = open_runner(self._engine, num_blocks, self._device, self._fold)
+            communicator = None if self._ranks is None else self._ranks.communicator
+            if communicator is not None and communicator.rank == 0:
+                communicator.broadcast(num_blocks)
+            self._runner = open_runner(self._engine, num_blocks, self._device, self._fold, communicator)
         return self._runner
 
     def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:
@@ -183,9 +203,28 @@ class _Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def follow(self) -> None:
+        """Does on another rank what rank 0 says: a pool of so many blocks, a variant, or None for the end."""
+        assert self._ranks is not None
+        while (order := self._ranks.communicator.broadcast(None)) is not None:
+            if isinstance(order, int):
+                self.use_pool(order)
+            else:
+                assert self._runner is not None
+                follow_variant(order, self._runner, self._boundaries, self._load, self._ranks)
+
+    def dismiss(self) -> None:
+        """Lets the other ranks return from ``follow``."""
+        if self._ranks is not None:
+            self._ranks.communicator.broadcast(None)
+
     def _run(self, variant: Variant) -> Measurement:
         assert self._runner is not None
-        return run_variant(variant, self._runner, self._boundaries, self._items, self._load, self._is_right)
+        if self._ranks is not None:
+            self._ranks.communicator.broadcast(variant)
+        return run_variant(
+            variant, self._runner, self._boundaries, self._items, self._load, self._is_right, self._ranks
+        )
 
     def _with_window(self, variant: Variant, rounds: dict[str, list[Measurement]]) -> Variant:
         if not rounds.get("full") or not rounds.get("aligned"):
@@ -202,6 +241,15 @@ class _Bench:
         """The generated text ends with the answer, after the reasoning."""
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text.rpartition("</think>")[2].strip() == item.answer
+
+
+def _connect(engine: Engine) -> Ranks | None:
+    """The ranks of an engine on several GPUs; None for an engine of one."""
+    if num_ranks(engine) == 1:
+        return None
+    from trtllm_memshare.serving.torch_ranks import TorchCommunicator
+
+    return Ranks(TorchCommunicator.from_environment(), engine.build.tp_size, engine.build.pp_size)
 
 
 def _merge(rounds: list[Measurement], full: Measurement | None) -> dict[str, Any]:

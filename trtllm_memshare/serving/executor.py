@@ -229,12 +229,15 @@ class Executor:
             while self._submitted:
                 self._scheduler.add(self._submitted.popleft())
 
+    def _is_cancelled(self, state: RequestState) -> bool:
+        return state.handle.cancelled
+
     def _drop_cancelled(self) -> None:
-        for state in [s for s in self._scheduler.waiting if s.handle.cancelled]:
+        for state in [s for s in self._scheduler.waiting if self._is_cancelled(s)]:
             self._scheduler.waiting.remove(state)
             self.manager.forget_paused(state.request_id)
             self._end(state, "cancelled", in_cache=False)
-        for state in [s for s in self._scheduler.running if s.handle.cancelled]:
+        for state in [s for s in self._scheduler.running if self._is_cancelled(s)]:
             self._scheduler.finish(state)
             self._end(state, "cancelled", in_cache=True)
 

@@ -82,6 +82,7 @@ class TensorRTRunner:
 
     Attributes:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, this rank's layers and heads.
+      kept_alive: memory that inputs point into and that nobody else holds.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class TensorRTRunner:
         all_reduce_workspace: torch.Tensor | None = None,
     ) -> None:
         self.spec, self._engine, self._device = spec, engine, device
+        self.kept_alive: Any = None
         self.num_layers, self.num_blocks = spec.num_layers, num_blocks
         self.tokens_per_block, self.vocab_size = spec.tokens_per_block, spec.vocab_size
         self.pool = device.device_tensor(
