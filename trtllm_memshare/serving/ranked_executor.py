@@ -57,7 +57,6 @@ class RankedExecutor(Executor):
         """One iteration of rank 0, and with it of every rank that follows."""
         with self._lock:
             self._new = list(self._submitted)
-            self._submitted.clear()
         states = [*self._scheduler.waiting, *self._scheduler.running]
         self._turn = self._communicator.broadcast(
             _Turn(
@@ -88,8 +87,12 @@ class RankedExecutor(Executor):
         self.close()
 
     def _take_submissions(self) -> None:
-        for state in self._new:
-            self._scheduler.add(state)
+        """Takes what this turn names; until then rank 0 keeps it queued, so that a failed turn loses no request."""
+        with self._lock:
+            for state in self._new:
+                if self._submitted:
+                    self._submitted.popleft()
+                self._scheduler.add(state)
         self._new = []
 
     def _is_cancelled(self, state: RequestState) -> bool:

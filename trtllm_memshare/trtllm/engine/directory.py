@@ -85,7 +85,7 @@ def spec_of(engine: Engine, rank: int = 0, max_pairs: int | None = None) -> Engi
 
 
 def engine_dtype(checkpoint: Checkpoint) -> str:
-    """What TensorRT-LLM computes a checkpoint in when it is asked for ``auto``: float32 becomes float16."""
+    """What an engine computes in: the checkpoint's type, float16 for float32, since fused attention takes 16 bits."""
     return "float16" if checkpoint.dtype == "float32" else checkpoint.dtype
 
 
