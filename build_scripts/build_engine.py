@@ -45,6 +45,11 @@ def main() -> None:
         help="for --backend tensorrt (default: %(default)s)",
     )
     parser.add_argument("--config", type=Path, help='JSON file: {"build": {...}, "memshare": {...}}; options win')
+    parser.add_argument(
+        "--adopt",
+        action="store_true",
+        help="--output-dir holds an engine of trtllm-build: add what sharing needs to it",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan as JSON, write nothing")
     parser.add_argument("--force", action="store_true", help="replace an engine that is there")
     arguments = parser.parse_args()
@@ -61,6 +66,7 @@ def main() -> None:
             force=arguments.force,
             search_engine=arguments.search_engine,
             plugin_library=arguments.plugin_library,
+            adopt=arguments.adopt,
         )
     )
     print(f"backend: {plan.backend_reason}")

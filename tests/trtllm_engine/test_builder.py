@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.test_engine_dir import edit_json
 from fakes import fake_tensorrt_llm
 from fakes.fake_network import LayerType
 
@@ -235,3 +236,27 @@ def test_model_classes_for_trtllm_build(trtllm, plan, monkeypatch, tmp_path):
                                               fake_tensorrt_llm.Mapping(), fake_tensorrt_llm.QuantConfig())  # fmt: skip
         engine = fake_tensorrt_llm.build(model, make_build_config(plan().tensorrt))
         assert json.loads(engine.engine)["max_pairs"] == 32
+
+
+@pytest.mark.parametrize("search_engine", [None, "separate"])
+def test_an_engine_of_trtllm_build_is_adopted(trtllm, plan, boundaries, prompts, search_engine):
+    """Without memshare.json and the rest, as TensorRT-LLM leaves it; a stock engine gets a search beside it."""
+    built = build_engine(plan(memshare=search_engine is None)).engine_dir
+    for name in ("memshare.json", "libtrtllm_memshare_plugin.so", "model/tokenizer.json"):
+        (built / name).unlink(missing_ok=True)
+    engine = build_engine(plan(adopt=True, search_engine=search_engine))
+    assert engine.record.search_engine == (search_engine or "embedded")
+    assert serve(open_runner(engine, 200), boundaries, prompts[:3])[1] > 0
+
+
+def test_what_cannot_be_adopted(trtllm, plan, bundled_model, tmp_path):
+    with pytest.raises(UserError, match=r"no engine to adopt at .*engine: it has no config.json"):
+        build_engine(plan(adopt=True))
+    built = build_engine(plan(memshare=False)).engine_dir
+    (built / "memshare.json").unlink()
+    edit_json(built / "config.json", build_config__max_beam_width=2)
+    with pytest.raises(UserError, match="max_beam_width 2, expected 1"):
+        build_engine(plan(adopt=True, search_engine="separate"))
+    assert not (built / "memshare.json").exists()
+    with pytest.raises(UserError, match=r"--adopt is for engines of TensorRT-LLM, got backend torch"):
+        plan_build(BuildOptions(bundled_model, tmp_path / "e", backend="torch", adopt=True))

@@ -37,6 +37,7 @@ class BuildOptions:
       config_file: JSON ``{"build": {...}, "memshare": {...}}``; the command line wins over it.
       search_engine: where a TensorRT engine's search runs: embedded (default) or separate; needs ``memshare``.
       plugin_library: the built plugin library of a TensorRT engine with a search.
+      adopt: add memshare.json to an engine that TensorRT-LLM left in ``output_dir`` instead of building one.
     """
 
     model_dir: Path = DEFAULT_MODEL_DIR
@@ -50,6 +51,7 @@ class BuildOptions:
     force: bool = False
     search_engine: str | None = None
     plugin_library: Path = Path("build/plugins/libtrtllm_memshare_plugin.so")
+    adopt: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class BuildPlan:
       engine: as it will be; its checkpoint is still the source.
       backend_reason: which backend was chosen and why, in words.
       tensorrt: what TensorRT-LLM will be asked for, None on the torch backend.
+      adopt: see ``BuildOptions``.
     """
 
     engine: Engine
     backend_reason: str
     force: bool
     tensorrt: EnginePlan | None = None
+    adopt: bool = False
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
@@ -87,7 +91,10 @@ def plan_build(options: BuildOptions) -> BuildPlan:
             f"max_seq_len must be at most the model's max_position_embeddings {checkpoint.max_position_embeddings}, "
             f"got {build.max_seq_len} (lower --max-seq-len)"
         )
-    check_target(options.output_dir, options.force)
+    if options.adopt and backend != "tensorrt":
+        raise UserError(f"--adopt is for engines of TensorRT-LLM, got backend {backend} (add --backend tensorrt)")
+    if not options.adopt:
+        check_target(options.output_dir, options.force)
     tensorrt = None
     if backend == "tensorrt":
         tensorrt = _plan_tensorrt(options, checkpoint, build, memshare)
@@ -98,15 +105,17 @@ def plan_build(options: BuildOptions) -> BuildPlan:
             f"add --backend tensorrt)"
         )
     engine = Engine(options.output_dir, backend, checkpoint, build, memshare)
-    return BuildPlan(engine, reason, options.force, tensorrt)
+    return BuildPlan(engine, reason, options.force, tensorrt, options.adopt)
 
 
 def build_engine(plan: BuildPlan) -> Engine:
     """Writes the engine directory and reads it back. Raises UserError if it cannot be written."""
     engine = plan.engine
     if plan.tensorrt is not None:
-        from trtllm_memshare.trtllm.engine.builder import build_tensorrt_engine
+        from trtllm_memshare.trtllm.engine.builder import adopt_engine, build_tensorrt_engine
 
+        if plan.adopt:
+            return adopt_engine(plan.tensorrt, engine.engine_dir)
         return build_tensorrt_engine(plan.tensorrt, engine.engine_dir, plan.force)
     return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force)
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, copy_small_files, replace_engine, write_json
+from trtllm_memshare.engine.engine_dir import (
+    FORMAT_VERSION,
+    Engine,
+    copy_small_files,
+    load_engine,
+    replace_engine,
+    write_json,
+)
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.engine.build_plan import (
     CALIBRATED,
@@ -18,7 +25,7 @@ from trtllm_memshare.trtllm.engine.build_plan import (
     build_settings,
     plugin_settings,
 )
-from trtllm_memshare.trtllm.engine.directory import engine_dtype
+from trtllm_memshare.trtllm.engine.directory import engine_dtype, spec_of
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt
 from trtllm_memshare.trtllm.engine.plugins import load_memshare_plugin, load_trtllm_plugins
 from trtllm_memshare.trtllm.engine.record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
@@ -52,6 +59,34 @@ def build_tensorrt_engine(plan: EnginePlan, output_dir: Path, force: bool) -> En
         write_memshare_files(plan, folder, trt.__version__, capability)
 
     return replace_engine(output_dir, force, fill)
+
+
+def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
+    """Adds what this project needs to an engine that TensorRT-LLM built: memshare.json, plugin library, tokenizer.
+
+    The engine is one of ``model_cls.py``'s classes, or any other with ``--search-engine separate``.
+
+    Raises:
+      UserError: no engine there, or one that sharing cannot work with; memshare.json is not left behind then.
+    """
+    trt = import_tensorrt()
+    capability = gpu_capability()
+    if not (engine_dir / "config.json").is_file():
+        raise UserError(
+            f"there is no engine to adopt at {engine_dir}: it has no config.json (build one with trtllm-build, or "
+            f"leave out --adopt)"
+        )
+    (engine_dir / "model").mkdir(exist_ok=True)
+    write_memshare_files(plan, engine_dir, trt.__version__, capability)
+    try:
+        engine = load_engine(engine_dir)
+        if plan.search_engine == "separate":
+            load_memshare_plugin(trt, engine_dir / PLUGIN_FILE)
+            (engine_dir / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, spec_of(engine), plan.max_pairs))
+    except UserError:
+        (engine_dir / "memshare.json").unlink()
+        raise
+    return engine
 
 
 def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, capability: tuple[int, int]) -> None:

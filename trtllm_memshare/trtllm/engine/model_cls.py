@@ -2,7 +2,7 @@
 
 Importing this file loads the plugin library that ``TRTLLM_MEMSHARE_PLUGIN`` names; ``TRTLLM_MEMSHARE_MAX_PAIRS`` sets
 the pairs of one search. With ``--workers`` above 1 TensorRT-LLM pickles the class by a module name that other processes
-do not know, so build with one worker. ``build_engine.py --adopt`` then adds memshare.json to the engine.
+do not know, so build with one worker. ``build_engine.py --adopt`` then makes it an engine directory of this project.
 """
 
 from __future__ import annotations
