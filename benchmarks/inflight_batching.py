@@ -50,6 +50,9 @@ def main() -> None:
         default="fold",
         help="read a block that a table names m times once, weighted (fold), or m times, as TensorRT-LLM does (repeat)",
     )
+    parser.add_argument(
+        "--engine-cuda-graphs", action="store_true", help="CUDA graphs of a TensorRT engine's pure decode steps"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     options = BenchmarkOptions.from_arguments(parser.parse_args())

@@ -55,7 +55,7 @@ def test_every_variant_gives_the_figures_of_the_torch_backend(
     tmp_path, bundled_model, dataset, expected, fake_tensorrt, search_engine
 ):
     folder = write_engine_dir(tmp_path / "engine", bundled_model, search_engine)
-    report, texts = benchmark(folder, dataset)
+    report, texts = benchmark(folder, dataset, engine_cuda_graphs=search_engine == "embedded")
     assert texts == expected[1]
     for got, wanted in zip(report["variants"], expected[0]["variants"], strict=True):
         assert {k: got.get(k) for k in EXACT} == {k: wanted.get(k) for k in EXACT}
@@ -63,6 +63,7 @@ def test_every_variant_gives_the_figures_of_the_torch_backend(
     assert aligned["shared_block_fraction"] > 0
     assert sum(aligned["rejected"].values()) > 0
     assert report["engine"]["backend"] == "tensorrt"
+    assert ("CUDA graphs" in report["decode_attention"]) == (search_engine == "embedded")
     assert report["block_distances"].startswith("MemShareBlockSearch in")
     assert len(fake_tensorrt.engines) == (2 if search_engine == "separate" else 1)
 

@@ -20,6 +20,7 @@ def open_runner(
     device: str = "auto",
     fold_aliases: bool = True,
     communicator: Communicator | None = None,
+    use_graphs: bool = False,
 ) -> BenchmarkedRunner:
     """A runner over an engine directory.
 
@@ -29,6 +30,7 @@ def open_runner(
       device: auto, cpu or cuda; an engine of the TensorRT backend runs on cuda only.
       fold_aliases: see ``plan_step``; TensorRT-LLM reads every alias.
       communicator: of the ranks of an engine that was built for several.
+      use_graphs: replay CUDA graphs of a TensorRT engine's pure decode steps; the torch runner decides for itself.
 
     Raises:
       UserError: the engine cannot run on that device or this machine.
@@ -47,7 +49,7 @@ def open_runner(
             )
         from trtllm_memshare.runners.tensorrt.open import open_tensorrt_runner
 
-        return open_tensorrt_runner(engine, num_blocks)
+        return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs)
     from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
     model = load_model(engine.model_dir, choose_device(device))

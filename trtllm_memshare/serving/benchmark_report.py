@@ -57,6 +57,7 @@ class BenchmarkOptions:
     plot: Path | None = None
     output_texts: Path | None = None
     read_aliases: str = "fold"
+    engine_cuda_graphs: bool = False
     device: str = "auto"
     seed: int = 0
 
@@ -101,7 +102,16 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         seed=options.seed,
     )
     ranks = _connect(engine)
-    bench = _Bench(engine, tokenizer, items, load, options.device, options.read_aliases == "fold", ranks)
+    bench = _Bench(
+        engine,
+        tokenizer,
+        items,
+        load,
+        options.device,
+        options.read_aliases == "fold",
+        ranks,
+        options.engine_cuda_graphs,
+    )
     if ranks is not None and not ranks.is_leader:
         bench.follow()
         return {}
@@ -151,8 +161,9 @@ class _Bench:
         device: str,
         fold: bool,
         ranks: Ranks | None = None,
+        use_graphs: bool = False,
     ) -> None:
-        self._ranks = ranks
+        self._ranks, self._use_graphs = ranks, use_graphs
         self._engine, self._tokenizer, self._items, self._load = engine, tokenizer, items, load
         self._device, self._fold = device, fold
         self._first: list[RequestResult] = []
@@ -178,7 +189,9 @@ class _Bench:
             communicator = None if self._ranks is None else self._ranks.communicator
             if communicator is not None and communicator.rank == 0:
                 communicator.broadcast(num_blocks)
-            self._runner = open_runner(self._engine, num_blocks, self._device, self._fold, communicator)
+            self._runner = open_runner(
+                self._engine, num_blocks, self._device, self._fold, communicator, self._use_graphs
+            )
         return self._runner
 
     def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def open_tensorrt_runner(
     engine: Engine,
     num_blocks: int,
     rank: int = 0,
-    use_graphs: bool = True,
+    use_graphs: bool = False,
     all_reduce_workspace: torch.Tensor | None = None,
 ) -> TensorRTRunner:
     """A runner over one rank's engine.

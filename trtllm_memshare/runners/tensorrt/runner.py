@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,8 +77,8 @@ class TensorRTRunner:
       num_blocks: blocks of the pool.
       device: where the pool lies and the engine runs.
       inv_freq: float32 ``[head_dim / 2]``, the model's rotary frequencies.
-      search: a search beside the engine; None = the plugin inside it, if it has one.
-      use_graphs: replay CUDA graphs in pure decode steps.
+      search: makes a search beside the engine from the pool; None = the plugin inside it, if it has one.
+      use_graphs: replay CUDA graphs in pure decode steps, see ``DecodeGraphs``.
       all_reduce_workspace: see ``Bindings``.
 
     Attributes:
@@ -92,7 +93,7 @@ class TensorRTRunner:
         num_blocks: int,
         device: Device,
         inv_freq: torch.Tensor,
-        search: Any = None,
+        search: Callable[[torch.Tensor], SeparateSearch] | None = None,
         use_graphs: bool = False,
         all_reduce_workspace: torch.Tensor | None = None,
     ) -> None:
@@ -104,7 +105,7 @@ class TensorRTRunner:
             (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.tokens_per_block, spec.head_dim),
             getattr(torch, spec.kv_dtype),
         )
-        self._separate: SeparateSearch | None = search(self.pool) if search is not None else None
+        self._separate = search(self.pool) if search is not None else None
         self.search: Described = self._separate or (EmbeddedSearch() if spec.max_pairs else NoSearch())
         self._max_pairs = self._separate.max_pairs if self._separate is not None else spec.max_pairs
         self._bindings = Bindings(device, spec, self.pool, inv_freq, all_reduce_workspace)
@@ -114,7 +115,11 @@ class TensorRTRunner:
         sums = (max(1, spec.max_pairs), spec.num_layers, 4)
         self._sums = [device.host_tensor(sums, torch.float32) for _ in range(2)]
         self._contexts = [_new_context(engine, i, device.stream) for i in range(engine.num_optimization_profiles)]
-        self._graphs = DecodeGraphs(device, spec) if use_graphs else None
+        self._graphs: DecodeGraphs | None = None
+        if use_graphs:
+            last = engine.num_optimization_profiles - 1
+            profile = 0 if last == 0 else self._profile(spec.max_batch_size)
+            self._graphs = DecodeGraphs(device, spec, lambda: _new_context(engine, profile, device.stream))
         self.decode_description = f"TensorRT-LLM's attention plugin on {device.description}"
         if use_graphs:
             self.decode_description += ", CUDA graphs for pure decode steps"
@@ -142,9 +147,9 @@ class TensorRTRunner:
         self._staging.upload(inputs.packed)
         if inputs.uses_graph and self._graphs is not None:
             past = self._staging.host_view(inputs.packed, "host_past_key_value_lengths")
-            self._graphs.run(inputs.run, past, lambda: self._enqueue(inputs))
+            self._graphs.run(inputs.run, past, lambda context: self._enqueue(inputs, context))
         else:
-            self._enqueue(inputs)
+            self._enqueue(inputs, self._contexts[self._profile(len(inputs.run.input_ids))])
         distances = self._take_distances(inputs)
         self._device.end()
         if not self.spec.is_last_pp_rank:
@@ -152,8 +157,7 @@ class TensorRTRunner:
         logits = self._bindings.outputs.last[: len(inputs.batch.chunk_lengths), : self.vocab_size]
         return StepOutput(logits.float(), distances)
 
-    def _enqueue(self, inputs: TensorRTInputs) -> None:
-        context = self._contexts[self._profile(len(inputs.run.input_ids))]
+    def _enqueue(self, inputs: TensorRTInputs, context: Any) -> None:
         self._bindings.bind(context, inputs.run, inputs.packed)
         if not context.execute_async_v3(self._device.stream):
             raise RuntimeError("TensorRT did not enqueue the step; its log says why")
