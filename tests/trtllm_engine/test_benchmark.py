@@ -8,8 +8,12 @@ import pytest
 from trtllm_engine.conftest import SIZES, write_engine_dir
 
 from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
+from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.torch.runner import load_model
 from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, run_benchmark
+from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.triton.token_model import make_executor
 
 VARIANTS = ("full", "aligned", "paper", "lexical", "random")
 EXACT = ("accuracy", "mean_output_tokens", "peak_used_blocks", "shared_block_fraction", "refused", "rejected",
@@ -76,3 +80,14 @@ def test_controls_that_need_attention_of_our_own_are_refused(tmp_path, bundled_m
         UserError, match=rf"the control {control} .* \(run this variant on an engine of --backend torch"
     ):
         run_benchmark(options, "command")
+
+
+def test_triton_s_executor_runs_on_an_engine(tmp_path, bundled_model, prompts, fake_tensorrt):
+    engine = load_engine(write_engine_dir(tmp_path / "engine", bundled_model))
+    executor, description = make_executor(engine, 70, "GUARANTEED_NO_EVICT")
+    with executor:
+        result = executor.submit(prompts[0], SamplingParams(8)).result(30)
+    assert len(result.token_ids) == 8
+    assert "MemShareBlockSearch inside the engine" in description
+    with pytest.raises(UserError, match=r"needs model.safetensors, found no weights"):
+        load_model(engine.model_dir)  # what scripts for the torch backend do
