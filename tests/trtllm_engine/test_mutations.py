@@ -142,3 +142,36 @@ def test_a_fault_is_caught(make_runner, bundled_model, boundaries, prompts, muta
     runner = make_runner(bundled_model, runner_class=mutation)
     with pytest.raises(ContractError):
         drive(runner, boundaries, prompts)
+
+
+class RemapForgotten(TensorRTRunner):
+    """Reads a block on after sharing has freed it: the table of a request keeps the entries it once had."""
+
+    def prepare(self, batch):
+        self.tables = getattr(self, "tables", {})
+        offsets = batch.block_offsets.copy()
+        for row in range(batch.num_contexts, offsets.shape[1]):
+            first, length = int(offsets[0, row, 0, 0]), int(batch.sequence_lengths[row])
+            used = (length - 1) // self.tokens_per_block  # the last block is still being written
+            known = self.tables.get(first)
+            if known is not None and known[0] < length:
+                width = min(known[1].shape[1], used)
+                offsets[0, row, :, :width] = known[1][:, :width]
+            self.tables[first] = length, offsets[0, row, :, :used].copy()
+        return super().prepare(replace(batch, block_offsets=offsets))
+
+
+def test_a_block_that_is_read_after_it_was_freed_is_caught(make_runner, bundled_model, boundaries, prompts):
+    """Its next owner writes to it while this request still names it."""
+    config = make_config("lexical", protected_tokens=16, protected_steps=0, search_interval=1)
+
+    def serve(runner):
+        executor = Executor(runner, config, boundaries, 1024, 4, 64)
+        for prompt in prompts[:3]:
+            executor.submit(prompt, SamplingParams(230))
+        executor.run_until_idle()
+        return executor.manager.stats().shared
+
+    assert serve(make_runner(bundled_model, 70)) > 0
+    with pytest.raises(ContractError, match=r"named more than once|nobody wrote"):
+        serve(make_runner(bundled_model, 70, runner_class=RemapForgotten))

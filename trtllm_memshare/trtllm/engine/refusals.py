@@ -6,7 +6,7 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 
-_REUSE = ("enable_block_reuse", "enable_kv_cache_reuse", "enable_partial_reuse")
+_REUSE = ("enable_block_reuse", "enable_kv_cache_reuse")  # of KvCacheConfig, and of Triton's backend
 
 
 def check_engine_config(config: dict[str, Any], where: str) -> None:

@@ -81,11 +81,10 @@ def add_search_to(network: Any, tensors: list[Any], spec: EngineSpec) -> Any:
     creator = trt.get_plugin_registry().get_creator(*PLUGIN)
     if creator is None:
         raise UserError(f"the plugin {PLUGIN[0]} is not registered (load its library first: load_memshare_plugin)")
+    # Fields point at these arrays, so they live until the plugin has read them.
+    values = {name: np.array([value], np.int32) for name, value in plugin_fields(spec).items()}
     fields = trt.PluginFieldCollection(
-        [
-            trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
-            for name, value in plugin_fields(spec).items()
-        ]
+        [trt.PluginField(name, value, trt.PluginFieldType.INT32) for name, value in values.items()]
     )
     plugin = creator.create_plugin("memshare_block_search", fields, trt.TensorRTPhase.BUILD)
     if plugin is None:
