@@ -64,7 +64,8 @@ class Registry:
 
 
 class FakeTensorRT:
-    """The module: hand it to what imports ``tensorrt``. ``device``: whose memory and stream engines use."""
+    """The module: hand it to what imports ``tensorrt``. ``device``: whose memory and stream engines use. ``links``: to
+    the engines of other ranks."""
 
     DataType, TensorIOMode = DataType, TensorIOMode
     LayerType, IPluginV3Layer = LayerType, PluginV3Layer
@@ -74,7 +75,7 @@ class FakeTensorRT:
 
     def __init__(self, device, version=__version__):
         self.__version__, self.device, self.registry = version, device, Registry(self)
-        self.engines = []
+        self.engines, self.links = [], None
 
     class Logger:
         INFO, WARNING, ERROR = 2, 1, 0
@@ -102,7 +103,7 @@ class _Runtime:
         needs_plugin = plan["max_pairs"] > 0
         if needs_plugin and self._module.registry.get_creator("MemShareBlockSearch", "1", "trtllm_memshare") is None:
             return None
-        engine = FakeEngine(plan, self._module.device)
+        engine = FakeEngine(plan, self._module.device, self._module.links)
         self._module.engines.append(engine)
         return engine
 
@@ -149,14 +150,23 @@ def engine_tensors(plan, decoder):
         "host_context_progress": ("int64", (1,), "host", False),
         "logits": ("float32", ("B", decoder.config["vocab_size"]), "device", True),
     }
+    hidden = decoder.config["hidden_size"]
+    if not decoder.is_first:  # prepare_basic_inputs: later stages take hidden states and no positions
+        del table["input_ids"], table["position_ids"]
+        table["hidden_states_input"] = ("float32", ("T", hidden), "device", False)
+    if not decoder.is_last:
+        del table["last_token_ids"], table["logits"]
+        table["hidden_states_output"] = ("float32", ("T", hidden), "device", True)
+    if decoder.links.tp_size > 1:  # CustomAllReduceHelper: 7 pointers per rank and 3 counters
+        table["all_reduce_workspace"] = ("int64", (7 * decoder.links.tp_size + 3,), "host", False)
     return {**table, **(extra if plan["max_pairs"] else {})}
 
 
 class FakeEngine:
-    def __init__(self, plan, device):
+    def __init__(self, plan, device, links=None):
         self.plan, self.device = plan, device
         fields = plan.get("fields")  # of a search alone, built by the stand-in's builder
-        self.decoder = SearchedPool(fields) if fields else NumpyDecoder(plan["model_dir"])
+        self.decoder = SearchedPool(fields) if fields else NumpyDecoder(plan["model_dir"], links)
         self.tensors = engine_tensors(plan, self.decoder)
         self.ranges = {
             "T": (1, plan.get("max_num_tokens", 1)),
@@ -276,7 +286,7 @@ def _run_decoder(engine, inputs, captured):
     pool_bytes = engine.device.size_from(int(pointers[0, 0]))
     step = PagedStep(int(pointers[0, 0]), pool_bytes, engine.decoder, size, inputs, plan["kv_dtype"])
     _check_table(engine, step, inputs, captured)
-    results = {"logits": engine.decoder.forward(step)}
+    results = {"logits" if engine.decoder.is_last else "hidden_states_output": engine.decoder.forward(step)}
     engine.seen_offsets.append(inputs["kv_cache_block_offsets"].copy())
     if plan["max_pairs"]:
         require(inputs["memshare_pool_pointers"][0] == pointers[0, 0], "the search reads another pool")
@@ -290,11 +300,14 @@ def _check_lengths(plan, inputs, captured):
     require(set(types.tolist()) <= {0, 1} and (np.diff(types) >= 0).all(), f"request types {types.tolist()}")
     is_generation = types == 1
     queries = np.where(is_generation, 1, contexts)
-    require(queries.sum() == len(inputs["input_ids"]), f"{len(inputs['input_ids'])} tokens for chunks {queries}")
-    require((inputs["last_token_ids"] == np.cumsum(queries)).all(), "last_token_ids is no inclusive sum of the chunks")
+    num_tokens = len(inputs.get("input_ids", inputs.get("hidden_states_input")))
+    require(queries.sum() == num_tokens, f"{num_tokens} tokens for chunks {queries}")
+    last = inputs.get("last_token_ids", np.cumsum(queries))
+    require((last == np.cumsum(queries)).all(), "last_token_ids is no inclusive sum of the chunks")
     ends = np.cumsum(queries)
     expected = np.concatenate([np.arange(n - q, n) for q, n in zip(queries, lengths, strict=True)])
-    require((inputs["position_ids"] == expected).all(), f"positions {inputs['position_ids']}, expected {expected}")
+    positions = inputs.get("position_ids", expected)
+    require((positions == expected).all(), f"positions {positions}, expected {expected}")
     require((lengths[is_generation] > contexts[is_generation]).all(), "a generation request is as short as its prompt")
     require(lengths.max() <= plan["max_seq_len"] and ends[-1] <= plan["max_num_tokens"], "a sequence is too long")
     if captured:  # values of the capture, which served every step since
@@ -311,7 +324,7 @@ def _check_lengths(plan, inputs, captured):
     require(inputs["host_context_progress"][0] == 0, "context progress")
     knobs = inputs["host_runtime_perf_knobs"]
     require(set(knobs[:2].tolist()) <= {-1, 0, 1} and (knobs[2:] == -1).all(), f"perf knobs {knobs.tolist()}")
-    require((inputs["input_ids"] >= 0).all(), "negative token ids")
+    require((inputs.get("input_ids", expected) >= 0).all(), "negative token ids")
     return is_generation
 
 

@@ -62,6 +62,10 @@ class HostDevice:
         """Bytes from ``address`` to the end of its allocation."""
         return next(s + n - address for r, s, n, _ in self.allocations if r() is not None and s <= address < s + n)
 
+    def adopt(self, tensor):
+        """Counts a tensor on the host as memory of this device's."""
+        self.allocations.append((weakref.ref(tensor), tensor.data_ptr(), tensor.nbytes, "host"))
+
     def _allocate(self, shape, dtype, kind):
         count = torch.Size(shape).numel() * dtype.itemsize
         raw = torch.zeros(count + 256, dtype=torch.uint8)

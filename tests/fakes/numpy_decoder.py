@@ -17,36 +17,61 @@ from safetensors.numpy import load_file
 NULL = np.iinfo(np.int32).max
 
 
+class Alone:
+    """Links of a model that is in one piece. Others add attention over tensor-parallel ranks, and pass hidden states
+    from stage to stage, as TensorRT-LLM's engines do inside themselves (allreduce, send and recv of functional.py)."""
+
+    tp_size, tp_rank, pp_size, pp_rank = 1, 0, 1, 0
+
+    def add(self, partial):
+        return partial
+
+
 class NumpyDecoder:
-    def __init__(self, model_dir):
+    """One rank's layers and heads. ``links``: to the other ranks."""
+
+    def __init__(self, model_dir, links=None):
+        self.links = links or Alone()
         self.config = json.loads((Path(model_dir) / "config.json").read_text())
         self.weights = load_file(Path(model_dir) / "model.safetensors")
-        c = self.config
-        self.num_layers, self.heads = c["num_hidden_layers"], c["num_attention_heads"]
-        self.kv_heads = c["num_key_value_heads"]
-        self.dim = c.get("head_dim") or c["hidden_size"] // self.heads
+        c, tp_size = self.config, self.links.tp_size
+        self.dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        self.num_layers = c["num_hidden_layers"] // self.links.pp_size
+        self.first_layer = self.num_layers * self.links.pp_rank
+        self.is_first, self.is_last = self.links.pp_rank == 0, self.links.pp_rank == self.links.pp_size - 1
+        self.heads, self.kv_heads = c["num_attention_heads"] // tp_size, c["num_key_value_heads"] // tp_size
+        for name, weight in self.weights.items():
+            if ".self_attn." in name and "_norm" not in name:
+                axis = 1 if "o_proj" in name else 0
+                self.weights[name] = np.array_split(weight, tp_size, axis)[self.links.tp_rank]
         rope = c.get("rope_parameters") or {}
         theta = rope.get("rope_theta", c.get("rope_theta", 10000.0))
         self.inv_freq = (1.0 / theta ** (np.arange(0, self.dim, 2) / self.dim)).astype(np.float32)
 
     def forward(self, step):
-        """Logits of each sequence's last token; writes K and V of every token to the pool."""
+        """Logits of each sequence's last token, or hidden states; writes K and V of every token to the pool."""
         w, eps = self.weights, self.config["rms_norm_eps"]
-        x = w["model.embed_tokens.weight"][step.input_ids]
+        if self.is_first:
+            x = w["model.embed_tokens.weight"][step.input_ids]
+        else:
+            x = self.links.receive((len(step.position_ids), self.config["hidden_size"]))
         angle = step.position_ids[:, None].astype(np.float64) * self.inv_freq.astype(np.float64)
         cos, sin = np.cos(angle).astype(np.float32)[:, None], np.sin(angle).astype(np.float32)[:, None]
         for layer in range(self.num_layers):
-            p = f"model.layers.{layer}."
+            p = f"model.layers.{self.first_layer + layer}."
             h = _norm(x, w[p + "input_layernorm.weight"], eps)
             q, k, v = (self._project(h, p + f"self_attn.{n}_proj").reshape(len(x), -1, self.dim) for n in "qkv")
             if p + "self_attn.q_norm.weight" in w:
                 q, k = (_norm(t, w[p + f"self_attn.{n}_norm.weight"], eps) for t, n in ((q, "q"), (k, "k")))
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             attended = self._attend(layer, q, k, v, step)
-            x = x + self._project(attended.reshape(len(x), -1), p + "self_attn.o_proj")
+            x = x + self.links.add(self._project(attended.reshape(len(x), -1), p + "self_attn.o_proj"))
             h = _norm(x, w[p + "post_attention_layernorm.weight"], eps)
             gate, up = (self._project(h, p + f"mlp.{n}_proj") for n in ("gate", "up"))
             x = x + self._project(gate / (1 + np.exp(-gate)) * up, p + "mlp.down_proj")
+        if not self.is_last:
+            self.links.send(x)
+            return x
         x = _norm(x, w["model.norm.weight"], eps)[step.last_token_ids - 1]
         return x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
 
@@ -89,11 +114,12 @@ class PagedStep:
         unit_bytes = decoder.kv_heads * size * decoder.dim * np.dtype(kv_dtype).itemsize
         shape = (pool_bytes // unit_bytes, decoder.kv_heads, size, decoder.dim)
         self.units = array_at(pool_address, kv_dtype, shape)
-        self.input_ids, self.position_ids = inputs["input_ids"], inputs["position_ids"]
-        self.last_token_ids, self.offsets = inputs["last_token_ids"], inputs["kv_cache_block_offsets"][0]
-        is_generation = inputs["is_generation"]
+        self.input_ids, self.last_token_ids = inputs.get("input_ids"), inputs.get("last_token_ids")
+        self.offsets, is_generation = inputs["kv_cache_block_offsets"][0], inputs["is_generation"]
         self.query_lengths = np.where(is_generation, 1, inputs["context_lengths"])
         self.lengths = inputs["sequence_length"]
+        spans = zip(self.query_lengths, self.lengths, strict=True)
+        self.position_ids = np.concatenate([np.arange(n - q, n) for q, n in spans])
 
     @staticmethod
     def unit(layer, entries):

@@ -1,12 +1,14 @@
-"""One rank of an engine whose attention heads are split over processes; run by test_ranks.py.
+"""One rank of several, in a process of its own; run by test_ranks.py.
 
-Leaves a digest of the block tables chained over all steps, and what was shared.
+``run`` serves a model whose attention heads are split over the ranks and leaves a digest of the block tables chained
+over all steps, and what was shared.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +118,11 @@ def benchmark(engine_dir: str, rank: int, size: int, rendezvous: str, dataset: s
     return {v["variant"]: v["mean_output_tokens"] for v in report.get("variants", [])}
 
 
-def run_into(path: str, what: str, *arguments) -> None:
+def run_into(path: str, function: Callable[..., dict], *arguments) -> None:
     """Writes the result, or the text of a disagreement, to a file."""
     torch.set_num_threads(1)
     try:
-        result = globals()[what](*arguments)
+        result = function(*arguments)
     except RankDisagreementError as error:
         result = {"error": str(error)}
     Path(path).write_text(json.dumps(result))

@@ -32,15 +32,18 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_random_checkpoint(folder, num_key_value_heads=4, num_hidden_layers=1)
 
 
-def run_ranks(what, place, tmp_path, size, *arguments):
-    """What every rank left. The processes are forked from one that has imported everything once."""
+def run_ranks(function, place, tmp_path, size, *arguments):
+    """What ``function(place, rank, size, rendezvous, *arguments)`` returned on every rank.
+
+    The processes are forked from one that has imported everything once.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["serving.ranked_worker"])
     paths = [tmp_path / f"rank{r}.json" for r in range(size)]
     processes = [
         context.Process(
             target=ranked_worker.run_into,
-            args=(str(p), what, str(place), r, size, str(tmp_path / "rendezvous"), *arguments),
+            args=(str(p), function, str(place), r, size, str(tmp_path / "rendezvous"), *arguments),
         )
         for r, p in enumerate(paths)
     ]
@@ -57,7 +60,7 @@ def run_ranks(what, place, tmp_path, size, *arguments):
 @pytest.mark.parametrize(("size", "rounds", "preset"), [(2, 5, "aligned"), (4, 1, "lexical")])
 def test_ranks_hold_identical_tables_over_thousands_of_steps(checkpoint, tmp_path, size, rounds, preset):
     alone = ranked_worker.run(str(checkpoint), 0, 1, "", rounds, preset, -1)
-    results = run_ranks("run", checkpoint, tmp_path, size, rounds, preset, -1)
+    results = run_ranks(ranked_worker.run, checkpoint, tmp_path, size, rounds, preset, -1)
     assert all(r == results[0] for r in results)
     assert results[0]["steps"] >= 400 * rounds
     assert results[0]["shared"] > 20 * rounds
@@ -65,7 +68,7 @@ def test_ranks_hold_identical_tables_over_thousands_of_steps(checkpoint, tmp_pat
 
 
 def test_every_rank_stops_when_one_differs(checkpoint, tmp_path):
-    for result in run_ranks("run", checkpoint, tmp_path, 2, 1, "aligned", 50):
+    for result in run_ranks(ranked_worker.run, checkpoint, tmp_path, 2, 1, "aligned", 50):
         assert "block tables or candidates of ranks [1] differ from those of rank 0 at decision " in result["error"]
         assert "restart all ranks" in result["error"]
 
@@ -156,7 +159,7 @@ def test_tokens_come_from_the_rank_that_has_the_logits():
 
 
 def test_requests_reach_rank_0_and_run_on_all(checkpoint, tmp_path, prompts):
-    first, second = run_ranks("serve", checkpoint, tmp_path, 2, prompts[:4])
+    first, second = run_ranks(ranked_worker.serve, checkpoint, tmp_path, 2, prompts[:4])
     assert all(len(tokens) == 60 for tokens in first["outputs"])
     assert first["steps"] >= 60
     for key in ("shared", "state", "steps"):
@@ -169,7 +172,7 @@ def test_the_benchmark_runs_on_every_rank_and_rank_0_reports(checkpoint, tmp_pat
     dataset = tmp_path / "data.jsonl"
     rows = [{"task_id": i, "input_ids": p, "output_tokens": 20} for i, p in enumerate(prompts[:3])]
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = run_ranks("benchmark", engine_dir, tmp_path, 2, str(dataset))
+    first, second = run_ranks(ranked_worker.benchmark, engine_dir, tmp_path, 2, str(dataset))
     assert first == {"full": 20.0, "lexical": 20.0}
     assert second == {}
 
