@@ -50,10 +50,15 @@ def main() -> None:
         default="fold",
         help="read a block that a table names m times once, weighted (fold), or m times, as TensorRT-LLM does (repeat)",
     )
+    parser.add_argument(
+        "--engine-cuda-graphs", action="store_true", help="CUDA graphs of a TensorRT engine's pure decode steps"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     options = BenchmarkOptions.from_arguments(parser.parse_args())
     report = run_benchmark(options, command=" ".join(["python", *sys.argv]))
+    if not report:
+        return  # not rank 0
     for variant in report["variants"]:
         variant.pop("timeline")
     print(json.dumps(report))

@@ -33,7 +33,23 @@ def main() -> None:
             metavar=None if is_text else "N",
             help=f"{field.description} (default: {default})",
         )
+    parser.add_argument(
+        "--search-engine",
+        help="embedded (default): the search inside the model's engine; separate: memshare.engine beside an engine "
+        "that stays as TensorRT-LLM builds it; for --backend tensorrt",
+    )
+    parser.add_argument(
+        "--plugin-library",
+        type=Path,
+        default=defaults.plugin_library,
+        help="for --backend tensorrt (default: %(default)s)",
+    )
     parser.add_argument("--config", type=Path, help='JSON file: {"build": {...}, "memshare": {...}}; options win')
+    parser.add_argument(
+        "--adopt",
+        action="store_true",
+        help="--output-dir holds an engine of trtllm-build: add what sharing needs to it",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan as JSON, write nothing")
     parser.add_argument("--force", action="store_true", help="replace an engine that is there")
     arguments = parser.parse_args()
@@ -48,6 +64,9 @@ def main() -> None:
             build={name: getattr(arguments, name) for name in BuildConfig.model_fields},
             config_file=arguments.config,
             force=arguments.force,
+            search_engine=arguments.search_engine,
+            plugin_library=arguments.plugin_library,
+            adopt=arguments.adopt,
         )
     )
     print(f"backend: {plan.backend_reason}")

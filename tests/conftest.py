@@ -36,20 +36,20 @@ def write_random_checkpoint(folder: Path, family: str = "qwen2", **changes) -> P
     """A two-layer model with random weights and the bundled tokenizer."""
     config_class, model_class, extra = _FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-        initializer_range=0.2,
-        **{**extra, **changes},
-    )
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "initializer_range": 0.2,
+    }
+    config = config_class(**{**sizes, **extra, **changes})
     model_class(config).save_pretrained(folder)
     save_tokenizer(512, folder)
     return folder

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml
 
+from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.triton.metrics import GAUGES, REFUSED
+from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
@@ -86,3 +88,15 @@ def test_the_figures_of_the_pytorch_backend_are_those_of_the_reports():
         if row["preset"] != "full":
             shared = f"{100 * row['shared_block_fraction']:.1f} %"
             assert re.search(rf"\| {row['policy']} \| {row['ratio']:.2f} \| .* \| {shared} \|", PYTORCH), row
+
+
+def test_the_page_on_tensorrt_llm_names_what_is_used_and_what_exists():
+    page = (ROOT / "docs" / "tensorrt_llm.md").read_text()
+    for entry in (*BUILDER, *PARALLEL):
+        assert f"`{entry.module}.{entry.name}`" in page, entry.name
+    for path in re.findall(r"`((?:trtllm_memshare|tests|build_scripts|benchmarks)/[\w./]+)`", page):
+        assert (ROOT / path).exists(), path
+    scripts = "".join(p.read_text() for p in (ROOT / "build_scripts").glob("*.py"))
+    for option in ("--dry-run", "--search-engine", "--quantization", "--kv-cache-dtype", "--tp-size", "--pp-size"):
+        assert option in page
+        assert option in scripts or option[2:].replace("-", "_") in BuildConfig.model_fields

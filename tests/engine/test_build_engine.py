@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -99,7 +100,17 @@ def test_a_build_that_is_there_needs_force(tiny_checkpoint, tmp_path):
         (["--memshare", "--preset", "alligned"], ["unknown preset alligned (did you mean aligned?)"]),
         (["--preset", "paper"], ["--preset needs --memshare"]),
         (["--shadow"], ["--shadow needs --memshare"]),
-        (["--backend", "tensorrt"], ["backend tensorrt cannot be built yet", "(use --backend torch)"]),
+        (["--search-engine", "separate"], ["--search-engine is for the tensorrt backend", "got separate on torch"]),
+        (["--backend", "tensorrt", "--search-engine", "separate"], ["--search-engine needs --memshare"]),
+        (["--backend", "tensorrt", "--memshare", "--search-engine", "embeded"], ["(did you mean embedded?)"]),
+        (["--backend", "tensorrt", "--kv-cache-dtype", "int8"], ["kv_cache_dtype must be auto or fp8", "got int8"]),
+        (["--backend", "tensorrt", "--kv-cache-dtype", "fp8"], ["needs fp8 weights", "add --quantization fp8"]),
+        (["--backend", "tensorrt", "--kv-cache-dtype", "float32"], ["must be auto or fp8", "got float32"]),
+        (["--backend", "tensorrt", "--quantization", "int4"], ["quantization must be one of fp8, w8a16, w4a16"]),
+        (["--backend", "tensorrt", "--pp-size", 3], ["pp_size must divide the model's 2 layers, got 3"]),
+        (["--backend", "tensorrt", "--tp-size", 3], ["tp_size must divide the model's 4 attention heads", "got 3"]),
+        (["--backend", "tensorrt", "--memshare"], ["MemShareBlockSearch cannot be built", "head_dim must be even and"]),
+        (["--backend", "tensorrt", "--max-num-tokens", 8, "--max-batch-size", 8], ["at least tokens_per_block 16"]),
         (["--tp-size", 2], ["tp_size must be 1 on the torch backend, got 2"]),
         (["--pp-size", 2], ["pp_size must be 1 on the torch backend, got 2"]),
         (["--quantization", "fp8"], ["quantization is not available on the torch backend, got fp8"]),
@@ -177,12 +188,24 @@ def test_unknown_and_shortened_options_fail(tiny_checkpoint, tmp_path):
 
 
 def test_the_backend_is_chosen_with_its_reason(tiny_checkpoint, tmp_path, monkeypatch):
-    def reason(found: object) -> str:
-        monkeypatch.setattr(build_module.importlib.util, "find_spec", lambda _: found)
-        return plan_build(BuildOptions(tiny_checkpoint, tmp_path / "e")).backend_reason
+    def reason(version: str, **options) -> str:
+        monkeypatch.setattr(build_module.importlib.metadata, "version", lambda _: version)
+        return plan_build(BuildOptions(tiny_checkpoint, tmp_path / "e", **options)).backend_reason
 
-    assert reason(None) == "torch (tensorrt_llm is not installed)"
-    assert reason(object()) == "torch (tensorrt_llm is installed, but this version has no builder for it)"
+    assert plan_build(BuildOptions(tiny_checkpoint, tmp_path / "e")).backend_reason.startswith(
+        "torch (tensorrt_llm is "
+    )
+    assert reason("1.3.0") == "torch (tensorrt_llm is 1.3.0; engines need 1.2.1)"
+    assert reason("1.2.1") == "tensorrt (tensorrt_llm 1.2.1 is installed)"
+    assert reason("1.2.1", backend="torch") == "torch (asked for)"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_tensorrt_engine_cannot_be_built_without_tensorrt(tiny_checkpoint, tmp_path):
+    done = build(tiny_checkpoint, tmp_path / "out" / "engine", "--backend", "tensorrt")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: a TensorRT engine needs TensorRT 10.14, got No module named 'tensorrt' (pip")
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_preset_is_valid_and_described():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -236,6 +237,13 @@ class KVCacheManager:
         self._stats.aliased_entries = entries - self.pool.num_used
         self._stats.refused = dict(self._remapper.refused)
         return self._stats
+
+    def state_digest(self) -> bytes:
+        """Digest of block tables, reference counts and generations: equal on ranks that did the same."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self._tables, self.pool.ref_count, self.pool.generation):
+            digest.update(array.tobytes())
+        return digest.digest()
 
     def check_integrity(self) -> None:
         """Compares tables and pool; the property tests call it after every operation.

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trtllm_memshare
-from trtllm_memshare.engine.build_config import parse_build_config
-from trtllm_memshare.engine.checkpoint import read_checkpoint, read_json
-from trtllm_memshare.engine.engine_dir import Engine, check_target, trtllm_config, write_engine
+from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
+from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint, read_json
+from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION, Engine, check_target, trtllm_config, write_engine
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.config import MemShareConfig, make_config
 
+if TYPE_CHECKING:
+    from trtllm_memshare.trtllm.engine.build_plan import EnginePlan
+
 DEFAULT_MODEL_DIR = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
 _GIB = 2**30
+_ONLY_OURS = (
+    "runs with: this project's executor and its Triton model; TensorRT-LLM's own executor and Triton's stock "
+    "tensorrtllm backend know neither its extra inputs nor how to share"
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,9 @@ class BuildOptions:
       preset: name in ``PRESETS``; ``aligned`` if neither it nor the file gives one.
       build: fields of ``BuildConfig`` as given, None = not given.
       config_file: JSON ``{"build": {...}, "memshare": {...}}``; the command line wins over it.
+      search_engine: where a TensorRT engine's search runs: embedded (default) or separate; needs ``memshare``.
+      plugin_library: the built plugin library of a TensorRT engine with a search.
+      adopt: add memshare.json to an engine that TensorRT-LLM left in ``output_dir`` instead of building one.
     """
 
     model_dir: Path = DEFAULT_MODEL_DIR
@@ -39,6 +49,9 @@ class BuildOptions:
     build: dict[str, Any] | None = None
     config_file: Path | None = None
     force: bool = False
+    search_engine: str | None = None
+    plugin_library: Path = Path("build/plugins/libtrtllm_memshare_plugin.so")
+    adopt: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,15 @@ class BuildPlan:
     Attributes:
       engine: as it will be; its checkpoint is still the source.
       backend_reason: which backend was chosen and why, in words.
+      tensorrt: what TensorRT-LLM will be asked for, None on the torch backend.
+      adopt: see ``BuildOptions``.
     """
 
     engine: Engine
     backend_reason: str
     force: bool
+    tensorrt: EnginePlan | None = None
+    adopt: bool = False
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
@@ -74,14 +91,32 @@ def plan_build(options: BuildOptions) -> BuildPlan:
             f"max_seq_len must be at most the model's max_position_embeddings {checkpoint.max_position_embeddings}, "
             f"got {build.max_seq_len} (lower --max-seq-len)"
         )
-    check_target(options.output_dir, options.force)
+    if options.adopt and backend != "tensorrt":
+        raise UserError(f"--adopt is for engines of TensorRT-LLM, got backend {backend} (add --backend tensorrt)")
+    if not options.adopt:
+        check_target(options.output_dir, options.force)
+    tensorrt = None
+    if backend == "tensorrt":
+        tensorrt = _plan_tensorrt(options, checkpoint, build, memshare)
+        checkpoint = replace(checkpoint, dtype=tensorrt.spec(0).dtype)
+    elif options.search_engine is not None:
+        raise UserError(
+            f"--search-engine is for the tensorrt backend, got {options.search_engine} on {backend} (leave it out, or "
+            f"add --backend tensorrt)"
+        )
     engine = Engine(options.output_dir, backend, checkpoint, build, memshare)
-    return BuildPlan(engine, reason, options.force)
+    return BuildPlan(engine, reason, options.force, tensorrt, options.adopt)
 
 
 def build_engine(plan: BuildPlan) -> Engine:
     """Writes the engine directory and reads it back. Raises UserError if it cannot be written."""
     engine = plan.engine
+    if plan.tensorrt is not None:
+        from trtllm_memshare.trtllm.engine.builder import adopt_engine, build_tensorrt_engine
+
+        if plan.adopt:
+            return adopt_engine(plan.tensorrt, engine.engine_dir)
+        return build_tensorrt_engine(plan.tensorrt, engine.engine_dir, plan.force)
     return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force)
 
 
@@ -96,6 +131,11 @@ def describe_plan(plan: BuildPlan) -> str:
         "memshare": engine.memshare.model_dump(),
         "summary": summarize(engine).splitlines(),
     }
+    if plan.tensorrt is not None:
+        from trtllm_memshare.trtllm.engine.build_plan import describe
+
+        document = {**document, "tensorrt": describe(plan.tensorrt)}
+        del document["version"], document["pretrained_config"], document["build_config"]
     return json.dumps(document, indent=2)
 
 
@@ -109,6 +149,7 @@ def summarize(engine: Engine) -> str:
             f"KV cache: {size:,} bytes per block of {tokens} tokens ({engine.kv_dtype}), {per_gib:,} blocks or "
             f"{per_gib * tokens:,} tokens per GiB",
             f"MemShare: {describe_sharing(engine.memshare)}",
+            *([_ONLY_OURS] if engine.backend == "tensorrt" and engine.memshare.searches else []),
         ]
     )
 
@@ -154,18 +195,38 @@ def _settle_memshare(options: BuildOptions, settings: dict[str, Any]) -> MemShar
 
 
 def _choose_backend(asked: str) -> tuple[str, str]:
-    """Returns the backend's name, and what was chosen and why; raises UserError for what cannot be had."""
-    present = importlib.util.find_spec("tensorrt_llm") is not None
-    if asked == "tensorrt":
-        missing = "" if present else "tensorrt_llm 1.2.1 and TensorRT 10.14 are missing, and "
-        raise UserError(
-            f"backend tensorrt cannot be built yet: {missing}this version has no TensorRT builder (use --backend torch)"
-        )
-    if asked == "torch":
-        return "torch", "torch (asked for)"
-    # Once there is a builder for it, tensorrt comes first here.
-    why = "installed, but this version has no builder for it" if present else "not installed"
-    return "torch", f"torch (tensorrt_llm is {why})"
+    """Returns the backend's name, and what was chosen and why."""
+    if asked != "auto":
+        return asked, f"{asked} (asked for)"
+    try:
+        version = importlib.metadata.version("tensorrt_llm")
+    except importlib.metadata.PackageNotFoundError:
+        return "torch", "torch (tensorrt_llm is not installed)"
+    if version != TRTLLM_VERSION:
+        return "torch", f"torch (tensorrt_llm is {version}; engines need {TRTLLM_VERSION})"
+    return "tensorrt", f"tensorrt (tensorrt_llm {version} is installed)"
+
+
+def _plan_tensorrt(
+    options: BuildOptions, checkpoint: Checkpoint, build: BuildConfig, memshare: MemShareConfig
+) -> EnginePlan:
+    from trtllm_memshare.trtllm.engine.build_plan import SEARCH_ENGINES, EnginePlan, check_plan
+
+    where = options.search_engine or "embedded"
+    if where not in SEARCH_ENGINES:
+        raise UserError(f"unknown search engine {where} ({nearest(where, SEARCH_ENGINES)})")
+    if options.search_engine is not None and not memshare.searches:
+        raise UserError("--search-engine needs --memshare, got it without (add --memshare)")
+    has_search = memshare.searches and not memshare.accept_all
+    plan = EnginePlan(
+        checkpoint,
+        build,
+        memshare,
+        where if has_search else "none",
+        options.plugin_library.resolve() if has_search else None,
+    )
+    check_plan(plan)
+    return plan
 
 
 def _read_config_file(path: Path | None) -> dict[str, dict[str, Any]]:

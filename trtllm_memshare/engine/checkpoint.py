@@ -41,8 +41,11 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...]
 
 
-def read_checkpoint(model_dir: Path) -> Checkpoint:
+def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
     """Validates a checkpoint directory.
+
+    Args:
+      with_weights: whether there have to be any; a TensorRT engine holds its own.
 
     Raises:
       UserError: a missing or half-written file, weights that are not safetensors, or an architecture that the paged
@@ -55,7 +58,7 @@ def read_checkpoint(model_dir: Path) -> Checkpoint:
         )
     config = read_json(model_dir / "config.json", "the checkpoint", "give --model-dir a Hugging Face checkpoint")
     _check_architecture(config, model_dir)
-    weight_dtype = check_weights(model_dir)
+    weight_dtype = check_weights(model_dir) if with_weights else None
     _check_tokenizer(model_dir)
     generation = _optional_json(model_dir / "generation_config.json")
     path = model_dir / "config.json"

@@ -1,5 +1,7 @@
 """The engine directory of the torch backend: what is in it, how it is read, checked and written.
 
+Those of the TensorRT backend are TensorRT-LLM's own, with a memshare.json; see ``trtllm.engine.directory``.
+
 The layout::
 
     config.json     TensorRT-LLM's shape: version, pretrained_config, build_config with plugin_config
@@ -14,9 +16,10 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint, read_json
@@ -24,9 +27,13 @@ from trtllm_memshare.engine.weights import weight_files
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.config import MemShareConfig, parse_config
 
+if TYPE_CHECKING:
+    from trtllm_memshare.trtllm.engine.record import TensorRTRecord
+
 FORMAT_VERSION = 1
 TRTLLM_VERSION = "1.2.1"  # whose shape of config.json is written
-_REBUILD = "build it again with build_scripts/build_engine.py --force"
+KV_ELEMENT_BYTES = {**ELEMENT_BYTES, "fp8": 1, "int8": 1}
+REBUILD = "build it again with build_scripts/build_engine.py --force"
 _COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken")  # tokenizer and settings; never code
 
 
@@ -35,7 +42,8 @@ class Engine:
     """An engine directory that was read and checked, or is about to be written.
 
     Attributes:
-      checkpoint: facts of the model; ``checkpoint.model_dir`` is where the weights are.
+      checkpoint: facts of the model; ``checkpoint.model_dir`` is where the weights and the tokenizer are.
+      record: versions, GPU and plugin that a TensorRT engine was built with; None for the torch backend.
     """
 
     engine_dir: Path
@@ -43,6 +51,7 @@ class Engine:
     checkpoint: Checkpoint
     build: BuildConfig
     memshare: MemShareConfig
+    record: TensorRTRecord | None = None
 
     @property
     def model_dir(self) -> Path:
@@ -69,7 +78,7 @@ class Engine:
         """
         c = self.checkpoint
         elements = c.num_layers * 2 * c.num_kv_heads * self.build.tokens_per_block * c.head_dim
-        return elements * ELEMENT_BYTES[self.kv_dtype]
+        return elements * KV_ELEMENT_BYTES[self.kv_dtype]
 
 
 def load_engine(engine_dir: Path) -> Engine:
@@ -82,24 +91,29 @@ def load_engine(engine_dir: Path) -> Engine:
         raise UserError(
             f"no engine directory at {engine_dir} (build one: python build_scripts/build_engine.py --memshare)"
         )
-    remedy = f"the engine directory is damaged: {_REBUILD}"
+    remedy = f"the engine directory is damaged: {REBUILD}"
     config = read_json(engine_dir / "config.json", f"engine {engine_dir}", remedy)
     document = read_json(engine_dir / "memshare.json", f"engine {engine_dir}", remedy)
     path = engine_dir / "memshare.json"
-    _check_keys(document, ("format_version", "backend", "memshare", "torch"), f"{path}", remedy)
+    if document.get("backend") == "tensorrt":
+        from trtllm_memshare.trtllm.engine.directory import read_tensorrt_engine
+
+        return read_tensorrt_engine(engine_dir, config, document)
+    check_keys(document, ("format_version", "backend", "memshare", "torch"), f"{path}", remedy)
     if document["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {document['format_version']!r}, expected {FORMAT_VERSION} ({_REBUILD})"
+            f"{path} has format_version {document['format_version']!r}, expected {FORMAT_VERSION} ({REBUILD})"
         )
     if document["backend"] != "torch":
-        raise UserError(f"{path} names backend {document['backend']!r}, expected torch ({_REBUILD})")
-    _check_keys(document["torch"], ("kv_cache_dtype",), f"{path}: torch", remedy)
+        raise UserError(f"{path} names backend {document['backend']!r}, expected torch or tensorrt ({REBUILD})")
+    check_keys(document["torch"], ("kv_cache_dtype",), f"{path}: torch", remedy)
     memshare = parse_config(document["memshare"], str(path))
     try:
         checkpoint = read_checkpoint(engine_dir / "model")
     except UserError as error:
-        raise UserError(f"engine {engine_dir} is damaged, {_REBUILD}: {error}") from error
-    build = _read_build(config, document["torch"]["kv_cache_dtype"], engine_dir / "config.json", remedy)
+        raise UserError(f"engine {engine_dir} is damaged, {REBUILD}: {error}") from error
+    build = read_build(config, document["torch"]["kv_cache_dtype"], engine_dir / "config.json", remedy)
+    build.check_backend("torch")
     # Runners take the model's facts from model/config.json: a config.json that says otherwise is no description of it.
     _check_same(trtllm_config(checkpoint, build), config, f"{engine_dir / 'config.json'}: ", remedy)
     return Engine(engine_dir, document["backend"], checkpoint, build, memshare)
@@ -108,9 +122,19 @@ def load_engine(engine_dir: Path) -> Engine:
 def write_engine(
     output_dir: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: MemShareConfig, force: bool
 ) -> Engine:
-    """Writes an engine for the torch backend: all of it, or nothing.
+    """Writes an engine for the torch backend: all of it, or nothing. Raises UserError: see ``replace_engine``."""
+    return replace_engine(output_dir, force, lambda folder: _fill(folder, checkpoint, build, memshare))
 
-    Builds a hidden sibling and renames it, so that a reader sees the old engine or the new one.
+
+def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) -> Engine:
+    """Writes an engine directory: all of it, or nothing.
+
+    Fills a hidden sibling and renames it, so that a reader sees the old engine or the new one.
+
+    Args:
+      output_dir: where the engine goes.
+      force: replace an engine that is there.
+      fill: makes the folder it is given, with everything in it.
 
     Raises:
       UserError: the directory exists and ``force`` is False, it is not an engine directory, or the disk refuses.
@@ -122,7 +146,7 @@ def write_engine(
     retired = staging.with_suffix(".old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _fill(staging, checkpoint, build, memshare)
+        fill(staging)
         load_engine(staging)
         if target.exists():
             os.rename(target, retired)
@@ -193,22 +217,26 @@ def trtllm_config(checkpoint: Checkpoint, build: BuildConfig) -> dict[str, Any]:
 
 def _fill(folder: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: MemShareConfig) -> None:
     (folder / "model").mkdir(parents=True)
-    _write_json(folder / "config.json", trtllm_config(checkpoint, build))
+    write_json(folder / "config.json", trtllm_config(checkpoint, build))
     document = {
         "format_version": FORMAT_VERSION,
         "backend": "torch",
         "memshare": memshare.model_dump(),
         "torch": {"kv_cache_dtype": build.kv_cache_dtype},
     }
-    _write_json(folder / "memshare.json", document)
-    # The small files are copied: an edit of the checkpoint's config.json must not change engines built from it.
-    for source in checkpoint.model_dir.iterdir():
-        if source.suffix in _COPIED and source.is_file() and not source.name.endswith(".bin.index.json"):
-            shutil.copy2(source, folder / "model" / source.name)
-    config = read_json(checkpoint.model_dir / "config.json", "the checkpoint", "copy the checkpoint again")
-    _write_json(folder / "model" / "config.json", portable_config(config))
+    write_json(folder / "memshare.json", document)
+    copy_small_files(checkpoint.model_dir, folder / "model")
     for source in weight_files(checkpoint.model_dir):
         _link_or_copy(source, folder / "model" / source.name)
+
+
+def copy_small_files(model_dir: Path, target: Path) -> None:
+    """Copies a checkpoint's settings and tokenizer: an edit of the checkpoint must not change engines built from it."""
+    for source in model_dir.iterdir():
+        if source.suffix in _COPIED and source.is_file() and not source.name.endswith(".bin.index.json"):
+            shutil.copy2(source, target / source.name)
+    config = read_json(model_dir / "config.json", "the checkpoint", "copy the checkpoint again")
+    write_json(target / "config.json", portable_config(config))
 
 
 def _is_engine_dir(folder: Path) -> bool:
@@ -223,9 +251,10 @@ def _is_engine_dir(folder: Path) -> bool:
         return False
 
 
-def _read_build(config: dict[str, Any], kv_cache_dtype: Any, path: Path, remedy: str) -> BuildConfig:
+def read_build(config: dict[str, Any], kv_cache_dtype: Any, path: Path, remedy: str) -> BuildConfig:
+    """Build settings from config.json. Raises UserError for another version, or a key missing or out of range."""
     if config.get("version") != TRTLLM_VERSION:
-        raise UserError(f"{path} has version {config.get('version')!r}, expected {TRTLLM_VERSION!r} ({_REBUILD})")
+        raise UserError(f"{path} has version {config.get('version')!r}, expected {TRTLLM_VERSION!r} ({REBUILD})")
     try:
         section, model = config["build_config"], config["pretrained_config"]
         values = {
@@ -239,18 +268,16 @@ def _read_build(config: dict[str, Any], kv_cache_dtype: Any, path: Path, remedy:
     except (KeyError, TypeError) as error:
         missing = f"lacks {error.args[0]}" if isinstance(error, KeyError) else "has a value in place of an object"
         raise UserError(f"{path} {missing} ({remedy})") from error
-    build = parse_build_config(values, str(path))
-    build.check_backend("torch")
-    return build
+    return parse_build_config(values, str(path))
 
 
-def _check_keys(document: Any, known: tuple[str, ...], where: str, remedy: str) -> None:
+def check_keys(document: Any, known: tuple[str, ...], where: str, remedy: str) -> None:
     """Every known key and no other."""
     if not isinstance(document, dict):
         raise UserError(f"{where} must be an object, got {type(document).__name__} ({remedy})")
     for key in document:
         if key not in known:
-            raise UserError(f"{where} has an unknown key {key} ({nearest(key, known)}): correct it, or {_REBUILD}")
+            raise UserError(f"{where} has an unknown key {key} ({nearest(key, known)}): correct it, or {REBUILD}")
     for key in known:
         if key not in document:
             raise UserError(f"{where} lacks {key} ({remedy})")
@@ -259,14 +286,15 @@ def _check_keys(document: Any, known: tuple[str, ...], where: str, remedy: str) 
 def _check_same(expected: Any, got: Any, where: str, remedy: str) -> None:
     """Names the first place at which two documents differ; ``where`` is a prefix such as "config.json: "."""
     if isinstance(expected, dict):
-        _check_keys(got, tuple(expected), where.rstrip(": ."), remedy)
+        check_keys(got, tuple(expected), where.rstrip(": ."), remedy)
         for key, value in expected.items():
             _check_same(value, got[key], f"{where}{key}" + ("." if isinstance(value, dict) else ""), remedy)
     elif expected != got:
         raise UserError(f"{where} is {got!r}, expected {expected!r} for the model in the engine ({remedy})")
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Writes a JSON file for people too."""
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

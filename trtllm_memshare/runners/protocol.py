@@ -28,6 +28,8 @@ class StepBatch:
       pairs: rows to compare after the last layer, or None.
       count_aliases: whether a block that a table names m times counts m times in attention, as the table says; False
         for the control ``drop-duplicate``, which counts it once.
+      context_lengths: int32 ``[batch]``, TensorRT-LLM's input of that name: the chunk of a context request, all that a
+        generation request brought as context, so after a pause what it had generated too. None where nobody asks.
     """
 
     input_ids: np.ndarray
@@ -38,6 +40,7 @@ class StepBatch:
     block_offsets: np.ndarray
     pairs: PairBatch | None = None
     count_aliases: bool = True
+    context_lengths: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ class StepOutput:
     block_distances: Distances | None
 
 
+class Described(Protocol):
+    """What says of itself which implementation it is."""
+
+    @property
+    def description(self) -> str:
+        """Which implementation, and why."""
+
+
 class Runner(Protocol):
     """Holds the model and the pool; knows nothing of requests."""
 
@@ -67,3 +78,13 @@ class Runner(Protocol):
 
     def step(self, inputs: Any) -> StepOutput:
         """Runs the model once: writes K and V of the batch's tokens to the pool and returns the logits."""
+
+
+class BenchmarkedRunner(Runner, Protocol):
+    """A runner that says what it runs on."""
+
+    decode_description: str
+
+    @property
+    def search(self) -> Described:
+        """What computes stage 2."""

@@ -15,6 +15,7 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.dataset import DatasetItem
 from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.ranked_executor import RankedExecutor, Ranks
 from trtllm_memshare.serving.request import RequestHandle, RequestResult, SamplingParams
 from trtllm_memshare.serving.variants import Variant
 
@@ -61,24 +62,18 @@ def run_variant(
     items: list[DatasetItem],
     load: Load,
     is_right: Callable[[DatasetItem, list[int]], bool],
+    ranks: Ranks | None = None,
 ) -> Measurement:
     """Runs all requests of a data set through a fresh executor, in this thread.
 
     Args:
+      ranks: of an engine on several GPUs; the others follow with ``follow_variant``.
       is_right: whether generated ids contain the item's answer; called after the clock has stopped.
 
     Raises:
       UserError: a request that cannot fit the pool or max_seq_len, before anything runs.
     """
-    executor = Executor(
-        runner,
-        variant.config,
-        boundaries,
-        load.max_seq_len,
-        load.max_batch_size,
-        load.max_num_tokens,
-        variant.policy or load.scheduler_policy,
-    )
+    executor = _make_executor(variant, runner, boundaries, load, ranks)
     rng, count = np.random.default_rng(load.seed), len(items)
     gaps = rng.exponential(1 / load.request_rate, count) if load.request_rate else np.zeros(count)
     due, handles = np.cumsum(gaps), list[RequestHandle]()
@@ -99,9 +94,26 @@ def run_variant(
                 time.sleep(max(0.0, min(0.01, due[len(handles)] - now)))
             bar.update(executor.stats.num_finished - bar.n)
     seconds = time.perf_counter() - started
+    if isinstance(executor, RankedExecutor):
+        executor.close()
     results = [handle.result() for handle in handles]
     right = [is_right(i, r.token_ids) for i, r in zip(items, results, strict=True) if i.answer is not None]
     return Measurement(_entry(variant, executor, results, right, seconds), results, right, variant.config)
+
+
+def follow_variant(variant: Variant, runner: Runner, boundaries: BoundaryTokens, load: Load, ranks: Ranks) -> None:
+    """Takes part in ``run_variant`` of rank 0."""
+    executor = _make_executor(variant, runner, boundaries, load, ranks)
+    assert isinstance(executor, RankedExecutor)
+    executor.follow()
+
+
+def _make_executor(
+    variant: Variant, runner: Runner, boundaries: BoundaryTokens, load: Load, ranks: Ranks | None
+) -> Executor:
+    policy = variant.policy or load.scheduler_policy
+    make = Executor if ranks is None else ranks.executor
+    return make(runner, variant.config, boundaries, load.max_seq_len, load.max_batch_size, load.max_num_tokens, policy)
 
 
 def _entry(

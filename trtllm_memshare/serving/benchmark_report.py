@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.report.document import make_report
-from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
+from trtllm_memshare.runners.protocol import BenchmarkedRunner
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.benchmark import Load, Measurement, run_variant, streaming_window
+from trtllm_memshare.serving.benchmark import Load, Measurement, follow_variant, run_variant, streaming_window
 from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
+from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.request import RequestResult
 from trtllm_memshare.serving.variants import Variant, make_variant
 
@@ -56,6 +57,7 @@ class BenchmarkOptions:
     plot: Path | None = None
     output_texts: Path | None = None
     read_aliases: str = "fold"
+    engine_cuda_graphs: bool = False
     device: str = "auto"
     seed: int = 0
 
@@ -77,15 +79,16 @@ class BenchmarkOptions:
 
 
 def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
-    """Runs everything, prints the table on stdout, writes the files, and returns the report."""
+    """Runs everything, prints the table on stdout, writes the files, and returns the report.
+
+    Of an engine on several GPUs rank 0 does; the others take part in its runs and return an empty report.
+    """
     engine = load_engine(options.engine_dir)
     overrides = dict(options.settings)
     variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     items = read_dataset(options.dataset, tokenizer, options.num_requests)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(options.device)
     found = "available" if device == "cuda" else "not available"
     print(f"device: {device} ({'asked for' if options.device != 'auto' else f'CUDA is {found}'})")
     load = Load(
@@ -98,7 +101,20 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         request_rate=options.request_rate,
         seed=options.seed,
     )
-    bench = _Bench(engine, tokenizer, items, load, device, options.read_aliases == "fold")
+    ranks = _connect(engine)
+    bench = _Bench(
+        engine,
+        tokenizer,
+        items,
+        load,
+        options.device,
+        options.read_aliases == "fold",
+        ranks,
+        options.engine_cuda_graphs,
+    )
+    if ranks is not None and not ranks.is_leader:
+        bench.follow()
+        return {}
     blocks = options.kv_cache_blocks or bench.enough_blocks()
     if options.kv_cache_share is not None:
         demand = bench.measure_demand()
@@ -108,6 +124,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     print(f"block distances: {runner.search.description}")
     print(f"decode attention: {runner.decode_description}; backend: {engine.backend}")
     entries = bench.run_all(variants, options.repeat)
+    bench.dismiss()
     if options.output_texts is not None:
         bench.write_texts(options.output_texts)
     report = make_report(
@@ -122,7 +139,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
             "concurrency": options.concurrency,
             "request_rate": options.request_rate,
             "repeat": options.repeat,
-            "read_aliases": options.read_aliases,
+            "read_aliases": options.read_aliases if engine.backend == "torch" else "repeat",
             "seed": options.seed,
             "variants": entries,
         },
@@ -136,12 +153,21 @@ class _Bench:
     """The engine's runner, kept between variants, and the requests."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, items: list[DatasetItem], load: Load, device: str, fold: bool
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        items: list[DatasetItem],
+        load: Load,
+        device: str,
+        fold: bool,
+        ranks: Ranks | None = None,
+        use_graphs: bool = False,
     ) -> None:
+        self._ranks, self._use_graphs = ranks, use_graphs
         self._engine, self._tokenizer, self._items, self._load = engine, tokenizer, items, load
         self._device, self._fold = device, fold
         self._first: list[RequestResult] = []
-        self._runner: TorchRunner | None = None
+        self._runner: BenchmarkedRunner | None = None
         self._boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
 
     def enough_blocks(self) -> int:
@@ -156,13 +182,16 @@ class _Bench:
         self.use_pool(self.enough_blocks())
         return self._run(make_variant("full", self._engine.memshare)).entry["peak_used_blocks"]
 
-    def use_pool(self, num_blocks: int) -> TorchRunner:
+    def use_pool(self, num_blocks: int) -> BenchmarkedRunner:
         """The runner, made anew if the pool's size changed."""
         if self._runner is None or self._runner.num_blocks != num_blocks:
-            dtype = getattr(torch, self._engine.kv_dtype)
-            build = self._engine.build
-            model = load_model(self._engine.model_dir, self._device)
-            self._runner = TorchRunner(model, num_blocks, build.tokens_per_block, dtype, self._fold)
+            self._runner = None  # gives its pool back before the next one is made
+            communicator = None if self._ranks is None else self._ranks.communicator
+            if communicator is not None and communicator.rank == 0:
+                communicator.broadcast(num_blocks)
+            self._runner = open_runner(
+                self._engine, num_blocks, self._device, self._fold, communicator, self._use_graphs
+            )
         return self._runner
 
     def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:
@@ -187,9 +216,28 @@ class _Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def follow(self) -> None:
+        """Does on another rank what rank 0 says: a pool of so many blocks, a variant, or None for the end."""
+        assert self._ranks is not None
+        while (order := self._ranks.communicator.broadcast(None)) is not None:
+            if isinstance(order, int):
+                self.use_pool(order)
+            else:
+                assert self._runner is not None
+                follow_variant(order, self._runner, self._boundaries, self._load, self._ranks)
+
+    def dismiss(self) -> None:
+        """Lets the other ranks return from ``follow``."""
+        if self._ranks is not None:
+            self._ranks.communicator.broadcast(None)
+
     def _run(self, variant: Variant) -> Measurement:
         assert self._runner is not None
-        return run_variant(variant, self._runner, self._boundaries, self._items, self._load, self._is_right)
+        if self._ranks is not None:
+            self._ranks.communicator.broadcast(variant)
+        return run_variant(
+            variant, self._runner, self._boundaries, self._items, self._load, self._is_right, self._ranks
+        )
 
     def _with_window(self, variant: Variant, rounds: dict[str, list[Measurement]]) -> Variant:
         if not rounds.get("full") or not rounds.get("aligned"):
@@ -206,6 +254,15 @@ class _Bench:
         """The generated text ends with the answer, after the reasoning."""
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text.rpartition("</think>")[2].strip() == item.answer
+
+
+def _connect(engine: Engine) -> Ranks | None:
+    """The ranks of an engine on several GPUs; None for an engine of one."""
+    if num_ranks(engine) == 1:
+        return None
+    from trtllm_memshare.serving.torch_ranks import TorchCommunicator
+
+    return Ranks(TorchCommunicator.from_environment(), engine.build.tp_size, engine.build.pp_size)
 
 
 def _merge(rounds: list[Measurement], full: Measurement | None) -> dict[str, Any]:

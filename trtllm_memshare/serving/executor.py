@@ -18,6 +18,7 @@ from trtllm_memshare.runners.protocol import Runner, StepBatch
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -47,6 +48,7 @@ class Executor:
       max_num_tokens: most tokens of one step.
       scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
       sampler: chooses next tokens; None = as each request's parameters say.
+      agreement: with other ranks, see ``Sharing``.
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
@@ -65,6 +67,7 @@ class Executor:
         max_num_tokens: int = 2048,
         scheduler_policy: str = MAX_UTILIZATION,
         sampler: Sampler | None = None,
+        agreement: RankAgreement | None = None,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
@@ -81,7 +84,7 @@ class Executor:
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
         )
         self._scheduler = Scheduler(self.manager, scheduler_policy, max_batch_size, max_num_tokens)
-        self.sharing = Sharing(self.manager, config)
+        self.sharing = Sharing(self.manager, config, agreement)
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None
         self.stats = ExecutorStats()
@@ -226,12 +229,15 @@ class Executor:
             while self._submitted:
                 self._scheduler.add(self._submitted.popleft())
 
+    def _is_cancelled(self, state: RequestState) -> bool:
+        return state.handle.cancelled
+
     def _drop_cancelled(self) -> None:
-        for state in [s for s in self._scheduler.waiting if s.handle.cancelled]:
+        for state in [s for s in self._scheduler.waiting if self._is_cancelled(s)]:
             self._scheduler.waiting.remove(state)
             self.manager.forget_paused(state.request_id)
             self._end(state, "cancelled", in_cache=False)
-        for state in [s for s in self._scheduler.running if s.handle.cancelled]:
+        for state in [s for s in self._scheduler.running if self._is_cancelled(s)]:
             self._scheduler.finish(state)
             self._end(state, "cancelled", in_cache=True)
 
@@ -251,6 +257,9 @@ class Executor:
             block_offsets=self.manager.block_offsets([s.request_id for s in states]),
             pairs=pairs,
             count_aliases=self.config.control != "drop-duplicate",
+            context_lengths=np.array(
+                [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32
+            ),
         )
         return batch, states
 
@@ -258,6 +267,7 @@ class Executor:
         """Moves every request of the step on by its chunk, and samples where a prompt is complete."""
         for state, chunk in schedule.contexts:
             state.num_computed += chunk
+            state.context_length = state.num_computed
             self.manager.mark_computed(state.request_id, state.num_computed)
         for state in schedule.generations:
             state.num_computed = len(state.tokens)

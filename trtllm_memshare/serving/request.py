@@ -70,7 +70,7 @@ class RequestState:
     """Scheduler's view of a request.
 
     ``tokens``: prompt and generated ids; after a pause all of them are recomputed as context. ``num_computed``: how
-    many have K and V in the cache.
+    many have K and V in the cache. ``context_length``: how many came as context in this life, known once they have.
     """
 
     request_id: int
@@ -81,6 +81,7 @@ class RequestState:
     phase: Phase = Phase.WAITING
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
+    context_length: int = 0
     num_pauses: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.types import Candidate, Decision, PairBatch
 from trtllm_memshare.serving.controls import RandomDonors, evict_outside_window
+from trtllm_memshare.serving.ranks import RankAgreement
 
 
 class Sharing:
     """Carries candidates to the runner and decisions to the manager, one step later.
 
     ``seconds``: host and device time spent on all of it so far.
+
+    Args:
+      manager: the cache.
+      config: MemShare's settings.
+      agreement: of several ranks, each of which runs its own copy of this; None = there is one rank.
     """
 
-    def __init__(self, manager: KVCacheManager, config: MemShareConfig) -> None:
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig, agreement: RankAgreement | None = None) -> None:
+        self._agreement = agreement
+        self._undecided = False
         self._manager = manager
         self._config = config
         self.policy = SharingPolicy(config)
@@ -37,9 +47,10 @@ class Sharing:
             evict_outside_window(self._manager, self._config)
         else:
             self._candidates = self._manager.candidates()
-            if self._candidates and self._config.accept_all:
-                self._decisions = self.policy.decide(self._candidates, None)
-                self._candidates = []
+            # Ranks meet at every search, so that one that found nothing where others did is noticed.
+            self._undecided = bool(self._candidates) or self._agreement is not None
+            if self._config.accept_all:
+                self._decide(None)
             elif self._candidates:
                 pool = self._manager.pool
                 pairs = make_pairs(
@@ -50,13 +61,20 @@ class Sharing:
 
     def take_distances(self, distances: Distances | None) -> None:
         """Decides on the pairs of this step."""
-        if distances is None:
+        if not self._undecided:
             return
-        sums, seconds = distances.read()
+        sums, seconds = (None, 0.0) if distances is None else distances.read()
         started = time.perf_counter()
-        self._decisions = self.policy.decide(self._candidates, sums)
-        self._candidates = []
+        self._decide(sums)
         self.seconds += seconds + time.perf_counter() - started
+
+    def _decide(self, sums: np.ndarray | None) -> None:
+        candidates, self._candidates, self._undecided = self._candidates, [], False
+        if self._agreement is not None:
+            state = self._manager.state_digest()
+            self._decisions = self._agreement.decide(candidates, sums, state, self.policy.decide)
+        elif candidates:
+            self._decisions = self.policy.decide(candidates, sums)
 
     def apply(self) -> None:
         """Applies the decisions of the last search; in shadow mode they are only counted."""

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine, load_engine
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.triton.loop import LoopThread
@@ -140,14 +139,13 @@ def make_executor(engine: Engine, num_blocks: int, policy: str) -> tuple[Executo
     Raises:
       UserError: a pool too small for the engine's longest request.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     size, longest = engine.build.tokens_per_block, engine.build.max_seq_len
     if num_blocks < -(-longest // size):
         raise UserError(
             f"the KV pool must hold one request of max_seq_len {longest}: {-(-longest // size)} blocks, got "
             f"{num_blocks} (raise --kv-cache-blocks)"
         )
-    runner = TorchRunner(load_model(engine.model_dir, device), num_blocks, size, getattr(torch, engine.kv_dtype))
+    runner = open_runner(engine, num_blocks)
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     executor = Executor(
         runner,

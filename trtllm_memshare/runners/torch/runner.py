@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from trtllm_memshare.engine.weights import weight_files
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
@@ -42,7 +43,11 @@ def load_model(model_dir: Path, device: str = "cpu") -> Any:
     Args:
       model_dir: a checkpoint directory that ``engine.read_checkpoint`` accepts.
       device: ``cpu`` or a CUDA device.
+
+    Raises:
+      UserError: there are no weights, as in the directory of a TensorRT engine.
     """
+    weight_files(model_dir)
     model = AutoModelForCausalLM.from_pretrained(
         model_dir,
         dtype="auto",

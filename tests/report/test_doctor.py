@@ -1,0 +1,110 @@
+"""The doctor: what it finds, what it concludes, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from trtllm_memshare.__main__ import main
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.report import components as components_module
+from trtllm_memshare.report import doctor
+from trtllm_memshare.report.components import Component, find_components
+
+NAMES = {name for surface in doctor.SURFACES for name in surface.needs}
+
+
+def everything(**changes: str) -> list[Component]:
+    """All components found; ``changes``: details of some, with ``_`` for other characters in their names."""
+    details = {"TensorRT-LLM": "1.2.1", **{k.replace("_", "-"): v for k, v in changes.items()}}
+    return [Component(name, True, details.get(name, "1.0")) for name in sorted(NAMES)]
+
+
+def lacking(*names: str) -> list[Component]:
+    return [replace(c, found=False, remedy=f"get {c.name}") if c.name in names else c for c in everything()]
+
+
+def test_every_need_of_a_surface_is_looked_for(tmp_path):
+    assert {c.name for c in find_components(tmp_path / "none.so")} == NAMES
+
+
+def test_with_everything_every_surface_can_run():
+    assert [d.lacks for d in doctor.diagnose(everything())] == [[]] * len(doctor.SURFACES)
+
+
+def test_what_is_missing_is_named_with_its_remedy_once():
+    diagnoses = doctor.diagnose(lacking("GPU", "plugin library"))
+    lacks = {d.surface.name: [c.name for c in d.lacks] for d in diagnoses}
+    assert lacks["engine"] == ["GPU", "plugin library"]
+    assert lacks["pytorch"] == ["GPU"]
+    assert lacks["torch"] == lacks["triton"] == lacks["kernels"] == []
+    text = doctor.describe(lacking("GPU", "plugin library"), diagnoses)
+    assert text.count("get GPU") == 1
+    assert "--  engine   TensorRT-LLM 1.2.1 engines: lacks GPU, plugin library" in text
+    assert "ok  torch    embedded default: torch runner: can run: make demo" in text
+
+
+def test_a_later_tensorrt_llm_has_a_pytorch_backend_and_no_engines():
+    lacks = {d.surface.name: d.lacks for d in doctor.diagnose(everything(TensorRT_LLM="1.3.0"))}
+    assert lacks["pytorch"] == []
+    assert "1.3.0 has no engine backend" in lacks["engine"][0].detail
+
+
+@pytest.mark.parametrize(
+    ("module", "detail"),
+    [
+        (SimpleNamespace(__version__="10.14.1.48"), "10.14.1.48"),
+        (SimpleNamespace(__version__="11.1.0"), "TensorRT must be 10.14, got 11.1.0"),
+        (OSError("libnvinfer.so.10: cannot open shared object file"), "libnvinfer.so.10"),
+    ],
+)
+def test_tensorrt_is_asked_for_its_version(module, detail):
+    def load(name):
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    found = components_module._tensorrt(load)
+    assert detail in found.detail
+    assert found.found == (detail == "10.14.1.48")
+    assert bool(found.remedy) != found.found
+
+
+def test_the_plugin_library_is_found_by_its_path(tmp_path):
+    library = tmp_path / "plugin.so"
+    assert "build_plugins.py" in components_module._plugin(library).remedy
+    library.write_bytes(b"library")
+    assert components_module._plugin(library).found
+
+
+@pytest.mark.parametrize(("missing", "code"), [((), 0), (("GPU",), 1)])
+def test_strict_exits_with_1_if_a_surface_lacks_something(monkeypatch, capsys, missing, code):
+    monkeypatch.setattr(doctor, "find_components", lambda _: lacking(*missing))
+    main(["doctor"])
+    main(["doctor", "--strict", "--surface", "torch", "triton"])
+    if code:
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", "--strict", "--json"])
+        assert ended.value.code == code
+    else:
+        main(["doctor", "--strict", "--json"])
+    surfaces = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["surfaces"]
+    assert surfaces["torch"] == {"can_run": True, "lacks": []}
+    assert surfaces["gpu"]["can_run"] == (not missing)
+
+
+def test_an_unknown_surface_is_refused():
+    with pytest.raises(UserError, match=r"unknown surface engines \(did you mean engine\?\)"):
+        main(["doctor", "--surface", "engines"])
+
+
+def test_the_command_runs_on_this_machine():
+    done = subprocess.run([sys.executable, "-m", "trtllm_memshare", "doctor", "--strict", "--surface", "torch"],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ok  torch" in done.stdout

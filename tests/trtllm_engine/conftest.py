@@ -1,0 +1,76 @@
+"""Fixtures: the bundled model as an engine on the stand-in for TensorRT, and the torch runner beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fakes.fake_tensorrt import FakeTensorRT, write_engine
+from fakes.host_device import HostDevice
+
+import trtllm_memshare.runners.tensorrt.open as open_module
+from trtllm_memshare.engine.build_config import BuildConfig
+from trtllm_memshare.engine.checkpoint import read_checkpoint
+from trtllm_memshare.engine.engine_dir import copy_small_files, trtllm_config
+from trtllm_memshare.runners.tensorrt.runner import TensorRTRunner
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.rotary import rotary_inv_freq
+from trtllm_memshare.trtllm.engine.record import PLUGIN_FILE, SEARCH_ENGINE_FILE, file_sha256
+from trtllm_memshare.trtllm.engine.spec import engine_spec
+
+SIZES = {"tokens_per_block": 16, "max_batch_size": 8, "max_num_tokens": 256, "max_seq_len": 1024}
+
+
+@pytest.fixture
+def make_runner(tmp_path):
+    """Makes a runner over a stand-in engine; keyword arguments go to the runner, ``sizes`` to the engine."""
+
+    def make(model_dir, num_blocks=400, runner_class=TensorRTRunner, sizes=None, max_pairs=64, **options):
+        build = BuildConfig(**{**SIZES, **(sizes or {})})
+        spec = engine_spec(read_checkpoint(model_dir), build, max_pairs=max_pairs)
+        module = FakeTensorRT(HostDevice())
+        module.registry.libraries.append("loaded")
+        path = tmp_path / "rank0.engine"
+        write_engine(path, model_dir, max_pairs=max_pairs, **{**SIZES, **(sizes or {})})
+        engine = module.Runtime(module.Logger()).deserialize_cuda_engine(path.read_bytes())
+        runner = runner_class(engine, spec, num_blocks, module.device, rotary_inv_freq(model_dir), **options)
+        runner.fake = engine
+        return runner
+
+    return make
+
+
+def write_engine_dir(folder: Path, model_dir: Path, search_engine="embedded", max_pairs=64, **sizes) -> Path:
+    """An engine directory as a build leaves it, its plans for the stand-in."""
+    sizes = {**SIZES, **sizes}
+    (folder / "model").mkdir(parents=True)
+    copy_small_files(model_dir, folder / "model")
+    config = trtllm_config(read_checkpoint(model_dir), BuildConfig(**sizes))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / PLUGIN_FILE).write_bytes(b"the plugin library")
+    embedded = max_pairs if search_engine == "embedded" else 0
+    write_engine(folder / "rank0.engine", model_dir, max_pairs=embedded, **sizes)
+    if search_engine == "separate":
+        write_engine(folder / SEARCH_ENGINE_FILE, model_dir, kind="search", max_pairs=max_pairs, **sizes)
+    record = {
+        "tensorrt_version": "10.14.1.48",
+        "compute_capability": "9.0",
+        "search_engine": search_engine,
+        "max_pairs": 0 if search_engine == "none" else max_pairs,
+        "plugin_sha256": file_sha256(folder / PLUGIN_FILE),
+    }
+    memshare = make_config("off" if search_engine == "none" else "aligned").model_dump()
+    document = {"format_version": 1, "backend": "tensorrt", "memshare": memshare, "tensorrt": record}
+    (folder / "memshare.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture
+def fake_tensorrt(monkeypatch) -> FakeTensorRT:
+    """Puts the stand-in in the place of TensorRT, a GPU and TensorRT-LLM's plugin library."""
+    module = FakeTensorRT(HostDevice())
+    monkeypatch.setattr(open_module, "import_tensorrt", lambda: module)
+    monkeypatch.setattr(open_module, "_open_device", lambda _: module.device)
+    monkeypatch.setattr(open_module, "load_trtllm_plugins", lambda _: None)
+    return module

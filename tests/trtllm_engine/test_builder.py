@@ -1,0 +1,262 @@
+"""Engines built by the stand-in for TensorRT-LLM: what goes into the graph, what is written, and that it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine.test_engine_dir import edit_json
+from fakes import fake_tensorrt_llm
+from fakes.fake_network import LayerType
+
+import trtllm_memshare.trtllm.engine.builder as builder_module
+from trtllm_memshare.engine.build import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.engine.engine_dir import load_engine
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.open import open_runner
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.trtllm.engine.build_plan import describe
+from trtllm_memshare.trtllm.engine.builder import make_build_config
+from trtllm_memshare.trtllm.engine.directory import spec_of
+from trtllm_memshare.trtllm.engine.io_table import DISTANCES
+from trtllm_memshare.trtllm.engine.record import file_sha256
+from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL, check_signatures
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"max_batch_size": 8, "max_num_tokens": 256, "max_seq_len": 1024}
+
+
+@pytest.fixture
+def trtllm(monkeypatch, fake_tensorrt):
+    """Both stand-ins, and a GPU of compute capability 9.0."""
+    fake_tensorrt_llm.install(monkeypatch, fake_tensorrt)
+    monkeypatch.setattr(builder_module, "gpu_capability", lambda: (9, 0))
+    return fake_tensorrt
+
+
+@pytest.fixture
+def plan(bundled_model, tmp_path):
+    """Plans a build of the bundled model; keyword arguments go to the options, ``build`` to the build settings."""
+    library = tmp_path / "plugin.so"
+    library.write_bytes(b"the plugin library")
+
+    def make(build=None, **options):
+        return plan_build(
+            BuildOptions(
+                bundled_model,
+                tmp_path / "engine",
+                backend="tensorrt",
+                plugin_library=library,
+                build={**SIZES, **(build or {})},
+                **{"memshare": True, **options},
+            )
+        )
+
+    return make
+
+
+def serve(runner, boundaries, prompts):
+    config = make_config("aligned", protected_tokens=16, protected_steps=0)
+    executor = Executor(runner, config, boundaries, 1024, 8, 64)
+    handles = [executor.submit(p, SamplingParams(230, stop_token_ids=(1,))) for p in prompts]
+    executor.run_until_idle()
+    return [h.result(0).token_ids for h in handles], executor.manager.stats().shared
+
+
+@pytest.mark.parametrize("search_engine", [None, "separate"])
+def test_a_built_engine_runs_and_shares_as_the_torch_runner_does(
+    trtllm, plan, bundled_model, boundaries, prompts, search_engine
+):
+    engine = build_engine(plan(search_engine=search_engine))
+    assert engine == load_engine(engine.engine_dir)
+    got = serve(open_runner(engine, 200), boundaries, prompts[:3])
+    torch_runner = TorchRunner(load_model(bundled_model), 200, 16, torch.float16, fold_aliases=False)
+    assert got == serve(torch_runner, boundaries, prompts[:3])
+    assert got[1] > 0
+
+
+def test_the_search_waits_for_every_layer_and_has_the_described_tensors(trtllm, plan):
+    planned = plan()
+    build_engine(planned)
+    (engine,) = fake_tensorrt_llm.built
+    search = engine.network.search
+    attention = [layer for layer in engine.network.layers if layer.type is LayerType.PLUGIN_V2]
+    assert len(attention) == 4
+    assert all(layer in search.ancestors() for layer in attention)
+    described = describe(planned.tensorrt)["ranks"][0]
+    assert [i.name for i in search.inputs[1:]] == [t.partition(":")[0] for t in described["extra_inputs"]]
+    for text in described["extra_inputs"]:
+        name, _, rest = text.partition(": ")
+        shape = [-1 if d == "pairs" else int(d) for d in rest[rest.index("[") + 1 : rest.index("]")].split(", ")]
+        assert engine.network.inputs[name].shape == tuple(shape)
+    assert search.plugin.fields == described["plugin_fields"]
+    assert set(engine.network.outputs) == {"logits", DISTANCES}
+
+
+def test_the_dry_run_prints_what_the_builder_is_given(trtllm, plan):
+    planned = plan(build={"tokens_per_block": 32})
+    printed = json.loads(describe_plan(planned))["tensorrt"]["build_config"]
+    config = make_build_config(planned.tensorrt)
+    plugins = printed.pop("plugin_config")
+    assert config.kv_cache_type.name == printed.pop("kv_cache_type")
+    assert {k: getattr(config, k) for k in printed} == printed
+    assert {k: getattr(config.plugin_config, k) for k in plugins} == plugins
+
+
+def test_the_dry_run_needs_no_tensorrt_llm(bundled_model, tmp_path):
+    command = [sys.executable, "build_scripts/build_engine.py", "--memshare", "--backend", "tensorrt", "--dry-run"]
+    command += ["--output-dir", str(tmp_path / "engine"), "--tp-size", "2", "--pp-size", "2"]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("backend: tensorrt (asked for)\n")
+    document = json.loads(done.stdout.partition("\n")[2])
+    assert any("runs with: this project's executor" in line for line in document["summary"])
+    ranks = document["tensorrt"]["ranks"]
+    assert [r["file"] for r in ranks] == [f"rank{i}.engine" for i in range(4)]
+    assert ranks[0]["plugin_fields"]["num_layers"] == 2  # of 4, on 2 stages
+    assert ranks[0]["plugin_fields"]["num_kv_heads"] == 1  # of 2, on 2 ranks
+    assert any(t.startswith("hidden_states_output") for t in ranks[1]["outputs"])
+    assert any(t.startswith("hidden_states_input") for t in ranks[2]["inputs"])
+    assert any(t.startswith("logits") for t in ranks[3]["outputs"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_beside_the_engines(trtllm, plan):
+    planned = plan()
+    engine = build_engine(planned)
+    names = {p.name for p in engine.engine_dir.iterdir()}
+    assert names == {"config.json", "memshare.json", "rank0.engine", "libtrtllm_memshare_plugin.so", "model"}
+    assert engine.record.plugin_sha256 == file_sha256(planned.tensorrt.plugin_library)
+    assert (engine.record.tensorrt_version, engine.record.compute_capability) == ("10.14.1.48", "9.0")
+    assert not (engine.engine_dir / "model" / "model.safetensors").exists()
+    assert engine.kv_dtype == "float16"
+    assert engine.bytes_per_block == 4 * 2 * 2 * 16 * 32 * 2
+    assert "know neither its extra inputs" in summarize(engine)
+
+
+def test_ranks_of_two_stages_and_two_halves(trtllm, plan):
+    engine = build_engine(plan(build={"tp_size": 2, "pp_size": 2}))
+    assert [e.config["pretrained_config"]["mapping"]["rank"] for e in fake_tensorrt_llm.built] == [0, 1, 2, 3]
+    for built, rank in zip(fake_tensorrt_llm.built, range(4), strict=True):
+        spec = spec_of(engine, rank)
+        assert built.network.search.plugin.fields["num_layers"] == spec.num_layers == 2
+        assert built.network.search.plugin.fields["num_kv_heads"] == spec.num_kv_heads == 1
+        last = "logits" if spec.is_last_pp_rank else "hidden_states_output"
+        assert set(built.network.outputs) == {last, DISTANCES}
+
+
+def test_fp8_weights_and_cache_go_through_a_calibrated_checkpoint(trtllm, plan):
+    planned = plan(build={"quantization": "fp8", "kv_cache_dtype": "fp8"})
+    engine = build_engine(planned)
+    (built,) = fake_tensorrt_llm.built
+    assert built.network.search.plugin.fields["kv_dtype"] == 3  # KvDtype of fp8 e4m3
+    assert built.config["build_config"]["plugin_config"]["use_fp8_context_fmha"] is True
+    assert (engine.kv_dtype, spec_of(engine).kv_dtype) == ("fp8", "float8_e4m3fn")
+    assert engine.bytes_per_block == 4 * 2 * 2 * 16 * 32
+
+
+def test_without_a_search_the_engine_is_tensorrt_llm_s_own(trtllm, plan):
+    for options in ({"memshare": False}, {"preset": "lexical"}):
+        engine = build_engine(plan(**options, force=True))
+        assert engine.record.search_engine == "none"
+        assert fake_tensorrt_llm.built[-1].network.search is None
+
+
+def test_an_unknown_layer_type_would_stop_the_build(trtllm, plan, monkeypatch):
+    """The trap that ``allow_plugin_v3_layers`` is for; and nothing is left when a build fails."""
+    monkeypatch.setattr(builder_module, "allow_plugin_v3_layers", lambda: None)
+    planned = plan()
+    with pytest.raises(NotImplementedError, match="Unknown layer type"):
+        build_engine(planned)
+    assert not planned.engine.engine_dir.exists()
+
+
+def test_signatures_of_the_stand_in_are_the_recorded_ones(trtllm):
+    check_signatures(BUILDER)
+    check_signatures(PARALLEL)
+
+
+def without_pp_size(world_size=1, rank=0, *, tp_size=1):
+    pass
+
+
+def with_one_more(model, build_config, device):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "message"),
+    [
+        ("builder", "build", with_one_more, r"tensorrt_llm.builder.build .* which demands device"),
+        ("builder", "build", None, r"tensorrt_llm.builder.build .* something without a signature"),
+        (
+            "mapping",
+            "Mapping",
+            without_pp_size,
+            r"tensorrt_llm.mapping.Mapping .* without pp_size \(install tensorrt_llm",
+        ),
+        ("models", "MODEL_MAP", {"LlamaForCausalLM": 1}, r"tensorrt_llm.models.MODEL_MAP .* no Qwen2ForCausalLM in it"),
+    ],
+)
+def test_another_signature_is_named_and_refused(trtllm, plan, monkeypatch, module, name, value, message):
+    monkeypatch.setattr(sys.modules[f"tensorrt_llm.{module}"], name, value)
+    with pytest.raises(UserError, match=message):
+        build_engine(plan())
+    monkeypatch.delattr(sys.modules[f"tensorrt_llm.{module}"], name)
+    with pytest.raises(UserError, match=rf"tensorrt_llm.{module}.{name} .* got nothing of that name"):
+        build_engine(plan())
+    assert fake_tensorrt_llm.built == []
+
+
+def test_model_classes_for_trtllm_build(trtllm, plan, monkeypatch, tmp_path):
+    """Loaded the way ``trtllm-build --model_cls_file`` does it."""
+    from importlib.machinery import SourceFileLoader
+
+    monkeypatch.setenv("TRTLLM_MEMSHARE_PLUGIN", str(plan().tensorrt.plugin_library))
+    monkeypatch.setenv("TRTLLM_MEMSHARE_MAX_PAIRS", "32")
+    path = ROOT / "trtllm_memshare" / "trtllm" / "engine" / "model_cls.py"
+    module = SourceFileLoader("models", str(path)).load_module()
+    for name, base in (
+        ("MemShareQWenForCausalLM", "QWenForCausalLM"),
+        ("MemShareLLaMAForCausalLM", "LLaMAForCausalLM"),
+    ):
+        model_class = getattr(module, name)
+        assert model_class.__name__ == name
+        assert issubclass(model_class, getattr(fake_tensorrt_llm, base))
+        model = model_class.from_hugging_face(str(plan().tensorrt.checkpoint.model_dir), "float16",
+                                              fake_tensorrt_llm.Mapping(), fake_tensorrt_llm.QuantConfig())  # fmt: skip
+        engine = fake_tensorrt_llm.build(model, make_build_config(plan().tensorrt))
+        assert json.loads(engine.engine)["max_pairs"] == 32
+
+
+@pytest.mark.parametrize("search_engine", [None, "separate"])
+def test_an_engine_of_trtllm_build_is_adopted(trtllm, plan, boundaries, prompts, search_engine):
+    """Without memshare.json and the rest, as TensorRT-LLM leaves it; a stock engine gets a search beside it."""
+    built = build_engine(plan(memshare=search_engine is None)).engine_dir
+    for name in ("memshare.json", "libtrtllm_memshare_plugin.so", "model/tokenizer.json"):
+        (built / name).unlink(missing_ok=True)
+    engine = build_engine(plan(adopt=True, search_engine=search_engine))
+    assert engine.record.search_engine == (search_engine or "embedded")
+    assert serve(open_runner(engine, 200), boundaries, prompts[:3])[1] > 0
+
+
+def test_what_cannot_be_adopted(trtllm, plan, bundled_model, tmp_path):
+    with pytest.raises(UserError, match=r"no engine to adopt at .*engine: it has no config.json"):
+        build_engine(plan(adopt=True))
+    built = build_engine(plan(memshare=False)).engine_dir
+    (built / "memshare.json").unlink()
+    edit_json(built / "config.json", build_config__max_beam_width=2)
+    with pytest.raises(UserError, match="max_beam_width 2, expected 1"):
+        build_engine(plan(adopt=True, search_engine="separate"))
+    assert not (built / "memshare.json").exists()
+    with pytest.raises(UserError, match=r"--adopt is for engines of TensorRT-LLM, got backend torch"):
+        plan_build(BuildOptions(bundled_model, tmp_path / "e", backend="torch", adopt=True))

@@ -1,0 +1,161 @@
+"""What is installed on this machine, each with its version or the reason why not, and the command that would fix it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION
+from trtllm_memshare.engine.plugin_build import LIBRARY_NAME
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.report.machine import describe_machine
+from trtllm_memshare.search.kernel_compiler import import_cuda_core
+from trtllm_memshare.triton.server import find_server
+from trtllm_memshare.trtllm.engine.installed import INSTALL, check_tensorrt
+from trtllm_memshare.trtllm.engine.record import file_sha256
+
+
+@dataclass(frozen=True)
+class Component:
+    """One thing that a surface may need.
+
+    Attributes:
+      found: whether it is there and can be used.
+      detail: its version, or why it cannot be used.
+      remedy: what would bring it, empty where it is there.
+    """
+
+    name: str
+    found: bool
+    detail: str
+    remedy: str = ""
+
+
+def find_components(plugin_library: Path, load: Callable[[str], Any] = importlib.import_module) -> list[Component]:
+    """Looks at this machine; starts nothing that stays and writes nothing.
+
+    Args:
+      plugin_library: where the plugin library should be.
+      load: imports a module by name.
+    """
+    machine = describe_machine()
+    return [
+        _python(),
+        _package("torch", "pip install 'trtllm-memshare[torch]'"),
+        _package("transformers", "pip install 'trtllm-memshare[torch]'"),
+        _gpu(machine["gpu"], load),
+        _driver(machine["driver"]),
+        _cuda(load),
+        _nvrtc(),
+        _nvcc(),
+        _tensorrt(load),
+        _tensorrt_llm(),
+        _plugin(plugin_library),
+        _triton(),
+    ]
+
+
+def _python() -> Component:
+    version = ".".join(map(str, sys.version_info[:3]))
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    return Component("Python", supported, version, "" if supported else "install Python 3.10 to 3.12")
+
+
+def _package(name: str, remedy: str) -> Component:
+    try:
+        return Component(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Component(name, False, "not installed", remedy)
+
+
+def _gpu(name: str | None, load: Callable[[str], Any]) -> Component:
+    if name is None:
+        return Component("GPU", False, "no CUDA device that torch can use", "run on a machine with an NVIDIA GPU")
+    major, minor = load("torch").cuda.get_device_capability()
+    return Component("GPU", True, f"{name}, compute capability {major}.{minor}")
+
+
+def _driver(version: str | None) -> Component:
+    if version is None:
+        return Component(
+            "driver", False, "nvidia-smi does not answer", "install NVIDIA's driver, 580 or newer for CUDA 13"
+        )
+    return Component("driver", True, version)
+
+
+def _cuda(load: Callable[[str], Any]) -> Component:
+    try:
+        version = load("torch").version.cuda
+    except ImportError as error:
+        return Component("CUDA", False, str(error), "pip install 'trtllm-memshare[torch]'")
+    if version is None:
+        return Component("CUDA", False, "torch is built for the CPU", "install a torch wheel that is built for CUDA")
+    return Component("CUDA", True, f"{version} (torch)")
+
+
+def _nvrtc() -> Component:
+    remedy = "pip install 'trtllm-memshare[cuda]'"
+    try:
+        import_cuda_core()
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+        _, major, minor = nvrtc.nvrtcVersion()
+    except (UserError, ImportError, RuntimeError) as error:
+        return Component("NVRTC", False, str(error), remedy)
+    return Component("NVRTC", True, f"{major}.{minor}, cuda.core {importlib.metadata.version('cuda-core')}")
+
+
+def _nvcc() -> Component:
+    missing = [tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None]
+    if missing:
+        detail = f"{' and '.join(missing)} not on PATH"
+        return Component("nvcc, cmake", False, detail, "install the CUDA toolkit 12.8 to 13.x and cmake 3.22")
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    return Component("nvcc, cmake", True, text.strip().rpartition("\n")[2])
+
+
+def _tensorrt(load: Callable[[str], Any]) -> Component:
+    try:
+        module = load("tensorrt")
+        check_tensorrt(module)
+    except (ImportError, OSError, RuntimeError) as error:  # a wheel whose libraries are elsewhere, or a stub
+        return Component("TensorRT", False, str(error), INSTALL)
+    except UserError as error:
+        return Component("TensorRT", False, str(error), "pip install 'tensorrt~=10.14.1'")
+    return Component("TensorRT", True, str(module.__version__))
+
+
+def _tensorrt_llm() -> Component:
+    """By its metadata: importing it takes many seconds and starts MPI."""
+    found = _package("tensorrt_llm", INSTALL)
+    return Component("TensorRT-LLM", found.found, found.detail, found.remedy)
+
+
+def _plugin(library: Path) -> Component:
+    if not library.is_file():
+        return Component(
+            "plugin library",
+            False,
+            f"no {library}",
+            f"TENSORRT_ROOT=/path/to/tensorrt python build_scripts/build_plugins.py (writes {LIBRARY_NAME})",
+        )
+    return Component("plugin library", True, f"{library}, SHA-256 {file_sha256(library)[:12]}...")
+
+
+def _triton() -> Component:
+    try:
+        server = find_server(None)
+    except UserError as error:
+        return Component("Triton", False, str(error), "pip install 'trtllm-memshare[triton]'")
+    return Component("Triton", True, server.origin)
+
+
+def has_engine_backend(component: Component) -> bool:
+    """Whether a TensorRT-LLM that was found can still build and run engines."""
+    return component.found and component.detail == TRTLLM_VERSION

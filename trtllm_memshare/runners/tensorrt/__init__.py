@@ -1,0 +1,1 @@
+"""Runs a TensorRT-LLM engine through TensorRT's own API, in flight, over a pool of ours."""

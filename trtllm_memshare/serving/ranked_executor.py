@@ -1,0 +1,121 @@
+"""The executor of several ranks: requests reach rank 0, and every rank takes the same steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_memshare.runners.protocol import Runner
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.ranks import Communicator, RankAgreement
+from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
+from trtllm_memshare.serving.torch_ranks import RankedSampler
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What rank 0 tells before each step: new requests, those to cancel, or that there are no more steps."""
+
+    new: list[tuple[int, list[int], SamplingParams, int | None]]
+    cancelled: frozenset[int]
+    ends: bool = False
+
+
+class RankedExecutor(Executor):
+    """One per rank. Rank 0 is used like an ``Executor``; the others call ``follow``, which returns at the end.
+
+    A request is drawn on rank 0 alone, so its arrival and its cancelling count from the step at which rank 0 says so.
+
+    Args:
+      runner: this rank's, over its own layers and heads.
+      communicator: of all ranks.
+      tp_size, pp_size: rank = pp_rank * tp_size + tp_rank; the last stage's first rank samples.
+      options: as for ``Executor``.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: MemShareConfig,
+        boundaries: BoundaryTokens,
+        max_seq_len: int,
+        communicator: Communicator,
+        tp_size: int,
+        pp_size: int,
+        **options: Any,
+    ) -> None:
+        sampler = RankedSampler(communicator, (pp_size - 1) * tp_size)
+        agreement = RankAgreement(communicator, tp_size)
+        super().__init__(runner, config, boundaries, max_seq_len, sampler=sampler, agreement=agreement, **options)
+        self._communicator = communicator
+        self._turn = _Turn([], frozenset())
+        self._new: list[RequestState] = []
+
+    def step(self) -> None:
+        """One iteration of rank 0, and with it of every rank that follows."""
+        with self._lock:
+            self._new = list(self._submitted)
+        states = [*self._scheduler.waiting, *self._scheduler.running]
+        self._turn = self._communicator.broadcast(
+            _Turn(
+                [(s.request_id, s.prompt, s.params, s.group) for s in self._new],
+                frozenset(s.request_id for s in states if s.handle.cancelled),
+            )
+        )
+        super().step()
+
+    def follow(self) -> None:
+        """Steps with rank 0 until it closes. Called on the other ranks."""
+        while True:
+            self._turn = self._communicator.broadcast(None)
+            if self._turn.ends:
+                return
+            self._new = [
+                RequestState(request_id, list(ids), params, RequestHandle(request_id), group, tokens=list(ids))
+                for request_id, ids, params, group in self._turn.new
+            ]
+            super().step()
+
+    def close(self) -> None:
+        """Lets the other ranks return. Called on rank 0, once, after its last step."""
+        self._communicator.broadcast(_Turn([], frozenset(), ends=True))
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.close()
+
+    def _take_submissions(self) -> None:
+        """Takes what this turn names; until then rank 0 keeps it queued, so that a failed turn loses no request."""
+        with self._lock:
+            for state in self._new:
+                if self._submitted:
+                    self._submitted.popleft()
+                self._scheduler.add(state)
+        self._new = []
+
+    def _is_cancelled(self, state: RequestState) -> bool:
+        return state.request_id in self._turn.cancelled
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of one engine, as one of them sees them."""
+
+    communicator: Communicator
+    tp_size: int
+    pp_size: int
+
+    @property
+    def is_leader(self) -> bool:
+        return self.communicator.rank == 0
+
+    def executor(self, runner: Runner, config: MemShareConfig, boundaries: BoundaryTokens, max_seq_len: int,
+                 *limits: Any) -> RankedExecutor:  # fmt: skip
+        """This rank's executor; ``limits``: max_batch_size, max_num_tokens, scheduler_policy."""
+        names = ("max_batch_size", "max_num_tokens", "scheduler_policy")
+        options = dict(zip(names, limits, strict=True))
+        return RankedExecutor(
+            runner, config, boundaries, max_seq_len, self.communicator, self.tp_size, self.pp_size, **options
+        )

@@ -1,0 +1,1 @@
+"""TensorRT-LLM engines with MemShare inside: what they take and give, how they are built, what is refused."""

@@ -1,0 +1,181 @@
+"""Builds engines with TensorRT-LLM: Hugging Face checkpoint -> TensorRT-LLM model -> engine of every rank."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_memshare.engine.engine_dir import (
+    FORMAT_VERSION,
+    Engine,
+    copy_small_files,
+    load_engine,
+    replace_engine,
+    write_json,
+)
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.engine.build_plan import (
+    CALIBRATED,
+    QUANTIZATIONS,
+    EnginePlan,
+    build_settings,
+    plugin_settings,
+)
+from trtllm_memshare.trtllm.engine.directory import engine_dtype, spec_of
+from trtllm_memshare.trtllm.engine.installed import import_tensorrt
+from trtllm_memshare.trtllm.engine.plugins import load_memshare_plugin, load_trtllm_plugins
+from trtllm_memshare.trtllm.engine.record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
+from trtllm_memshare.trtllm.engine.search_engine import build_search_engine
+from trtllm_memshare.trtllm.engine.search_layer import allow_plugin_v3_layers, memshare_model_class
+from trtllm_memshare.trtllm.engine.signatures import BUILDER, CONVERSION, check_call, check_signatures
+
+
+def build_tensorrt_engine(plan: EnginePlan, output_dir: Path, force: bool) -> Engine:
+    """Writes an engine directory of the TensorRT backend: all of it, or nothing.
+
+    Raises:
+      UserError: TensorRT, TensorRT-LLM, a GPU or the plugin library is missing, or is not what was recorded.
+    """
+    trt = import_tensorrt()
+    load_trtllm_plugins(trt)
+    check_signatures(BUILDER)
+    capability = gpu_capability()
+    if plan.search_engine != "none":
+        load_memshare_plugin(trt, find_plugin_library(plan))
+    if plan.search_engine == "embedded":
+        allow_plugin_v3_layers()
+
+    def fill(folder: Path) -> None:
+        (folder / "model").mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as workspace:
+            for rank in range(plan.num_ranks):
+                _build_rank(plan, rank, folder, Path(workspace))
+        if plan.search_engine == "separate":
+            (folder / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, plan.spec(0), plan.max_pairs))
+        write_memshare_files(plan, folder, trt.__version__, capability)
+
+    return replace_engine(output_dir, force, fill)
+
+
+def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
+    """Adds what this project needs to an engine that TensorRT-LLM built: memshare.json, plugin library, tokenizer.
+
+    The engine is one of ``model_cls.py``'s classes, or any other with ``--search-engine separate``.
+
+    Raises:
+      UserError: no engine there, or one that sharing cannot work with; memshare.json is not left behind then.
+    """
+    trt = import_tensorrt()
+    capability = gpu_capability()
+    if not (engine_dir / "config.json").is_file():
+        raise UserError(
+            f"there is no engine to adopt at {engine_dir}: it has no config.json (build one with trtllm-build, or "
+            f"leave out --adopt)"
+        )
+    (engine_dir / "model").mkdir(exist_ok=True)
+    write_memshare_files(plan, engine_dir, trt.__version__, capability)
+    try:
+        engine = load_engine(engine_dir)
+        if plan.search_engine == "separate":
+            load_memshare_plugin(trt, engine_dir / PLUGIN_FILE)
+            (engine_dir / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, spec_of(engine), plan.max_pairs))
+    except UserError:
+        (engine_dir / "memshare.json").unlink()
+        raise
+    return engine
+
+
+def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, capability: tuple[int, int]) -> None:
+    """Puts memshare.json, the plugin library and the checkpoint's small files beside the engines."""
+    has_search = plan.search_engine != "none"
+    if has_search:
+        shutil.copy2(find_plugin_library(plan), folder / PLUGIN_FILE)
+    record = TensorRTRecord(
+        tensorrt_version=tensorrt_version,
+        compute_capability=".".join(map(str, capability)),
+        search_engine=plan.search_engine,  # type: ignore[arg-type]
+        max_pairs=plan.max_pairs,
+        plugin_sha256=file_sha256(folder / PLUGIN_FILE) if has_search else None,
+    )
+    copy_small_files(plan.checkpoint.model_dir, folder / "model")
+    document = {
+        "format_version": FORMAT_VERSION,
+        "backend": "tensorrt",
+        "memshare": plan.memshare.model_dump(),
+        "tensorrt": record.model_dump(),
+    }
+    write_json(folder / "memshare.json", document)
+
+
+def find_plugin_library(plan: EnginePlan) -> Path:
+    """The library that the plan names. Raises UserError if it has not been built."""
+    if plan.plugin_library is None or not plan.plugin_library.is_file():
+        raise UserError(
+            f"the plugin library is missing, expected {plan.plugin_library} (python build_scripts/build_plugins.py "
+            f"builds it; --plugin-library names another place)"
+        )
+    return plan.plugin_library
+
+
+def gpu_capability() -> tuple[int, int]:
+    """Compute capability of the current GPU. Raises UserError without one: TensorRT times layers on it."""
+    if not torch.cuda.is_available():
+        raise UserError("building a TensorRT engine needs the GPU it is for, got none (build on such a machine)")
+    major, minor = torch.cuda.get_device_capability()
+    return major, minor
+
+
+def _build_rank(plan: EnginePlan, rank: int, folder: Path, workspace: Path) -> None:
+    from tensorrt_llm.builder import build
+
+    model = _load_model(plan, rank, workspace)
+    engine = build(model, make_build_config(plan))
+    if engine is None or engine.engine is None:
+        raise UserError(f"TensorRT built no engine for rank {rank}; its log says why (try a smaller --max-batch-size)")
+    engine.save(str(folder))
+
+
+def make_build_config(plan: EnginePlan) -> Any:
+    """TensorRT-LLM's ``BuildConfig`` with the settings that ``describe`` prints."""
+    from tensorrt_llm.bindings import KVCacheType
+    from tensorrt_llm.builder import BuildConfig
+
+    config = BuildConfig(**build_settings(plan.build), kv_cache_type=KVCacheType.PAGED)
+    for name, value in plugin_settings(plan.build).items():
+        if not hasattr(config.plugin_config, name):
+            raise UserError(
+                f"tensorrt_llm.plugin.plugin.PluginConfig differs from the recorded one: it has no {name} (install the "
+                f"recorded version)"
+            )
+        setattr(config.plugin_config, name, value)
+    return config
+
+
+def _load_model(plan: EnginePlan, rank: int, workspace: Path) -> Any:
+    from tensorrt_llm.mapping import Mapping
+    from tensorrt_llm.models import MODEL_MAP
+    from tensorrt_llm.models.modeling_utils import QuantConfig
+    from tensorrt_llm.quantization.mode import QuantAlgo
+
+    build, architecture = plan.build, plan.checkpoint.architecture
+    if architecture not in MODEL_MAP:
+        raise UserError(f"TensorRT-LLM has no engine model for {architecture} (take a model of another family)")
+    model_class = MODEL_MAP[architecture]
+    check_call(CONVERSION, model_class.from_hugging_face)
+    if plan.search_engine == "embedded":
+        model_class = memshare_model_class(model_class, plan.max_pairs)
+    mapping = Mapping(world_size=plan.num_ranks, rank=rank, tp_size=build.tp_size, pp_size=build.pp_size)
+    algorithm = None if build.quantization is None else getattr(QuantAlgo, QUANTIZATIONS[build.quantization])
+    quantization = QuantConfig(
+        quant_algo=algorithm, kv_cache_quant_algo=QuantAlgo.FP8 if build.kv_cache_dtype == "fp8" else None
+    )
+    source, dtype = str(plan.checkpoint.model_dir), engine_dtype(plan.checkpoint)
+    if build.quantization not in CALIBRATED:
+        return model_class.from_hugging_face(source, dtype=dtype, mapping=mapping, quant_config=quantization)
+    if rank == 0:  # writes the TensorRT-LLM checkpoint of every rank
+        model_class.quantize(source, str(workspace), dtype=dtype, mapping=mapping, quant_config=quantization)
+    return model_class.from_checkpoint(str(workspace), rank=rank)

@@ -1,0 +1,100 @@
+"""The engine directory of the TensorRT backend.
+
+The layout::
+
+    config.json, rank0.engine, ...   as TensorRT-LLM's ``Engine.save`` writes them
+    memshare.json                    format_version, backend, memshare (the settings), tensorrt (``TensorRTRecord``)
+    memshare.engine                  the search alone, with ``--search-engine separate``
+    libtrtllm_memshare_plugin.so     the plugin library of the build
+    model/                           settings and tokenizer of the checkpoint, no weights
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, read_checkpoint
+from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, check_keys, read_build
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.config import parse_config
+from trtllm_memshare.trtllm.engine.record import parse_record
+from trtllm_memshare.trtllm.engine.refusals import check_engine_config
+from trtllm_memshare.trtllm.engine.spec import EngineSpec, engine_spec
+
+REBUILD = "build it again with build_scripts/build_engine.py --backend tensorrt --force"
+_KV_ALGORITHMS = {None: "auto", "FP8": "fp8", "INT8": "int8"}
+_CHECKED = {  # pretrained_config's name of a fact that the model's own config.json states too
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_size": "head_dim",
+    "hidden_size": "hidden_size",
+    "vocab_size": "vocab_size",
+}
+
+
+def read_tensorrt_engine(engine_dir: Path, config: dict[str, Any], document: dict[str, Any]) -> Engine:
+    """Reads and checks an engine directory of the TensorRT backend; needs neither TensorRT nor a GPU.
+
+    Args:
+      config: its config.json.
+      document: its memshare.json.
+
+    Raises:
+      UserError: unknown keys, another version, files that disagree, or an engine that sharing cannot work with.
+    """
+    remedy = f"the engine directory is damaged: {REBUILD}"
+    where, path = engine_dir / "config.json", engine_dir / "memshare.json"
+    check_keys(document, ("format_version", "backend", "memshare", "tensorrt"), str(path), remedy)
+    if document["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {document['format_version']!r}, expected {FORMAT_VERSION} ({REBUILD})"
+        )
+    memshare = parse_config(document["memshare"], str(path))
+    record = parse_record(document["tensorrt"], f"{path}: tensorrt")
+    try:
+        checkpoint = read_checkpoint(engine_dir / "model", with_weights=False)
+    except UserError as error:
+        raise UserError(f"engine {engine_dir} is damaged, {REBUILD}: {error}") from error
+    build = read_build(config, _kv_cache_dtype(config, where), where, remedy)
+    check_engine_config(config, str(where))
+    model = config["pretrained_config"]
+    for theirs, ours in _CHECKED.items():
+        if model.get(theirs) != getattr(checkpoint, ours):
+            raise UserError(
+                f"{where}: pretrained_config.{theirs} is {model.get(theirs)!r}, expected {getattr(checkpoint, ours)!r} "
+                f"for the model in the engine ({remedy})"
+            )
+    if model.get("dtype") not in ELEMENT_BYTES:
+        raise UserError(f"{where} has dtype {model.get('dtype')!r}, expected one of {', '.join(ELEMENT_BYTES)}")
+    checkpoint = replace(checkpoint, dtype=model["dtype"])
+    for rank in range(build.tp_size * build.pp_size):
+        if not (engine_dir / f"rank{rank}.engine").is_file():
+            raise UserError(f"engine {engine_dir} is missing rank{rank}.engine ({remedy})")
+    return Engine(engine_dir, "tensorrt", checkpoint, build, memshare, record)
+
+
+def spec_of(engine: Engine, rank: int = 0, max_pairs: int | None = None) -> EngineSpec:
+    """The spec of one rank's engine in a directory; ``max_pairs``: None = those of the search inside it."""
+    assert engine.record is not None
+    if max_pairs is None:
+        max_pairs = engine.record.max_pairs if engine.record.search_engine == "embedded" else 0
+    return engine_spec(engine.checkpoint, engine.build, rank, max_pairs)
+
+
+def engine_dtype(checkpoint: Checkpoint) -> str:
+    """What an engine computes in: the checkpoint's type, float16 for float32, since fused attention takes 16 bits."""
+    return "float16" if checkpoint.dtype == "float32" else checkpoint.dtype
+
+
+def _kv_cache_dtype(config: dict[str, Any], where: Path) -> str:
+    quantization = (config.get("pretrained_config") or {}).get("quantization") or {}
+    algorithm = quantization.get("kv_cache_quant_algo")
+    if algorithm not in _KV_ALGORITHMS:
+        raise UserError(
+            f"{where} has kv_cache_quant_algo {algorithm!r}, expected none, FP8 or INT8: other caches keep scales per "
+            f"block that sharing does not move (build with another --kv-cache-dtype)"
+        )
+    return _KV_ALGORITHMS[algorithm]
