@@ -10,7 +10,6 @@ import sys
 import threading
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
@@ -26,8 +25,8 @@ from trtllm_pytorch.fake_v1 import (
 from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeLateKVCacheManagerV2
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.trtllm.pytorch.agreement import TensorParallelRanks
-from trtllm_memshare.trtllm.pytorch.attach import ModelFacts, make_agreement
+from trtllm_memshare.serving.ranks import RankAgreement, RankDisagreementError
+from trtllm_memshare.trtllm.pytorch.attach import ModelFacts, MpiCommunicator, make_agreement
 from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
 from trtllm_memshare.trtllm.pytorch.metrics import Reporter, totals
 from trtllm_memshare.trtllm.pytorch.probe import install
@@ -262,18 +261,31 @@ def test_all_ranks_share_or_none(caplog, monkeypatch):
     assert "another rank could not switch it on" in caplog.text
 
 
-class FakeCommunicator:
-    """mpi4py's ``allgather`` between threads."""
+class FakeMpi:
+    """mpi4py's communicator between threads."""
 
     def __init__(self, rank, slots, barrier):
         self._rank, self._slots, self._barrier = rank, slots, barrier
 
-    def allgather(self, value):
+    def Get_rank(self):
+        return self._rank
+
+    def Get_size(self):
+        return len(self._slots)
+
+    def gather(self, value, root):
+        values = self._exchange(value)
+        return values if self._rank == root else None
+
+    def bcast(self, value, root):
+        return self._exchange(value)[root]
+
+    def _exchange(self, value):
         self._slots[self._rank] = value
         self._barrier.wait(30)
-        gathered = list(self._slots)
+        values = list(self._slots)
         self._barrier.wait(30)
-        return gathered
+        return values
 
 
 def on_ranks(count, work):
@@ -281,7 +293,7 @@ def on_ranks(count, work):
 
     def run(rank):
         try:
-            results[rank] = work(TensorParallelRanks(FakeCommunicator(rank, slots, barrier)), rank)
+            results[rank] = work(RankAgreement(MpiCommunicator(FakeMpi(rank, slots, barrier)), count), rank)
         except Exception as error:
             results[rank] = error
 
@@ -293,17 +305,24 @@ def on_ranks(count, work):
     return results
 
 
-def test_ranks_add_their_heads_in_one_order():
-    sums = np.random.default_rng(0).standard_normal((4, 3, 2, 4)).astype(np.float32)
-    results = on_ranks(4, lambda agreement, rank: agreement.combine("same", sums[rank]))
-    expected = ((sums[0] + sums[1]) + sums[2]) + sums[3]
-    assert all((r == expected).all() for r in results)
-    assert on_ranks(2, lambda agreement, rank: agreement.combine("same", None)) == [None, None]
-
-
 def test_ranks_that_search_different_blocks_stop():
-    results = on_ranks(2, lambda agreement, rank: agreement.combine(f"digest {rank}", np.zeros((1, 1, 4))))
-    assert all("must search the same blocks" in str(r) for r in results)
+    """One of them has let a request run on that the other has freed."""
+
+    def serve(agreement, rank):
+        manager = make_manager(make_sharing_class(), 200, 8)
+        manager.memshare._agreement = agreement
+        executor = FakeExecutor(manager, True)
+        text = repetitive_text(random.Random(1), 150)
+        executor.submit(0, text[:5], text)
+        executor.submit(1, text[:6], text)
+        for step in range(150):
+            if step == 60 and rank == 1:
+                executor.cancel(0)
+            executor.step()
+
+    results = on_ranks(2, serve)
+    assert all(isinstance(r, RankDisagreementError) for r in results), results
+    assert "block tables or candidates of ranks [1] differ from those of rank 0" in str(results[0])
 
 
 def test_two_ranks_hold_identical_tables():
@@ -336,13 +355,14 @@ def test_two_ranks_hold_identical_tables():
 
 def test_several_ranks_need_mpi(monkeypatch):
     utils = ModuleType("tensorrt_llm._utils")
-    utils.mpi_comm, utils.mpi_disabled = lambda: SimpleNamespace(Dup=lambda: "our own"), lambda: True
+    utils.mpi_comm, utils.mpi_disabled = lambda: SimpleNamespace(Dup=lambda: FakeMpi(0, [None] * 2, None)), lambda: True
     monkeypatch.setitem(sys.modules, "tensorrt_llm", ModuleType("tensorrt_llm"))
     monkeypatch.setitem(sys.modules, "tensorrt_llm._utils", utils)
     with pytest.raises(UserError, match="got tp_size 2 with MPI disabled"):
         make_agreement(make_mapping(tp_size=2))
     utils.mpi_disabled = lambda: False
-    assert isinstance(make_agreement(make_mapping(tp_size=2)), TensorParallelRanks)
+    assert isinstance(make_agreement(make_mapping(tp_size=2)), RankAgreement)
+    assert make_agreement(make_mapping()) is None
 
 
 def test_metrics_and_the_statistics_file_say_what_was_shared(tmp_path):

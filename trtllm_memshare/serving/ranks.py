@@ -68,6 +68,11 @@ class RankAgreement:
         self._communicator, self._tp_size = communicator, tp_size
         self._sequence = 0
 
+    def all_hold(self, holds: bool) -> bool:
+        """True if it holds on every rank; each rank asks."""
+        answers = self._communicator.gather(holds)
+        return bool(self._communicator.broadcast(answers is not None and all(answers)))
+
     def decide(
         self,
         candidates: Sequence[Candidate],

@@ -13,7 +13,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.trtllm.pytorch.agreement import Agreement, OneRank, TensorParallelRanks
+from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
 from trtllm_memshare.trtllm.pytorch.guards import model_reasons, unsupported_features
 from trtllm_memshare.trtllm.pytorch.settings import Settings
@@ -78,7 +78,7 @@ def attach(
     if arguments.get("is_draft") or arguments.get("is_estimating_kv_cache"):
         return None  # the dry run that measures memory, or a draft model's cache
     complain = Complaints(settings.options.on_unsupported)
-    agreement: Agreement | None = None
+    agreement: RankAgreement | None = None
     shared: TailSwap | None = None
     problem: Exception | None = None
     try:
@@ -92,12 +92,13 @@ def attach(
         shared = TailSwap(backend, settings.memshare, boundaries, search, agreement, complain)
     except Exception as error:  # TensorRT-LLM must run as it is, whatever it has that is not expected here
         problem = error
-    on_all_ranks = agreement is None or agreement.all_hold(shared is not None)
+    here = shared is not None
+    on_all_ranks = agreement.all_hold(here) if agreement is not None else here
     if isinstance(problem, UserError):
         complain(str(problem))
     elif problem is not None:
         log.warning("MemShare is off, TensorRT-LLM runs as it is: %s: %s", type(problem).__name__, problem)
-    elif not on_all_ranks:
+    elif not on_all_ranks:  # one that shared alone would wait for the others for ever
         log.warning("MemShare is off, requests run unshared: another rank could not switch it on, see its log")
     if shared is None or not on_all_ranks:
         return None
@@ -130,17 +131,33 @@ class Complaints:
             log.warning("MemShare is off, requests run unshared: %s", message)
 
 
-def make_agreement(mapping: Any) -> Agreement:
-    """How the ranks of a mapping agree.
+class MpiCommunicator:
+    """See ``Communicator``; over one of mpi4py's that nobody else uses."""
+
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+        self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """See ``Communicator``."""
+        return self._communicator.gather(value, root=0)
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        """See ``Communicator``."""
+        return self._communicator.bcast(value, root=root)
+
+
+def make_agreement(mapping: Any) -> RankAgreement | None:
+    """How the ranks of a mapping agree; None for one rank.
 
     Raises:
       UserError: several ranks that do not talk through MPI.
     """
     if mapping.tp_size == 1:
-        return OneRank()
+        return None
     from tensorrt_llm._utils import mpi_comm, mpi_disabled
 
     if mpi_disabled():
         raise UserError(f"tensor parallelism needs MPI to share, got tp_size {mapping.tp_size} with MPI disabled")
     # A communicator of our own: TensorRT-LLM's collectives must not meet ours.
-    return TensorParallelRanks(mpi_comm().Dup())
+    return RankAgreement(MpiCommunicator(mpi_comm().Dup()), mapping.tp_size)

@@ -16,7 +16,6 @@ stream before our copies, and whoever takes a freed page writes after them.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
@@ -33,7 +32,7 @@ from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, PairBatch
-from trtllm_memshare.trtllm.pytorch.agreement import Agreement
+from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap
 
@@ -72,7 +71,7 @@ class TailSwap:
       config: settings of the search.
       boundaries: of the model's tokenizer.
       search: compares rows of the backend's pool.
-      agreement: with the other ranks.
+      agreement: of tensor-parallel ranks, each of which runs its own copy of this; None = there is one rank.
       complain: told of what sharing excludes and only shows while serving; raises, or lets requests run unshared.
 
     Attributes:
@@ -87,7 +86,7 @@ class TailSwap:
         config: MemShareConfig,
         boundaries: BoundaryTokens,
         search: BlockSearch,
-        agreement: Agreement,
+        agreement: RankAgreement | None,
         complain: Callable[[str], None],
     ) -> None:
         self._backend, self._config, self._search, self._agreement = backend, config, search, agreement
@@ -238,7 +237,12 @@ class TailSwap:
         if distances is not None:
             sums, seconds = distances.read()
             self.search_seconds += seconds
-        decisions = self.policy.decide(candidates, self._agreement.combine(_digest(candidates), sums))
+        if self._agreement is None:
+            decisions = self.policy.decide(candidates, sums)
+        else:
+            # Each rank schedules on its own count of free blocks: one that differed in a decision would break all.
+            state = self.manager.pool.generation.tobytes()
+            decisions = self._agreement.decide(candidates, sums, state, self.policy.decide)
         kept = {id(c) for c in self._only_active([d.candidate for d in decisions], active)}
         decisions = [d for d in decisions if id(d.candidate) in kept]
         if not decisions:
@@ -288,12 +292,3 @@ class TailSwap:
             )
         page_list.extend(logical)
         return pages
-
-
-def _digest(candidates: list[Candidate]) -> str:
-    """What the ranks compare: that they look at the same blocks of the same requests."""
-    digest = hashlib.sha256()
-    for c in candidates:
-        digest.update(np.array([c.request_id, c.epoch, c.block, c.donor], np.int64).tobytes())
-        digest.update(c.kept_rows.tobytes())
-    return digest.hexdigest()
