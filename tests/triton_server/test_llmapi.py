@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from triton_server.conftest import ROOT, START_TIMEOUT_S, Triton, free_ports
+from trtllm_pytorch.fake_package import write_fake_package
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.llmapi_repository import LlmapiOptions, llmapi_environment, write_llmapi_repository
@@ -53,24 +54,12 @@ MODEL = """
                 sender.send(pb_utils.InferenceResponse([output]), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
     """
 
-UTIL = """
-    class KVCacheManager:
-        def prepare_resources(self): ...
-        free_resources = update_resources = get_batch_cache_indices = shutdown = prepare_resources
-        get_unique_primary_pool = copy_batch_block_offsets = prepare_resources
-    def get_kv_cache_manager_cls(model_config):
-        return KVCacheManager
-    """
-
 
 @pytest.fixture
 def stock_model(tmp_path) -> Path:
     """A folder laid out like TensorRT-LLM's llmapi model, whose answer is who chooses the KV cache manager."""
     package = tmp_path / "package"
-    for name in ("", "_torch", "_torch/pyexecutor"):
-        (package / "tensorrt_llm" / name).mkdir(parents=True, exist_ok=True)
-        (package / "tensorrt_llm" / name / "__init__.py").touch()
-    (package / "tensorrt_llm/_torch/pyexecutor/_util.py").write_text(textwrap.dedent(UTIL))
+    write_fake_package(package)
     model = tmp_path / "llmapi" / "tensorrt_llm"
     (model / "1").mkdir(parents=True)
     (model / "config.pbtxt").write_text(textwrap.dedent(CONFIG))

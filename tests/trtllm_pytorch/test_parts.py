@@ -16,6 +16,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from trtllm_pytorch.fake_package import write_fake_package
 
 import trtllm_memshare
 from trtllm_memshare.errors import UserError
@@ -86,28 +87,10 @@ def test_only_rows_of_known_requests_are_rearranged():
     assert 8 not in rows
 
 
-FAKE_PACKAGE = {
-    "tensorrt_llm/__init__.py": "",
-    "tensorrt_llm/_torch/__init__.py": "",
-    "tensorrt_llm/_torch/pyexecutor/__init__.py": "",
-    "tensorrt_llm/_torch/pyexecutor/_util.py": """
-        class KVCacheManager:
-            def prepare_resources(self): ...
-            free_resources = update_resources = get_batch_cache_indices = shutdown = prepare_resources
-            get_unique_primary_pool = copy_batch_block_offsets = prepare_resources
-        def get_kv_cache_manager_cls(model_config):
-            return KVCacheManager
-        """,
-}
-
-
 @pytest.fixture
 def installed(tmp_path) -> Path:
     """A folder with a fake of TensorRT-LLM; the activation file is where the installation of this package put it."""
-    for name, text in FAKE_PACKAGE.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(text))
+    write_fake_package(tmp_path)
     return tmp_path
 
 
