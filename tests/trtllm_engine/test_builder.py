@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,29 @@ def test_what_cannot_be_adopted(trtllm, plan, bundled_model, tmp_path):
     assert not (built / "memshare.json").exists()
     with pytest.raises(UserError, match=r"--adopt is for engines of TensorRT-LLM, got backend torch"):
         plan_build(BuildOptions(bundled_model, tmp_path / "e", backend="torch", adopt=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "build", "message"),
+    [
+        ({"search_engine": "separate", "memshare": False}, {}, r"--search-engine needs --memshare"),
+        ({"search_engine": "embeded"}, {}, r"unknown search engine embeded \(did you mean embedded\?\)"),
+        ({}, {"kv_cache_dtype": "int8"}, r"must be auto or fp8 .*, got int8, which switches off the paged context"),
+        ({}, {"kv_cache_dtype": "fp8"}, r"fp8 needs fp8 weights .*, got quantization None \(add --quantization fp8\)"),
+        ({}, {"kv_cache_dtype": "float32"}, r"must be auto or fp8 on the tensorrt backend, got float32"),
+        ({}, {"quantization": "int4"}, r"quantization must be one of fp8, w8a16, w4a16 .*, got int4"),
+        ({}, {"pp_size": 3}, r"pp_size must divide the model's 4 layers, got 3"),
+        ({}, {"tp_size": 3}, r"tp_size must divide the model's 4 attention heads, .* got 3"),
+        ({}, {"max_num_tokens": 8}, r"max_num_tokens must be at least tokens_per_block 16, got 8"),
+    ],
+)
+def test_plans_that_tensorrt_llm_would_build_wrongly(plan, options, build, message):
+    with pytest.raises(UserError, match=message):
+        plan(build=build, **options)
+
+
+def test_a_pool_that_no_kernel_takes(tiny_checkpoint, tmp_path):
+    options = BuildOptions(tiny_checkpoint, tmp_path / "e", memshare=True, backend="tensorrt")
+    with pytest.raises(UserError, match=r"MemShareBlockSearch cannot be built: head_dim must be even and between"):
+        plan_build(options)
+    assert plan_build(replace(options, memshare=False)).tensorrt.search_engine == "none"
