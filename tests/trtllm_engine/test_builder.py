@@ -16,6 +16,7 @@ from fakes import fake_tensorrt_llm
 from fakes.fake_network import LayerType
 
 import trtllm_memshare.trtllm.engine.builder as builder_module
+from trtllm_memshare.__main__ import main
 from trtllm_memshare.engine.build import BuildOptions, build_engine, describe_plan, plan_build, summarize
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import UserError
@@ -184,6 +185,19 @@ def test_an_unknown_layer_type_would_stop_the_build(trtllm, plan, monkeypatch):
 def test_signatures_of_the_stand_in_are_the_recorded_ones(trtllm):
     check_signatures(BUILDER)
     check_signatures(PARALLEL)
+
+
+def test_the_doctor_compares_every_signature(trtllm, monkeypatch, capsys):
+    main(["doctor", "--signatures"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len({(e.module, e.name) for e in (*BUILDER, *PARALLEL)})
+    assert all(line.startswith("ok  tensorrt_llm.") for line in lines)
+    monkeypatch.setattr(sys.modules["tensorrt_llm.builder"], "build", with_one_more)
+    monkeypatch.setattr(sys.modules["tensorrt_llm.mapping"], "Mapping", without_pp_size)
+    with pytest.raises(SystemExit):
+        main(["doctor", "--signatures", "--strict", "--surface", "torch"])
+    differing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--  ")]
+    assert [line.split()[1] for line in differing] == ["tensorrt_llm.builder.build", "tensorrt_llm.mapping.Mapping"]
 
 
 def without_pp_size(world_size=1, rank=0, *, tp_size=1):
