@@ -116,7 +116,7 @@ class _CudaGraph:
         self._graph, self._stream = torch.cuda.CUDAGraph(), stream
 
     def capture(self, run: Callable[[], None]) -> None:
-        # As TensorRT-LLM captures: other threads may allocate meanwhile.
+        # Other threads of this process may allocate meanwhile.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             run()
 
