@@ -71,8 +71,8 @@ def check_batch(batch: StepBatch, spec: EngineSpec, max_pairs: int) -> None:
     """
     if not batch.count_aliases:
         raise UserError(
-            "counting aliases once, as drop-duplicate does, needs attention of our own, got a TensorRT-LLM engine, whose "
-            "kernels read every table entry (run this variant on an engine of --backend torch)"
+            "counting aliases once, as drop-duplicate does, needs attention of our own, got a TensorRT-LLM engine, "
+            "whose kernels read every table entry (run this variant on an engine of --backend torch)"
         )
     if batch.context_lengths is None:
         raise ValueError("a TensorRT-LLM engine needs StepBatch.context_lengths, got None")
