@@ -60,7 +60,7 @@ def run(checkpoint: str, rank: int, size: int, rendezvous: str, rounds: int, pre
         model = split_heads(model, rank, size)
     runner = TorchRunner(model, 52, 8)
     boundaries = BoundaryTokens.from_texts([f"t{i}" for i in range(runner.vocab_size)])
-    settings = {"protected_tokens": 8, "protected_steps": 0, "search_interval": 4}
+    settings = {"protected_tokens": 8, "protected_steps": 0, "search_interval": 8}
     sampler = ReplaySampler()
     executor = Executor(
         runner, make_config(preset, **settings), boundaries, 512, 4, 64, sampler=sampler, agreement=agreement

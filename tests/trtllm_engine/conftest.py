@@ -26,13 +26,15 @@ SIZES = {"tokens_per_block": 16, "max_batch_size": 8, "max_num_tokens": 256, "ma
 def make_runner(tmp_path):
     """Makes a runner over a stand-in engine; keyword arguments go to the runner, ``sizes`` to the engine."""
 
-    def make(model_dir, num_blocks=400, runner_class=TensorRTRunner, sizes=None, max_pairs=64, **options):
+    def make(
+        model_dir, num_blocks=400, runner_class=TensorRTRunner, sizes=None, max_pairs=64, num_profiles=1, **options
+    ):
         build = BuildConfig(**{**SIZES, **(sizes or {})})
         spec = engine_spec(read_checkpoint(model_dir), build, max_pairs=max_pairs)
         module = FakeTensorRT(HostDevice())
         module.registry.libraries.append("loaded")
         path = tmp_path / "rank0.engine"
-        write_engine(path, model_dir, max_pairs=max_pairs, **{**SIZES, **(sizes or {})})
+        write_engine(path, model_dir, max_pairs=max_pairs, num_profiles=num_profiles, **{**SIZES, **(sizes or {})})
         engine = module.Runtime(module.Logger()).deserialize_cuda_engine(path.read_bytes())
         runner = runner_class(engine, spec, num_blocks, module.device, rotary_inv_freq(model_dir), **options)
         runner.fake = engine

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fakes import fake_tensorrt_llm
 from fakes.fake_network import LayerType
 
 import trtllm_memshare.trtllm.engine.builder as builder_module
+from trtllm_memshare.__main__ import main
 from trtllm_memshare.engine.build import BuildOptions, build_engine, describe_plan, plan_build, summarize
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import UserError
@@ -185,6 +187,19 @@ def test_signatures_of_the_stand_in_are_the_recorded_ones(trtllm):
     check_signatures(PARALLEL)
 
 
+def test_the_doctor_compares_every_signature(trtllm, monkeypatch, capsys):
+    main(["doctor", "--signatures"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len({(e.module, e.name) for e in (*BUILDER, *PARALLEL)})
+    assert all(line.startswith("ok  tensorrt_llm.") for line in lines)
+    monkeypatch.setattr(sys.modules["tensorrt_llm.builder"], "build", with_one_more)
+    monkeypatch.setattr(sys.modules["tensorrt_llm.mapping"], "Mapping", without_pp_size)
+    with pytest.raises(SystemExit):
+        main(["doctor", "--signatures", "--strict", "--surface", "torch"])
+    differing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--  ")]
+    assert [line.split()[1] for line in differing] == ["tensorrt_llm.builder.build", "tensorrt_llm.mapping.Mapping"]
+
+
 def without_pp_size(world_size=1, rank=0, *, tp_size=1):
     pass
 
@@ -260,3 +275,29 @@ def test_what_cannot_be_adopted(trtllm, plan, bundled_model, tmp_path):
     assert not (built / "memshare.json").exists()
     with pytest.raises(UserError, match=r"--adopt is for engines of TensorRT-LLM, got backend torch"):
         plan_build(BuildOptions(bundled_model, tmp_path / "e", backend="torch", adopt=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "build", "message"),
+    [
+        ({"search_engine": "separate", "memshare": False}, {}, r"--search-engine needs --memshare"),
+        ({"search_engine": "embeded"}, {}, r"unknown search engine embeded \(did you mean embedded\?\)"),
+        ({}, {"kv_cache_dtype": "int8"}, r"must be auto or fp8 .*, got int8, which switches off the paged context"),
+        ({}, {"kv_cache_dtype": "fp8"}, r"fp8 needs fp8 weights .*, got quantization None \(add --quantization fp8\)"),
+        ({}, {"kv_cache_dtype": "float32"}, r"must be auto or fp8 on the tensorrt backend, got float32"),
+        ({}, {"quantization": "int4"}, r"quantization must be one of fp8, w8a16, w4a16 .*, got int4"),
+        ({}, {"pp_size": 3}, r"pp_size must divide the model's 4 layers, got 3"),
+        ({}, {"tp_size": 3}, r"tp_size must divide the model's 4 attention heads, .* got 3"),
+        ({}, {"max_num_tokens": 8}, r"max_num_tokens must be at least tokens_per_block 16, got 8"),
+    ],
+)
+def test_plans_that_tensorrt_llm_would_build_wrongly(plan, options, build, message):
+    with pytest.raises(UserError, match=message):
+        plan(build=build, **options)
+
+
+def test_a_pool_that_no_kernel_takes(tiny_checkpoint, tmp_path):
+    options = BuildOptions(tiny_checkpoint, tmp_path / "e", memshare=True, backend="tensorrt")
+    with pytest.raises(UserError, match=r"MemShareBlockSearch cannot be built: head_dim must be even and between"):
+        plan_build(options)
+    assert plan_build(replace(options, memshare=False)).tensorrt.search_engine == "none"

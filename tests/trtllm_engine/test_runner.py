@@ -35,7 +35,7 @@ class Recorded:
 
 def run(runner, boundaries, prompts, config=CONFIG, lengths=None, **options):
     """Tokens of every request, and the executor."""
-    executor = Executor(runner, config, boundaries, 1024, max_batch_size=8, max_num_tokens=64, **options)
+    executor = Executor(runner, config, boundaries, 1024, max_batch_size=8, max_num_tokens=96, **options)
     handles = [
         executor.submit(p, SamplingParams(n, stop_token_ids=(EOS,)))
         for p, n in zip(prompts, lengths or [NEW_TOKENS] * len(prompts), strict=True)
@@ -55,11 +55,12 @@ def expected(bundled_model, boundaries, prompts):
     return tokens, runner.offsets
 
 
-@pytest.mark.parametrize("use_graphs", [False, True])
+@pytest.mark.parametrize(("use_graphs", "num_profiles"), [(False, 1), (True, 1), (True, 2)])
 def test_tokens_and_block_offsets_are_those_of_the_torch_runner(
-    make_runner, bundled_model, boundaries, prompts, expected, use_graphs
+    make_runner, bundled_model, boundaries, prompts, expected, use_graphs, num_profiles
 ):
-    runner = make_runner(bundled_model, 60, use_graphs=use_graphs)
+    """Two profiles: one up to 64 tokens, one from there, as TensorRT-LLM's multiple_profiles makes them."""
+    runner = make_runner(bundled_model, 60, use_graphs=use_graphs, num_profiles=num_profiles)
     tokens, executor = run(runner, boundaries, prompts[:6])
     assert tokens == expected[0]
     assert executor.manager.stats().shared > 0

@@ -11,7 +11,8 @@ from pathlib import Path
 from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.report.components import Component, find_components, has_engine_backend
-from trtllm_memshare.trtllm.engine.installed import INSTALL
+from trtllm_memshare.trtllm.engine.installed import INSTALL, import_tensorrt_llm
+from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL, compare_signatures
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,15 @@ def main(command: str, arguments: list[str]) -> None:
     """The command line.
 
     Raises:
-      UserError: an unknown surface.
+      UserError: an unknown surface, or ``--signatures`` without TensorRT-LLM.
     """
     parser = argparse.ArgumentParser(prog=f"python -m trtllm_memshare {command}", description=__doc__)
     names = [s.name for s in SURFACES]
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a surface lacks something")
     parser.add_argument("--surface", nargs="+", default=names, metavar="NAME", help=f"only these: {', '.join(names)}")
+    parser.add_argument(
+        "--signatures", action="store_true", help="import TensorRT-LLM and compare what the engine builder calls"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plugin-library", type=Path, default=Path("build/plugins/libtrtllm_memshare_plugin.so"))
     options = parser.parse_args(arguments)
@@ -112,5 +116,15 @@ def main(command: str, arguments: list[str]) -> None:
         print(json.dumps({"components": [asdict(c) for c in components], "surfaces": surfaces}, indent=1))
     else:
         print(describe(components, diagnoses))
-    if options.strict and any(d.lacks for d in diagnoses):
+    differs = options.signatures and not _print_signatures()
+    if options.strict and (differs or any(d.lacks for d in diagnoses)):
         sys.exit(1)
+
+
+def _print_signatures() -> bool:
+    """One line for each recorded signature, on stderr: ``--json`` has stdout. Returns whether all are as recorded."""
+    import_tensorrt_llm()
+    compared = compare_signatures((*BUILDER, *PARALLEL))
+    for name, difference in compared.items():
+        print(f"{'ok' if difference is None else '--'}  {difference or name}", file=sys.stderr)
+    return not any(compared.values())

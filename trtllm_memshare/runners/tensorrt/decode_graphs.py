@@ -31,10 +31,10 @@ class DecodeGraphs:
     Args:
       device: records and replays.
       spec: of the engine, whose largest batch is the last bucket.
-      new_context: makes an execution context.
+      new_context: makes an execution context for steps of that many tokens.
     """
 
-    def __init__(self, device: Device, spec: EngineSpec, new_context: Callable[[], Any]) -> None:
+    def __init__(self, device: Device, spec: EngineSpec, new_context: Callable[[int], Any]) -> None:
         self._device, self._spec, self._new_context = device, spec, new_context
         self._captured: dict[tuple[int, int, str], tuple[Graph, Any]] = {}
 
@@ -61,7 +61,7 @@ class DecodeGraphs:
             self._captured[key][0].replay()
             return
         past_lengths[:] = key[1]
-        context = self._new_context()
+        context = self._new_context(key[0])
         enqueue(context)
         graph = self._device.new_graph()
         graph.capture(lambda: enqueue(context))

@@ -89,6 +89,7 @@ class CudaDevice:
         return _CudaMark(self._stream)
 
     def begin(self) -> None:
+        torch.cuda.set_device(self._device)  # TensorRT takes the thread's device, and a new thread's is 0
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def end(self) -> None:
@@ -115,7 +116,8 @@ class _CudaGraph:
         self._graph, self._stream = torch.cuda.CUDAGraph(), stream
 
     def capture(self, run: Callable[[], None]) -> None:
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # Other threads of this process may allocate meanwhile.
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             run()
 
     def replay(self) -> None:

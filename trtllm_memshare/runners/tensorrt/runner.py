@@ -117,9 +117,9 @@ class TensorRTRunner:
         self._contexts = [_new_context(engine, i, device.stream) for i in range(engine.num_optimization_profiles)]
         self._graphs: DecodeGraphs | None = None
         if use_graphs:
-            last = engine.num_optimization_profiles - 1
-            profile = 0 if last == 0 else self._profile(spec.max_batch_size)
-            self._graphs = DecodeGraphs(device, spec, lambda: _new_context(engine, profile, device.stream))
+            self._graphs = DecodeGraphs(
+                device, spec, lambda tokens: _new_context(engine, self._profile(tokens), device.stream)
+            )
         self.decode_description = f"TensorRT-LLM's attention plugin on {device.description}"
         if use_graphs:
             self.decode_description += ", CUDA graphs for pure decode steps"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trtllm_memshare.runners.tensorrt.bindings import AS_STORED, UNDO_ROPE
 from trtllm_memshare.runners.tensorrt.device import Device, Mark, check_alignment
 from trtllm_memshare.runners.tensorrt.staging import Staging
 from trtllm_memshare.runners.tensorrt.step_inputs import pair_arrays
@@ -45,14 +46,14 @@ class SeparateEngineSearch:
         self.max_pairs, self.description = spec.max_pairs, "MemShareBlockSearch in memshare.engine"
         self._context = plan.create_execution_context()
         self._staging = Staging(device, 3 * spec.max_pairs * spec.tokens_per_block, num_arrays=3)
-        values: dict[str | bool, torch.Tensor] = {
+        values = {
             "memshare_hidden": torch.zeros(1),
             "memshare_pool_pointers": torch.tensor([pool.data_ptr()], dtype=torch.int64),
             "memshare_num_blocks": torch.tensor([pool.shape[0]], dtype=torch.int32),
-            True: inv_freq.cpu().float(),
-            False: torch.zeros(len(inv_freq)),
+            UNDO_ROPE: inv_freq.cpu().float(),
+            AS_STORED: torch.zeros(len(inv_freq)),
         }
-        self._fixed: dict[str | bool, torch.Tensor] = {}
+        self._fixed: dict[str, torch.Tensor] = {}
         for name, value in values.items():
             source = device.host_tensor(tuple(value.shape), value.dtype).copy_(value)
             self._fixed[name] = device.device_tensor(tuple(value.shape), value.dtype)
@@ -67,7 +68,8 @@ class SeparateEngineSearch:
         started = self._device.mark()
         packed = self._staging.pack(pair_arrays(pairs), {})
         self._staging.upload(packed)
-        fixed = {**self._fixed, "memshare_inv_freq": self._fixed[pairs.undo_rope], DISTANCES: self._distances}
+        inv_freq = self._fixed[UNDO_ROPE if pairs.undo_rope else AS_STORED]
+        fixed = {**self._fixed, "memshare_inv_freq": inv_freq, DISTANCES: self._distances}
         names = ["memshare_hidden", *(t.name for t in self._table)]
         for name in names:
             address = packed.addresses.get(name) or fixed[name].data_ptr()

@@ -71,8 +71,8 @@ def check_batch(batch: StepBatch, spec: EngineSpec, max_pairs: int) -> None:
     """
     if not batch.count_aliases:
         raise UserError(
-            "the control drop-duplicate weighs aliases in attention, got a TensorRT-LLM engine, whose kernels read "
-            "every table entry (run this variant on an engine of --backend torch)"
+            "counting aliases once, as drop-duplicate does, needs attention of our own, got a TensorRT-LLM engine, "
+            "whose kernels read every table entry (run this variant on an engine of --backend torch)"
         )
     if batch.context_lengths is None:
         raise ValueError("a TensorRT-LLM engine needs StepBatch.context_lengths, got None")
@@ -84,8 +84,8 @@ def check_batch(batch: StepBatch, spec: EngineSpec, max_pairs: int) -> None:
     read = np.arange(sizes[2]) < used[:, None]
     if (batch.block_offsets[0, :, 0][read] == NULL_OFFSET).any():
         raise UserError(
-            "the control streaming leaves holes in block tables, got a TensorRT-LLM engine, whose kernels read every "
-            "entry (run this variant on an engine of --backend torch)"
+            "controls that evict, such as streaming, leave holes in block tables, got a TensorRT-LLM engine, whose "
+            "kernels read every entry (run this variant on an engine of --backend torch)"
         )
     if batch.pairs is not None and len(batch.pairs) > max_pairs:
         what = f"up to {max_pairs} pairs" if max_pairs else "none"

@@ -94,12 +94,31 @@ def check_signatures(recorded: tuple[Call | Attribute, ...], load: Callable[[str
       UserError: naming the first thing that is missing or has another signature.
     """
     for entry in recorded:
-        found = _find(entry, load)
-        if isinstance(entry, Call):
-            check_call(entry, found)
-        missing = [m for m in getattr(entry, "members", ()) if not _holds(found, m)]
-        if missing:
-            raise _differs(entry, f"no {missing[0]} in it")
+        _check(entry, load)
+
+
+def compare_signatures(
+    recorded: tuple[Call | Attribute, ...], load: Callable[[str], Any] = import_module
+) -> dict[str, str | None]:
+    """What is recorded, by name, and the sentence that says how the installed one differs; None where it does not."""
+    found: dict[str, str | None] = {}
+    for entry in recorded:
+        name = f"{entry.module}.{entry.name}"
+        try:
+            _check(entry, load)
+            found.setdefault(name, None)
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
+def _check(entry: Call | Attribute, load: Callable[[str], Any]) -> None:
+    found = _find(entry, load)
+    if isinstance(entry, Call):
+        check_call(entry, found)
+    missing = [m for m in getattr(entry, "members", ()) if not _holds(found, m)]
+    if missing:
+        raise _differs(entry, f"no {missing[0]} in it")
 
 
 def check_call(entry: Call, function: Any) -> None:
