@@ -94,9 +94,9 @@ def test_paused_requests_share_again_and_all_end(runner, boundaries, prompts):
     assert executor.manager.stats().shared > 0
 
 
-@pytest.mark.parametrize("control", ["drop-duplicate", "random", "streaming"])
-def test_controls_run_and_change_memory(runner, boundaries, prompts, control):
-    config = make_config("aligned", control=control, streaming_window_tokens=64)
+@pytest.mark.parametrize("settings", [{"count_aliases": False}, {"control": "random"}, {"control": "streaming"}])
+def test_controls_run_and_change_memory(runner, boundaries, prompts, settings):
+    config = make_config("aligned", streaming_window_tokens=64, **settings)
     _, executor = run(runner, boundaries, prompts[:4], config, max_new_tokens=600)
     assert executor.manager.stats().shared_block_fraction > 0
 

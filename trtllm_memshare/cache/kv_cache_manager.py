@@ -160,6 +160,11 @@ class KVCacheManager:
         row = row[row != NO_BLOCK]
         return row[self.pool.is_full[row]]
 
+    def block_table(self, request_id: int) -> np.ndarray:
+        """Physical block of each logical one, int32 ``[num_blocks]``, ``NO_BLOCK`` where it was evicted; a copy."""
+        sequence = self._sequences[request_id]
+        return self._tables[sequence.slot, : sequence.num_blocks].copy()
+
     def generating_sequences(self) -> list[tuple[int, int, int]]:
         """(request id, first generated block, tokens computed) of each sequence that is past its prompt."""
         return [
@@ -169,7 +174,7 @@ class KVCacheManager:
         ]
 
     def evict_blocks(self, request_id: int, logical_blocks: np.ndarray) -> None:
-        """Drops blocks with nothing in their place: for the control ``streaming`` only."""
+        """Drops blocks with nothing in their place: for the controls that evict."""
         sequence = self._sequences[request_id]
         blocks = self._tables[sequence.slot, logical_blocks]
         self.pool.release(blocks[blocks != NO_BLOCK])

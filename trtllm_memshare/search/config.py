@@ -39,20 +39,30 @@ class MemShareConfig(BaseModel):
     pool_layers: bool = Field(
         False, description="one distance over K and V of all layers, as in the paper, instead of a vote of the layers"
     )
+    compared: Literal["k-and-v", "k", "v"] = Field("k-and-v", description="what a layer's distance is taken on")
+    layer_vote: Literal["quorum", "mean"] = Field(
+        "quorum", description="quorum: so many layers must lie within max_distance; mean: the mean over layers must"
+    )
     layer_quorum: float = Field(1.0, gt=0, le=1, description="share of layers that must lie within max_distance")
 
     protected_tokens: int = Field(64, ge=0, description="most recent tokens that are never retired")
     protected_steps: int = Field(2, ge=0, description="most recent whole steps that are never retired")
+    count_aliases: bool = Field(
+        True, description="a block that a table names m times weighs m times in attention; False: once, as if dropped"
+    )
+    min_pool_use: float = Field(0.0, ge=0, le=1, description="share only while this much of the pool is in use")
     max_aliases: int = Field(8, ge=2, description="most block-table entries that may point at one block")
     scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
     search_interval: int = Field(6, ge=1, description="decode steps between two searches")
     max_pairs: int = Field(64, ge=1, le=MAX_PAIRS, description="most candidate pairs compared in one search")
 
-    control: Literal["none", "drop-duplicate", "random", "streaming"] = Field(
+    control: Literal["none", "random", "streaming", "snapkv", "rkv"] = Field(
         "none", description="an experiment's control in place of sharing; never meant for serving"
     )
     streaming_window_tokens: int = Field(512, ge=1, description="control streaming: recent tokens kept")
     streaming_sink_tokens: int = Field(16, ge=0, description="control streaming: first tokens kept beside the prompt")
+    budget_tokens: int = Field(512, ge=1, description="controls snapkv and rkv: generated tokens kept in full blocks")
+    observation_tokens: int = Field(8, ge=1, le=128, description="controls snapkv and rkv: recent queries that score")
     control_seed: int = 0
 
     @property

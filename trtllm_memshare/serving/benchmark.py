@@ -150,19 +150,25 @@ def _entry(
     }
 
 
-def streaming_window(results: list[RequestResult], block_steps_per_request: float, sink: int, size: int) -> int:
+def blocks_without_waiting(items: list[DatasetItem], load: Load, size: int) -> int:
+    """Blocks of ``size`` tokens with which no request ever waits."""
+    longest = sorted((len(i.input_ids) + i.output_tokens for i in items), reverse=True)
+    in_flight = min(load.max_batch_size, load.concurrency or len(longest))
+    return sum(-(-n // size) for n in longest[:in_flight])
+
+
+def streaming_window(spans: list[tuple[int, int]], block_steps_per_request: float, sink: int, size: int) -> int:
     """The recent window at which the control ``streaming`` holds as many block-steps per request as a sharing arm.
 
     A request of n tokens holds ``min(n, prompt + sink + window) / size`` blocks after n tokens; summed over its life
-    and averaged over the requests of ``results``, this grows with the window, so bisection finds it.
+    and averaged over the requests, this grows with the window, so bisection finds it.
 
     Args:
-      results: of the full cache, whose lengths are taken.
+      spans: tokens of the prompt and of the output of each request, with the full cache.
       block_steps_per_request: what the sharing arm held, blocks x steps.
       sink: first generated tokens that stay, in tokens.
       size: tokens per block.
     """
-    spans = [(r.stats.num_prompt_tokens, r.stats.num_output_tokens) for r in results]
 
     def held(window: int) -> float:
         total = 0.0

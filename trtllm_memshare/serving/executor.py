@@ -81,7 +81,7 @@ class Executor:
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
         )
         self._scheduler = Scheduler(self.manager, scheduler_policy, max_batch_size, max_num_tokens)
-        self.sharing = Sharing(self.manager, config)
+        self.sharing = Sharing(self.manager, config, runner)
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None
         self.stats = ExecutorStats()
@@ -178,6 +178,7 @@ class Executor:
         output = self._runner.step(self._runner.prepare(batch))
         self._advance(schedule, states, output.logits)
         self.sharing.take_distances(output.block_distances)
+        self.sharing.take_attention(output.block_attention)
         self.stats.record_step(
             started, time.perf_counter(), self.manager.pool.num_used, len(states), self.sharing.seconds
         )
@@ -250,7 +251,8 @@ class Executor:
             sequence_lengths=np.array([b + c for _, b, c in spans], np.int32),
             block_offsets=self.manager.block_offsets([s.request_id for s in states]),
             pairs=pairs,
-            count_aliases=self.config.control != "drop-duplicate",
+            count_aliases=self.config.count_aliases,
+            observe_attention=self.sharing.observes_attention,
         )
         return batch, states
 

@@ -9,7 +9,7 @@ from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT
 
-_CONTROLS = ("drop-duplicate", "random", "streaming")
+_CONTROLS = ("drop-duplicate", "random", "streaming", "snapkv", "rkv")
 VARIANTS = ("full", "full-guaranteed", "paper", "aligned", "lexical", "shadow", *_CONTROLS)
 
 
@@ -40,8 +40,11 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
         return Variant(name, make_config("off"), GUARANTEED_NO_EVICT if name == "full-guaranteed" else None)
     preset = name if name in PRESETS else "aligned"
     settings = engine.model_dump() if engine.preset == preset else PRESETS[preset]
-    settings = {**settings, "shadow": name == "shadow", **overrides}
-    if name in _CONTROLS:
+    # R-KV compares keys as they are stored.
+    settings = {**settings, "shadow": name == "shadow", **({"undo_rope": False} if name == "rkv" else {}), **overrides}
+    if name == "drop-duplicate":
+        settings["count_aliases"] = False
+    elif name in _CONTROLS:
         settings["control"] = name
     settings.pop("preset")
     return Variant(name, make_config(preset, **settings))
