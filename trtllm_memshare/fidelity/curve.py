@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.fidelity.arms import Arm
-from trtllm_memshare.fidelity.scoring import Reference, summarize
 from trtllm_memshare.fidelity.session import Generation, Session
 from trtllm_memshare.report.statistics import mcnemar, paired_interval, wilson_interval
 from trtllm_memshare.search.config import make_config
@@ -63,7 +62,7 @@ def measure_curve(
             f"budgets are matched to the memory of {options.match}, got arms without it (add it to --arms, name "
             f"another with --match, or give the budget, for example streaming:streaming_window_tokens=256)"
         )
-    curve = _Curve(session, options)
+    curve = FidelityCurve(session, options)
     entries: list[dict[str, Any]] = []
     for arm in tqdm([full, *ordered], desc="arms", unit="arm"):
         entries.append(curve.measure(arm))
@@ -74,15 +73,15 @@ def measure_curve(
     return entries
 
 
-class _Curve:
+class FidelityCurve:
     """The full cache's results, which every later arm is compared with."""
 
     def __init__(self, session: Session, options: CurveOptions) -> None:
         self._session, self._options = session, options
         self._entries: dict[str, dict[str, Any]] = {}
+        self._read: dict[str, dict[str, Any]] = {}
         self._answers: list[str] = []
         self._scripts: list[list[int]] = []
-        self._reference: Reference | None = None
         self._spans: list[tuple[int, int]] = []
 
     def measure(self, arm: Arm) -> dict[str, Any]:
@@ -102,28 +101,31 @@ class _Curve:
         if is_full:
             self._take_scripts(generation)
         if self._scripts:
-            self._add_replay(entry, arm, is_full)
+            entry["replay"] = self.read(arm)
         for name in self._options.against:
             if name in self._entries and "right" in entry:
                 entry.setdefault("paired", {})[name] = compare(self._entries[name]["right"], entry["right"])
         self._entries[arm.name] = entry
         return entry
 
+    def read(self, arm: Arm) -> dict[str, Any]:
+        """Teacher-forced figures of one arm; read once, then remembered."""
+        if arm.name not in self._read:
+            figures = self._session.read(arm.config, self._scripts)
+            add_saving(figures, self._read.get("full", figures))
+            self._read[arm.name] = figures
+        return self._read[arm.name]
+
     def _take_scripts(self, generation: Generation | None) -> None:
         """What the arms will read: the data set's own outputs, or else what the full cache has just generated."""
         items, wanted = self._session.items, self._options.replay_problems
         count = len(items) if wanted is None else min(wanted, len(items))
-        if generation is not None:
-            self._spans = [(len(i.input_ids), len(t)) for i, t in zip(items, generation.token_ids, strict=True)]
-        if count == 0:
-            return
         if self._session.has_outputs:
             self._scripts = [ids for item in items[:count] if (ids := item.output_ids)]
         elif generation is not None:
             self._scripts = generation.token_ids[:count]
-        if not self._spans:
-            self._spans = [(len(i.input_ids), len(s)) for i, s in zip(items, self._scripts, strict=False)]
-        self._reference = self._session.new_reference(self._scripts)
+        outputs = generation.token_ids if generation is not None and self._options.free_running else self._scripts
+        self._spans = [(len(item.input_ids), len(ids)) for item, ids in zip(items, outputs, strict=False)]
 
     def _add_answers(self, entry: dict[str, Any], generation: Generation, is_full: bool) -> None:
         items, answers = self._session.items, self._session.answers(generation)
@@ -138,17 +140,12 @@ class _Curve:
             "same_answer_as_full": sum(a == b for a, b in zip(answers, self._answers, strict=True)) / count,
             **generation.figures,
         }
-        self._add_saving(entry["free"], "free")
+        add_saving(entry["free"], entry["free"] if is_full else self._entries["full"]["free"])
 
-    def _add_replay(self, entry: dict[str, Any], arm: Arm, is_full: bool) -> None:
-        assert self._reference is not None
-        replay = self._session.replay(arm.config, self._scripts, self._reference, fills=is_full)
-        entry["replay"] = {**summarize(replay.scores), **replay.figures}
-        self._add_saving(entry["replay"], "replay")
 
-    def _add_saving(self, figures: dict[str, Any], kind: str) -> None:
-        full = self._entries["full"][kind] if self._entries else figures
-        figures["memory_saved"] = 1 - figures["block_steps_per_request"] / full["block_steps_per_request"]
+def add_saving(figures: dict[str, Any], full: dict[str, Any]) -> None:
+    """Adds the share of the full cache's block-steps per request that an arm does without."""
+    figures["memory_saved"] = 1 - figures["block_steps_per_request"] / full["block_steps_per_request"]
 
 
 def compare(base: str, other: str) -> dict[str, Any]:

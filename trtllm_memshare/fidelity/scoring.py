@@ -36,6 +36,9 @@ class Scores:
 class Reference:
     """The full cache's log-probabilities at every position of every script: float32 ``[num_tokens, vocab_size]`` each.
 
+    Args:
+      scripts: of request 0, 1, ...: what each generates, token ids.
+
     Raises:
       UserError: they would need more than 4 GiB.
     """
@@ -47,6 +50,7 @@ class Reference:
                 f"teacher-forced scores of {sum(map(len, scripts))} tokens over {vocab_size} vocabulary entries keep "
                 f"{needed / 2**30:.1f} GiB of log-probabilities, expected at most 4 (set a smaller --replay-problems)"
             )
+        self.scripts = scripts
         self.log_probs = [torch.empty(len(s), vocab_size) for s in scripts]
 
 
@@ -54,13 +58,13 @@ class ScoringSampler(ReplaySampler):
     """Scores each distribution against the script's next token, and against the reference or into it.
 
     Args:
-      scripts: of request 0, 1, ...: what each generates.
-      reference: where the full cache's log-probabilities are kept.
+      reference: the scripts, and where the full cache's log-probabilities are kept.
       fills: True while the full cache itself runs.
     """
 
-    def __init__(self, scripts: list[list[int]], reference: Reference, fills: bool) -> None:
+    def __init__(self, reference: Reference, fills: bool) -> None:
         super().__init__()
+        scripts = reference.scripts
         self._reference, self._fills = reference, fills
         self.scores = [Scores(np.zeros(len(s)), np.zeros(len(s)), np.zeros(len(s), bool)) for s in scripts]
         for request_id, script in enumerate(scripts):

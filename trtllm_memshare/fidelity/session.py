@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.engine.weights import weight_files
-from trtllm_memshare.fidelity.scoring import Reference, Scores, ScoringSampler
+from trtllm_memshare.fidelity.scoring import Reference, ScoringSampler, summarize
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
-from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import blocks_without_waiting, run_variant
 from trtllm_memshare.serving.benchmark_report import choose_device, load_of
@@ -42,14 +42,6 @@ class Generation:
     figures: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Replay:
-    """How an arm read the scripts. ``figures``: block_steps_per_request and shared_block_fraction."""
-
-    scores: list[Scores]
-    figures: dict[str, float]
-
-
 class Session:
     """Runs arms over a pool in which nobody waits, greedily, so that every figure is the same in each run.
 
@@ -58,8 +50,8 @@ class Session:
       dataset: JSON lines as for the benchmarks.
       num_problems: first lines of the data set only, None = all.
       device: auto, cpu or cuda.
-      keep_dir: a folder in which generations are kept and found again, None = none. They are found by model, requests
-        and settings, not by the code's version: empty it after a change of the code.
+      keep_dir: a folder in which generations and scores are kept and found again, None = none. They are found by
+        model, requests and settings, not by the code's version: empty it after a change of the code.
     """
 
     def __init__(
@@ -77,6 +69,7 @@ class Session:
         self._load = load_of(self.engine)
         self._boundaries = BoundaryTokens.from_tokenizer(self.tokenizer, self.engine.vocab_size)
         self._keep_dir = keep_dir
+        self._reference: Reference | None = None
         model = load_model(self.engine.model_dir, choose_device(device))
         blocks = blocks_without_waiting(self.items, self._load, self.tokens_per_block)
         self._runner = TorchRunner(model, blocks, self.tokens_per_block, getattr(torch, self.engine.kv_dtype))
@@ -105,21 +98,34 @@ class Session:
 
         run = run_variant(Variant(name, config), self._runner, self._boundaries, self.items, self._load, unjudged)
         generation = Generation([r.token_ids for r in run.results], {key: run.entry[key] for key in _KEPT})
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(asdict(generation)))
+        self._keep(kept, asdict(generation))
         return generation
 
-    def replay(
-        self, config: MemShareConfig, scripts: list[list[int]], reference: Reference, fills: bool = False
-    ) -> Replay:
-        """Feeds the first requests their scripts while the arm shares, and scores every distribution.
+    def read(self, config: MemShareConfig, scripts: list[list[int]]) -> dict[str, Any]:
+        """Feeds the first requests their scripts while the arm shares, and scores it against the full cache.
 
         Args:
           scripts: token ids that each of the first ``len(scripts)`` requests generates.
-          reference: of the full cache; see ``ScoringSampler``.
+
+        Returns:
+          ``scoring.summarize``'s figures, block_steps_per_request and shared_block_fraction.
+
+        Raises:
+          UserError: the full cache's distributions take too much memory.
         """
-        sampler = ScoringSampler(scripts, reference, fills)
+        kept = self._kept_file(config, scripts)
+        if kept is not None and kept.is_file():
+            return dict(json.loads(kept.read_text()))
+        full = make_config("off")
+        if self._reference is None or self._reference.scripts != scripts:
+            self._reference = Reference(scripts, self._runner.vocab_size)
+            self._keep(self._kept_file(full, scripts), self._replay(full, self._reference, fills=True))
+        figures = self._replay(config, self._reference, fills=False)
+        self._keep(kept, figures)
+        return figures
+
+    def _replay(self, config: MemShareConfig, reference: Reference, fills: bool) -> dict[str, Any]:
+        sampler = ScoringSampler(reference, fills)
         build = self.engine.build
         executor = Executor(
             self._runner,
@@ -130,25 +136,28 @@ class Session:
             build.max_num_tokens,
             sampler=sampler,
         )
-        for item, script in zip(self.items, scripts, strict=False):
+        for item, script in zip(self.items, reference.scripts, strict=False):
             executor.submit(item.input_ids, SamplingParams(len(script)))
         executor.run_until_idle()
-        figures = {
-            "block_steps_per_request": executor.stats.block_steps / len(scripts),
+        return {
+            **summarize(sampler.scores),
+            "block_steps_per_request": executor.stats.block_steps / len(reference.scripts),
             "shared_block_fraction": executor.manager.stats().shared_block_fraction,
         }
-        return Replay(sampler.scores, figures)
 
-    def new_reference(self, scripts: list[list[int]]) -> Reference:
-        """Room for the full cache's log-probabilities; see ``Reference``."""
-        return Reference(scripts, self._runner.vocab_size)
-
-    def _kept_file(self, config: MemShareConfig) -> Path | None:
+    def _kept_file(self, config: MemShareConfig, scripts: list[list[int]] | None = None) -> Path | None:
         if self._keep_dir is None:
             return None
         digest = hashlib.sha256()
         for path in weight_files(self.engine.model_dir):
             digest.update(path.read_bytes())
         requests = [(item.input_ids, item.output_tokens) for item in self.items]
-        digest.update(json.dumps([self.engine.build.model_dump(), requests, config.model_dump()]).encode())
+        known = [self.engine.build.model_dump(), requests, config.model_dump(exclude_defaults=True), scripts]
+        digest.update(json.dumps(known).encode())
         return self._keep_dir / f"{digest.hexdigest()[:32]}.json"
+
+    @staticmethod
+    def _keep(path: Path | None, document: dict[str, Any]) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document))
