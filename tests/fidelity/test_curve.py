@@ -32,7 +32,8 @@ def measure(session, *arms, **options) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def curve(session) -> dict[str, dict]:
-    return measure(session, "shadow", "streaming", LOOSE, "snapkv", "rkv", match=LOOSE, against=("full", LOOSE))
+    arms = ("shadow", "streaming", LOOSE, "snapkv", "rkv", "rkv:budget=share")
+    return measure(session, *arms, match=LOOSE, against=("full", LOOSE))
 
 
 def test_the_full_cache_is_right_by_construction_and_shadow_equals_it(curve):
@@ -53,7 +54,7 @@ def test_sharing_saves_memory_at_a_cost_that_the_scores_see(curve):
     assert curve[LOOSE]["paired"]["full"]["lost"] == lost
 
 
-@pytest.mark.parametrize("control", ["streaming", "snapkv", "rkv"])
+@pytest.mark.parametrize("control", ["streaming", "snapkv", "rkv", "rkv:budget=share"])
 def test_controls_hold_as_much_as_the_arm_they_are_matched_to(curve, control):
     held = curve[control]["replay"]["block_steps_per_request"]
     assert held == pytest.approx(curve[LOOSE]["replay"]["block_steps_per_request"], rel=0.15)

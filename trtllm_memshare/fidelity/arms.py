@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.serving.benchmark import streaming_window
+from trtllm_memshare.serving.benchmark import budget_share, streaming_window
 from trtllm_memshare.serving.benchmark_report import parse_setting
 from trtllm_memshare.serving.variants import make_variant
-
-_BUDGETS = {"streaming": "streaming_window_tokens", "snapkv": "budget_tokens", "rkv": "budget_tokens"}
-"""Controls that hold a fixed number of tokens per request, and the setting that says how many."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,13 @@ class Arm:
         """
         if self.budget is None:
             return self
-        sink = self.config.streaming_sink_tokens if self.budget == "streaming_window_tokens" else 0
-        tokens = streaming_window(spans, block_steps_per_request, sink, size)
-        return Arm(self.name, self.config.model_copy(update={self.budget: tokens}))
+        config, value = self.config, 0.0
+        if self.budget == "budget_share":
+            value = budget_share(spans, block_steps_per_request, config.protected_tokens, size)
+        else:
+            sink = config.streaming_sink_tokens if self.budget == "streaming_window_tokens" else 0
+            value = streaming_window(spans, block_steps_per_request, sink, size)
+        return Arm(self.name, config.model_copy(update={self.budget: value}))
 
 
 def parse_arm(text: str, engine: MemShareConfig) -> Arm:
@@ -46,5 +47,9 @@ def parse_arm(text: str, engine: MemShareConfig) -> Arm:
     variant, _, rest = text.partition(":")
     settings = dict(parse_setting(part) for part in rest.split(",")) if rest else {}
     config = make_variant(variant, engine, **settings).config
-    budget = _BUDGETS.get(config.control)
+    budget = None
+    if config.control == "streaming":
+        budget = "streaming_window_tokens"
+    elif config.control in ("snapkv", "rkv"):
+        budget = "budget_share" if config.budget == "share" else "budget_tokens"
     return Arm(text, config, None if budget in settings else budget)

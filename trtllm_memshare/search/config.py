@@ -62,6 +62,10 @@ class MemShareConfig(BaseModel):
     streaming_window_tokens: int = Field(512, ge=1, description="control streaming: recent tokens kept")
     streaming_sink_tokens: int = Field(16, ge=0, description="control streaming: first tokens kept beside the prompt")
     budget_tokens: int = Field(512, ge=1, description="controls snapkv and rkv: generated tokens kept in full blocks")
+    budget: Literal["fixed", "share"] = Field(
+        "fixed", description="controls snapkv and rkv: budget_tokens, or budget_share of what was generated so far"
+    )
+    budget_share: float = Field(0.5, gt=0, le=1, description="controls snapkv and rkv: see budget")
     observation_tokens: int = Field(8, ge=1, le=128, description="controls snapkv and rkv: recent queries that score")
     control_seed: int = 0
 

@@ -171,16 +171,38 @@ def streaming_window(spans: list[tuple[int, int]], block_steps_per_request: floa
     """
 
     def held(window: int) -> float:
-        total = 0.0
-        for prompt, generated in spans:
-            cap = prompt + sink + window
-            lengths = np.arange(prompt, prompt + generated)
-            # Half a block for the partial one, and half a block more that the window keeps on average.
-            total += float(np.minimum(lengths + size / 2, cap + size).sum()) / size
-        return total / len(spans)
+        return _block_steps(spans, size, lambda generated: np.minimum(generated, sink + window))
 
     low, high = 1, max(p + g for p, g in spans)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if held(middle) <= block_steps_per_request else (low, middle - 1)
     return low
+
+
+def budget_share(spans: list[tuple[int, int]], block_steps_per_request: float, protected: int, size: int) -> float:
+    """The share of its generated tokens that a control may keep to hold as many block-steps as a sharing arm.
+
+    Args:
+      spans, block_steps_per_request, size: as for ``streaming_window``.
+      protected: recent tokens that stay in any case.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        share = (low + high) / 2
+
+        def kept(generated: np.ndarray, share: float = share) -> np.ndarray:
+            return np.maximum(share * generated, np.minimum(generated, protected))
+
+        low, high = (share, high) if _block_steps(spans, size, kept) <= block_steps_per_request else (low, share)
+    return max(low, 1e-3)
+
+
+def _block_steps(spans: list[tuple[int, int]], size: int, kept: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Block-steps of a request, mean over requests, if it keeps ``kept(generated)`` of its generated tokens."""
+    total = 0.0
+    for prompt, output in spans:
+        generated = np.arange(output)
+        # Half a block for the partial one, and half a block more that an eviction by whole blocks keeps on average.
+        total += float(np.minimum(generated + size / 2, kept(generated) + size).sum() + prompt * output) / size
+    return total / len(spans)

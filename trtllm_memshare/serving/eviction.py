@@ -22,7 +22,9 @@ _IMPORTANCE_WEIGHT = 0.1  # lambda of R-KV: importance against redundancy
 
 
 class BlockEviction:
-    """Keeps at most ``budget_tokens`` generated tokens of each request in full blocks, those with the highest scores.
+    """Keeps the full blocks with the highest scores, within a budget of generated tokens for each request.
+
+    The papers fix the budget; ``budget: share`` lets it grow with the request, which is kinder where lengths differ.
 
     - ``snapkv`` (SnapKV, arXiv 2404.14469, applied while decoding): the score is the attention that the block received
       from the last ``observation_tokens`` queries, averaged over layers and heads.
@@ -65,7 +67,10 @@ class BlockEviction:
             table = self._manager.block_table(request_id)
             logical = np.arange(first, num_computed // size)
             logical = logical[table[logical] != NO_BLOCK]
-            excess = len(logical) - max(1, config.budget_tokens // size)
+            tokens = config.budget_tokens
+            if config.budget == "share":
+                tokens = round(config.budget_share * (num_computed - first * size))
+            excess = len(logical) - max(1, tokens // size)
             num_old = int((logical < (num_computed - config.protected_tokens) // size).sum())
             if excess <= 0 or num_old == 0:
                 continue
