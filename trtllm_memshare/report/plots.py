@@ -11,10 +11,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the backend has to be chosen first
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and by lightness in print.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#7A7A7A", "#B8A800")
+COLOURS = (
+    "#000000",
+    "#E69F00",
+    "#0072B2",
+    "#009E73",
+    "#56B4E9",
+    "#CC79A7",
+    "#D55E00",
+    "#7A7A7A",
+    "#B8A800",
+    "#5B3A8E",
+    "#8C510A",
+)
 _FIRST_LINES = ("full", "aligned")  # drawn thick and on top: what everything else is held against
 _SMALL: dict[str, Any] = {"textcoords": "offset points", "color": "#444444", "fontsize": 9}
-_CONTROLS = ("drop-duplicate", "random", "streaming", "shadow")  # drawn dashed: nothing that anyone would serve with
+_CONTROLS = ("random", "streaming", "snapkv", "rkv", "shadow")  # drawn dashed: nothing that anyone would serve with
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:

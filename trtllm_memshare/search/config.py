@@ -17,7 +17,7 @@ class MemShareConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: Literal["off", "paper", "aligned", "lexical"] = "aligned"
+    preset: Literal["off", "paper", "aligned", "lexical", "drop-duplicate"] = "aligned"
     shadow: bool = Field(False, description="search and report, share nothing")
 
     direction: Literal["keep-latest", "keep-earliest"] = Field(
@@ -92,6 +92,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "aligned": {"preset": "aligned"},
     "lexical": {"preset": "lexical", "accept_all": True},
+    # Needs a runner that reads a block once however often a table names it: the torch runner does.
+    "drop-duplicate": {"preset": "drop-duplicate", "count_aliases": False},
 }
 
 

@@ -144,6 +144,7 @@ def _entry(
         "refused": cache.refused,
         "rejected": executor.rejected,
         "paused_requests": stats.num_pauses,
+        "num_steps": stats.num_steps,
         "search_time_fraction": stats.search_time_fraction,
         "mean_step_ms": stats.busy_seconds / stats.num_steps * 1e3,
         "timeline": {"time_s": list(times), "used_blocks": list(used), "requests_in_flight": list(in_flight)},
