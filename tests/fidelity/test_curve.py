@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.fidelity.arms import parse_arm
-from trtllm_memshare.fidelity.curve import CurveOptions, compare, measure_curve
+from trtllm_memshare.fidelity.curve import CurveOptions, compare, measure_curve, pool_reports
 from trtllm_memshare.fidelity.session import Session
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +125,17 @@ def test_accuracy_without_answers_is_refused(engine_dir, tmp_path):
     path.write_text('{"task_id": 0, "prompt": "Q: 1 + 2 = ?\\n", "output_tokens": 8}\n')
     with pytest.raises(UserError, match="accuracy needs an answer in every line"):
         measure(Session(engine_dir, path, device="cpu"))
+
+
+def test_reports_are_pooled_by_arm_and_settings():
+    def document(dataset: str, **right: str) -> dict:
+        return {"dataset": dataset, "arms": [{"arm": a, "settings": {}, "right": r} for a, r in right.items()]}
+
+    first, second = document("a", full="11", aligned="10"), document("b", aligned="00", full="01", random="11")
+    assert pool_reports([first, second]) == {"full": "1101", "aligned": "1000"}
+    second["arms"][0]["settings"] = {"max_distance": 0.1}
+    assert pool_reports([first, second]) == {"full": "1101"}
+    with pytest.raises(UserError, match="must be on different data sets, got a, a"):
+        pool_reports([first, first])
+    with pytest.raises(UserError, match="no arm with answers and the same settings in common"):
+        pool_reports([document("a", full="1"), document("b", aligned="1")])

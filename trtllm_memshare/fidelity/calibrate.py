@@ -21,15 +21,24 @@ from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.search.config import MemShareConfig, make_config
 
 LADDER: dict[str, dict[str, Any]] = {
-    "runs of 16, nothing protected": {"min_run_tokens": 16, "protected_tokens": 0, "protected_steps": 0},
-    "runs of 16, 1 step protected": {"min_run_tokens": 16, "protected_tokens": 16, "protected_steps": 1},
-    "nothing protected": {"protected_tokens": 0, "protected_steps": 0},
-    "1 step protected": {"protected_tokens": 32, "protected_steps": 1},
+    "runs of 16 with gaps, 1 step protected": {
+        "min_run_tokens": 16,
+        "max_gap_tokens": 4,
+        "protected_tokens": 32,
+        "protected_steps": 1,
+    },
+    "runs with gaps": {"max_gap_tokens": 4},
     "defaults": {},
-    "128 tokens protected": {"protected_tokens": 128},
     "256 tokens protected": {"protected_tokens": 256},
-    "256 tokens protected, distance 0.25": {"protected_tokens": 256, "max_distance": 0.25},
-    "256 tokens protected, runs of 64": {"protected_tokens": 256, "min_run_tokens": 64, "max_distance": 0.25},
+    "distance 0.35": {"max_distance": 0.35},
+    "distance 0.25": {"max_distance": 0.25},
+    "distance 0.25, 256 tokens protected": {"max_distance": 0.25, "protected_tokens": 256},
+    "at most 2 places, distance 0.25": {"max_aliases": 2, "max_distance": 0.25},
+    "at most 2 places, distance 0.15, 256 tokens protected": {
+        "max_aliases": 2,
+        "max_distance": 0.15,
+        "protected_tokens": 256,
+    },
 }
 """Settings tried, laid over the preset ``aligned``."""
 

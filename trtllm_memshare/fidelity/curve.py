@@ -159,3 +159,29 @@ def compare(base: str, other: str) -> dict[str, Any]:
         "interval": paired_interval(lost, gained, len(pairs)),
         "p_value": mcnemar(lost, gained),
     }
+
+
+def pool_reports(documents: list[dict[str, Any]]) -> dict[str, str]:
+    """Right answers of each arm over the problems of all reports, as strings of 0 and 1.
+
+    Args:
+      documents: as ``benchmarks/fidelity.py`` writes them. Arms count that all of them have, with the same settings.
+
+    Raises:
+      UserError: two reports on one data set, whose problems would count twice, or no arm in common.
+    """
+    datasets = [document["dataset"] for document in documents]
+    if len(set(datasets)) < len(datasets):
+        raise UserError(f"pooled reports must be on different data sets, got {', '.join(datasets)} (leave one out)")
+    pooled: dict[str, str] = {}
+    for entry in documents[0]["arms"]:
+        same = [
+            [e for e in d["arms"] if (e["arm"], e["settings"]) == (entry["arm"], entry["settings"])] for d in documents
+        ]
+        if all(same) and all("right" in found[0] for found in same):
+            pooled[entry["arm"]] = "".join(found[0]["right"] for found in same)
+    if not pooled:
+        raise UserError(
+            "the reports have no arm with answers and the same settings in common (measure the same --arms)"
+        )
+    return pooled
