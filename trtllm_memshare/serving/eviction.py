@@ -41,7 +41,7 @@ class BlockEviction:
       UserError: the runner does neither.
     """
 
-    def __init__(self, manager: KVCacheManager, config: MemShareConfig, runner: Runner) -> None:
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig, runner: Runner | None) -> None:
         pool, inv_freq = getattr(runner, "pool", None), getattr(runner, "inv_freq", None)
         if not isinstance(pool, torch.Tensor) or not isinstance(inv_freq, torch.Tensor):
             raise UserError(

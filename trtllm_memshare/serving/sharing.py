@@ -20,14 +20,14 @@ class Sharing:
     """Carries candidates to the runner and decisions to the manager, one step later.
 
     Args:
-      runner: for the controls that score blocks by what the runner computes.
+      runner: for the controls that score blocks by what the runner computes; others need none.
 
     Attributes:
       seconds: host and device time spent on all of it so far.
       observes_attention: whether steps are to report the attention that blocks receive.
     """
 
-    def __init__(self, manager: KVCacheManager, config: MemShareConfig, runner: Runner) -> None:
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig, runner: Runner | None = None) -> None:
         self._manager = manager
         self._config = config
         self.policy = SharingPolicy(config)
