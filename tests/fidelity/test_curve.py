@@ -15,6 +15,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.fidelity.arms import parse_arm
 from trtllm_memshare.fidelity.curve import CurveOptions, compare, measure_curve, pool_reports
 from trtllm_memshare.fidelity.session import Session
+from trtllm_memshare.report.fidelity import pareto_frontier
 
 ROOT = Path(__file__).parents[2]
 LOOSE = "lexical:min_run_tokens=8,shingle_tokens=4,protected_tokens=16,protected_steps=0,search_interval=1"
@@ -139,3 +140,10 @@ def test_reports_are_pooled_by_arm_and_settings():
         pool_reports([first, first])
     with pytest.raises(UserError, match="no arm with answers and the same settings in common"):
         pool_reports([document("a", full="1"), document("b", aligned="1")])
+
+
+def test_thepareto_frontier_keeps_what_nothing_beats():
+    points = [(0.0, 99.0), (30.0, 98.0), (20.0, 97.0), (35.0, 75.0), (30.0, 90.0)]
+    assert pareto_frontier(points, is_higher_better=True) == [(0.0, 99.0), (30.0, 98.0), (35.0, 75.0)]
+    losses = [(x, 100 - y) for x, y in points]
+    assert pareto_frontier(losses, is_higher_better=False) == [(0.0, 1.0), (30.0, 2.0), (35.0, 25.0)]

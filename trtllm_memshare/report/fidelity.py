@@ -43,7 +43,7 @@ def fidelity_table(document: dict[str, Any]) -> str:
 
 
 def plot_fidelity(document: dict[str, Any], path: Path) -> None:
-    """Writes a PNG: accuracy, and divergence, against the memory saved; lines join the arms of one variant.
+    """Writes a PNG: accuracy, and divergence, against the memory saved, one mark per arm, and what no arm beats.
 
     Args:
       document: as ``benchmarks/fidelity.py`` writes it.
@@ -52,54 +52,60 @@ def plot_fidelity(document: dict[str, Any], path: Path) -> None:
     entries = document["arms"]
     panels = [kind for kind in ("free", "replay") if any(kind in e for e in entries)]
     families = list(dict.fromkeys(e["arm"].partition(":")[0] for e in entries))
+    looks = [(COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]) for i in range(len(families))]
     figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 5.4), layout="constrained", squeeze=False)
     for axis, kind in zip(axes[0], panels, strict=True):
-        for index, family in enumerate(families):
-            points = sorted(
-                (_point(e, kind) for e in entries if e["arm"].partition(":")[0] == family and kind in e),
-                key=lambda p: p[0],
-            )
-            if kind == "replay" and family == "full":
-                continue  # zero by definition, and has no place on a logarithmic axis
-            x, y, low, high = zip(*points, strict=True)
-            axis.errorbar(
-                x,
-                y,
-                yerr=[[a - b for a, b in zip(y, low, strict=True)], [a - b for a, b in zip(high, y, strict=True)]],
-                color=COLOURS[index % len(COLOURS)],
-                marker=_MARKERS[index % len(_MARKERS)],
-                markersize=7,
-                linewidth=1.6,
-                capsize=3,
-                elinewidth=0.9,
-                label=family,
-            )
-        axis.set_xlabel("KV memory saved, % of the full cache's block-steps per request")
+        points = [(e["arm"].partition(":")[0], _point(e, kind)) for e in entries if kind in e]
+        # The full cache, and what shares nothing, has no place on a logarithmic axis.
+        points = [(name, p) for name, p in points if kind == "free" or p[1] > 0]
+        for name, (x, y, low, high) in points:
+            colour, marker = looks[families.index(name)]
+            bars = [[y - low], [high - y]]
+            axis.errorbar(x, y, yerr=bars, color=colour, marker=marker, markersize=7, capsize=3, elinewidth=0.9)
+        frontier = pareto_frontier([(p[0], p[1]) for _, p in points], is_higher_better=kind == "free")
+        axis.plot(*zip(*frontier, strict=True), color="#999999", linewidth=1.1, linestyle=":", zorder=1)
+        axis.set_xlabel(f"KV memory saved{_at_equal_text(entries)}, % of the full cache's block-steps per request")
+        axis.set_title(_TITLES[kind])
         axis.grid(alpha=0.25)
+        axis.set_xlim(min(-1.5, axis.get_xlim()[0]), max(p[0] for _, p in points) + 1.5)
         if kind == "replay":
             axis.set_yscale("log")
-    titles = {
-        "free": "right answers in %, with 95 % intervals",
-        "replay": "KL divergence from the full cache, nats per token, ± 1 standard error",
-    }
-    for axis, kind in zip(axes[0], panels, strict=True):
-        axis.set_title(titles[kind])
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    marks = [
+        plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
+        for name, (colour, marker) in zip(families, looks, strict=True)
+    ]
+    marks.append(plt.Line2D([], [], color="#999999", linestyle=":", label="not beaten in both"))
+    axes[0][-1].legend(handles=marks, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.suptitle(f"{document['engine_dir']}: {document['num_problems']} problems of {document['dataset']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def pareto_frontier(points: list[tuple[float, float]], is_higher_better: bool) -> list[tuple[float, float]]:
+    """Points that no other beats in both saving and value, by saving."""
+    sign = 1 if is_higher_better else -1
+    ordered = sorted(points, key=lambda p: (-p[0], -sign * p[1]))
+    kept: list[tuple[float, float]] = []
+    for point in ordered:
+        if not kept or sign * point[1] > sign * kept[-1][1]:
+            kept.append(point)
+    return kept[::-1]
+
+
 def _point(entry: dict[str, Any], kind: str) -> tuple[float, float, float, float]:
     """(saved %, value, lower end, upper end) of one arm in one panel."""
     figures = entry[kind]
-    saved = 100 * figures["memory_saved"]
+    saved = 100 * entry.get("replay", figures)["memory_saved"]
     if kind == "free":
         low, high = figures["interval"]
         return saved, 100 * figures["accuracy"], 100 * low, 100 * high
-    value, error = max(figures["kl_nats"], _SMALLEST_KL), figures["kl_standard_error"]
-    return saved, value, max(value - error, _SMALLEST_KL), value + error
+    value, error = max(figures["kl_nats"], 0.0), figures["kl_standard_error"]
+    return saved, value, max(value - error, value / 10), value + error
+
+
+def _at_equal_text(entries: list[dict[str, Any]]) -> str:
+    return " at equal text" if any("replay" in e for e in entries) else ""
 
 
 def _percent(entry: dict[str, Any], kind: str, key: str, digits: int) -> str:
@@ -129,7 +135,10 @@ def _number(entry: dict[str, Any], key: str, factor: float, digits: int) -> str:
 
 
 _MARKERS = "osD^vP*Xd"
-_SMALLEST_KL = 1e-9  # nats; where the logarithmic axis ends
+_TITLES = {
+    "free": "right answers in %, with 95 % intervals",
+    "replay": "KL divergence from the full cache, nats per token, ± 1 standard error",
+}
 _LEGEND = (
     "same: final answer equal to the full cache's; lost/gained: problems against the full cache; p: McNemar's exact "
     "test\nagainst the full cache, and against the arm named; KL: from the full cache's distribution, per token read, "
