@@ -134,11 +134,12 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--sure", action="store_true", help="the whole 95 %% interval must lie within the budget")
     parser.add_argument("--num-problems", type=int, help="first lines of the data set only")
     parser.add_argument("--replay-problems", type=int, default=100, help="problems on which savings are compared")
+    parser.add_argument("--keep-dir", type=Path, help="folder in which results are kept for a later run")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dry-run", action="store_true", help="report, leave the engine as it is")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args(arguments)
-    session = Session(options.engine_dir, options.dataset, options.num_problems, options.device)
+    session = Session(options.engine_dir, options.dataset, options.num_problems, options.device, options.keep_dir)
     found = calibrate(session, options.max_accuracy_drop, is_sure=options.sure, replay_problems=options.replay_problems)
     print(describe(found, options.max_accuracy_drop, len(session.items)))
     if not options.dry_run:
