@@ -135,7 +135,9 @@ class KVCacheManager:
             if room <= 0:
                 break
             self._feed(sequence)
-            found.extend(find_candidates(sequence, self._tables[sequence.slot], self.pool, room))
+            found.extend(
+                find_candidates(sequence, self._tables[sequence.slot], self.pool, room, self.config.settled_tokens)
+            )
         return found
 
     def apply(self, decisions: list[Decision]) -> int:

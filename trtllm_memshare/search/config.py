@@ -47,6 +47,9 @@ class MemShareConfig(BaseModel):
 
     protected_tokens: int = Field(64, ge=0, description="most recent tokens that are never retired")
     protected_steps: int = Field(2, ge=0, description="most recent whole steps that are never retired")
+    settled_tokens: int = Field(
+        0, ge=0, description="tokens written after a copy before the block it replaces is given up"
+    )
     count_aliases: bool = Field(
         True, description="a block that a table names m times weighs m times in attention; False: once, as if dropped"
     )
