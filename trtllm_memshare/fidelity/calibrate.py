@@ -21,24 +21,14 @@ from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.search.config import MemShareConfig, make_config
 
 LADDER: dict[str, dict[str, Any]] = {
-    "runs of 16 with gaps, 1 step protected": {
-        "min_run_tokens": 16,
-        "max_gap_tokens": 4,
-        "protected_tokens": 32,
-        "protected_steps": 1,
-    },
-    "runs with gaps": {"max_gap_tokens": 4},
+    "runs of 16 with gaps": {"min_run_tokens": 16, "max_gap_tokens": 4},
     "defaults": {},
-    "256 tokens protected": {"protected_tokens": 256},
-    "distance 0.35": {"max_distance": 0.35},
-    "distance 0.25": {"max_distance": 0.25},
-    "distance 0.25, 256 tokens protected": {"max_distance": 0.25, "protected_tokens": 256},
-    "at most 2 places, distance 0.25": {"max_aliases": 2, "max_distance": 0.25},
-    "at most 2 places, distance 0.15, 256 tokens protected": {
-        "max_aliases": 2,
-        "max_distance": 0.15,
-        "protected_tokens": 256,
-    },
+    "copies settled for 32 tokens": {"settled_tokens": 32},
+    "copies settled for 64 tokens": {"settled_tokens": 64},
+    "copies settled for 128 tokens": {"settled_tokens": 128},
+    "copies settled for 256 tokens": {"settled_tokens": 256},
+    "copies settled for 256 tokens, distance 0.25": {"settled_tokens": 256, "max_distance": 0.25},
+    "copies settled for 512 tokens, distance 0.25": {"settled_tokens": 512, "max_distance": 0.25},
 }
 """Settings tried, laid over the preset ``aligned``."""
 
