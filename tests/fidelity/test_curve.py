@@ -40,7 +40,7 @@ def curve(session) -> dict[str, dict]:
 def test_the_full_cache_is_right_by_construction_and_shadow_equals_it(curve):
     for name in ("full", "shadow"):
         assert curve[name]["right"] == "1" * 8
-        assert curve[name]["free"]["same_answer_as_full"] == 1
+        assert curve[name]["free"]["same_answer_as_full"] == curve[name]["free"]["same_tokens_as_full"] == 1
         assert curve[name]["replay"]["kl_nats"] == curve[name]["replay"]["flipped_token_fraction"] == 0
         assert curve[name]["replay"]["memory_saved"] == 0
     assert curve["shadow"]["paired"]["full"]["p_value"] == 1
@@ -53,6 +53,7 @@ def test_sharing_saves_memory_at_a_cost_that_the_scores_see(curve):
     assert shared["kl_nats"] > 0
     lost = curve[LOOSE]["right"].count("0")
     assert curve[LOOSE]["paired"]["full"]["lost"] == lost
+    assert curve[LOOSE]["free"]["same_tokens_as_full"] <= 1 - lost / 8
 
 
 @pytest.mark.parametrize("control", ["streaming", "snapkv", "rkv", "rkv:budget=share"])

@@ -81,6 +81,7 @@ class FidelityCurve:
         self._entries: dict[str, dict[str, Any]] = {}
         self._read: dict[str, dict[str, Any]] = {}
         self._answers: list[str] = []
+        self._outputs: list[list[int]] = []
         self._scripts: list[list[int]] = []
         self._spans: list[tuple[int, int]] = []
 
@@ -130,7 +131,7 @@ class FidelityCurve:
     def _add_answers(self, entry: dict[str, Any], generation: Generation, is_full: bool) -> None:
         items, answers = self._session.items, self._session.answers(generation)
         if is_full:
-            self._answers = answers
+            self._answers, self._outputs = answers, generation.token_ids
         right = "".join("01"[a == item.answer] for a, item in zip(answers, items, strict=True))
         count = len(items)
         entry["right"] = right
@@ -138,6 +139,7 @@ class FidelityCurve:
             "accuracy": right.count("1") / count,
             "interval": wilson_interval(right.count("1"), count),
             "same_answer_as_full": sum(a == b for a, b in zip(answers, self._answers, strict=True)) / count,
+            "same_tokens_as_full": sum(map(list.__eq__, generation.token_ids, self._outputs)) / count,
             **generation.figures,
         }
         add_saving(entry["free"], entry["free"] if is_full else self._entries["full"]["free"])
