@@ -17,7 +17,10 @@ from trtllm_memshare.report.document import make_report, publish
 from trtllm_memshare.report.statistics import wilson_interval
 from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, parse_setting, run_benchmark
 
-_KEPT = ("accuracy", "shared_block_fraction", "block_steps_per_request", "mean_output_tokens", "rejected", "refused")
+_KEPT = (
+    "accuracy", "shared_block_fraction", "block_steps_per_request", "mean_output_tokens", "rejected", "refused",
+    "paused_requests", "num_steps",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -27,10 +30,17 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, help="first lines of the data set only")
     parser.add_argument("--variant", default="aligned")
     parser.add_argument("--values", nargs="+", required=True, metavar="KEY=VALUE[,KEY=VALUE]")
+    parser.add_argument("--kv-cache-blocks", type=int, help="blocks of the KV pool (default: enough for every request)")
     parser.add_argument("--output-json", type=Path)
     arguments = parser.parse_args()
     command = " ".join(["python", *sys.argv])
-    options = BenchmarkOptions(arguments.engine_dir, arguments.dataset, ("full",), num_requests=arguments.num_requests)
+    options = BenchmarkOptions(
+        arguments.engine_dir,
+        arguments.dataset,
+        ("full",),
+        kv_cache_blocks=arguments.kv_cache_blocks,
+        num_requests=arguments.num_requests,
+    )
     full = run_benchmark(options, command)
     rows = [{"values": "full", **{name: full["variants"][0][name] for name in _KEPT}}]
     for text in arguments.values:
@@ -38,19 +48,23 @@ def main() -> None:
         report = run_benchmark(replace(options, variants=(arguments.variant,), settings=settings), command)
         rows.append({"values": text, **{name: report["variants"][0][name] for name in _KEPT}})
     count, base = full["dataset"]["num_requests"], rows[0]["block_steps_per_request"]
-    print(f"\n{arguments.variant}: {'values':<44} {'shared':>7} {'right':>7}  95 % interval   block-steps")
+    print(
+        f"\n{arguments.variant}: {'values':<44} {'shared':>7} {'right':>7}  95 % interval   block-steps  steps  paused"
+    )
     for row in rows:
         row["interval"] = wilson_interval(round(row["accuracy"] * count), count)
         low, high = row["interval"]
         print(
             f"{'':<{len(arguments.variant) + 2}}{row['values']:<44} {row['shared_block_fraction']:>7.1%} "
-            f"{row['accuracy']:>7.1%}  {low:.1%} to {high:.1%}  {row['block_steps_per_request'] / base:.2f}"
+            f"{row['accuracy']:>7.1%}  {low:.1%} to {high:.1%}  {row['block_steps_per_request'] / base:.2f}         "
+            f"{row['num_steps']:>6} {row['paused_requests']:>7}"
         )
     print(f"{count} problems of {arguments.dataset}")
     document = make_report(
         {
             "dataset": full["dataset"],
             "variant": arguments.variant,
+            "kv_cache_blocks": full["kv_cache_blocks"],
             "rows": rows,
         },
         command,

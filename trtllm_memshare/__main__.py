@@ -11,6 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-serve with MemShare and the settings that it needs"),
     "doctor": ("trtllm_memshare.report.doctor", "what is installed, what can run here, what would fix the rest"),
     "bench": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-bench with MemShare, its report merged with ours"),
+    "calibrate": ("trtllm_memshare.fidelity.calibrate", "find the most aggressive setting within an accuracy budget"),
 }
 """Module whose ``main(command, arguments)`` runs it, and what it does; modules are imported when they are asked for."""
 

@@ -274,3 +274,16 @@ def test_a_donor_of_another_request_must_lie_before_the_reader(origin, reason):
     manager.check_integrity()
     manager.remove_sequence(0)
     manager.check_integrity()
+
+
+def test_a_block_waits_until_its_copy_has_settled():
+    """Copies of the blocks 1 to 4 end at 47, 55, 63 and 71; 32 more tokens must have been written after each."""
+    manager = make_manager(settled_tokens=32)
+    body = np.random.default_rng(1).integers(2, 60, 4 * SIZE).tolist()
+    run_of(manager, 0, [2] * SIZE + body + body + TAIL[:16], prompt=SIZE)  # 88 tokens
+    assert manager.apply([Decision(c, 0.0) for c in manager.candidates()]) == 2
+    assert manager.candidates() == []
+    assert manager.append_tokens(0, TAIL[16:32])
+    manager.mark_computed(0, 104)
+    assert manager.apply([Decision(c, 0.0) for c in manager.candidates()]) == 2
+    manager.check_integrity()

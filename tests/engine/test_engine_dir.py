@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from trtllm_memshare.engine import engine_dir as engine_dir_module
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import read_checkpoint
-from trtllm_memshare.engine.engine_dir import Engine, load_engine, write_engine
+from trtllm_memshare.engine.engine_dir import Engine, load_engine, replace_memshare, write_engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.config import make_config
 
@@ -249,3 +249,17 @@ def test_build_settings_out_of_range(values, message):
 def test_what_the_torch_backend_cannot_do(values, message):
     with pytest.raises(UserError, match=message):
         BuildConfig(**values).check_backend("torch")
+
+
+def test_new_settings_replace_the_old_ones_and_nothing_else(engine_dir):
+    before = snapshot(engine_dir)
+    changed = replace_memshare(engine_dir, make_config("lexical", max_aliases=3))
+    assert changed.memshare == load_engine(engine_dir).memshare == make_config("lexical", max_aliases=3)
+    after = snapshot(engine_dir)
+    assert {name for name in after if after[name] != before.get(name)} == {"memshare.json"}
+    assert after.keys() == before.keys()
+    edit_json(engine_dir / "memshare.json", backend="other")
+    damaged = snapshot(engine_dir)
+    with pytest.raises(UserError, match="names backend 'other', expected torch"):
+        replace_memshare(engine_dir, make_config("off"))
+    assert snapshot(engine_dir) == damaged

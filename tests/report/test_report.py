@@ -145,7 +145,7 @@ def test_the_picture_has_three_panels_with_a_line_per_variant(report, tmp_path, 
 def test_every_variant_has_its_own_colour():
     from trtllm_memshare.serving.variants import VARIANTS
 
-    assert len(set(plots._COLOURS)) == len(plots._COLOURS) >= len(VARIANTS)
+    assert len(set(plots.COLOURS)) == len(plots.COLOURS) >= len(VARIANTS)
 
 
 def test_the_machine_is_described():

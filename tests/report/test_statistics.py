@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trtllm_memshare.report.statistics import wilson_interval
+from trtllm_memshare.report.statistics import mcnemar, paired_interval, wilson_interval
 
 
 def test_known_values_and_ends():
@@ -24,3 +24,23 @@ def test_impossible_counts_are_refused():
         wilson_interval(3, 2)
     with pytest.raises(ValueError, match="got 0 of 0"):
         wilson_interval(0, 0)
+
+
+def test_mcnemar_known_values_and_symmetry():
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(1, 7) == mcnemar(7, 1) == pytest.approx(2 * 9 / 2**8)
+    assert mcnemar(5, 5) == 1
+    assert mcnemar(0, 6) == pytest.approx(2 / 64)
+    assert 0 < mcnemar(900, 1100) < 1e-4  # counts too large for floating-point binomials
+
+
+def test_paired_interval_brackets_the_change_and_narrows():
+    low, high = paired_interval(1, 0, 500)
+    assert low < -1 / 500 < high
+    assert high > 0
+    widths = [high - low for low, high in (paired_interval(2 * n, n, 100 * n) for n in (1, 10, 100))]
+    assert widths == sorted(widths, reverse=True)
+    assert paired_interval(0, 40, 2000)[0] > 0
+    assert paired_interval(3, 8, 100) == pytest.approx(tuple(-x for x in paired_interval(8, 3, 100)[::-1]))
+    with pytest.raises(ValueError, match="got 3 \\+ 8 of 10"):
+        paired_interval(3, 8, 10)

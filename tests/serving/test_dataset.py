@@ -16,12 +16,14 @@ GOOD = {"task_id": 3, "prompt": "Q: 1 + 2 = ?\n", "output_tokens": 9, "answer": 
 
 def test_prompts_and_ids_are_read(tmp_path):
     path = tmp_path / "d.jsonl"
-    ids = {"task_id": 4, "input_ids": [5, 6], "output_tokens": 2}
+    ids = {"task_id": 4, "input_ids": [5, 6], "output_tokens": 2, "output": "12 34"}
     path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(ids) + "\n" + json.dumps(GOOD))
     first, second = read_dataset(path, TOKENIZER, limit=2)
     assert (first.task_id, first.output_tokens, first.answer) == (3, 9, "3")
     assert TOKENIZER.decode(first.input_ids) == GOOD["prompt"]
     assert (second.input_ids, second.answer) == ([5, 6], None)
+    assert TOKENIZER.decode(second.output_ids) == "12"  # cut to output_tokens
+    assert first.output_ids is None
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,7 @@ def test_prompts_and_ids_are_read(tmp_path):
         ("[1]", "line 2 must be a JSON object, got list"),
         (json.dumps({**GOOD, "output_tokens": 0}), "line 2: output_tokens must be a positive integer, got 0"),
         (json.dumps({**GOOD, "task_id": "x"}), "line 2: task_id must be an integer, got 'x'"),
+        (json.dumps({**GOOD, "output": ""}), "line 2: output must be text that continues the prompt, got ''"),
         (json.dumps({"task_id": 1, "output_tokens": 1}), "line 2 needs a prompt"),
         (json.dumps({"task_id": 1, "output_tokens": 1, "input_ids": [99]}), "line 2: input_ids must be integers"),
     ],

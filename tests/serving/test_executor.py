@@ -94,9 +94,9 @@ def test_paused_requests_share_again_and_all_end(runner, boundaries, prompts):
     assert executor.manager.stats().shared > 0
 
 
-@pytest.mark.parametrize("control", ["drop-duplicate", "random", "streaming"])
-def test_controls_run_and_change_memory(runner, boundaries, prompts, control):
-    config = make_config("aligned", control=control, streaming_window_tokens=64)
+@pytest.mark.parametrize("settings", [{"count_aliases": False}, {"control": "random"}, {"control": "streaming"}])
+def test_controls_run_and_change_memory(runner, boundaries, prompts, settings):
+    config = make_config("aligned", streaming_window_tokens=64, **settings)
     _, executor = run(runner, boundaries, prompts[:4], config, max_new_tokens=600)
     assert executor.manager.stats().shared_block_fraction > 0
 
@@ -173,3 +173,12 @@ def test_requests_that_cannot_run_are_refused(runner, boundaries, prompt, new_to
 def test_an_unknown_policy_names_the_nearest(runner, boundaries):
     with pytest.raises(UserError, match=r"MAX_UTILISATION \(did you mean MAX_UTILIZATION\?\)"):
         Executor(runner, make_config("off"), boundaries, 512, scheduler_policy="MAX_UTILISATION")
+
+
+def test_sharing_waits_until_the_pool_needs_it(runner, boundaries, prompts):
+    """With room for all nothing is shared; in a pool that fills up, sharing sets in and the requests end."""
+    config = make_config("aligned", min_pool_use=0.8)
+    _, roomy = run(runner, boundaries, prompts[:4], config, max_new_tokens=600)
+    assert roomy.manager.stats().shared == 0
+    _, tight = run(runner, boundaries, prompts[:4], config, max_new_tokens=600, num_blocks=90)
+    assert tight.manager.stats().shared > 0

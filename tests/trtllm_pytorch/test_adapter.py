@@ -416,6 +416,7 @@ def test_a_taken_port_and_a_full_disk_are_said_once(tmp_path, caplog):
         ({"preset": "alligned"}, "did you mean aligned"),
         ({"scope": "group"}, "scope must be request"),
         ({"control": "random"}, "control must be none"),
+        ({"preset": "drop-duplicate"}, "preset drop-duplicate counts an alias once, which needs attention of our own"),
         ([1], "must hold a JSON object"),
     ],
 )

@@ -288,6 +288,13 @@ def test_a_list_that_changed_behind_our_back_stops_the_process(monkeypatch):
         run("V1", 5, overlap=True)
 
 
+def test_sharing_can_wait_until_the_pool_fills():
+    always = run("V1", 5, overlap=True).manager.memshare.manager.stats().shared
+    under_pressure = run("V1", 5, overlap=True, min_pool_use=0.6).manager.memshare.manager.stats().shared
+    assert 0 <= under_pressure < always
+    assert run("V1", 2, overlap=True, min_pool_use=0.6).manager.memshare.manager.stats().shared > 0
+
+
 def test_retired_counts_are_left_on_a_finished_request():
     executor = run("V1", 5, overlap=True)
     retired = [getattr(r, "py_memshare_retired_blocks", 0) for r in executor.requests]

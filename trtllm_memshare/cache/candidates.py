@@ -9,17 +9,20 @@ from trtllm_memshare.cache.sequence import Sequence
 from trtllm_memshare.search.types import Candidate
 
 
-def find_candidates(sequence: Sequence, table: np.ndarray, pool: BlockPool, limit: int) -> list[Candidate]:
+def find_candidates(
+    sequence: Sequence, table: np.ndarray, pool: BlockPool, limit: int, settled_tokens: int = 0
+) -> list[Candidate]:
     """Candidates of one sequence, oldest block first.
 
-    A ready block is passed over, and offered again next time, while it is protected or no donor is full yet; it is
-    settled when it is offered or can never be retired.
+    A ready block is passed over, and offered again next time, while it is protected, its copy is too new or no donor
+    is full yet; it is settled when it is offered or can never be retired.
 
     Args:
       sequence: past its prompt; its matcher's list of ready blocks is modified.
       table: int32 ``[max_blocks_per_seq]``, its row of the block table.
       pool: the pool, read only.
       limit: most candidates to return.
+      settled_tokens: tokens that must follow the copy that would stand in.
     """
     matcher, found = sequence.matcher, list[Candidate]()
     if matcher is None:
@@ -40,7 +43,7 @@ def find_candidates(sequence: Sequence, table: np.ndarray, pool: BlockPool, limi
             continue
         block, waits = int(table[logical]), False
         for positions in matcher.counterparts(logical):
-            if positions.max() >= sequence.num_computed:
+            if positions.max() + settled_tokens >= sequence.num_computed:
                 waits = True
                 continue
             kept_rows = sequence.token_rows[positions]

@@ -143,7 +143,9 @@ class KVCacheManager:
             if room <= 0:
                 break
             self._feed(sequence)
-            found.extend(find_candidates(sequence, self._tables[sequence.slot], self.pool, room))
+            found.extend(
+                find_candidates(sequence, self._tables[sequence.slot], self.pool, room, self.config.settled_tokens)
+            )
         return found
 
     def apply(self, decisions: list[Decision]) -> int:
@@ -188,6 +190,11 @@ class KVCacheManager:
         sequence = self._sequences.get(request_id)
         return sequence is not None and bool(sequence.retired[logical_block])
 
+    def block_table(self, request_id: int) -> np.ndarray:
+        """Physical block of each logical one, int32 ``[num_blocks]``, ``NO_BLOCK`` where it was evicted; a copy."""
+        sequence = self._sequences[request_id]
+        return self._tables[sequence.slot, : sequence.num_blocks].copy()
+
     def generating_sequences(self) -> list[tuple[int, int, int]]:
         """(request id, first generated block, tokens computed) of each sequence that is past its prompt."""
         return [
@@ -197,7 +204,7 @@ class KVCacheManager:
         ]
 
     def evict_blocks(self, request_id: int, logical_blocks: np.ndarray) -> None:
-        """Drops blocks with nothing in their place: for the control ``streaming`` only."""
+        """Drops blocks with nothing in their place: for the controls that evict."""
         sequence = self._sequences[request_id]
         blocks = self._tables[sequence.slot, logical_blocks]
         self.pool.release(blocks[blocks != NO_BLOCK])

@@ -169,7 +169,12 @@ def describe_sharing(config: MemShareConfig) -> str:
     else:
         rotation = "without its rotation" if config.undo_rope else "as stored"
         layers = "every layer" if config.layer_quorum == 1 else f"{config.layer_quorum:.0%} of the layers"
-        check = f"K and V within a relative distance of {config.max_distance:g} in {layers}, K compared {rotation}"
+        fields = {"k-and-v": "K and V", "k": "K", "v": "V"}[config.compared]
+        if config.layer_vote == "mean":
+            layers = "the mean of the layers"
+        check = f"{fields} within a relative distance of {config.max_distance:g} in {layers}, K compared {rotation}"
+    if not config.count_aliases:
+        kept += " and counts once in attention"
     return (
         f"preset {config.preset} {what}: {where}, {check}; {kept}, one block serves at most {config.max_aliases} "
         f"places; the prompt, the last {config.protected_tokens} tokens and the last {config.protected_steps} steps "

@@ -165,6 +165,27 @@ def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) 
     return load_engine(output_dir)
 
 
+def replace_memshare(engine_dir: Path, memshare: MemShareConfig) -> Engine:
+    """Gives an engine other settings: a reader sees the old file or the new one.
+
+    Raises:
+      UserError: the engine cannot be read, or the disk refuses.
+    """
+    load_engine(engine_dir)
+    path = engine_dir / "memshare.json"
+    document = read_json(path, f"engine {engine_dir}", REBUILD)
+    document["memshare"] = memshare.model_dump()
+    staging = path.with_name(f".memshare.{uuid.uuid4().hex}")
+    try:
+        write_json(staging, document)
+        os.replace(staging, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error} (make room, or give yourself the right to write)") from error
+    finally:
+        staging.unlink(missing_ok=True)
+    return load_engine(engine_dir)
+
+
 def check_target(output_dir: Path, force: bool) -> None:
     """Refuses an output directory that holds something else, or an engine unless ``force``."""
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):

@@ -11,10 +11,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the backend has to be chosen first
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and by lightness in print.
-_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#7A7A7A", "#B8A800")
+COLOURS = (
+    "#000000",
+    "#E69F00",
+    "#0072B2",
+    "#009E73",
+    "#56B4E9",
+    "#CC79A7",
+    "#D55E00",
+    "#7A7A7A",
+    "#B8A800",
+    "#5B3A8E",
+    "#8C510A",
+)
 _FIRST_LINES = ("full", "aligned")  # drawn thick and on top: what everything else is held against
 _SMALL: dict[str, Any] = {"textcoords": "offset points", "color": "#444444", "fontsize": 9}
-_CONTROLS = ("drop-duplicate", "random", "streaming", "shadow")  # drawn dashed: nothing that anyone would serve with
+_CONTROLS = ("random", "streaming", "snapkv", "rkv", "shadow")  # drawn dashed: nothing that anyone would serve with
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
@@ -25,7 +37,7 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
       path: file to write.
     """
     variants = report["variants"]
-    colours = {v["variant"]: _COLOURS[i % len(_COLOURS)] for i, v in enumerate(variants)}
+    colours = {v["variant"]: COLOURS[i % len(COLOURS)] for i, v in enumerate(variants)}
     figure, (bars, blocks, flight) = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
     figure.suptitle(
         f"{report['engine']['engine_dir']}: {report['dataset']['num_requests']} requests, KV pool "
@@ -91,11 +103,11 @@ def plot_pressure(document: dict[str, Any], path: Path) -> None:
     points = document["points"]
     shares = [p["share"] for p in points]
     figure, (rates, ratios) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for name, colour in zip(("full", "full-guaranteed", "aligned"), _COLOURS, strict=False):
+    for name, colour in zip(("full", "full-guaranteed", "aligned"), COLOURS, strict=False):
         values = [v["request_throughput_req_s"] for p in points for v in p["variants"] if v["variant"] == name]
         rates.plot(shares, values, color=colour, marker="o", label=name)
     rates.set_title("requests per second")
-    ratios.plot(shares, [p["ratio"] for p in points], color=_COLOURS[2], marker="o", label="aligned / better full")
+    ratios.plot(shares, [p["ratio"] for p in points], color=COLOURS[2], marker="o", label="aligned / better full")
     ratios.axhline(document["ceiling"], color="#666666", linestyle=":", label="ceiling: resident blocks saved")
     ratios.axhline(1, color="#666666", linewidth=0.8)
     ratios.set_title("ratio")

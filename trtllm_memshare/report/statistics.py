@@ -21,3 +21,38 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided exact p-value of McNemar's test: are losses and gains between two arms equally likely?
+
+    Under equal arms each problem that only one of them has right is a fair coin; only those count. Example: 1 lost and
+    7 gained give 2 * (1 + 8) / 2^8 = 0.0703.
+
+    Args:
+      lost: problems that only the first arm has right.
+      gained: problems that only the second arm has right.
+    """
+    count = lost + gained
+    tail = sum(math.comb(count, k) for k in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def paired_interval(lost: int, gained: int, count: int) -> tuple[float, float]:
+    """95 % interval of the change of a proportion between two arms on the same problems (Bonett and Price 2012).
+
+    Wald's interval with one pseudo-observation in each of the two discordant cells, so that it has a width when
+    nothing was lost and nothing gained.
+
+    Args:
+      lost, gained: as for ``mcnemar``.
+      count: problems.
+
+    Raises:
+      ValueError: more changes than problems, or no problems.
+    """
+    if lost < 0 or gained < 0 or lost + gained > count or count == 0:
+        raise ValueError(f"paired counts need 0 <= lost + gained <= count > 0, got {lost} + {gained} of {count}")
+    minus, plus = (lost + 1) / (count + 2), (gained + 1) / (count + 2)
+    half = _Z * math.sqrt((plus + minus - (plus - minus) ** 2) / (count + 2))
+    return max(-1.0, plus - minus - half), min(1.0, plus - minus + half)

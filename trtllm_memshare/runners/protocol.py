@@ -26,8 +26,9 @@ class StepBatch:
       sequence_lengths: int32 ``[batch]``, tokens in the cache after this step.
       block_offsets: int32 ``[1, batch, 2, max_blocks]``, TensorRT-LLM's ``kv_cache_block_offsets``.
       pairs: rows to compare after the last layer, or None.
-      count_aliases: whether a block that a table names m times counts m times in attention, as the table says; False
-        for the control ``drop-duplicate``, which counts it once.
+      count_aliases: whether a block that a table names m times counts m times in attention, as the table says; False:
+        once, as if the duplicate had been dropped.
+      observe_attention: whether the step reports how much attention blocks receive.
       context_lengths: int32 ``[batch]``, TensorRT-LLM's input of that name: the chunk of a context request, all that a
         generation request brought as context, so after a pause what it had generated too. None where nobody asks.
     """
@@ -41,6 +42,7 @@ class StepBatch:
     pairs: PairBatch | None = None
     count_aliases: bool = True
     context_lengths: np.ndarray | None = None
+    observe_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,13 @@ class StepOutput:
       logits: float32 ``[batch, vocab_size]``, of each sequence's last token.
       block_distances: of the batch's pairs (contract 3.3), or None. To be read after the logits: a runner on a GPU
         then need not be waited for twice.
+      block_attention: float32 ``[num_blocks]``, if it was asked for: attention that each physical block received from
+        the generation requests, averaged over layers and heads; of one request it sums to 1.
     """
 
     logits: torch.Tensor
     block_distances: Distances | None
+    block_attention: np.ndarray | None = None
 
 
 class Described(Protocol):

@@ -17,7 +17,7 @@ class MemShareConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: Literal["off", "paper", "aligned", "lexical"] = "aligned"
+    preset: Literal["off", "paper", "aligned", "lexical", "drop-duplicate"] = "aligned"
     shadow: bool = Field(False, description="search and report, share nothing")
 
     direction: Literal["keep-latest", "keep-earliest"] = Field(
@@ -39,20 +39,37 @@ class MemShareConfig(BaseModel):
     pool_layers: bool = Field(
         False, description="one distance over K and V of all layers, as in the paper, instead of a vote of the layers"
     )
+    compared: Literal["k-and-v", "k", "v"] = Field("k-and-v", description="what a layer's distance is taken on")
+    layer_vote: Literal["quorum", "mean"] = Field(
+        "quorum", description="quorum: so many layers must lie within max_distance; mean: the mean over layers must"
+    )
     layer_quorum: float = Field(1.0, gt=0, le=1, description="share of layers that must lie within max_distance")
 
     protected_tokens: int = Field(64, ge=0, description="most recent tokens that are never retired")
     protected_steps: int = Field(2, ge=0, description="most recent whole steps that are never retired")
+    settled_tokens: int = Field(
+        0, ge=0, description="tokens written after a copy before the block it replaces is given up"
+    )
+    count_aliases: bool = Field(
+        True, description="a block that a table names m times weighs m times in attention; False: once, as if dropped"
+    )
+    min_pool_use: float = Field(0.0, ge=0, le=1, description="share only while this much of the pool is in use")
     max_aliases: int = Field(8, ge=2, description="most block-table entries that may point at one block")
     scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
     search_interval: int = Field(6, ge=1, description="decode steps between two searches")
     max_pairs: int = Field(64, ge=1, le=MAX_PAIRS, description="most candidate pairs compared in one search")
 
-    control: Literal["none", "drop-duplicate", "random", "streaming"] = Field(
+    control: Literal["none", "random", "streaming", "snapkv", "rkv"] = Field(
         "none", description="an experiment's control in place of sharing; never meant for serving"
     )
     streaming_window_tokens: int = Field(512, ge=1, description="control streaming: recent tokens kept")
     streaming_sink_tokens: int = Field(16, ge=0, description="control streaming: first tokens kept beside the prompt")
+    budget_tokens: int = Field(512, ge=1, description="controls snapkv and rkv: generated tokens kept in full blocks")
+    budget: Literal["fixed", "share"] = Field(
+        "fixed", description="controls snapkv and rkv: budget_tokens, or budget_share of what was generated so far"
+    )
+    budget_share: float = Field(0.5, gt=0, le=1, description="controls snapkv and rkv: see budget")
+    observation_tokens: int = Field(8, ge=1, le=128, description="controls snapkv and rkv: recent queries that score")
     control_seed: int = 0
 
     @property
@@ -78,6 +95,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "aligned": {"preset": "aligned"},
     "lexical": {"preset": "lexical", "accept_all": True},
+    # Needs a runner that reads a block once however often a table names it: the torch runner does.
+    "drop-duplicate": {"preset": "drop-duplicate", "count_aliases": False},
 }
 
 

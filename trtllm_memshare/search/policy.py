@@ -50,14 +50,19 @@ class SharingPolicy:
     def layer_vote(self, sums: np.ndarray) -> np.ndarray:
         """The distance that a quorum of layers stays within, float32 ``[pairs]``; NaN if any sum is NaN.
 
-        A layer's distance is the larger of its K's and its V's. With 4 layers and a quorum of 0.75 the result is the
-        third smallest of the four: it is within a threshold exactly if three layers are. With ``pool_layers`` it is one
-        Euclidean distance over all of them, relative to the newer block.
+        A layer's distance is the larger of its K's and its V's, or that of one of them by ``compared``. With 4 layers
+        and a quorum of 0.75 the result is the third smallest of the four: it is within a threshold exactly if three
+        layers are. The vote ``mean`` takes the mean of the layers instead. With ``pool_layers`` it is one Euclidean
+        distance over all of them, relative to the newer block.
         """
         if self._config.pool_layers:
             total = sums.sum(1)
             return np.sqrt((total[:, DK] + total[:, DV]) / (total[:, K_NEW] + total[:, V_NEW]))
-        per_layer = relative_distances(sums).max(-1)
+        fields = relative_distances(sums)
+        choices = {"k-and-v": fields.max(-1), "k": fields[..., 0], "v": fields[..., 1]}
+        per_layer = choices[self._config.compared]
+        if self._config.layer_vote == "mean":
+            return np.where(np.isnan(sums).any((1, 2)), np.nan, per_layer.mean(1))
         rank = math.ceil(self._config.layer_quorum * per_layer.shape[1] - 1e-9)
         vote = np.sort(per_layer, axis=1)[:, rank - 1]
         return np.where(np.isnan(sums).any((1, 2)), np.nan, vote)

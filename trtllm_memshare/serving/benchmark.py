@@ -156,37 +156,66 @@ def _entry(
         "refused": cache.refused,
         "rejected": executor.rejected,
         "paused_requests": stats.num_pauses,
+        "num_steps": stats.num_steps,
         "search_time_fraction": stats.search_time_fraction,
         "mean_step_ms": stats.busy_seconds / stats.num_steps * 1e3,
         "timeline": {"time_s": list(times), "used_blocks": list(used), "requests_in_flight": list(in_flight)},
     }
 
 
-def streaming_window(results: list[RequestResult], block_steps_per_request: float, sink: int, size: int) -> int:
+def blocks_without_waiting(items: list[DatasetItem], load: Load, size: int) -> int:
+    """Blocks of ``size`` tokens with which no request ever waits."""
+    longest = sorted((len(i.input_ids) + i.output_tokens for i in items), reverse=True)
+    in_flight = min(load.max_batch_size, load.concurrency or len(longest))
+    return sum(-(-n // size) for n in longest[:in_flight])
+
+
+def streaming_window(spans: list[tuple[int, int]], block_steps_per_request: float, sink: int, size: int) -> int:
     """The recent window at which the control ``streaming`` holds as many block-steps per request as a sharing arm.
 
     A request of n tokens holds ``min(n, prompt + sink + window) / size`` blocks after n tokens; summed over its life
-    and averaged over the requests of ``results``, this grows with the window, so bisection finds it.
+    and averaged over the requests, this grows with the window, so bisection finds it.
 
     Args:
-      results: of the full cache, whose lengths are taken.
+      spans: tokens of the prompt and of the output of each request, with the full cache.
       block_steps_per_request: what the sharing arm held, blocks x steps.
       sink: first generated tokens that stay, in tokens.
       size: tokens per block.
     """
-    spans = [(r.stats.num_prompt_tokens, r.stats.num_output_tokens) for r in results]
 
     def held(window: int) -> float:
-        total = 0.0
-        for prompt, generated in spans:
-            cap = prompt + sink + window
-            lengths = np.arange(prompt, prompt + generated)
-            # Half a block for the partial one, and half a block more that the window keeps on average.
-            total += float(np.minimum(lengths + size / 2, cap + size).sum()) / size
-        return total / len(spans)
+        return _block_steps(spans, size, lambda generated: np.minimum(generated, sink + window))
 
     low, high = 1, max(p + g for p, g in spans)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if held(middle) <= block_steps_per_request else (low, middle - 1)
     return low
+
+
+def budget_share(spans: list[tuple[int, int]], block_steps_per_request: float, protected: int, size: int) -> float:
+    """The share of its generated tokens that a control may keep to hold as many block-steps as a sharing arm.
+
+    Args:
+      spans, block_steps_per_request, size: as for ``streaming_window``.
+      protected: recent tokens that stay in any case.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        share = (low + high) / 2
+
+        def kept(generated: np.ndarray, share: float = share) -> np.ndarray:
+            return np.maximum(share * generated, np.minimum(generated, protected))
+
+        low, high = (share, high) if _block_steps(spans, size, kept) <= block_steps_per_request else (low, share)
+    return max(low, 1e-3)
+
+
+def _block_steps(spans: list[tuple[int, int]], size: int, kept: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Block-steps of a request, mean over requests, if it keeps ``kept(generated)`` of its generated tokens."""
+    total = 0.0
+    for prompt, output in spans:
+        generated = np.arange(output)
+        # Half a block for the partial one, and half a block more that an eviction by whole blocks keeps on average.
+        total += float(np.minimum(generated + size / 2, kept(generated) + size).sum() + prompt * output) / size
+    return total / len(spans)

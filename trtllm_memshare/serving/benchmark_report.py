@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,18 @@ from trtllm_memshare.report.document import make_report
 from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.benchmark import Load, Measurement, follow_variant, run_variant, streaming_window
-from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
+from trtllm_memshare.serving.benchmark import (
+    Load,
+    Measurement,
+    blocks_without_waiting,
+    follow_variant,
+    run_variant,
+    streaming_window,
+)
+from trtllm_memshare.serving.dataset import DatasetItem, final_answer, read_dataset
 from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.request import RequestResult
+from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 from trtllm_memshare.serving.variants import Variant, make_variant
 
 _TIMES = (
@@ -88,15 +96,10 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     items = read_dataset(options.dataset, tokenizer, options.num_requests)
-    device = choose_device(options.device)
-    found = "available" if device == "cuda" else "not available"
-    print(f"device: {device} ({'asked for' if options.device != 'auto' else f'CUDA is {found}'})")
-    load = Load(
-        max_batch_size=engine.build.max_batch_size,
-        max_num_tokens=engine.build.max_num_tokens,
-        max_seq_len=engine.build.max_seq_len,
+    device = announce_device(options.device)
+    load = replace(
+        load_of(engine),
         scheduler_policy=options.scheduler_policy,
-        stop_token_ids=engine.stop_token_ids,
         concurrency=options.concurrency,
         request_rate=options.request_rate,
         seed=options.seed,
@@ -149,6 +152,25 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     return report
 
 
+def announce_device(asked: str) -> str:
+    """The device that was asked for, ``auto`` as what is there; prints what was chosen and why."""
+    device = choose_device(asked)
+    found = "available" if device == "cuda" else "not available"
+    print(f"device: {device} ({'asked for' if asked != 'auto' else f'CUDA is {found}'})")
+    return device
+
+
+def load_of(engine: Engine) -> Load:
+    """The engine's limits, with all requests waiting from the start."""
+    return Load(
+        max_batch_size=engine.build.max_batch_size,
+        max_num_tokens=engine.build.max_num_tokens,
+        max_seq_len=engine.build.max_seq_len,
+        scheduler_policy=MAX_UTILIZATION,
+        stop_token_ids=engine.stop_token_ids,
+    )
+
+
 class _Bench:
     """The engine's runner, kept between variants, and the requests."""
 
@@ -172,10 +194,7 @@ class _Bench:
 
     def enough_blocks(self) -> int:
         """Blocks with which no request ever waits."""
-        size = self._engine.build.tokens_per_block
-        longest = sorted((len(i.input_ids) + i.output_tokens for i in self._items), reverse=True)
-        in_flight = min(self._load.max_batch_size, self._load.concurrency or len(longest))
-        return sum(-(-n // size) for n in longest[:in_flight])
+        return blocks_without_waiting(self._items, self._load, self._engine.build.tokens_per_block)
 
     def measure_demand(self) -> int:
         """Peak blocks of the full cache when nothing limits it."""
@@ -247,13 +266,13 @@ class _Bench:
             )
         config, size = variant.config, self._engine.build.tokens_per_block
         held = rounds["aligned"][0].entry["block_steps_per_request"]
-        window = streaming_window(rounds["full"][0].results, held, config.streaming_sink_tokens, size)
+        spans = [(r.stats.num_prompt_tokens, r.stats.num_output_tokens) for r in rounds["full"][0].results]
+        window = streaming_window(spans, held, config.streaming_sink_tokens, size)
         return Variant(variant.name, config.model_copy(update={"streaming_window_tokens": window}))
 
     def _is_right(self, item: DatasetItem, token_ids: list[int]) -> bool:
         """The generated text ends with the answer, after the reasoning."""
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text.rpartition("</think>")[2].strip() == item.answer
+        return final_answer(self._tokenizer.decode(token_ids, skip_special_tokens=True)) == item.answer
 
 
 def _connect(engine: Engine) -> Ranks | None:

@@ -11,16 +11,27 @@ from trtllm_memshare.errors import UserError, parse_json_line
 
 @dataclass(frozen=True)
 class DatasetItem:
-    """One request. ``input_ids``: prompt tokens; ``output_tokens``: most tokens to generate."""
+    """One request. ``input_ids``: prompt tokens; ``output_tokens``: most tokens to generate.
+
+    ``output_ids``: written text that continues the prompt, for teacher-forced measures; None = there is none.
+    """
 
     task_id: int
     input_ids: list[int]
     output_tokens: int
     answer: str | None
+    output_ids: list[int] | None = None
+
+
+def final_answer(text: str) -> str:
+    """What a reasoning model's output says after its reasoning."""
+    return text.rpartition("</think>")[2].strip()
 
 
 def read_dataset(path: Path, tokenizer: Any, limit: int | None = None) -> list[DatasetItem]:
-    """Reads up to ``limit`` lines ``{"task_id", "prompt" | "input_ids", "output_tokens"[, "answer"]}``.
+    """Reads up to ``limit`` lines ``{"task_id", "prompt" | "input_ids", "output_tokens"[, "answer"][, "output"]}``.
+
+    ``output`` is text that continues the prompt; it is cut to ``output_tokens``.
 
     Raises:
       UserError: no such file, an empty file, or a line that is not usable, with its number.
@@ -46,9 +57,17 @@ def _parse(line: str, where: str, tokenizer: Any) -> DatasetItem:
         raise UserError(f"{where}: output_tokens must be a positive integer, got {output_tokens!r}")
     if not isinstance(row.get("task_id"), int):
         raise UserError(f"{where}: task_id must be an integer, got {row.get('task_id')!r}")
-    answer = row.get("answer")
+    answer, output = row.get("answer"), row.get("output")
+    if output is not None and (not isinstance(output, str) or not output):
+        raise UserError(
+            f"{where}: output must be text that continues the prompt, got {output!r} (leave it out if none)"
+        )
     return DatasetItem(
-        row["task_id"], _input_ids(row, where, tokenizer), output_tokens, None if answer is None else str(answer)
+        row["task_id"],
+        _input_ids(row, where, tokenizer),
+        output_tokens,
+        None if answer is None else str(answer),
+        None if output is None else list(tokenizer(output, add_special_tokens=False)["input_ids"])[:output_tokens],
     )
 
 

@@ -84,7 +84,7 @@ class Executor:
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
         )
         self._scheduler = Scheduler(self.manager, scheduler_policy, max_batch_size, max_num_tokens)
-        self.sharing = Sharing(self.manager, config, agreement)
+        self.sharing = Sharing(self.manager, config, runner, agreement)
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None
         self.stats = ExecutorStats()
@@ -181,6 +181,7 @@ class Executor:
         output = self._runner.step(self._runner.prepare(batch))
         self._advance(schedule, states, output.logits)
         self.sharing.take_distances(output.block_distances)
+        self.sharing.take_attention(output.block_attention)
         self.stats.record_step(
             started, time.perf_counter(), self.manager.pool.num_used, len(states), self.sharing.seconds
         )
@@ -256,7 +257,8 @@ class Executor:
             sequence_lengths=np.array([b + c for _, b, c in spans], np.int32),
             block_offsets=self.manager.block_offsets([s.request_id for s in states]),
             pairs=pairs,
-            count_aliases=self.config.control != "drop-duplicate",
+            count_aliases=self.config.count_aliases,
+            observe_attention=self.sharing.observes_attention,
             context_lengths=np.array(
                 [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32
             ),

@@ -7,32 +7,45 @@ import time
 import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.types import Candidate, Decision, PairBatch
 from trtllm_memshare.serving.controls import RandomDonors, evict_outside_window
+from trtllm_memshare.serving.eviction import BlockEviction
 from trtllm_memshare.serving.ranks import RankAgreement
 
 
 class Sharing:
     """Carries candidates to the runner and decisions to the manager, one step later.
 
-    ``seconds``: host and device time spent on all of it so far.
-
     Args:
       manager: the cache.
       config: MemShare's settings.
+      runner: for the controls that score blocks by what the runner computes; others need none.
       agreement: of several ranks, each of which runs its own copy of this; None = there is one rank.
+
+    Attributes:
+      seconds: host and device time spent on all of it so far.
+      observes_attention: whether steps are to report the attention that blocks receive.
     """
 
-    def __init__(self, manager: KVCacheManager, config: MemShareConfig, agreement: RankAgreement | None = None) -> None:
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        config: MemShareConfig,
+        runner: Runner | None = None,
+        agreement: RankAgreement | None = None,
+    ) -> None:
         self._agreement = agreement
         self._undecided = False
         self._manager = manager
         self._config = config
         self.policy = SharingPolicy(config)
         self._random = RandomDonors(manager, config.control_seed) if config.control == "random" else None
+        self._eviction = BlockEviction(manager, config, runner) if config.control in ("snapkv", "rkv") else None
+        self.observes_attention = self._eviction is not None
         self._candidates: list[Candidate] = []
         self._decisions: list[Decision] = []
         self.seconds = 0.0
@@ -41,10 +54,15 @@ class Sharing:
         """Pairs to compare in this step, or None. Candidates that need no comparison are decided at once."""
         if step % self._config.search_interval or not self._config.searches:
             return None
+        pool = self._manager.pool
+        if pool.num_used < self._config.min_pool_use * pool.num_blocks:
+            return None  # stage 1 catches up with the tokens when it is asked again
         started = time.perf_counter()
         pairs = None
         if self._config.control == "streaming":
             evict_outside_window(self._manager, self._config)
+        elif self._eviction is not None:
+            self._eviction.evict()
         else:
             self._candidates = self._manager.candidates()
             # Ranks meet at every search, so that one that found nothing where others did is noticed.
@@ -52,12 +70,16 @@ class Sharing:
             if self._config.accept_all:
                 self._decide(None)
             elif self._candidates:
-                pool = self._manager.pool
                 pairs = make_pairs(
                     self._candidates, pool.origin_position, pool.tokens_per_block, self._config.undo_rope
                 )
         self.seconds += time.perf_counter() - started
         return pairs
+
+    def take_attention(self, attention: np.ndarray | None) -> None:
+        """Hands a step's attention per block to the control that scores by it."""
+        if self._eviction is not None and attention is not None:
+            self._eviction.observe(attention)
 
     def take_distances(self, distances: Distances | None) -> None:
         """Decides on the pairs of this step."""

@@ -9,8 +9,8 @@ from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT
 
-_CONTROLS = ("drop-duplicate", "random", "streaming")
-VARIANTS = ("full", "full-guaranteed", "paper", "aligned", "lexical", "shadow", *_CONTROLS)
+_CONTROLS = ("random", "streaming", "snapkv", "rkv")
+VARIANTS = ("full", "full-guaranteed", "paper", "aligned", "lexical", "drop-duplicate", "shadow", *_CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
 
     Args:
       name: one of ``VARIANTS``. ``full-guaranteed`` is the full cache under GUARANTEED_NO_EVICT; ``shadow`` and the
-        controls start from the settings of ``aligned``.
+        controls start from the settings of ``aligned``, and so does ``drop-duplicate`` in an engine of that preset.
       engine: the engine's own settings; they stand for the preset that they name.
       overrides: settings laid on top of those of sharing arms.
 
@@ -40,7 +40,10 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
         return Variant(name, make_config("off"), GUARANTEED_NO_EVICT if name == "full-guaranteed" else None)
     preset = name if name in PRESETS else "aligned"
     settings = engine.model_dump() if engine.preset == preset else PRESETS[preset]
-    settings = {**settings, "shadow": name == "shadow", **overrides}
+    if name == "drop-duplicate" and engine.preset == "aligned":
+        settings = {**engine.model_dump(), **PRESETS[name]}  # the engine's sharing, counted once
+    # R-KV compares keys as they are stored.
+    settings = {**settings, "shadow": name == "shadow", **({"undo_rope": False} if name == "rkv" else {}), **overrides}
     if name in _CONTROLS:
         settings["control"] = name
     settings.pop("preset")

@@ -12,8 +12,10 @@ OUTPUT_TOKENS = 2048
 """Cap on generated tokens that no transcript of 3 to 6 terms reaches: the longest of 36,000 drawn ones with 6 terms
 has 1,753 tokens, the longest in the files 1,698. (8 terms, which no file holds, take up to 2,320.)"""
 
-SIZES = {"demo": 20, "small": 60, "evaluation": 500, "hard": 100, "tuning": 300, "repetitive": 100}
-"""Problems per file. ``tuning`` is what settings are chosen on, so that ``evaluation`` stays unseen by them too."""
+SIZES = {"demo": 20, "small": 60, "evaluation": 500, "hard": 100, "tuning": 300, "repetitive": 100, "paired": 2000}
+"""Problems per file. ``tuning`` is what settings are chosen on, so that ``evaluation`` stays unseen by them too.
+``paired`` is more of the kind of ``evaluation``, for tests between arms that 500 problems cannot tell apart. New names
+go to the end: the place in this table is part of the seed."""
 
 _DIGITS = {"hard": HARD_DIGITS, "repetitive": REPETITIVE_DIGITS}
 _SEED = 2507_21433

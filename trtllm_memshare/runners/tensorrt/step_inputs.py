@@ -74,6 +74,11 @@ def check_batch(batch: StepBatch, spec: EngineSpec, max_pairs: int) -> None:
             "counting aliases once, as drop-duplicate does, needs attention of our own, got a TensorRT-LLM engine, "
             "whose kernels read every table entry (run this variant on an engine of --backend torch)"
         )
+    if batch.observe_attention:
+        raise UserError(
+            "controls that score blocks by their attention need attention of our own, got a TensorRT-LLM engine (run "
+            "this variant on an engine of --backend torch)"
+        )
     if batch.context_lengths is None:
         raise ValueError("a TensorRT-LLM engine needs StepBatch.context_lengths, got None")
     sizes = (len(batch.input_ids), len(batch.chunk_lengths), batch.block_offsets.shape[3])

@@ -42,6 +42,7 @@ class PagedStep:
       plan: the step's addresses; None: those of ``for_decode``.
       compute_dtype: dtype of the model's activations.
       decode: attends for the generation requests, planned for this step; None = PyTorch, from the plan's groups.
+      observe: add up how much attention the generation requests pay to each block, see ``block_attention``.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class PagedStep:
         plan: StepPlan | None,
         compute_dtype: torch.dtype,
         decode: FlashInferDecode | None = None,
+        observe: bool = False,
     ) -> None:
-        _, _, _, self.num_kv_heads, self.tokens_per_block, self.head_dim = pool.shape
+        self.num_blocks, self.num_layers, _, self.num_kv_heads, self.tokens_per_block, self.head_dim = pool.shape
         device = pool.device
         self._rows = pool.view(-1, self.head_dim)
         self._head_units = pool.view(-1, self.tokens_per_block * self.head_dim)
@@ -59,6 +61,7 @@ class PagedStep:
         self._decode, self._first_decode = decode, 0
         self._contexts: list[DeviceContext] = []
         self._groups: list[DeviceGroup] = []
+        self._masses: list[torch.Tensor] = []  # of each group, where attention is observed
         if plan is None:
             return
         self._write_rows = torch.from_numpy(plan.write_rows).to(device)
@@ -73,6 +76,8 @@ class PagedStep:
             for g in plan.decode_groups
         ]
         self.last_tokens = torch.from_numpy(plan.last_tokens).to(device)
+        if observe:
+            self._masses = [torch.zeros(len(g.tokens), g.head_units.shape[-1], device=device) for g in self._groups]
 
     @classmethod
     def for_decode(
@@ -138,15 +143,27 @@ class PagedStep:
         if self._decode is not None and self._first_decode < num_tokens:
             part = slice(self._first_decode, num_tokens)
             output[part] = self._decode.attend(layer, query[:, part].transpose(0, 1))
-        for group in self._groups:
+        for index, group in enumerate(self._groups):
             # The queries that share a KV head become the rows of one small product.
             grouped = query[:, group.tokens].view(self.num_kv_heads, -1, len(group.tokens), self.head_dim)
             k, v = (self._gather(units, layer) for units in group.head_units)
-            attended = scaled_dot_product_attention(
-                grouped.permute(2, 0, 1, 3), k, v, attn_mask=group.bias, scale=scaling
-            )
+            grouped = grouped.permute(2, 0, 1, 3)
+            if self._masses:
+                weights = (grouped @ k.transpose(-1, -2) * scaling + group.bias).softmax(-1)
+                attended = weights @ v
+                self._masses[index] += weights.float().mean((1, 2)).unflatten(-1, (-1, self.tokens_per_block)).sum(-1)
+            else:
+                attended = scaled_dot_product_attention(grouped, k, v, attn_mask=group.bias, scale=scaling)
             output[group.tokens] = attended.reshape(len(group.tokens), num_heads, self.head_dim)
         return output
+
+    def block_attention(self) -> torch.Tensor:
+        """Attention per physical block once every layer has attended, float32 ``[num_blocks]``, mean over layers."""
+        total = torch.zeros(self.num_blocks, device=self._rows.device)
+        for group, mass in zip(self._groups, self._masses, strict=True):
+            blocks = group.head_units[0, :, 0] // (2 * self.num_layers * self.num_kv_heads)
+            total.index_put_((blocks.flatten(),), mass.flatten() / self.num_layers, accumulate=True)
+        return total
 
     def _gather(self, head_units: torch.Tensor, layer: int) -> torch.Tensor:
         """``[..., heads, blocks]`` head units of layer 0 -> ``[..., heads, tokens, head_dim]`` of this layer."""

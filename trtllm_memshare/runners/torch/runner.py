@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from trtllm_memshare.engine.weights import weight_files
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
@@ -74,6 +76,7 @@ class TorchRunner:
 
     Attributes:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
+      inv_freq: float32 ``[rotary_dim / 2]``, radians per token.
       search: what computes stage 2 on it.
       decode_description: what attends for generation requests, and why.
     """
@@ -104,7 +107,8 @@ class TorchRunner:
         )
         self._fold_aliases = fold_aliases
         self._scaling = float(model.model.layers[0].self_attn.scaling)
-        self.search = make_block_search(self.pool, model.model.rotary_emb.inv_freq.float(), MAX_PAIRS)
+        self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()
+        self.search = make_block_search(self.pool, self.inv_freq, MAX_PAIRS)
         self._decode: FlashInferDecode | None = None
         self._graphs: DecodeGraphs | None = None
         found, self.decode_description = (
@@ -114,7 +118,9 @@ class TorchRunner:
             self._use_flashinfer(found, use_graphs, new_graph)
 
     def prepare(self, batch: StepBatch) -> TorchInputs:
-        """Works out addresses on the host."""
+        """Works out addresses on the host. Raises UserError if attention is to be observed where FlashInfer attends."""
+        if batch.observe_attention and self._decode is not None:
+            raise UserError("attention weights are not known where FlashInfer attends (run this control on the CPU)")
         grouped = self._decode is None
         plan = plan_step(batch, self._num_kv_heads, self.tokens_per_block, self._fold_aliases, grouped)
         decodes = not grouped and batch.num_contexts < len(batch.chunk_lengths)
@@ -125,6 +131,7 @@ class TorchRunner:
     def step(self, inputs: TorchInputs) -> StepOutput:
         """Runs the model once, then stage 2 on the batch's pairs."""
         batch, plan, pages = inputs.batch, inputs.plan, inputs.pages
+        attention: np.ndarray | None = None
         if self._graphs is not None and pages is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch, plan.write_rows, pages, self._scaling)
         else:
@@ -134,9 +141,12 @@ class TorchRunner:
             ids, positions = (
                 torch.from_numpy(a).to(device, torch.int64)[None] for a in (batch.input_ids, batch.position_ids)
             )
-            logits = self._forward(ids, positions, PagedStep(self.pool, plan, self.model.dtype, self._decode))
+            step = PagedStep(self.pool, plan, self.model.dtype, self._decode, batch.observe_attention)
+            logits = self._forward(ids, positions, step)
+            if batch.observe_attention:
+                attention = step.block_attention().cpu().numpy()
         distances = None if batch.pairs is None else self.search.compare(batch.pairs)
-        return StepOutput(logits.float(), distances)
+        return StepOutput(logits.float(), distances, attention)
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
         """Logits ``[batch, vocab_size]`` of each sequence's last token."""

@@ -83,6 +83,11 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         raise UserError(
             "scope must be request with TensorRT-LLM's PyTorch backend, got group (a request frees its own tail only)"
         )
+    if not memshare.count_aliases:
+        raise UserError(
+            f"preset {memshare.preset} counts an alias once, which needs attention of our own, got TensorRT-LLM's "
+            f"(take preset aligned)"
+        )
     if memshare.control != "none":
         raise UserError(f"control must be none when serving, got {memshare.control} (controls run in benchmarks/)")
     try:

@@ -133,7 +133,8 @@ class TailSwap:
           RuntimeError: the manager's list is not what its calls imply, or ranks disagree.
         """
         started = time.perf_counter()
-        searches = self._step % self._config.search_interval == 0
+        is_needed = self.manager.pool.num_used >= self._config.min_pool_use * self.pool.shape[0]
+        searches = is_needed and self._step % self._config.search_interval == 0
         if self.is_off or not self._table_is_ours(generation_requests):
             return
         self.requests.take_in(generation_requests)

@@ -1,0 +1,49 @@
+"""Paired tests over several reports of benchmarks/fidelity.py, so that two data sets together decide what one cannot.
+
+    python benchmarks/paired_tests.py one_report.json another_report.json
+
+Every two arms that all reports have, with the same settings, are compared over all problems. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.fidelity.curve import compare, pool_reports
+from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.report.statistics import wilson_interval
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", type=Path, nargs="+")
+    parser.add_argument("--output-json", type=Path)
+    options = parser.parse_args()
+    right = pool_reports([json.loads(path.read_text()) for path in options.reports])
+    rows: list[dict[str, Any]] = []
+    for name, flags in right.items():
+        low, high = wilson_interval(flags.count("1"), len(flags))
+        print(f"{name:<20} {flags.count('1') / len(flags):.2%} right ({low:.2%} to {high:.2%}) of {len(flags)}")
+    for base, other in itertools.combinations(right, 2):
+        test = compare(right[base], right[other])
+        rows.append({"base": base, "other": other, **test})
+        low, high = test["interval"]
+        print(
+            f"{base} -> {other}: {test['lost']} lost, {test['gained']} gained, change {test['change']:+.2%} "
+            f"({low:+.2%} to {high:+.2%}), p = {test['p_value']:.3g}"
+        )
+    report = {
+        "reports": [str(path) for path in options.reports],
+        "right": {name: [flags.count("1"), len(flags)] for name, flags in right.items()},
+        "tests": rows,
+    }
+    publish(make_report(report), options.output_json)
+
+
+if __name__ == "__main__":
+    run_command_line(main)
