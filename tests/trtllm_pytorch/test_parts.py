@@ -94,6 +94,28 @@ def installed(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rows_on_a_gpu_are_those_of_the_cpu():
+    """On a stream of its own, with rows that change between tables, as a serving loop does it."""
+    rng = np.random.default_rng(0)
+    stream = torch.cuda.Stream()
+    on_cpu, on_gpu = RowMap(64, 200, torch.device("cpu")), RowMap(64, 200, torch.device("cuda"))
+    for _ in range(50):
+        for request_id in rng.integers(0, 64, 5).tolist():
+            positions = rng.integers(0, 200, 200)
+            on_cpu.set_row(request_id, positions)
+            on_gpu.set_row(request_id, positions)
+        table = torch.from_numpy(rng.integers(0, 10**6, (1, 64, 2, 200)).astype(np.int32))
+        ids = rng.permutation(128)[:48].tolist()
+        with torch.cuda.stream(stream):
+            on_device = table.pin_memory().to("cuda", non_blocking=True)
+            on_gpu.gather(on_device, ids)
+        on_cpu.gather(table, ids)
+        stream.synchronize()
+        assert torch.equal(on_device.cpu(), table)
+
+
 def run_python(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess:
     """A new interpreter of this environment, with ``folder`` in front of its path."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRTLLM_MEMSHARE")}
