@@ -10,6 +10,7 @@ from trtllm_memshare.errors import UserError, nearest, run_command_line
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-serve with MemShare and the settings that it needs"),
     "bench": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-bench with MemShare, its report merged with ours"),
+    "explain": ("trtllm_memshare.report.explain", "one answer as a web page: what became of each block of its memory"),
 }
 """Module whose ``main(command, arguments)`` runs it, and what it does; modules are imported when they are asked for."""
 

@@ -1,7 +1,7 @@
 """Trains the model of the traces from random weights on windows of the documents of the training split.
 
-Windows are short at first, which is cheap, and as long as the model's context in the last part of training, so that
-it has seen the positions and the distances between repeats that the measurements use.
+The text is little, so dropout and weight decay hold the model back from learning it by heart, and the weights with the
+lowest validation loss are kept.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trtllm_memshare.trace_model.corpus import TRACES, read_traces, train_tokeni
 class TraceTrainingConfig:
     """Settings of one run. Lengths in tokens; what is not explained here: see ``Schedule``."""
 
-    num_steps: int = 1100
+    num_steps: int = 700
     minutes: float | None = None
     tokens_per_step: int = 8192
     vocab_size: int = 2048
-    short_window: int = 1024
-    long_window: int = 4096  # also the model's context
-    long_share: float = 0.2  # of training, at its end
+    window: int = 4096  # also the model's context
+    prompt_share: float = 0.05  # of windows that start with the prompt, as every measured text does
+    dropout: float = 0.2
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 3e-3
     weight_decay: float = 0.1
@@ -48,7 +48,7 @@ def model_config(config: TraceTrainingConfig, eos_id: int, pad_id: int) -> Qwen2
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=config.long_window,
+        max_position_embeddings=config.window,
         tie_word_embeddings=True,
         use_sliding_window=False,
         rope_theta=10000.0,
@@ -62,9 +62,11 @@ def train(config: TraceTrainingConfig, output_dir: Path, device: str, traces: Pa
     """Trains; keeps the weights with the lowest validation loss, with tokenizer and ``training_log.json``."""
     torch.manual_seed(config.seed)
     documents = {s: [t.document for t in read_traces(traces) if t.split == s] for s in ("train", "validation")}
-    tokenizer = train_tokenizer(documents["train"], config.vocab_size, config.long_window)
+    tokenizer = train_tokenizer(documents["train"], config.vocab_size, config.window)
     encoded = {split: [np.array(tokenizer.encode(d), np.int64) for d in texts] for split, texts in documents.items()}
-    model = Qwen2ForCausalLM(model_config(config, tokenizer.eos_token_id, tokenizer.pad_token_id)).to(device)
+    model = Qwen2ForCausalLM(model_config(config, tokenizer.eos_token_id, tokenizer.pad_token_id)).to(device).train()
+
+    add_dropout(model, config.dropout)
 
     def keep(log: list[dict[str, float]]) -> None:
         losses = [entry["validation_loss"] for entry in log]
@@ -91,29 +93,38 @@ def train(config: TraceTrainingConfig, output_dir: Path, device: str, traces: Pa
             config.adam_learning_rate,
             config.weight_decay,
             config.bf16,
-            log_every=100,
+            log_every=50,
         ),
-        measure=lambda _: {"validation_loss": mean_loss(model, encoded["validation"], config.long_window)},
+        measure=lambda _: {"validation_loss": mean_loss(model, encoded["validation"], config.window)},
         keep=keep,
     )
+
+
+def add_dropout(model: Any, rate: float) -> None:
+    """Dropout on the embeddings and on what each block adds to the residual stream, in training mode only."""
+    for name, module in model.named_modules():
+        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+            module.register_forward_hook(lambda m, _, output: torch.dropout(output, rate, m.training))
 
 
 @torch.inference_mode()
 def mean_loss(model: Any, documents: list[np.ndarray], window: int) -> float:
     """Mean loss over the first ``window`` tokens of each document, in nats per token."""
+    model.eval()
     total, count = 0.0, 0
     for ids in documents:
         batch = torch.from_numpy(ids[None, :window]).to(model.device)
         logits = model(batch[:, :-1], use_cache=False).logits[0].float()
         total += float(torch.nn.functional.cross_entropy(logits, batch[0, 1:], reduction="sum"))
         count += batch.shape[1] - 1
+    model.train()
     return total / count
 
 
 def _batches(
     config: TraceTrainingConfig, documents: list[np.ndarray], pad_id: int
 ) -> Generator[np.ndarray, float, None]:
-    """Yields int64 ``[sequences, window]`` padded batches; ``send`` takes the share of training done."""
+    """Yields int64 ``[sequences, window]`` padded batches."""
     generator = _generate_batches(config, documents, pad_id)
     next(generator)
     return generator
@@ -124,15 +135,13 @@ def _generate_batches(
 ) -> Generator[Any, float, None]:
     rng = np.random.default_rng(config.seed)
     sizes = np.array([len(d) for d in documents], float)
-    done = yield
+    yield
     while True:
-        window = config.long_window if done >= 1 - config.long_share else config.short_window
-        batch = np.full((math.ceil(config.tokens_per_step / window), window), pad_id, np.int64)
+        batch = np.full((math.ceil(config.tokens_per_step / config.window), config.window), pad_id, np.int64)
         for row in batch:
             document = documents[rng.choice(len(documents), p=sizes / sizes.sum())]
-            last = max(0, len(document) - window)
-            # Every fourth window starts with a prompt, as every measured text does.
-            start = 0 if rng.random() < 0.25 else rng.integers(last + 1)
-            part = document[start : start + window]
+            last = max(0, len(document) - config.window)
+            start = 0 if rng.random() < config.prompt_share else rng.integers(last + 1)
+            part = document[start : start + config.window]
             row[: len(part)] = part
-        done = yield batch
+        yield batch
