@@ -140,6 +140,8 @@ def test_text_is_escaped_wherever_it_stands():
     assert html.count("<script") == 1
     assert Page(html).texts == {f"b{i}": nasty for i in range(3)}
     assert "another text" in html
+    assert "keeps the newer block, lets the older place point to it" in html
+    assert "keeps the older block" in render(story, make_config("paper"), 1024)
     assert "Pairs turned down: 2 drift" in html
 
 
@@ -177,7 +179,7 @@ def test_errors_of_users(engine, tmp_path, changes, message):
 
 def test_an_engine_without_sharing_has_nothing_to_explain(bundled_model, tmp_path):
     build_engine(plan_build(BuildOptions(model_dir=bundled_model, output_dir=tmp_path / "engine")))
-    with pytest.raises(UserError, match="shares nothing, so there is nothing to explain .give --preset aligned"):
+    with pytest.raises(UserError, match=r"shares nothing, so there is nothing to explain \(give --preset aligned\)"):
         main(["explain", "--engine-dir", str(tmp_path / "engine"), "--prompt", PROMPT])
 
 

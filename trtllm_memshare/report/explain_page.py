@@ -14,7 +14,7 @@ from trtllm_memshare.serving.story import BlockStory, Fate, Story
 MEANING = {
     Fate.PROMPT: ("prompt", "holds part of the question: never given back"),
     Fate.OWN: ("kept", "its text has no copy, or too different a one"),
-    Fate.SHARED: ("given back", "an earlier copy: its memory was freed, the newer block is read in its place"),
+    Fate.SHARED: ("given back", "one of several copies: its memory was freed, another block is read in its place"),
     Fate.DONOR: ("read by several", "the copy that stays, and stands for the places that point to it"),
     Fate.PROTECTED: ("recent", "too new to be given back: the last steps are left alone"),
 }
@@ -35,12 +35,14 @@ def render(story: Story, config: MemShareConfig, bytes_per_block: int) -> str:
     share = story.freed / story.filled if story.filled else 0.0
     lengths = [len(piece) for block in story.blocks for piece in block.pieces]
     characters = max(lengths, default=0) <= 1 or sum(n == 1 for n in lengths) / len(lengths) > 0.9
-    headline = f"{share:.0%} of this answer's memory was given back" if shared else "Nothing was shared in this answer"
+    headline = f"{share:.0%} of this answer's blocks were given back" if shared else "Nothing was shared in this answer"
     return string.Template(template.read_text(encoding="utf-8")).substitute(
         headline=headline,
         subline=f"Question: {escape(' '.join(story.prompt.split()))}",
         figures=_figures(story, bytes_per_block),
         tokens_per_block=story.tokens_per_block,
+        kept="newer" if config.direction == "keep-latest" else "older",
+        retired="older" if config.direction == "keep-latest" else "newer",
         token_word="single characters" if characters else "words and parts of words",
         legend="\n".join(_legend_entry(story, fate) for fate in Fate),
         map=_block_map(story),
