@@ -46,13 +46,13 @@ _REACH = [  # preset and settings; `lexical` has the stage 1 of `aligned`
     ("aligned", _LOOSE),
 ]
 _ARMS = [  # variant and settings; `full` comes first by itself
-    *((name, "") for name in ("shadow", "paper", "aligned", "lexical", "drop-duplicate", "random", "streaming")),
-    *(("paper", f"max_distance={d}") for d in (1.0, 1.1, 1.2)),
+    *((name, "") for name in ("paper", *_SHARING)),
+    *(("paper", f"max_distance={d}") for d in (1.0, 1.2)),
     ("aligned", "min_run_tokens=16"),
     ("aligned", "min_run_tokens=16,max_gap_tokens=4"),
     *((name, _SHORT) for name in _SHARING),
     *((name, _LOOSE) for name in _SHARING),
-    *(("aligned", f"{settings},max_distance={d}") for settings in (_SHORT, _LOOSE) for d in (0.35, 0.7)),
+    *(("aligned", f"{_LOOSE},max_distance={d}") for d in (0.35, 0.7)),
 ]
 
 

@@ -159,7 +159,7 @@ def _memory_chart(story: Story, bytes_per_block: int) -> str:
         ticks.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{tokens} tokens</text>')
     end_with, end_without = points[-1][1:]
     y_with, y_without = (float(place(last, n).split(",")[1]) for n in (end_with, end_without))
-    y_without = min(y_without, y_with - 30)  # two labels of two lines must not touch
+    y_with = max(y_with, y_without + 32)  # two labels of two lines must not touch
     names = "".join(
         f'<text class="name" x="{right + 8}" y="{y + 4:.1f}">{name}</text>'
         f'<text x="{right + 8}" y="{y + 18:.1f}">{blocks} blocks, {_size(blocks * bytes_per_block)}</text>'
@@ -228,10 +228,9 @@ def _table(shared: list[BlockStory], story: Story) -> str:
 
 def _settings(story: Story, config: MemShareConfig) -> str:
     turned = ", ".join(f"{count} {reason}" for reason, count in {**story.rejected, **story.refused}.items())
-    counts = (
-        f"{story.num_prompt_tokens} tokens of question, {story.num_output_tokens} of answer ({story.finish_reason})"
-    )
-    return f"MemShare {describe_sharing(config)}. {counts}. Pairs turned down: {turned or 'none'}."
+    counts = f"{story.num_prompt_tokens} tokens of question, {story.num_output_tokens} of answer"
+    ended = "the model ended it" if story.finish_reason == "stop" else "cut off at the longest length"
+    return f"MemShare {describe_sharing(config)}. {counts} ({ended}). Pairs turned down: {turned or 'none'}."
 
 
 def _size(num_bytes: int) -> str:
