@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.errors import UserError, run_command_line
+from trtllm_memshare.fidelity.copy_loss import copy_loss
 from trtllm_memshare.fidelity.reach import measure_reach
 from trtllm_memshare.fidelity.teacher_forced import Replay, Script, replay
 from trtllm_memshare.report.document import make_report, publish
@@ -47,18 +48,20 @@ _REACH = [  # preset and settings; `lexical` has the stage 1 of `aligned`
 ]
 _ARMS = [  # variant and settings; `full` comes first by itself
     *((name, "") for name in ("paper", *_SHARING)),
-    *(("paper", f"max_distance={d}") for d in (1.0, 1.2)),
-    ("aligned", "min_run_tokens=16"),
-    ("aligned", "min_run_tokens=16,max_gap_tokens=4"),
-    *((name, _SHORT) for name in _SHARING),
+    ("paper", "max_distance=1.2"),
     *((name, _LOOSE) for name in _SHARING),
-    *(("aligned", f"{_LOOSE},max_distance={d}") for d in (0.35, 0.7)),
 ]
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
     """Settings from `key=value,key=value`."""
     return dict(parse_setting(part) for part in text.split(",") if part)
+
+
+def split_arm(text: str) -> tuple[str, str]:
+    """Variant and settings of `variant:key=value,key=value`."""
+    name, _, overrides = text.partition(":")
+    return name, overrides
 
 
 def run_reach(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def run_reach(options: argparse.Namespace) -> dict[str, Any]:
 def run_replay(options: argparse.Namespace) -> dict[str, Any]:
     """Every arm on the same scripts; the full cache is the reference."""
     tokenizer, boundaries, length = load_text_model(options.model_dir)
-    traces = [t for t in read_traces(options.traces) if t.split == "test"]
+    traces = [t for t in read_traces(options.traces) if t.split == "test"][: options.num_texts]
     scripts = [make_script(tokenizer, t, options.max_tokens or length) for t in traces]
     size = options.block_size
     num_blocks = sum((len(s.prompt) + len(s.output)) // size + 3 for s in scripts)  # with the scheduler's headroom
@@ -124,10 +127,10 @@ def run_replay(options: argparse.Namespace) -> dict[str, Any]:
     full = replay(runner, make_config("off"), boundaries, scripts, keep_log_probs=True, description="full")
     reference, arms, held = full.log_probs, list[dict[str, Any]](), dict[str, float]()
     print(f"full: perplexity {full.perplexity:.4f}, {full.block_steps_per_request:.0f} block-steps per text")
-    pairs = [(v, s) for v, s in _ARMS if not options.variants or v in options.variants]
-    for name, overrides in pairs:
+    chosen = [split_arm(text) for text in options.arms] if options.arms else _ARMS
+    for name, overrides in chosen:
         config = make_variant(name, make_config("aligned"), **parse_overrides(overrides)).config
-        if name == "streaming":
+        if name == "streaming" and "streaming_window_tokens" not in overrides:
             config = match_memory(config, full, held.get(overrides), size)
         arm = replay(runner, config, boundaries, scripts, reference, description=f"{name} {overrides}")
         if name == "aligned":
@@ -141,6 +144,7 @@ def run_replay(options: argparse.Namespace) -> dict[str, Any]:
         "num_scripts": len(scripts),
         "num_tokens": sum(len(s.output) for s in scripts),
         "tokens_per_block": size,
+        "copy_loss": copy_loss(AutoModelForCausalLM.from_pretrained(options.model_dir).eval(), 128, first_id=4),
         "full": {"perplexity": full.perplexity, "block_steps_per_request": full.block_steps_per_request},
         "arms": arms,
     }
@@ -155,7 +159,7 @@ def run_replay(options: argparse.Namespace) -> dict[str, Any]:
 def match_memory(config: MemShareConfig, full: Replay, held: float | None, size: int) -> MemShareConfig:
     """`streaming` with the window that holds as much as the sharing arm with the same settings did."""
     if held is None:
-        raise UserError("streaming takes its window from aligned, got it without (add aligned to --variants)")
+        raise UserError("streaming takes its window from aligned, got it without (put aligned before it)")
     window = streaming_window(full.results, held, config.streaming_sink_tokens, size)
     return config.model_copy(update={"streaming_window_tokens": window})
 
@@ -215,7 +219,9 @@ def main() -> None:
     fidelity = commands.add_parser("replay", parents=[common], help="KL and perplexity on held-out traces")
     fidelity.add_argument("--tokens-per-block", dest="block_size", type=int, default=16)
     fidelity.add_argument("--max-tokens", type=int, help="length of a text, prompt included (default: the context)")
-    fidelity.add_argument("--variants", nargs="+", help="only these (default: all)")
+    fidelity.add_argument("--num-texts", type=int, help="first held-out traces only (default: all)")
+    arms = "in place of the usual ones: variant, or variant:key=value,key=value"
+    fidelity.add_argument("--arms", nargs="+", metavar="ARM", help=arms)
     fidelity.add_argument("--plot", type=Path)
     fidelity.set_defaults(run=run_replay)
     options = parser.parse_args()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,29 @@ _COLOURS = {
 def reach_table(report: dict[str, Any]) -> str:
     """Share of generated blocks within reach of stage 1, in percent, by setting and tokens per block."""
     sizes = report["tokens_per_block"]
-    titles = ["stage 1", *(f"{source} {size}" for source in report["num_traces"] for size in sizes), "us/token", "16k"]
+    titles = [
+        "stage 1",
+        *(f"{s.removeprefix('r1_')} {size}" for s in report["num_traces"] for size in sizes),
+        "us",
+        "16k",
+    ]
     rows = [titles]
     for row in report["rows"]:
         cells = [f"{100 * row['ratio'][source][str(size)]:.2f}" for source in report["num_traces"] for size in sizes]
         rows.append([row["settings"], *cells, f"{row['us_per_token']:.1f}", f"{row['us_per_token_16k']:.1f}"])
     note = (
         "share of the blocks filled by generation, %, by source and tokens per block, if stage 2 accepted everything\n"
-        "us/token: host time of stage 1 and remaps at 16 tokens per block, median over traces; 16k: over the traces of "
-        "at least 16,000 tokens"
+        "us: processor time per token of stage 1 and remaps at 16 tokens per block, median over traces; 16k: of those "
+        "with at least 16,000 tokens"
     )
     return f"{align(rows)}\n\n{note}\n{one_line(report['machine'])}"
 
 
 def fidelity_table(report: dict[str, Any]) -> str:
     """One row per arm: share, memory, perplexity, divergence."""
-    rows = [["arm", "settings", "shared %", "memory %", "perplexity", "above full %", "KL, 1e-3 nats"]]
+    rows = [["arm", "settings", "shared %", "memory %", "perplexity", "above full %", "s.e.", "KL, 1e-3 nats"]]
     for arm in report["arms"]:
+        changes = arm["loss_change_by_text"]
         rows.append(
             [
                 arm["variant"],
@@ -46,11 +54,13 @@ def fidelity_table(report: dict[str, Any]) -> str:
                 f"{100 * arm['memory_ratio']:.1f}",
                 f"{arm['perplexity']:.4f}",
                 f"{100 * arm['perplexity_increase']:+.3f}",
+                f"{100 * statistics.stdev(changes) / math.sqrt(len(changes)):.3f}",
                 f"{1e3 * arm['mean_divergence']:.3f}",
             ]
         )
     note = (
         "shared: blocks freed / blocks filled by generation; memory: block-steps against the full cache\n"
+        "s.e.: standard error, over texts, of the mean change of the loss, 0.01 nats (about 1 % of perplexity)\n"
         f"{report['num_scripts']} texts of {report['num_problems']} problems that training never saw, "
         f"{report['num_tokens']} tokens, {report['tokens_per_block']} tokens per block"
     )
