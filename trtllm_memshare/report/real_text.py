@@ -95,7 +95,7 @@ def plot_fidelity(report: dict[str, Any], path: Path) -> None:
                 (100 * (1 - a["memory_ratio"]), scale * a[key]) for a in report["arms"] if a["variant"] == name
             )
             if arms:
-                axis.plot(*zip(*arms, strict=True), mark, color=_COLOURS[name], linestyle="-", lw=0.8, label=name)
+                axis.plot(*zip(*arms, strict=True), mark, color=_COLOURS[name], linestyle="none", label=name)
         axis.set_yscale("symlog", linthresh=0.1)
         axis.set_xlabel("KV memory saved (block-steps), %")
         axis.set_title(title)
