@@ -46,8 +46,8 @@ def test_a_replay_compares_every_arm_with_the_full_cache(script, monkeypatch, tm
     assert aligned["shared_ratio"] == 0
     assert aligned["perplexity_increase"] == pytest.approx(0, abs=1e-6)
     assert streaming["memory_ratio"] < 0.9
-    assert streaming["perplexity_increase"] > 0.01
-    assert streaming["mean_divergence"] > 0.001
+    assert streaming["mean_divergence"] > 0.01
+    assert streaming["perplexity"] != aligned["perplexity"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out.splitlines()
     assert json.loads(printed[-1]) == document
