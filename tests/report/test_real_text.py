@@ -64,7 +64,7 @@ def test_a_replay_compares_every_arm_with_the_full_cache(script, monkeypatch, tm
 )
 def test_errors_of_users(script, monkeypatch, arguments, message):
     with pytest.raises(UserError, match=message):
-        run(script, monkeypatch, "replay", *SMALL, *arguments)
+        run(script, monkeypatch, "replay", *SMALL, "--num-texts", "1", *arguments)
 
 
 def test_tables_align_their_columns():
