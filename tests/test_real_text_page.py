@@ -17,7 +17,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [("real_text_reach", reach_table), ("real_text_replay", fidelity_table), ("real_text_curve", fidelity_table)],
+    [
+        ("real_text_reach", reach_table),
+        ("real_text_replay", fidelity_table),
+        ("real_text_curve", fidelity_table),
+        ("real_text_small_blocks", fidelity_table),
+    ],
 )
 def test_tables_are_the_committed_reports(name, table):
     for line in table(json.loads((RESULTS / f"{name}.json").read_text())).splitlines():
