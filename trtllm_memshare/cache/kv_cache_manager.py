@@ -163,6 +163,10 @@ class KVCacheManager:
         if sequence is not None:
             self._remapper.offer_again(candidate, sequence)
 
+    def watch_remaps(self, listener: Callable[[Decision], None]) -> None:
+        """Calls ``listener`` with each decision right after it was applied: its donor holds the references then."""
+        self._remapper.on_remap = listener
+
     def count_shadow(self, decisions: list[Decision]) -> None:
         """Counts what would have been shared, for shadow mode; changes nothing else."""
         self._stats.shadowed += len(decisions)

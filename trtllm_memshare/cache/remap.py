@@ -13,7 +13,7 @@ refused, so that a token's stand-in cannot drift away from it copy by copy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -26,13 +26,19 @@ _WORTH_ANOTHER_LOOK = ("stale", "donor_in_batch")  # another decision of the sam
 
 
 class Remapper:
-    """Checks and applies decisions. ``refused`` counts those turned down, by reason."""
+    """Checks and applies decisions.
+
+    Attributes:
+      refused: counts of decisions turned down, by reason.
+      on_remap: called with each decision right after it was applied, or None.
+    """
 
     def __init__(self, pool: BlockPool, tables: np.ndarray, config: MemShareConfig) -> None:
         self._pool = pool
         self._tables = tables
         self._config = config
         self.refused: Counter[str] = Counter()
+        self.on_remap: Callable[[Decision], None] | None = None
 
     def apply(self, decisions: list[Decision], sequences: Mapping[int, Sequence]) -> int:
         """Applies decisions in order of distance; returns the number of blocks freed."""
@@ -49,6 +55,8 @@ class Remapper:
             self._remap(candidate, decision.distance, sequence, sequences)
             donors.update((candidate.kept_rows // self._pool.tokens_per_block).tolist(), (candidate.donor,))
             freed += 1
+            if self.on_remap is not None:
+                self.on_remap(decision)
         return freed
 
     def _why_not(

@@ -1,1 +1,1 @@
-"""How much sharing costs in answers and in next-token distributions, against the memory it frees, and calibration."""
+"""What sharing costs in answers and next-token distributions against memory, what it can reach, and calibration."""

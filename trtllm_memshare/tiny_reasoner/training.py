@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,20 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from trtllm_memshare.tiny_reasoner.optimization import Schedule, optimize
 from trtllm_memshare.tiny_reasoner.problems import sample_problem, transcript
 from trtllm_memshare.tiny_reasoner.tokenizer import EOS, PAD, VOCAB_SIZE, VOCABULARY, encode_fast, save_tokenizer
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of one run. Lengths in tokens, learning rates dimensionless, ``minutes`` the wall-clock budget.
-
-    The learning-rate schedule follows the share of ``num_steps`` done; with ``minutes`` set it follows the share of
-    the time instead, which fits a machine of unknown speed but repeats bit for bit only when ``num_steps`` decides.
-    """
+    """Settings of one run. Lengths in tokens; what is not explained here: see ``Schedule``."""
 
     num_steps: int = 4500
     minutes: float | None = None
@@ -77,44 +72,21 @@ def train(config: TrainingConfig, output_dir: Path, device: str, init_from: Path
     else:
         model = Qwen2ForCausalLM.from_pretrained(init_from, dtype=torch.float32).to(device)
         earlier = json.loads((init_from / "training_log.json").read_text())["stages"]
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"),
-        torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    batches = _batches(config)
-    log: list[dict[str, float]] = []
-    started, done, step = time.monotonic(), 0.0, 0
-    with tqdm(total=100, unit="%", desc="training") as bar:
-        while done < 1.0:
-            warm, decay = min(1.0, (step + 1) / 100), min(1.0, (1.0 - done) / 0.5)
-            for optimizer, rate in zip(optimizers, base_rates, strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * warm * max(decay, 0.01)
-            batch = torch.from_numpy(batches.send(done)).to(device)
-            with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16, enabled=config.bf16):
-                logits = model(batch[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), batch[:, 1:].flatten(), ignore_index=VOCABULARY[PAD]
-            )
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            step += 1
-            minutes = (time.monotonic() - started) / 60
-            done = minutes / config.minutes if config.minutes else step / config.num_steps
-            bar.n = round(min(done, 1.0) * 100, 1)
-            bar.set_postfix(step=step, loss=f"{loss.item():.4f}", refresh=step % 10 == 0)
-            if step % 250 == 0 or done >= 1.0:
-                exact = exact_rate(model, 64, seed=step)
-                log.append({"step": step, "minutes": round(minutes, 2), "loss": loss.item(), "exact_rate": exact})
-                tqdm.write(json.dumps(log[-1]))
-                save(model, [*earlier, {"config": asdict(config), "log": log}], output_dir)
+    schedule = Schedule(
+        config.num_steps,
+        config.minutes,
+        config.muon_learning_rate,
+        config.adam_learning_rate,
+        bf16=config.bf16,
+    )
+    optimize(
+        model,
+        _batches(config),
+        VOCABULARY[PAD],
+        schedule,
+        measure=lambda step: {"exact_rate": exact_rate(model, 64, seed=step)},
+        keep=lambda log: save(model, [*earlier, {"config": asdict(config), "log": log}], output_dir),
+    )
 
 
 def save(model: Qwen2ForCausalLM, stages: list[dict[str, Any]], output_dir: Path) -> None:

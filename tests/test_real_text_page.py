@@ -1,0 +1,51 @@
+"""The page on real text: its tables are those of the committed reports, and what it names exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from trtllm_memshare.report.real_text import fidelity_table, reach_table
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "real_text.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("real_text_reach", reach_table),
+        ("real_text_replay", fidelity_table),
+        ("real_text_curve", fidelity_table),
+        ("real_text_small_blocks", fidelity_table),
+    ],
+)
+def test_tables_are_the_committed_reports(name, table):
+    for line in table(json.loads((RESULTS / f"{name}.json").read_text())).splitlines():
+        assert line in PAGE
+
+
+def test_named_paths_exist():
+    named = re.findall(r"`((?:trtllm_memshare|benchmarks|build_scripts|docs)/[\w./]+)`", PAGE)
+    assert len(set(named)) > 5
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_training_figures_are_those_of_the_log():
+    log = json.loads((ROOT / "benchmarks" / "data" / "trace_model" / "training_log.json").read_text())
+    kept = next(e for e in log["log"] if e["step"] == log["kept_step"])
+    assert f"{log['tokens']['train']:,} tokens" in PAGE
+    assert f"step {log['kept_step']} of {log['config']['num_steps']}" in PAGE
+    assert f"{kept['validation_loss']:.2f} nats" in PAGE
+
+
+def test_the_goal_at_the_default_setting_is_held_against_the_report():
+    report = json.loads((RESULTS / "real_text_replay.json").read_text())
+    (default,) = [a for a in report["arms"] if a["variant"] == "aligned" and not a["overrides"]]
+    assert default["perplexity_increase"] < 0.01
+    assert f"{100 * default['perplexity_increase']:+.3f} %" in PAGE

@@ -1,0 +1,74 @@
+"""Training the model of the traces, on a few steps of a small corpus."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
+
+from trtllm_memshare.engine.checkpoint import read_checkpoint
+from trtllm_memshare.trace_model.training import TraceTrainingConfig, add_dropout, mean_loss, model_config, train
+
+CONFIG = TraceTrainingConfig(num_steps=3, tokens_per_step=128, vocab_size=272, window=64, bf16=False, seed=5)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traces")
+    for name, count in (("r1_aime24", 12), ("r1_math500", 6)):
+        rows = [
+            {
+                "id": i,
+                "problem": f"Add {i} and {i}.",
+                "reasoning": f"{i} and {i} make {2 * i}. " * 8,
+                "content": f"{2 * i}",
+            }
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # The two files must not hold one problem twice.
+    path = folder / "r1_math500.jsonl"
+    path.write_text(path.read_text().replace("Add", "Sum"))
+    return folder
+
+
+def test_a_run_leaves_a_checkpoint_that_can_be_served_and_repeats_bit_for_bit(traces, tmp_path):
+    for name in ("first", "second"):
+        train(CONFIG, tmp_path / name, "cpu", traces)
+    checkpoint = read_checkpoint(tmp_path / "first")
+    assert (checkpoint.vocab_size, checkpoint.max_position_embeddings) == (272, 64)
+    log = json.loads((tmp_path / "first" / "training_log.json").read_text())
+    assert log["config"]["num_steps"] == log["log"][-1]["step"] == log["kept_step"] == 3
+    assert log["tokens"]["train"] > 0 < log["tokens"]["validation"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(model_config(CONFIG, 0, 1)).eval()
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits
+        add_dropout(model, 0.5)
+        assert torch.equal(model(ids).logits, plain)
+        assert not torch.allclose(model.train()(ids).logits, plain)
+
+
+def test_the_mean_loss_counts_every_token_once_and_leaves_the_model_in_training():
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(model_config(CONFIG, 0, 1)).train()
+    documents = [np.arange(5), np.arange(40) % 7, np.arange(200) % 11]
+    got = mean_loss(model, documents, 64)
+    assert model.training
+    with torch.inference_mode():
+        total = sum(
+            float(model.eval()(i[None], labels=i[None]).loss) * (len(i) - 1)
+            for i in (torch.from_numpy(d[:64]) for d in documents)
+        )
+    assert got == pytest.approx(total / (4 + 39 + 63), rel=1e-5)

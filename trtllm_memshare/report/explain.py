@@ -1,0 +1,80 @@
+"""``python -m trtllm_memshare explain``: one answer as a self-contained web page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from trtllm_memshare.engine.engine_dir import Engine, load_engine
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.report.explain_page import render
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.search.config import PRESETS, MemShareConfig
+from trtllm_memshare.serving.benchmark_report import parse_setting
+from trtllm_memshare.serving.story import Story, tell_story
+from trtllm_memshare.serving.variants import make_variant
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Writes the page.
+
+    Raises:
+      UserError: an engine, a prompt or a setting that cannot be used, or a page that cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m trtllm_memshare {command}",
+        description="Generates one answer and writes a web page that shows what became of each block of its memory.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--engine-dir", type=Path, required=True)
+    parser.add_argument("--prompt", required=True, help="text as the model expects it")
+    parser.add_argument("--output", type=Path, default=Path("explain.html"), help="page to write")
+    parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest answer, in tokens")
+    parser.add_argument("--preset", choices=[p for p in PRESETS if p != "off"], help="instead of the engine's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(arguments)
+    engine = load_engine(options.engine_dir)
+    config = _settle(engine, options.preset, dict(parse_setting(text) for text in options.set))
+    if options.output.is_dir() or not options.output.parent.is_dir():
+        raise UserError(f"cannot write {options.output}: its folder must exist and it must be a file (set --output)")
+    story = explain(engine, config, options.prompt, options.max_new_tokens, options.device)
+    try:
+        options.output.write_text(render(story, config, engine.bytes_per_block), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {options.output}: {error.strerror} (choose another --output)") from error
+    share = story.freed / story.filled if story.filled else 0.0
+    print(f"{story.freed} of {story.filled} generated blocks given back ({share:.0%})")
+    print(f"page: {options.output}")
+
+
+def explain(engine: Engine, config: MemShareConfig, prompt: str, max_new_tokens: int, device: str = "auto") -> Story:
+    """Generates the answer on the engine; ``max_new_tokens`` is cut to what fits behind the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
+    num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
+    if not prompt.strip() or not num_prompt_tokens:
+        raise UserError(f"--prompt must be text that the tokenizer knows, got {prompt!r} (ask the model a question)")
+    length = min(engine.build.max_seq_len, num_prompt_tokens + max_new_tokens)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = engine.build.tokens_per_block
+    # One request, and the block of headroom that the scheduler keeps.
+    runner = TorchRunner(load_model(engine.model_dir, device), -(-length // size) + 2, size)
+    room = length - num_prompt_tokens
+    return tell_story(runner, config, tokenizer, prompt, room, length, engine.stop_token_ids)
+
+
+def _settle(engine: Engine, preset: str | None, overrides: dict[str, object]) -> MemShareConfig:
+    """The engine's settings, or those of a preset, with changes on top."""
+    name = preset or engine.memshare.preset
+    if name == "off":
+        raise UserError("this engine shares nothing, so there is nothing to explain (give --preset aligned)")
+    config = make_variant(name, engine.memshare, **overrides).config
+    if config.shadow or config.control != "none":
+        raise UserError(
+            f"explain shows what sharing does, got shadow {config.shadow} and control {config.control} (leave both out)"
+        )
+    return config
