@@ -48,3 +48,16 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
 "$python" benchmarks/triton_serving.py --engine-dir "$engine" --soak-minutes 5 \
   --output-json "$results/triton_soak.json"
+# Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.
+real=("$python" benchmarks/real_text.py)
+runs_of_4=shingle_tokens=4,min_run_tokens=4
+"${real[@]}" reach --output-json "$results/real_text_reach.json"
+"${real[@]}" replay --max-tokens 2048 --output-json "$results/real_text_replay.json" \
+  --plot "$results/real_text_replay.png"
+"${real[@]}" replay --max-tokens 2048 --arms streaming:streaming_window_tokens=128 \
+  streaming:streaming_window_tokens=16 aligned:min_run_tokens=16 aligned:min_run_tokens=16,max_gap_tokens=4 \
+  aligned:shingle_tokens=8,min_run_tokens=8 "aligned:$runs_of_4,max_distance=0.35" \
+  "aligned:$runs_of_4,max_distance=0.7" paper:max_distance=1.0 --output-json "$results/real_text_curve.json"
+"${real[@]}" replay --max-tokens 2048 --tokens-per-block 8 --arms aligned "aligned:$runs_of_4" "lexical:$runs_of_4" \
+  "drop-duplicate:$runs_of_4" "random:$runs_of_4" "streaming:$runs_of_4" \
+  --output-json "$results/real_text_small_blocks.json"
