@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Repeats every committed figure that needs no GPU: bash benchmarks/figures.sh [python]. About three hours on two cores;
+# Repeats every committed figure that needs no GPU: bash benchmarks/figures.sh [python]. It takes some hours on two cores (not timed as a whole);
 # let nothing else run meanwhile. gpu_suite.sh does the same for a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
