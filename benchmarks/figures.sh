@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Repeats every committed figure that needs no GPU: bash benchmarks/figures.sh [python]. It takes some hours on two cores (not timed as a whole);
-# let nothing else run meanwhile. gpu_suite.sh does the same for a GPU.
+# Repeats every committed figure that needs no GPU: bash benchmarks/figures.sh [python]. It takes some hours on two cores
+# (not timed as a whole); let nothing else run meanwhile. gpu_suite.sh does the same for a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python}
