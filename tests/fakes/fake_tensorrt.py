@@ -349,6 +349,7 @@ def _check_table(engine, step, inputs, captured):
     references = np.bincount(np.concatenate(list(unique)), minlength=1)
     for row, (blocks, length, count) in enumerate(zip(tables, step.lengths, step.query_lengths, strict=True)):
         begin = int(length - count)
+        require(count == 1 or begin % size == 0, f"a context chunk begins inside a block, at {begin}")
         writes = np.arange(begin, length)
         touched = blocks[np.unique(writes // size)]
         require((references[touched] == 1).all(), f"sequence {row} writes blocks {touched}, named more than once")

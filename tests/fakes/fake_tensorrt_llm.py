@@ -117,7 +117,7 @@ class BuildConfig:
     max_beam_width: int = 1
     max_num_tokens: int = 8192
     opt_num_tokens: int | None = None
-    kv_cache_type: KVCacheType | None = None
+    kv_cache_type: KVCacheType | None = None  # of a module that moved between releases: nobody may set it
     gather_context_logits: bool = False
     max_draft_len: int = 0
     plugin_config: PluginConfig = field(default_factory=PluginConfig)
@@ -254,6 +254,8 @@ built = []
 
 def build(model, build_config):
     config = copy.deepcopy(build_config)
+    require(config.kv_cache_type is None, "kv_cache_type is given as an enum of another module")
+    config.kv_cache_type = KVCacheType.PAGED if config.plugin_config.paged_kv_cache else KVCacheType.CONTINUOUS
     require(config.max_input_len <= config.max_seq_len, "max_input_len above max_seq_len")
     network = Network(config.plugin_config)
     with net_guard(network):
@@ -322,7 +324,6 @@ def install(monkeypatch, trt):
     contents = {
         "": {"__version__": "1.2.1"},
         ".builder": {"build": build, "BuildConfig": BuildConfig, "Engine": Engine},
-        ".bindings": {"KVCacheType": KVCacheType},
         ".plugin": {},
         ".plugin.plugin": {"PluginConfig": PluginConfig, "CustomAllReduceHelper": CustomAllReduceHelper},
         ".mapping": {"Mapping": Mapping},

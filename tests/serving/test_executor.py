@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.request import SamplingParams
-from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT, MAX_UTILIZATION
+from trtllm_memshare.serving.request import Phase, RequestHandle, RequestState, SamplingParams
+from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT, MAX_UTILIZATION, Scheduler
 
 EOS = 1
 SIZE = 16
@@ -182,3 +183,28 @@ def test_sharing_waits_until_the_pool_needs_it(runner, boundaries, prompts):
     assert roomy.manager.stats().shared == 0
     _, tight = run(runner, boundaries, prompts[:4], config, max_new_tokens=600, num_blocks=90)
     assert tight.manager.stats().shared > 0
+
+
+def test_context_chunks_end_where_blocks_do():
+    """TensorRT-LLM's chunk_unit_size: all but a prompt's last chunk are a multiple of it, and nobody starves."""
+    manager = KVCacheManager(100, 1, 16, 20, 4, make_config("off"))
+    scheduler = Scheduler(manager, MAX_UTILIZATION, 4, 50, chunk_unit_size=16)
+    states = [RequestState(i, [1] * 70, SamplingParams(5), RequestHandle(i), None, tokens=[1] * 70) for i in range(3)]
+    for state in states:
+        scheduler.add(state)
+    chunks = []
+    for _ in range(12):
+        step = scheduler.schedule()
+        assert sum(c for _, c in step.contexts) + len(step.generations) <= 50
+        for state, chunk in step.contexts:
+            assert chunk % 16 == 0 or state.num_computed + chunk == 70
+            state.num_computed += chunk
+            manager.mark_computed(state.request_id, state.num_computed)
+            chunks.append(chunk)
+            if state.num_computed == 70:
+                state.phase = Phase.GENERATION
+                state.tokens.append(1)
+        if all(s.phase is Phase.GENERATION for s in states):
+            break
+    assert sum(chunks) == 210
+    assert len(chunks) > 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -108,7 +109,7 @@ def test_the_dry_run_prints_what_the_builder_is_given(trtllm, plan):
     printed = json.loads(describe_plan(planned))["tensorrt"]["build_config"]
     config = make_build_config(planned.tensorrt)
     plugins = printed.pop("plugin_config")
-    assert config.kv_cache_type.name == printed.pop("kv_cache_type")
+    assert plugins["paged_kv_cache"]  # what the build takes kv_cache_type PAGED from
     assert {k: getattr(config, k) for k in printed} == printed
     assert {k: getattr(config.plugin_config, k) for k in plugins} == plugins
 
@@ -177,7 +178,7 @@ def test_an_unknown_layer_type_would_stop_the_build(trtllm, plan, monkeypatch):
     """The trap that ``allow_plugin_v3_layers`` is for; and nothing is left when a build fails."""
     monkeypatch.setattr(builder_module, "allow_plugin_v3_layers", lambda: None)
     planned = plan()
-    with pytest.raises(NotImplementedError, match="Unknown layer type"):
+    with pytest.raises(UserError, match="NotImplementedError: Unknown layer type"):
         build_engine(planned)
     assert not planned.engine.engine_dir.exists()
 
@@ -262,6 +263,38 @@ def test_an_engine_of_trtllm_build_is_adopted(trtllm, plan, boundaries, prompts,
     engine = build_engine(plan(adopt=True, search_engine=search_engine))
     assert engine.record.search_engine == (search_engine or "embedded")
     assert serve(open_runner(engine, 200), boundaries, prompts[:3])[1] > 0
+
+
+def test_an_engine_without_the_search_is_not_adopted_as_one_with_it(trtllm, plan):
+    built = build_engine(plan(memshare=False)).engine_dir
+    (built / "memshare.json").unlink()
+    with pytest.raises(UserError, match=r"rank0.engine was built without the plugin MemShareBlockSearch"):
+        build_engine(plan(adopt=True))
+    assert not (built / "memshare.json").exists()
+
+
+def test_a_converter_that_makes_its_own_class_is_noticed(trtllm, plan, monkeypatch):
+    """As TensorRT-LLM's Qwen does when its unified converter is switched off."""
+    own = fake_tensorrt_llm.QWenForCausalLM
+    stock = own.from_hugging_face.__func__
+    monkeypatch.setattr(
+        own,
+        "from_hugging_face",
+        classmethod(functools.wraps(stock)(lambda cls, *args, **kw: stock(own, *args, **kw))),
+    )
+    with pytest.raises(UserError, match=r"made a QWenForCausalLM without the search.*TRTLLM_DISABLE_UNIFIED_CONVERTER"):
+        build_engine(plan())
+
+
+@pytest.mark.parametrize("error", [AssertionError("Engine building failed"), RuntimeError("not supported on SM>=100")])
+def test_what_tensorrt_llm_raises_becomes_one_sentence(trtllm, plan, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    stock = sys.modules["tensorrt_llm.builder"].build
+    monkeypatch.setattr(sys.modules["tensorrt_llm.builder"], "build", functools.wraps(stock)(fails))
+    with pytest.raises(UserError, match=f"built no engine for rank 0: {type(error).__name__}: {error}"):
+        build_engine(plan())
 
 
 def test_what_cannot_be_adopted(trtllm, plan, bundled_model, tmp_path):

@@ -176,6 +176,14 @@ def test_more_pairs_than_the_search_was_built_for(folder, bundled_model, fake_te
         executor.run_until_idle()
 
 
+class Broken:
+    """A wheel of bindings whose library is not there."""
+
+    def find_spec(self, name, path, target=None):
+        if name == "tensorrt":
+            raise FileNotFoundError("libnvinfer.so.10: cannot open shared object file")
+
+
 def test_without_a_gpu_tensorrt_or_tensorrt_llm(folder, monkeypatch, fake_tensorrt):
     with pytest.raises(UserError, match=r"runs on cuda, got --device cpu \(leave out --device\)"):
         open_runner(load_engine(folder), 40, device="cpu")
@@ -185,6 +193,10 @@ def test_without_a_gpu_tensorrt_or_tensorrt_llm(folder, monkeypatch, fake_tensor
         import_tensorrt()
     with pytest.raises(UserError, match=r"TensorRT-LLM 1.2.1 is needed, got .* \(pip install tensorrt_llm==1.2.1"):
         import_tensorrt_llm()
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(UserError, match=r"needs TensorRT 10.14, got libnvinfer.so.10: cannot open"):
+        import_tensorrt()
     with pytest.raises(UserError, match=r"TensorRT must be 10.14, got 11.1.0 \(pip install 'tensorrt~=10.14.1'"):
         check_tensorrt(FakeTensorRT(HostDevice(), "11.1.0"))
 

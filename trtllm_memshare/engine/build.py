@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL_DIR = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
 _GIB = 2**30
-_ONLY_OURS = (
-    "runs with: this project's executor and its Triton model; TensorRT-LLM's own executor and Triton's stock "
-    "tensorrtllm backend know neither its extra inputs nor how to share"
-)
+_WHO_RUNS = {
+    True: "runs with: this project's executor and its Triton model; TensorRT-LLM's own executor and Triton's stock "
+    "tensorrtllm backend know neither its extra inputs nor how to share",
+    False: "runs with: this project's executor and its Triton model; the model's engine is as TensorRT-LLM builds it, "
+    "but its own executor does not share",
+}
+"""By whether the search is inside the engine."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def describe_plan(plan: BuildPlan) -> str:
         "output_dir": str(engine.engine_dir),
         **trtllm_config(engine.checkpoint, engine.build),
         "memshare": engine.memshare.model_dump(),
-        "summary": summarize(engine).splitlines(),
+        "summary": summarize(engine, None if plan.tensorrt is None else plan.tensorrt.search_engine).splitlines(),
     }
     if plan.tensorrt is not None:
         from trtllm_memshare.trtllm.engine.build_plan import describe
@@ -139,8 +142,12 @@ def describe_plan(plan: BuildPlan) -> str:
     return json.dumps(document, indent=2)
 
 
-def summarize(engine: Engine) -> str:
-    """What the engine is, in words and figures: KV block size, what a GiB holds, what MemShare will do."""
+def summarize(engine: Engine, search_engine: str | None = None) -> str:
+    """What the engine is, in words and figures: KV block size, what a GiB holds, what MemShare will do.
+
+    ``search_engine``: where a TensorRT engine's search will run; None = as its record says.
+    """
+    where = search_engine or (engine.record.search_engine if engine.record is not None else None)
     size, tokens = engine.bytes_per_block, engine.build.tokens_per_block
     per_gib = _GIB // size
     return "\n".join(
@@ -149,7 +156,7 @@ def summarize(engine: Engine) -> str:
             f"KV cache: {size:,} bytes per block of {tokens} tokens ({engine.kv_dtype}), {per_gib:,} blocks or "
             f"{per_gib * tokens:,} tokens per GiB",
             f"MemShare: {describe_sharing(engine.memshare)}",
-            *([_ONLY_OURS] if engine.backend == "tensorrt" and engine.memshare.searches else []),
+            *([_WHO_RUNS[where == "embedded"]] if engine.backend == "tensorrt" and engine.memshare.searches else []),
         ]
     )
 

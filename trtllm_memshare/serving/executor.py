@@ -52,6 +52,7 @@ class Executor:
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
+      has_failed: a step of the loop raised; the loop has ended.
 
     Raises:
       UserError: unknown policy.
@@ -83,10 +84,13 @@ class Executor:
             config,
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
         )
-        self._scheduler = Scheduler(self.manager, scheduler_policy, max_batch_size, max_num_tokens)
+        self._scheduler = Scheduler(
+            self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
+        )
         self.sharing = Sharing(self.manager, config, runner, agreement)
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None
+        self.has_failed = False
         self.stats = ExecutorStats()
         self._ids = itertools.count()
         self._lock = threading.Condition()
@@ -214,6 +218,7 @@ class Executor:
                     return
                 self.step()
         except Exception as error:
+            self.has_failed = True
             self._fail_all(error)
             raise
 

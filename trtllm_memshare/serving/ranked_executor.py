@@ -83,8 +83,14 @@ class RankedExecutor(Executor):
         self._communicator.broadcast(_Turn([], frozenset(), ends=True))
 
     def __exit__(self, *error: object) -> None:
+        """Lets the other ranks return, unless a step failed.
+
+        They may wait in another exchange then: a broadcast would hang, and hide the error. This process ends with it,
+        and the launcher ends the others.
+        """
         super().__exit__(*error)
-        self.close()
+        if not self.has_failed:
+            self.close()
 
     def _take_submissions(self) -> None:
         """Takes what this turn names; until then rank 0 keeps it queued, so that a failed turn loses no request."""

@@ -37,9 +37,18 @@ class Scheduler:
       policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
       max_batch_size: most requests in flight.
       max_num_tokens: most tokens of one step, which bounds the context chunks.
+      chunk_unit_size: context chunks but the last are a multiple of it; TensorRT-LLM's name and rule.
     """
 
-    def __init__(self, manager: KVCacheManager, policy: str, max_batch_size: int, max_num_tokens: int) -> None:
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        policy: str,
+        max_batch_size: int,
+        max_num_tokens: int,
+        chunk_unit_size: int = 1,
+    ) -> None:
+        self._chunk_unit_size = chunk_unit_size
         self._manager = manager
         self._policy = policy
         self._max_batch_size = max_batch_size
@@ -60,7 +69,10 @@ class Scheduler:
         budget = self._max_num_tokens - len(step.generations)
         for state in self.running:
             if state.phase is Phase.CONTEXT and budget > 0:
-                chunk = min(budget, len(state.tokens) - state.num_computed)
+                remaining = len(state.tokens) - state.num_computed
+                chunk = remaining if remaining <= budget else budget - budget % self._chunk_unit_size
+                if chunk == 0:
+                    break  # what is left of the step is less than a unit
                 step.contexts.append((state, chunk))
                 budget -= chunk
         return step

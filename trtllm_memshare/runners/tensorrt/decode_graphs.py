@@ -21,6 +21,9 @@ from trtllm_memshare.runners.tensorrt.device import Device, Graph
 from trtllm_memshare.runners.tensorrt.step_inputs import graph_kv_length
 from trtllm_memshare.trtllm.engine.spec import EngineSpec
 
+MAX_GRAPHS = 64
+"""Most graphs, each with its context; steps that would need another run without one."""
+
 BUCKETS = (1, 2, 4, 8, *range(16, 257, 16))
 """Batch sizes that graphs are captured for; a batch is padded up to the next one."""
 
@@ -39,8 +42,13 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int, str], tuple[Graph, Any]] = {}
 
     def takes(self, batch: StepBatch) -> bool:
-        """Whether a step is pure decode and small enough."""
-        return batch.num_contexts == 0 and len(batch.chunk_lengths) <= min(BUCKETS[-1], self._spec.max_batch_size)
+        """Whether a step is pure decode, small enough, and has a graph or may have one."""
+        if batch.num_contexts or len(batch.chunk_lengths) > min(BUCKETS[-1], self._spec.max_batch_size):
+            return False
+        return len(self._captured) < MAX_GRAPHS or self._key(batch, self.bucket(batch)) in self._captured
+
+    def _key(self, batch: StepBatch, bucket: int) -> tuple[int, int, str]:
+        return bucket, graph_kv_length(batch, self._spec), rope_mode(batch)
 
     def bucket(self, batch: StepBatch) -> int:
         """The batch size that a batch is padded to."""
@@ -56,7 +64,7 @@ class DecodeGraphs:
           past_lengths: int32 ``[batch]``, the step's ``host_past_key_value_lengths``; overwritten.
           enqueue: binds a context to the step and enqueues it.
         """
-        key = (len(batch.chunk_lengths), graph_kv_length(batch, self._spec), rope_mode(batch))
+        key = self._key(batch, len(batch.chunk_lengths))
         if key in self._captured:
             self._captured[key][0].replay()
             return

@@ -53,12 +53,7 @@ def open_tensorrt_runner(
         library = engine.engine_dir / PLUGIN_FILE
         engine.record.check_plugin(library)
         load_memshare_plugin(trt, library)
-    spec = spec_of(engine, rank)
-    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-    path = engine.engine_dir / f"rank{rank}.engine"
-    plan = _deserialize(runtime, path)
-    _check_profiles(plan, spec, path)
-    check_engine_io(plan, io_table(spec), path)
+    runtime, spec, plan = check_rank_engine(trt, engine, rank)
     inv_freq = rotary_inv_freq(engine.model_dir)
 
     def open_search(pool: torch.Tensor) -> SeparateEngineSearch:
@@ -72,6 +67,24 @@ def open_tensorrt_runner(
 
     search = open_search if engine.record.search_engine == "separate" else None
     return TensorRTRunner(plan, spec, num_blocks, device, inv_freq, search, use_graphs, all_reduce_workspace)
+
+
+def check_rank_engine(trt: Any, engine: Engine, rank: int) -> tuple[Any, EngineSpec, Any]:
+    """Loads one rank's plan and holds it against what the engine's files say.
+
+    Returns:
+      TensorRT's runtime, which must outlive the plan; the rank's sizes; the plan.
+
+    Raises:
+      UserError: no plan, one that TensorRT does not load, or one with other inputs, outputs or ranges.
+    """
+    spec = spec_of(engine, rank)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    path = engine.engine_dir / f"rank{rank}.engine"
+    plan = _deserialize(runtime, path)
+    _check_profiles(plan, spec, path)
+    check_engine_io(plan, io_table(spec), path)
+    return runtime, spec, plan
 
 
 def check_engine_io(plan: Any, table: list[IoTensor], path: Path) -> None:

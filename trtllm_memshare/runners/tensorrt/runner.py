@@ -114,11 +114,14 @@ class TensorRTRunner:
         self._staging = Staging(device, elements + 3 * spec.max_pairs * spec.tokens_per_block, num_arrays=16)
         sums = (max(1, spec.max_pairs), spec.num_layers, 4)
         self._sums = [device.host_tensor(sums, torch.float32) for _ in range(2)]
+        # TensorRT-LLM's own scheduler never cuts a prompt inside a block, so its kernels are not asked to either.
+        self.chunk_unit_size = spec.tokens_per_block
         self._contexts = [_new_context(engine, i, device.stream) for i in range(engine.num_optimization_profiles)]
         self._graphs: DecodeGraphs | None = None
         if use_graphs:
+            # Holds nothing of this object: the pool must go when the runner does, not when cycles are looked for.
             self._graphs = DecodeGraphs(
-                device, spec, lambda tokens: _new_context(engine, self._profile(tokens), device.stream)
+                device, spec, lambda tokens: _new_context(engine, _profile(engine, spec, tokens), device.stream)
             )
         self.decode_description = f"TensorRT-LLM's attention plugin on {device.description}"
         if use_graphs:
@@ -149,7 +152,7 @@ class TensorRTRunner:
             past = self._staging.host_view(inputs.packed, "host_past_key_value_lengths")
             self._graphs.run(inputs.run, past, lambda context: self._enqueue(inputs, context))
         else:
-            self._enqueue(inputs, self._contexts[self._profile(len(inputs.run.input_ids))])
+            self._enqueue(inputs, self._contexts[_profile(self._engine, self.spec, len(inputs.run.input_ids))])
         distances = self._take_distances(inputs)
         self._device.end()
         if not self.spec.is_last_pp_rank:
@@ -174,13 +177,14 @@ class TensorRTRunner:
         self._device.copy(sums, found[: len(pairs)])
         return EngineDistances(sums, self._device.mark())
 
-    def _profile(self, num_tokens: int) -> int:
-        """The first profile that takes that many tokens; engines with several split them by this size."""
-        name = "input_ids" if self.spec.is_first_pp_rank else "hidden_states_input"
-        for index in range(len(self._contexts)):
-            if num_tokens <= self._engine.get_tensor_profile_shape(name, index)[2][0]:
-                return index
-        raise ValueError(f"no profile of the engine takes {num_tokens} tokens")
+
+def _profile(engine: Any, spec: EngineSpec, num_tokens: int) -> int:
+    """The first profile that takes that many tokens; engines with several split them by this size."""
+    name = "input_ids" if spec.is_first_pp_rank else "hidden_states_input"
+    for index in range(engine.num_optimization_profiles):
+        if num_tokens <= engine.get_tensor_profile_shape(name, index)[2][0]:
+            return index
+    raise ValueError(f"no profile of the engine takes {num_tokens} tokens")
 
 
 def _new_context(engine: Any, profile: int, stream: int) -> Any:

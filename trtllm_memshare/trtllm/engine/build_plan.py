@@ -161,7 +161,6 @@ def describe(plan: EnginePlan) -> dict[str, Any]:
         },
         "build_config": {
             **build_settings(build),
-            "kv_cache_type": "PAGED",
             "plugin_config": plugin_settings(build),
         },
         "search_engine": plan.search_engine,

@@ -18,6 +18,7 @@ from trtllm_memshare.engine.engine_dir import (
     write_json,
 )
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.tensorrt.open import check_rank_engine
 from trtllm_memshare.trtllm.engine.build_plan import (
     CALIBRATED,
     QUANTIZATIONS,
@@ -80,10 +81,14 @@ def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
     write_memshare_files(plan, engine_dir, trt.__version__, capability)
     try:
         engine = load_engine(engine_dir)
-        if plan.search_engine == "separate":
+        load_trtllm_plugins(trt)
+        if plan.search_engine != "none":
             load_memshare_plugin(trt, engine_dir / PLUGIN_FILE)
+        for rank in range(plan.num_ranks):
+            check_rank_engine(trt, engine, rank)
+        if plan.search_engine == "separate":
             (engine_dir / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, spec_of(engine), plan.max_pairs))
-    except UserError:
+    except BaseException:
         (engine_dir / "memshare.json").unlink()
         raise
     return engine
@@ -132,8 +137,14 @@ def gpu_capability() -> tuple[int, int]:
 def _build_rank(plan: EnginePlan, rank: int, folder: Path, workspace: Path) -> None:
     from tensorrt_llm.builder import build
 
-    model = _load_model(plan, rank, workspace)
-    engine = build(model, make_build_config(plan))
+    try:
+        model = _load_model(plan, rank, workspace)
+        engine = build(model, make_build_config(plan))
+    except (AssertionError, RuntimeError, ImportError) as error:  # how TensorRT-LLM says that it cannot
+        raise UserError(
+            f"TensorRT-LLM built no engine for rank {rank}: {type(error).__name__}: {error} (its log says why; out of "
+            f"memory, try a smaller --max-batch-size)"
+        ) from error
     if engine is None or engine.engine is None:
         raise UserError(f"TensorRT built no engine for rank {rank}; its log says why (try a smaller --max-batch-size)")
     engine.save(str(folder))
@@ -141,10 +152,10 @@ def _build_rank(plan: EnginePlan, rank: int, folder: Path, workspace: Path) -> N
 
 def make_build_config(plan: EnginePlan) -> Any:
     """TensorRT-LLM's ``BuildConfig`` with the settings that ``describe`` prints."""
-    from tensorrt_llm.bindings import KVCacheType
     from tensorrt_llm.builder import BuildConfig
 
-    config = BuildConfig(**build_settings(plan.build), kv_cache_type=KVCacheType.PAGED)
+    # kv_cache_type is left out: its enum moved between releases, and the build takes PAGED from paged_kv_cache.
+    config = BuildConfig(**build_settings(plan.build))
     for name, value in plugin_settings(plan.build).items():
         if not hasattr(config.plugin_config, name):
             raise UserError(
@@ -175,7 +186,14 @@ def _load_model(plan: EnginePlan, rank: int, workspace: Path) -> Any:
     )
     source, dtype = str(plan.checkpoint.model_dir), engine_dtype(plan.checkpoint)
     if build.quantization not in CALIBRATED:
-        return model_class.from_hugging_face(source, dtype=dtype, mapping=mapping, quant_config=quantization)
-    if rank == 0:  # writes the TensorRT-LLM checkpoint of every rank
-        model_class.quantize(source, str(workspace), dtype=dtype, mapping=mapping, quant_config=quantization)
-    return model_class.from_checkpoint(str(workspace), rank=rank)
+        model = model_class.from_hugging_face(source, dtype=dtype, mapping=mapping, quant_config=quantization)
+    else:
+        if rank == 0:  # writes the TensorRT-LLM checkpoint of every rank
+            model_class.quantize(source, str(workspace), dtype=dtype, mapping=mapping, quant_config=quantization)
+        model = model_class.from_checkpoint(str(workspace), rank=rank)
+    if not isinstance(model, model_class):  # some of TensorRT-LLM's converters name their own class
+        raise UserError(
+            f"TensorRT-LLM made a {type(model).__name__} without the search, expected {model_class.__name__} (unset "
+            f"TRTLLM_DISABLE_UNIFIED_CONVERTER)"
+        )
+    return model

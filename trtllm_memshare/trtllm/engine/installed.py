@@ -21,7 +21,7 @@ def import_tensorrt() -> Any:
     """
     try:
         import tensorrt  # type: ignore[import-not-found]
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # OSError: bindings without the library
         raise UserError(f"a TensorRT engine needs TensorRT 10.14, got {error} ({INSTALL})") from error
     check_tensorrt(tensorrt)
     return tensorrt
@@ -42,7 +42,7 @@ def import_tensorrt_llm() -> Any:
     """
     try:
         import tensorrt_llm
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise UserError(f"TensorRT-LLM {TRTLLM_VERSION} is needed, got {error} ({INSTALL})") from error
     if tensorrt_llm.__version__ != TRTLLM_VERSION:
         raise UserError(

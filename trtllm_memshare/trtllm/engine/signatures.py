@@ -52,7 +52,6 @@ BUILDER: tuple[Call | Attribute, ...] = (
     ),
     Call("tensorrt_llm.builder", "Engine.save", 2),
     Attribute("tensorrt_llm.plugin.plugin", "PluginConfig"),
-    Attribute("tensorrt_llm.bindings", "KVCacheType", ("PAGED",)),
     Attribute("tensorrt_llm.models", "MODEL_MAP", ("LlamaForCausalLM", "Qwen2ForCausalLM")),
     Call("tensorrt_llm.mapping", "Mapping", keywords=("world_size", "rank", "tp_size", "pp_size")),
     Call(_MODELING, "QuantConfig", keywords=("quant_algo", "kv_cache_quant_algo")),

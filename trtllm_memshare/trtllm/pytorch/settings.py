@@ -15,6 +15,7 @@ from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
 
 PREFIX = "TRTLLM_MEMSHARE_"  # TensorRT-LLM hands variables that start with TRTLLM on to its MPI workers
 ENABLE = PREFIX + "ENABLE"
+_OF_ENGINES = (PREFIX + "PLUGIN", PREFIX + "MAX_PAIRS")  # read by trtllm/engine/model_cls.py
 VARIABLES = {
     ENABLE: "1 switches sharing on, 0 or nothing leaves TensorRT-LLM as it is",
     PREFIX + "CONFIG": "JSON file with settings",
@@ -54,7 +55,7 @@ def is_enabled(environment: Mapping[str, str]) -> bool:
       UserError: a value other than 0 or 1, or a variable of ours that does not exist.
     """
     for name in environment:
-        if name.startswith(PREFIX) and name not in VARIABLES:
+        if name.startswith(PREFIX) and name not in VARIABLES and name not in _OF_ENGINES:
             raise UserError(f"unknown variable {name} ({nearest(name, VARIABLES)})")
     value = environment.get(ENABLE, "0")
     if value not in ("", "0", "1"):
