@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def find_components(plugin_library: Path, load: Callable[[str], Any] = importlib
         _cuda(load),
         _nvrtc(),
         _nvcc(),
+        _headers(),
         _tensorrt(load),
         _tensorrt_llm(),
         _plugin(plugin_library),
@@ -118,6 +120,16 @@ def _nvcc() -> Component:
         return Component("nvcc, cmake", False, detail, "install the CUDA toolkit 12.8 to 13.x and cmake 3.22")
     text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
     return Component("nvcc, cmake", True, text.strip().rpartition("\n")[2])
+
+
+def _headers() -> Component:
+    root = os.environ.get("TENSORRT_ROOT")
+    remedy = "set TENSORRT_ROOT to a folder with TensorRT's include/ (github.com/NVIDIA/TensorRT, branch release/10.14)"
+    if not root:
+        return Component("TensorRT headers", False, "TENSORRT_ROOT is not set", remedy)
+    if not (Path(root) / "include" / "NvInferRuntime.h").is_file():
+        return Component("TensorRT headers", False, f"no NvInferRuntime.h in {root}/include", remedy)
+    return Component("TensorRT headers", True, root)
 
 
 def _tensorrt(load: Callable[[str], Any]) -> Component:

@@ -33,7 +33,7 @@ SURFACES = (
     Surface(
         "plugin",
         "TensorRT plugin library, built",
-        ("nvcc, cmake",),
+        ("nvcc, cmake", "TensorRT headers"),
         "TENSORRT_ROOT=/path/to/tensorrt python build_scripts/build_plugins.py",
     ),
     Surface(
