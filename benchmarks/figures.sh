@@ -93,8 +93,12 @@ data=benchmarks/data
   --output-json "$results/fidelity_blocks8.json"
 "${fidelity[@]}" --engine-dir engines/wide --dataset $data/paired.jsonl --num-problems 600 --replay-problems 0 \
   --arms aligned drop-duplicate random aligned:settled_tokens=64 --output-json "$results/fidelity_paired.json"
-"$python" benchmarks/paired_tests.py "$results/fidelity_evaluation.json" "$results/fidelity_paired.json" \
-  --output-json "$results/paired_tests.json"
+"${fidelity[@]}" --engine-dir engines/wide --dataset $data/paired.jsonl --replay-problems 0 \
+  --arms aligned drop-duplicate random --output-json "$results/fidelity_paired_all.json"
+for size in "" _all; do
+  "$python" benchmarks/paired_tests.py "$results/fidelity_evaluation.json" "$results/fidelity_paired$size.json" \
+    --output-json "$results/paired_tests$size.json"
+done
 "$python" benchmarks/settings_sweep.py --variant aligned --num-requests 60 --kv-cache-blocks 400 \
   --values min_pool_use=0 min_pool_use=0.8 min_pool_use=0.95 --output-json "$results/sweep_min_pool_use.json"
 "$python" -m trtllm_memshare calibrate --engine-dir engines/calibrated --dataset $data/tuning.jsonl --num-problems 50 \
