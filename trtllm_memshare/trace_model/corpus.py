@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import Qwen2Tokenizer
 
 from trtllm_memshare.errors import UserError, parse_json_line
 
 TRACES = Path("benchmarks/data/traces")
 FILES = ("r1_aime24", "r1_math500")
+CAN_TRAIN = int(transformers.__version__.partition(".")[0]) >= 5
 EOS, PAD, THINK, END_THINK = "<eos>", "<pad>", "<think>", "</think>"
 _HELD_OUT = {"r1_aime24": (7, 2), "r1_math500": (3, 1)}  # problems of each file for test and for validation
 
@@ -67,8 +69,15 @@ def train_tokenizer(documents: list[str], vocab_size: int, max_length: int) -> A
     """A byte-level byte-pair tokenizer with Qwen2's rules for splitting text; the same documents give the same one.
 
     Those rules, and digits one by one, come from Qwen2's own class: transformers 5 puts them back whatever
-    tokenizer.json of a Qwen2 checkpoint says.
+    tokenizer.json of a Qwen2 checkpoint says. Whatever was trained loads with transformers 4 too.
+
+    Raises:
+      UserError: transformers 4, whose class cannot be made without files.
     """
+    if not CAN_TRAIN:
+        raise UserError(
+            f"training a tokenizer needs transformers 5, got {transformers.__version__} (on Python 3.11 or 3.12)"
+        )
     empty = Qwen2Tokenizer(vocab={EOS: 0, PAD: 1}, merges=[], unk_token=None, eos_token=EOS, pad_token=PAD)
     tokenizer = empty.train_new_from_iterator(documents, vocab_size, new_special_tokens=[THINK, END_THINK])
     tokenizer.model_max_length = max_length

@@ -58,6 +58,15 @@ def model_config(config: TraceTrainingConfig, eos_id: int, pad_id: int) -> Qwen2
     )
 
 
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Without the list of special tokens, which transformers 4 reads as a mapping: tokenizer.json has them anyway."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    document = json.loads(path.read_text())
+    document.pop("extra_special_tokens", None)
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
 def train(config: TraceTrainingConfig, output_dir: Path, device: str, traces: Path = TRACES) -> None:
     """Trains; keeps the weights with the lowest validation loss, with tokenizer and ``training_log.json``."""
     torch.manual_seed(config.seed)
@@ -72,7 +81,7 @@ def train(config: TraceTrainingConfig, output_dir: Path, device: str, traces: Pa
         losses = [entry["validation_loss"] for entry in log]
         if losses[-1] == min(losses):
             model.save_pretrained(output_dir)
-            tokenizer.save_pretrained(output_dir)
+            _save_tokenizer(tokenizer, output_dir)
         document = {
             "torch": torch.__version__,
             "config": asdict(config),
