@@ -6,6 +6,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,6 +30,16 @@ def describe_validation_error(error: ValidationError, known: Iterable[str], wher
     if first["type"] == "extra_forbidden":
         return f"{where} has an unknown key {key} ({nearest(key, known)})"
     return f"{where}: {key} {first['msg'].lower()}, got {first['input']!r}" if key else f"{where}: {first['msg']}"
+
+
+def read_text(path: Path, what: str) -> str:
+    """A file that a user named; ``what`` names it in errors. Raises UserError if it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text: {path}: {error.reason} at byte {error.start}") from error
 
 
 def parse_json_line(line: str, where: str) -> dict[str, Any]:

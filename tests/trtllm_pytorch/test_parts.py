@@ -160,7 +160,10 @@ def test_a_program_without_tensorrt_llm_is_left_alone(installed):
     [
         ({"TRTLLM_MEMSHARE_ENABLE": "yes"}, "TRTLLM_MEMSHARE_ENABLE must be 0 or 1, got 'yes'"),
         ({"TRTLLM_MEMSHARE_ENABLE": "1", "TRTLLM_MEMSHARE_CONFG": "x"}, "did you mean TRTLLM_MEMSHARE_CONFIG?"),
-        ({"TRTLLM_MEMSHARE_ENABLE": "1", "TRTLLM_MEMSHARE_CONFIG": "/none.json"}, "names /none.json, which cannot be"),
+        (
+            {"TRTLLM_MEMSHARE_ENABLE": "1", "TRTLLM_MEMSHARE_CONFIG": "/none.json"},
+            "TRTLLM_MEMSHARE_CONFIG cannot be read: /none.json",
+        ),
     ],
 )
 def test_a_wrong_variable_stops_tensorrt_llm_and_nothing_else(installed, variables, message):

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trtllm_memshare.errors import UserError, describe_validation_error, nearest
-from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
+from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
+from trtllm_memshare.search.config import MemShareConfig, make_config
 
 PREFIX = "TRTLLM_MEMSHARE_"  # TensorRT-LLM hands variables that start with TRTLLM on to its MPI workers
 ENABLE = PREFIX + "ENABLE"
@@ -98,18 +98,9 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     return Settings(memshare, adapter, _stats_file(environment), _port(environment))
 
 
-def presets() -> list[str]:
-    """Presets that can be served."""
-    return sorted(PRESETS)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{PREFIX}CONFIG names {path}, which cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        values = json.loads(read_text(path, f"the file of {PREFIX}CONFIG"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
     if not isinstance(values, dict):

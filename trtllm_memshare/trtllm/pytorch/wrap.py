@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, read_text
 from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings
 
 _PROGRAMS = {"serve": "trtllm-serve", "bench": "trtllm-bench"}
@@ -137,11 +137,7 @@ def _take_option(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[s
 def read_yaml(path: Path) -> dict[str, Any]:
     """Options of the LLM API from a file. Raises UserError if it is not a YAML mapping."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        document = yaml.safe_load(read_text(path, "the file of LLM options"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(document, dict):

@@ -1,0 +1,144 @@
+"""Tensor-parallel ranks of the PyTorch backend: all share or none, the same tables, a stop where one differs."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
+from trtllm_pytorch.fake_v1 import (
+    FakeKVCacheManager,
+)
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.ranks import RankAgreement, RankDisagreementError
+from trtllm_memshare.trtllm.pytorch.attach import MpiCommunicator, make_agreement
+from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
+
+
+def test_all_ranks_share_or_none(caplog, monkeypatch):
+    """One rank that cannot switch it on would leave the others waiting for it."""
+    from trtllm_memshare.trtllm.pytorch import attach
+
+    agreements = threading.local()
+    monkeypatch.setattr(attach, "make_agreement", lambda mapping: agreements.mine)
+
+    def construct_on(agreement, rank):
+        agreements.mine = agreement
+        facts = TextlessFacts(None)
+        if rank == 1:
+            facts.__dict__["boundaries"] = lambda tokenizer_dir: 1 / 0
+        manager_class = sharing_class(FakeKVCacheManager, facts, make_settings())
+        return make_manager(manager_class, 40, 8).memshare
+
+    assert on_ranks(2, construct_on) == [None, None]
+    assert "another rank could not switch it on" in caplog.text
+
+
+class FakeMpi:
+    """mpi4py's communicator between threads."""
+
+    def __init__(self, rank, slots, barrier):
+        self._rank, self._slots, self._barrier = rank, slots, barrier
+
+    def Get_rank(self):
+        return self._rank
+
+    def Get_size(self):
+        return len(self._slots)
+
+    def gather(self, value, root):
+        values = self._exchange(value)
+        return values if self._rank == root else None
+
+    def bcast(self, value, root):
+        return self._exchange(value)[root]
+
+    def _exchange(self, value):
+        self._slots[self._rank] = value
+        self._barrier.wait(30)
+        values = list(self._slots)
+        self._barrier.wait(30)
+        return values
+
+
+def on_ranks(count, work):
+    slots, barrier, results = [None] * count, threading.Barrier(count), [None] * count
+
+    def run(rank):
+        try:
+            results[rank] = work(RankAgreement(MpiCommunicator(FakeMpi(rank, slots, barrier)), count), rank)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return results
+
+
+def test_ranks_that_search_different_blocks_stop():
+    """One of them has let a request run on that the other has freed."""
+
+    def serve(agreement, rank):
+        manager = make_manager(make_sharing_class(), 200, 8)
+        manager.memshare._agreement = agreement
+        executor = FakeExecutor(manager, True)
+        text = repetitive_text(random.Random(1), 150)
+        executor.submit(0, text[:5], text)
+        executor.submit(1, text[:6], text)
+        for step in range(150):
+            if step == 60 and rank == 1:
+                executor.cancel(0)
+            executor.step()
+
+    results = on_ranks(2, serve)
+    assert all(isinstance(r, RankDisagreementError) for r in results), results
+    assert "block tables or candidates of ranks [1] differ from those of rank 0" in str(results[0])
+
+
+def test_two_ranks_hold_identical_tables():
+    """Heads are split, so each rank alone measures something else; with the sum they decide alike."""
+    text = repetitive_text(random.Random(4), 150)
+
+    def serve(agreement, rank):
+        manager = make_manager(make_sharing_class(preset="aligned", undo_rope=False, max_distance=0.8), 200, 8)
+        manager.memshare._agreement = agreement
+
+        class Rank(FakeExecutor):
+            def content(self, request_id, position):
+                token = self.scripts[request_id][position]
+                base = torch.randn(2, 2, 1, 2, generator=torch.Generator().manual_seed(2 * token + rank))
+                noise = torch.Generator().manual_seed(1000 + 2 * (position % (5 + rank)) + rank)
+                return base + 0.6 * torch.randn(2, 2, 1, 2, generator=noise)
+
+        executor = Rank(manager, True)
+        for request_id in range(3):
+            executor.submit(request_id, text[: 5 + request_id], text)
+        while executor.active:
+            executor.step()
+        return executor.tables, manager.memshare.manager.stats().shared, dict(manager.memshare.policy.rejected)
+
+    (tables, shared, rejected), (other, other_shared, _) = on_ranks(2, serve)
+    assert shared == other_shared > 0
+    assert rejected["distance"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(tables, other, strict=True))
+
+
+def test_several_ranks_need_mpi(monkeypatch):
+    utils = ModuleType("tensorrt_llm._utils")
+    utils.mpi_comm, utils.mpi_disabled = lambda: SimpleNamespace(Dup=lambda: FakeMpi(0, [None] * 2, None)), lambda: True
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", ModuleType("tensorrt_llm"))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm._utils", utils)
+    with pytest.raises(UserError, match="got tp_size 2 with MPI disabled"):
+        make_agreement(make_mapping(tp_size=2))
+    utils.mpi_disabled = lambda: False
+    assert isinstance(make_agreement(make_mapping(tp_size=2)), RankAgreement)
+    assert make_agreement(make_mapping()) is None
