@@ -198,7 +198,11 @@ def test_the_doctor_compares_every_signature(trtllm, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--signatures", "--strict", "--surface", "torch"])
     differing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--  ")]
-    assert [line.split()[1] for line in differing] == ["tensorrt_llm.builder.build", "tensorrt_llm.mapping.Mapping"]
+    assert [line.split()[1] for line in differing] == [
+        "tensorrt_llm.builder.build",
+        "tensorrt_llm.mapping.Mapping",
+        "tensorrt_llm.mapping.Mapping.pp_layers",  # gone with the class
+    ]
 
 
 def without_pp_size(world_size=1, rank=0, *, tp_size=1):
