@@ -1,139 +1,14 @@
-"""Random schedules under hypothesis: the manager's invariants hold after every operation."""
+"""The manager: remaps within one request, and what it refuses."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from cache.small_manager import SIZE, TAIL, make_manager
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.offsets import decode_block_offsets, encode_block_offsets
-from trtllm_memshare.search.config import make_config
-from trtllm_memshare.search.matchers import make_matcher_factory
-from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Decision
-
-SIZE = 8
-BOUNDARIES = BoundaryTokens.from_texts(["\n", ". ", *(f"w{i}" for i in range(60))])
-PHRASES = ([2, 3, 4, 3, 2, 2, 0], [2, 4, 4, 2, 3, 1], [3] * 5 + [0])
-TAIL = np.random.default_rng(9).integers(2, 60, 32).tolist()  # no repeat of anything
-OPEN = {"protected_tokens": 4, "protected_steps": 0, "min_run_tokens": 8, "shingle_tokens": 4, "max_aliases": 4}
-
-
-def make_manager(direction="keep-latest", num_blocks=40, **changes) -> KVCacheManager:
-    config = make_config("aligned", direction=direction, **{**OPEN, **changes})
-    return KVCacheManager(num_blocks, 2, SIZE, 24, 6, config, make_matcher_factory(config, SIZE, BOUNDARIES))
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Adds, extends, computes, searches, applies late, pauses, resumes and removes in any order."""
-
-    @initialize(direction=st.sampled_from(["keep-latest", "keep-earliest"]), seed=st.integers(0, 2**16))
-    def start(self, direction, seed):
-        self.manager = make_manager(direction)
-        self.rng = np.random.default_rng(seed)
-        self.tokens: dict[int, list[int]] = {}
-        self.paused: set[int] = set()
-        self.pending: list[list[Decision]] = []
-        self.next_id = 0
-
-    def live(self):
-        return [i for i in self.tokens if i not in self.paused]
-
-    @rule(length=st.integers(1, 20))
-    def add(self, length):
-        tokens = self.rng.integers(0, 5, length).tolist()
-        free = self.manager.num_free_blocks
-        if self.manager.add_sequence(self.next_id, np.array(tokens, np.int32)):
-            self.tokens[self.next_id] = tokens
-            self.manager.mark_computed(self.next_id, length)
-        else:
-            assert self.manager.num_free_blocks == free
-        self.next_id += 1
-
-    @precondition(lambda self: self.live())
-    @rule(data=st.data(), repeats=st.integers(1, 4))
-    def generate(self, data, repeats):
-        request = data.draw(st.sampled_from(self.live()))
-        for _ in range(repeats):
-            for token in PHRASES[self.rng.integers(len(PHRASES))]:
-                if len(self.tokens[request]) >= 24 * SIZE or not self.manager.append_tokens(request, [token]):
-                    return
-                self.tokens[request].append(token)
-                self.manager.mark_computed(request, len(self.tokens[request]))
-
-    @rule()
-    def search(self):
-        found = self.manager.candidates()
-        for candidate in found:
-            size = self.manager.tokens_per_block
-            assert self.manager.pool.is_full[candidate.donor]
-            assert candidate.block not in candidate.kept_rows // size
-        self.pending.append([Decision(c, float(self.rng.random() * 0.3)) for c in found])
-
-    @precondition(lambda self: self.pending)
-    @rule()
-    def apply_late(self):
-        free = self.manager.num_free_blocks
-        freed = self.manager.apply(self.pending.pop(0))
-        assert self.manager.num_free_blocks == free + freed
-
-    @precondition(lambda self: self.live())
-    @rule(data=st.data())
-    def pause(self, data):
-        request = data.draw(st.sampled_from(self.live()))
-        self.manager.pause_sequence(request)
-        self.paused.add(request)
-
-    @precondition(lambda self: self.paused)
-    @rule(data=st.data())
-    def resume(self, data):
-        request = data.draw(st.sampled_from(sorted(self.paused)))
-        tokens = np.array(self.tokens[request], np.int32)
-        if self.manager.add_sequence(request, tokens, num_prompt_tokens=1):
-            self.manager.mark_computed(request, len(tokens))
-            self.paused.remove(request)
-
-    @precondition(lambda self: self.live())
-    @rule(data=st.data())
-    def remove(self, data):
-        request = data.draw(st.sampled_from(self.live()))
-        self.manager.remove_sequence(request)
-        del self.tokens[request]
-
-    @invariant()
-    def tables_and_pool_agree(self):
-        if hasattr(self, "manager"):
-            self.manager.check_integrity()
-
-    @invariant()
-    def every_token_has_a_resident_row_that_held_the_same_token(self):
-        if not hasattr(self, "manager"):
-            return
-        for request in self.live():
-            sequence = self.manager._sequences[request]
-            rows = sequence.token_rows[: sequence.num_computed]
-            assert (self.manager.pool.ref_count[rows // SIZE] > 0).all()
-            written = self.manager.pool.origin_position[rows // SIZE] + rows % SIZE
-            tokens = np.array(self.tokens[request])
-            assert (tokens[written] == tokens[: len(rows)]).all()
-
-    @invariant()
-    def no_chain_is_longer_than_allowed(self):
-        if hasattr(self, "manager"):
-            assert self.manager.pool.drift.max() <= self.manager.config.max_distance + 1e-6
-
-    def teardown(self):
-        if hasattr(self, "manager"):
-            for request in self.live():
-                self.manager.remove_sequence(request)
-            assert self.manager.num_free_blocks == self.manager.pool.num_blocks
-
-
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
-TestCacheMachine = CacheMachine.TestCase
 
 
 def run_of(manager: KVCacheManager, request: int, tokens: list[int], prompt: int) -> None:
@@ -249,31 +124,6 @@ def test_recent_steps_are_protected_beyond_recent_tokens():
         manager = make_manager(protected_tokens=0, protected_steps=steps)
         run_of(manager, 0, tokens, prompt=SIZE)
         assert bool(manager.candidates()) is expected
-
-
-@pytest.mark.parametrize(("origin", "reason"), [(0, None), (4 * SIZE, "beyond_reader")])
-def test_a_donor_of_another_request_must_lie_before_the_reader(origin, reason):
-    from trtllm_memshare.search.types import Candidate
-
-    manager = make_manager(scope="group")
-    run = np.arange(4 * SIZE, dtype=np.int32) % 3 + 2
-    assert manager.add_sequence(0, np.concatenate([run, run]), num_prompt_tokens=1, group=7)
-    assert manager.add_sequence(1, run, num_prompt_tokens=1, group=7)
-    manager.mark_computed(0, 8 * SIZE)
-    manager.mark_computed(1, 4 * SIZE)
-    pool = manager.pool
-    donor = int(decode_block_offsets(manager.block_offsets([0]), 2)[0, origin // SIZE + 1])
-    block = int(decode_block_offsets(manager.block_offsets([1]), 2)[0, 1])
-    rows = np.arange(SIZE, dtype=np.int32)
-    candidate = Candidate(
-        1, 0, block, int(pool.generation[block]), donor, block * SIZE + rows, donor * SIZE + rows,
-        np.full(SIZE, pool.generation[donor], np.int32),
-    )  # fmt: skip
-    assert manager.apply([Decision(candidate, 0.0)]) == (reason is None)
-    assert manager.stats().refused == ({} if reason is None else {reason: 1})
-    manager.check_integrity()
-    manager.remove_sequence(0)
-    manager.check_integrity()
 
 
 def test_a_block_waits_until_its_copy_has_settled():

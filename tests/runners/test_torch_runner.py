@@ -112,6 +112,7 @@ def test_changing_k_or_v_in_the_pool_changes_the_decision(filled, field):
     candidate = Candidate(
         0,
         0,
+        1,
         table[1],
         0,
         table[3],

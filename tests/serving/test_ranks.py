@@ -109,7 +109,7 @@ class OneOf:
 
 def make_candidate(block):
     rows = np.arange(8, dtype=np.int32)
-    return Candidate(0, 0, block, 0, block + 1, block * 8 + rows, (block + 1) * 8 + rows, np.zeros(8, np.int32))
+    return Candidate(0, 0, block, block, 0, block + 1, block * 8 + rows, (block + 1) * 8 + rows, np.zeros(8, np.int32))
 
 
 def accept_second(candidates, sums):

@@ -72,11 +72,14 @@ class BlockPool:
         self._put_back(freed)
         return len(freed)
 
-    def move_references(self, block: int, donor: int) -> None:
-        """Gives all references of ``block`` to ``donor`` and frees ``block``."""
-        self.ref_count[donor] += self.ref_count[block]
-        self.ref_count[block] = 0
+    def move_references(self, block: int, donor: int, count: int) -> bool:
+        """Gives ``count`` references of ``block`` to ``donor``; True if those were the last, and ``block`` is free."""
+        self.ref_count[donor] += count
+        self.ref_count[block] -= count
+        if self.ref_count[block] > 0:
+            return False
         self._put_back(np.array([block], np.int32))
+        return True
 
     def _put_back(self, blocks: np.ndarray) -> None:
         self.generation[blocks] += 1

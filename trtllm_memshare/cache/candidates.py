@@ -56,6 +56,7 @@ def find_candidates(
                 Candidate(
                     request_id=sequence.request_id,
                     epoch=sequence.epoch,
+                    logical=logical,
                     block=block,
                     block_generation=int(pool.generation[block]),
                     donor=donor,

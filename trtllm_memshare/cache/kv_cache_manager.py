@@ -10,6 +10,7 @@ import numpy as np
 
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.candidates import find_candidates
+from trtllm_memshare.cache.group_candidates import GroupCandidates
 from trtllm_memshare.cache.offsets import NO_BLOCK, encode_block_offsets
 from trtllm_memshare.cache.remap import Remapper
 from trtllm_memshare.cache.sequence import CacheStats, Sequence, SharingRecord
@@ -50,6 +51,7 @@ class KVCacheManager:
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}
         self._parked: dict[int, tuple[Matcher | None, int]] = {}  # paused requests: stage 1's state and the next epoch
+        self._groups: dict[tuple[int, bytes], GroupCandidates] = {}
         self._remapper = Remapper(self.pool, self._tables, config)
         self._stats = CacheStats(num_blocks=num_blocks)
 
@@ -74,7 +76,8 @@ class KVCacheManager:
           request_id: a new request, or one that was paused.
           token_ids: int32 ``[n]``, prompt and, after a pause, what was generated.
           num_prompt_tokens: how many of them are prompt (default: all); blocks with prompt tokens are never retired.
-          group: requests that may share with each other under ``scope: group``; default: its own.
+          group: a number that samples of one prompt carry, who may share with each other under ``scope: group``;
+            other prompts with the same number stay apart. None = shares with nobody.
 
         Raises:
           ValueError: the request is in the cache already, or longer than the block table.
@@ -97,7 +100,7 @@ class KVCacheManager:
         sequence = Sequence(
             request_id=request_id,
             slot=self._free_slots.pop(),
-            group=request_id if group is None else group,
+            group=None if group is None else (group, token_ids[:num_prompt_tokens].tobytes()),
             num_prompt_tokens=num_prompt_tokens,
             first_generated_block=self.blocks_for(num_prompt_tokens),
             token_rows=np.full(self.max_blocks_per_seq * self.tokens_per_block, -1, np.int32),
@@ -106,6 +109,8 @@ class KVCacheManager:
             epoch=epoch,
         )
         self._sequences[request_id] = sequence
+        if self.config.scope == "group" and sequence.group is not None and matcher is not None:
+            self._groups.setdefault(sequence.group, GroupCandidates(self.pool, self._tables, self.config))
         self._extend(sequence, num_tokens)
         return True
 
@@ -146,6 +151,10 @@ class KVCacheManager:
             found.extend(
                 find_candidates(sequence, self._tables[sequence.slot], self.pool, room, self.config.settled_tokens)
             )
+            if sequence.group in self._groups:
+                self._groups[sequence.group].look_at(sequence, self._sequences)
+        for group in self._groups.values():
+            found.extend(group.find(self._sequences, self.config.max_pairs - len(found)))
         return found
 
     def apply(self, decisions: list[Decision]) -> int:
@@ -309,4 +318,6 @@ class KVCacheManager:
         self.pool.release(row[row != NO_BLOCK])
         row[:] = NO_BLOCK
         self._free_slots.append(sequence.slot)
+        if sequence.group is not None and all(s.group != sequence.group for s in self._sequences.values()):
+            self._groups.pop(sequence.group, None)
         return sequence

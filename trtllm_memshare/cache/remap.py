@@ -5,9 +5,12 @@ A remap retires a physical block X in favour of a donor D::
     table of the request   ... X ... D ...      ->   ... D ... D ...     X is free, D has one more reference
     rows of X's tokens     X:0 .. X:15          ->   their counterparts, in D or in D's neighbour
 
-All entries that point at X move together, since moving one of two frees nothing. Tokens that rested on rows of X are
-handed on to the rows that stand in for those, and the distances add up; a chain longer than ``max_distance`` is
-refused, so that a token's stand-in cannot drift away from it copy by copy.
+All entries of the request that point at X move together, since moving one of two frees nothing. Tokens that rested on
+rows of X are handed on to the rows that stand in for those, and the distances add up; a chain longer than
+``max_distance`` is refused, so that a token's stand-in cannot drift away from it copy by copy.
+
+Under ``scope: group`` a block can have readers in several requests. Each leaves it on its own, for what suits its own
+text, as it would alone; the last to leave frees it.
 """
 
 from __future__ import annotations
@@ -52,9 +55,8 @@ class Remapper:
                 if reason in _WORTH_ANOTHER_LOOK and sequence is not None:
                     self.offer_again(candidate, sequence)
                 continue
-            self._remap(candidate, decision.distance, sequence, sequences)
+            freed += self._remap(candidate, decision.distance, sequence)
             donors.update((candidate.kept_rows // self._pool.tokens_per_block).tolist(), (candidate.donor,))
-            freed += 1
             if self.on_remap is not None:
                 self.on_remap(decision)
         return freed
@@ -74,30 +76,31 @@ class Remapper:
             return "stale"
         if candidate.block in donors:
             return "donor_in_batch"
-        logical = int(pool.origin_position[candidate.block]) // size
-        if self._tables[sequence.slot, logical] != candidate.block or sequence.retired[logical]:
+        table = self._tables[sequence.slot, : sequence.num_blocks]
+        if table[candidate.logical] != candidate.block or sequence.retired[candidate.logical]:
             return "not_owned"
-        if logical < sequence.first_generated_block:
+        if candidate.logical < sequence.first_generated_block:
             return "prompt"
         if not pool.is_full[candidate.block] or not pool.is_full[candidate.donor]:
             return "not_full"
         if candidate.donor == candidate.block or (kept_blocks == candidate.block).any():
             return "self"
-        if pool.ref_count[candidate.donor] + pool.ref_count[candidate.block] > self._config.max_aliases:
+        aliases = int(((table == candidate.donor) | (table == candidate.block)).sum())
+        if aliases > self._config.max_aliases:
             return "max_aliases"
         if not self._config.accept_all:
             drift = float(pool.drift[candidate.retired_rows].max())
             if not drift + decision.distance <= self._config.max_distance:
                 return "drift"
-        if (self._tables[sequence.slot, : sequence.num_blocks] == candidate.donor).any():
+        if np.isin([candidate.donor, *set(kept_blocks.tolist())], table).all():
             return None
         return self._why_not_across(candidate, sequence, sequences, kept_blocks)
 
     def _why_not_across(
         self, candidate: Candidate, sequence: Sequence, sequences: Mapping[int, Sequence], kept_blocks: np.ndarray
     ) -> str | None:
-        """Further conditions on a donor that another request wrote."""
-        if self._config.scope != "group":
+        """Further conditions on a donor that the request does not read yet."""
+        if self._config.scope != "group" or sequence.group is None:
             return "other_request"
         peers = [s for s in sequences.values() if s.group == sequence.group and s is not sequence]
         if not any((self._tables[s.slot, : s.num_blocks] == candidate.donor).any() for s in peers):
@@ -112,24 +115,22 @@ class Remapper:
         """Puts a block whose surroundings changed back on stage 1's list."""
         unchanged = self._pool.generation[candidate.block] == candidate.block_generation
         if sequence.matcher is not None and sequence.epoch == candidate.epoch and unchanged:
-            origin = int(self._pool.origin_position[candidate.block])
-            sequence.matcher.restore(origin // self._pool.tokens_per_block)
+            sequence.matcher.restore(candidate.logical)
 
-    def _remap(self, candidate: Candidate, distance: float, owner: Sequence, sequences: Mapping[int, Sequence]) -> None:
+    def _remap(self, candidate: Candidate, distance: float, sequence: Sequence) -> bool:
+        """Moves the request's references; True if the block was freed."""
         pool, size = self._pool, self._pool.tokens_per_block
         block, kept = candidate.block, candidate.kept_rows
         inherited = pool.drift[candidate.retired_rows] + np.float32(distance)
         np.maximum.at(pool.drift, kept, inherited)
-        # Outside scope group nobody but the owner can point at the block.
-        readers = [owner]
-        if self._config.scope == "group":
-            readers = [s for s in sequences.values() if s.group == owner.group]
-        for sequence in readers:
-            row = self._tables[sequence.slot, : sequence.num_blocks]
-            row[row == block] = candidate.donor
-            rows = sequence.token_rows[: sequence.num_blocks * size]
-            moved = np.flatnonzero(rows // size == block)
-            rows[moved] = kept[rows[moved] % size]
-        owner.retired[int(pool.origin_position[block]) // size] = True
-        owner.num_retired += 1
-        pool.move_references(block, candidate.donor)
+        table = self._tables[sequence.slot, : sequence.num_blocks]
+        # A block that another sample wrote stands in as if it were the request's own, which may repeat itself later.
+        sequence.retired[candidate.logical] = bool((table == candidate.donor).any())
+        entries = table == block
+        table[entries] = candidate.donor
+        rows = sequence.token_rows[: sequence.num_blocks * size]
+        moved = np.flatnonzero(rows // size == block)
+        rows[moved] = kept[rows[moved] % size]
+        freed = pool.move_references(block, candidate.donor, int(entries.sum()))
+        sequence.num_retired += freed
+        return freed

@@ -24,14 +24,17 @@ class Sequence:
       epoch: raised at each pause, so that decisions of an earlier life are recognised.
       num_tokens: tokens that have room in the cache.
       num_computed: tokens whose K and V have been written.
+      group: the caller's number and the prompt, of samples that may share with each other; None = alone.
       token_rows: int32 ``[max_seq_len]``, where each token's K and V, or those standing in for them, lie.
-      retired: bool ``[max_blocks_per_seq]``, logical blocks whose own physical block was given up.
+      retired: bool ``[max_blocks_per_seq]``, logical blocks that another one of the request stands in for.
+      num_retired: blocks that were freed when the request gave up its references.
+      num_offered_to_group: first logical blocks that the samples of its group have been shown.
       unmatched: tokens that stage 1 has not been given yet.
     """
 
     request_id: int
     slot: int
-    group: int
+    group: tuple[int, bytes] | None
     num_prompt_tokens: int
     first_generated_block: int
     token_rows: np.ndarray
@@ -42,6 +45,7 @@ class Sequence:
     num_computed: int = 0
     num_blocks: int = 0
     num_retired: int = 0
+    num_offered_to_group: int = 0
     unmatched: list[int] = field(default_factory=list)
 
 

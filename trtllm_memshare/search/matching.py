@@ -60,6 +60,10 @@ class BlockMatcher(ABC):
         """Takes the request's next tokens, int32 ``[n]``, prompt included. Matching waits for ``ready_blocks``."""
         self._history.append(token_ids)
 
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Token ids at ``[start, stop)`` that were appended, int32; a view."""
+        return self._history.token_ids[start:stop]
+
     def ready_blocks(self) -> list[int]:
         """Logical blocks with a counterpart for every token; looks at the tokens since the last call first."""
         self._advance()

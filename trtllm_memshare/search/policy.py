@@ -75,10 +75,12 @@ class SharingPolicy:
         """
         self.num_candidates += len(candidates)
         distances = np.zeros(len(candidates)) if self._config.accept_all or sums is None else self.layer_vote(sums)
-        best: dict[int, Decision] = {}
+        best: dict[tuple[int, int], Decision] = {}
         for candidate, distance in zip(candidates, distances.tolist(), strict=True):
             if not distance <= self._config.max_distance and not self._config.accept_all:
                 self.rejected["not_finite" if math.isnan(distance) else "distance"] += 1
-            elif candidate.block not in best or distance < best[candidate.block].distance:
-                best[candidate.block] = Decision(candidate, distance)
+                continue
+            place = (candidate.request_id, candidate.logical)
+            if place not in best or distance < best[place].distance:
+                best[place] = Decision(candidate, distance)
         return list(best.values())

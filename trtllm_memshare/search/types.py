@@ -18,7 +18,8 @@ class Candidate:
 
     request_id: int
     epoch: int
-    block: int  # physical block to retire
+    logical: int  # the request's block that gives up its memory
+    block: int  # its physical block
     block_generation: int
     donor: int  # physical block its table entries would point at
     retired_rows: np.ndarray  # int32 [tokens_per_block], the rows of `block`
@@ -55,6 +56,9 @@ class Matcher(Protocol):
 
     def append(self, token_ids: np.ndarray) -> None:
         """Takes the request's next tokens, int32 ``[n]``, prompt included."""
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Token ids at ``[start, stop)`` that were appended, int32."""
 
     def protected_from(self) -> int:
         """Position from which on nothing may be retired: recent tokens and recent whole steps."""

@@ -96,9 +96,8 @@ class _Remaps:
     now: int = 0
 
     def note(self, decision: Decision) -> None:
-        # A freed block keeps its origin until somebody takes it, so both places can still be read.
-        origin, size = self.manager.pool.origin_position, self.manager.tokens_per_block
-        block, donor = (int(origin[b]) // size for b in (decision.candidate.block, decision.candidate.donor))
+        block, size = decision.candidate.logical, self.manager.tokens_per_block
+        donor = int(self.manager.pool.origin_position[decision.candidate.donor]) // size
         self.donors[block], self.distances[block], self.times[block] = donor, decision.distance, self.now
 
     def final_donor(self, block: int) -> int | None:

@@ -254,9 +254,8 @@ class TailSwap:
         self.manager.apply(decisions)
         retired = defaultdict[int, list[int]](list)
         for candidate in (d.candidate for d in decisions):
-            block = int(self.manager.pool.origin_position[candidate.block]) // self._size
-            if self.manager.is_retired(candidate.request_id, block):
-                retired[candidate.request_id].append(block)
+            if self.manager.is_retired(candidate.request_id, candidate.logical):
+                retired[candidate.request_id].append(candidate.logical)
         for request_id, blocks in retired.items():
             self._swap(request_id, blocks)
 
