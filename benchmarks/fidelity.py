@@ -39,12 +39,20 @@ def main() -> None:
     )
     parser.add_argument("--no-accuracy", action="store_true", help="teacher-forced scores alone")
     parser.add_argument("--keep-dir", type=Path, help="folder in which generations are kept for later runs")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each problem, which scope=group may share")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the full cache and of every arm, 0 = greedy")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output-json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     session = Session(
-        arguments.engine_dir, arguments.dataset, arguments.num_problems, arguments.device, arguments.keep_dir
+        arguments.engine_dir,
+        arguments.dataset,
+        arguments.num_problems,
+        arguments.device,
+        arguments.keep_dir,
+        arguments.samples,
+        arguments.temperature,
     )
     arms = [parse_arm(text, session.engine.memshare) for text in arguments.arms]
     options = CurveOptions(
@@ -57,6 +65,8 @@ def main() -> None:
             "dataset": str(arguments.dataset),
             "num_problems": len(session.items),
             "replay_problems": min(arguments.replay_problems, len(session.items)),
+            "samples": arguments.samples,
+            "temperature": arguments.temperature,
             "match": arguments.match,
             "against": arguments.against,
             "arms": entries,

@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, help="most requests outstanding (default: all)")
     parser.add_argument("--request-rate", type=float, help="mean arrivals per second (default: as fast as possible)")
     parser.add_argument("--num-requests", type=int, help="first lines of the data set only")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each request, which scope=group may share")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling, 0 = greedy")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all variants; times are medians")
     parser.add_argument("--scheduler-policy", default=MAX_UTILIZATION, choices=POLICIES)
     parser.add_argument(

@@ -56,22 +56,18 @@ def test_nothing_is_shared_with_another_prompt_another_number_or_without_one(sco
     assert manager.stats().refused == {}
 
 
-@pytest.mark.parametrize("direction", ["keep-latest", "keep-earliest"])
-def test_the_same_text_further_on_stands_in_once_the_reader_has_come_so_far(direction):
-    manager = make_manager(direction, scope="group")
-    sample_of(manager, 0, BODY[: 3 * SIZE] + TAIL[: 2 * SIZE])  # text at blocks 1 to 3, 6 blocks
-    sample_of(manager, 1, TAIL[::-1][: 3 * SIZE] + BODY[: 3 * SIZE] + TAIL[: 2 * SIZE])  # at blocks 4 to 6
-    early, late = manager.block_table(0), manager.block_table(1)
-    if direction == "keep-latest":
-        assert share(manager) == 2  # request 0 has 6 blocks: block 6 lies ahead of it, blocks 4 and 5 do not
-        assert (manager.block_table(0)[1:4] == [late[4], late[5], early[3]]).all()
-        assert manager.append_tokens(0, TAIL[:SIZE])
-        manager.mark_computed(0, 7 * SIZE)
-        assert share(manager) >= 1
-        assert manager.block_table(0)[3] == late[6]
-    else:
-        assert share(manager) >= 3
-        assert (manager.block_table(1)[4:7] == early[1:4]).all()
+def test_the_same_text_at_another_place_is_left_alone():
+    manager = make_manager(scope="group")
+    sample_of(manager, 0, BODY + TAIL)
+    sample_of(manager, 1, TAIL[::-1][: 2 * SIZE] + BODY + TAIL)
+    assert manager.candidates() == []
+
+
+def test_samples_that_parted_share_again_where_they_meet():
+    manager = make_manager(scope="group", min_run_tokens=2 * SIZE)
+    sample_of(manager, 0, BODY + TAIL[:12])
+    sample_of(manager, 1, TAIL[::-1][:SIZE] + BODY[SIZE:] + TAIL[:12])
+    assert [c.logical for c in manager.candidates()] == [3, 4, 5, 6, 7]  # block 2 has but half a run before its end
 
 
 def test_each_sample_leaves_a_shared_block_for_its_own_repeat_and_the_last_one_frees_it():

@@ -16,6 +16,7 @@ from trtllm_memshare.fidelity.arms import parse_arm
 from trtllm_memshare.fidelity.curve import CurveOptions, compare, measure_curve, pool_reports
 from trtllm_memshare.fidelity.session import Session
 from trtllm_memshare.report.fidelity import pareto_frontier
+from trtllm_memshare.search.config import make_config
 
 ROOT = Path(__file__).parents[2]
 LOOSE = "lexical:min_run_tokens=8,shingle_tokens=4,protected_tokens=16,protected_steps=0,search_interval=1"
@@ -61,6 +62,37 @@ def test_controls_hold_as_much_as_the_arm_they_are_matched_to(curve, control):
     held = curve[control]["replay"]["block_steps_per_request"]
     assert held == pytest.approx(curve[LOOSE]["replay"]["block_steps_per_request"], rel=0.15)
     assert curve[control]["replay"]["kl_nats"] > 0
+
+
+def test_samples_of_one_prompt_share_as_a_group_alone(engine_dir, answered):
+    """Two greedy samples are equal; within so small a distance nothing but such a copy is shared."""
+    session = Session(engine_dir, answered, 4, device="cpu", samples=2)
+    exact = "aligned:protected_tokens=16,protected_steps=0,search_interval=1,max_distance=0.001"
+    curve = measure(session, exact, f"{exact},scope=group", match=exact, against=("full",))
+    assert curve[exact]["replay"]["shared_block_fraction"] == 0
+    grouped = curve[f"{exact},scope=group"]
+    assert grouped["replay"]["shared_block_fraction"] > 0.3
+    assert grouped["replay"]["memory_saved"] > 0.2
+    assert grouped["replay"]["kl_nats"] < 1e-9
+    assert grouped["right"] == "1" * 8
+
+
+def test_samples_have_a_seed_each(engine_dir, answered):
+    session = Session(engine_dir, answered, 2, device="cpu", samples=2, temperature=1.5)
+    first, second, other, _ = session.generate("full", make_config("off")).token_ids
+    assert first != second
+    assert first != other
+    again = Session(engine_dir, answered, 2, device="cpu", samples=2, temperature=1.5)
+    assert again.generate("full", make_config("off")).token_ids[:2] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"samples": 0}, "--samples must be at least 1, got 0"), ({"temperature": -1.0}, "--temperature must be 0")],
+)
+def test_no_samples_and_no_temperature_are_refused(engine_dir, answered, options, message):
+    with pytest.raises(UserError, match=message):
+        Session(engine_dir, answered, device="cpu", **options)
 
 
 def test_perplexity_is_that_of_transformers_on_written_text(engine_dir, session, tmp_path):

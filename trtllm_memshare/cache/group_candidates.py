@@ -1,15 +1,15 @@
-"""Candidates between samples of one prompt: blocks that hold the same text in the same phase.
+"""Candidates between samples of one prompt: blocks that hold the same text at the same place.
 
 A sample's table can name a block of another sample, but not that block's neighbours: it has one entry for each of its
-own blocks. A run of text that lies at another phase would need one more. So only blocks whose tokens agree slot by slot
-are looked for, which one table of texts finds, without a search. Samples that have not parted yet agree everywhere.
+own blocks. A run of text at another phase would need one more, and a copy at another place has another rotation with
+nothing of the reader's own text there. So only equal places are looked at, which one table of texts finds, without a
+search. Samples that have not parted yet agree everywhere; stage 2 judges those that met again.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,82 +19,63 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A logical block of a request."""
-
-    request_id: int
-    logical: int
-
-
 class GroupCandidates:
-    """Of one group.
+    """Of one group. The copy that was there first stays.
 
     Args:
       pool: read only.
       tables: int32 ``[max_batch_size, max_blocks_per_seq]``, read only.
-      config: ``min_run_tokens`` must agree up to the end of a block. With ``keep-latest`` the copy that was written
-        further on in its text stays, with ``keep-earliest`` the other; at equal places the one that was there first.
+      config: so many of its ``min_run_tokens`` must agree up to the end of a block.
     """
 
     def __init__(self, pool: BlockPool, tables: np.ndarray, config: MemShareConfig) -> None:
         self._pool, self._tables = pool, tables
-        self._keeps_latest = config.direction == "keep-latest"
         self._run_tokens = max(config.min_run_tokens, pool.tokens_per_block)
-        self._places: defaultdict[bytes, dict[int, _Place]] = defaultdict(dict)  # the latest of each request
-        self._waiting: deque[tuple[_Place, _Place]] = deque()  # (gives up its memory, stands in)
+        self._writers: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)  # requests by place and text
+        self._waiting: deque[tuple[int, int, int]] = deque()  # (request, logical block, who wrote the same before)
 
     def look_at(self, sequence: Sequence, sequences: Mapping[int, Sequence]) -> None:
         """Takes note of the generated blocks that were filled since the last call, and of their earlier copies."""
-        size = self._pool.tokens_per_block
+        size, request_id = self._pool.tokens_per_block, sequence.request_id
         assert sequence.matcher is not None
-        for logical in range(sequence.num_offered_to_group, sequence.num_computed // size):
-            if logical < sequence.first_generated_block:
-                continue
+        first, stop = max(sequence.num_offered_to_group, sequence.first_generated_block), sequence.num_computed // size
+        for logical in range(first, stop):
             end = (logical + 1) * size
             text = sequence.matcher.tokens(max(0, end - self._run_tokens), end).tobytes()
-            place = _Place(sequence.request_id, logical)
-            known = self._places[text]
-            others = [p for p in known.values() if p.request_id != sequence.request_id]
-            other = next((p for p in others if self._block_at(p, sequences) is not None), None)
-            if other is not None:
-                gains = logical - other.logical if self._keeps_latest else other.logical - logical
-                self._waiting.append((other, place) if gains > 0 else (place, other))
-            known[sequence.request_id] = place
-        sequence.num_offered_to_group = sequence.num_computed // size
+            writers = self._writers[logical, text]
+            other = next((w for w in writers if self._block_at(sequences.get(w), logical) is not None), None)
+            if other is not None and other != request_id:
+                self._waiting.append((request_id, logical, other))
+            if request_id not in writers:
+                writers.append(request_id)
+        sequence.num_offered_to_group = stop
 
     def find(self, sequences: Mapping[int, Sequence], limit: int) -> list[Candidate]:
-        """Pairs that can be decided on now, at most ``limit``; those that have to wait are kept for later calls."""
+        """Pairs that can be decided on now, at most ``limit``; protected ones are kept for later calls."""
         found: list[Candidate] = []
         for _ in range(len(self._waiting)):
             if len(found) >= limit:
                 break
-            pair = self._waiting.popleft()
-            reader = sequences.get(pair[0].request_id)
-            if reader is not None and self._must_wait(pair, reader):
-                self._waiting.append(pair)
+            request_id, logical, other = self._waiting.popleft()
+            reader = sequences.get(request_id)
+            if reader is None or reader.matcher is None:
                 continue
-            block, donor = (self._block_at(place, sequences) for place in pair)
-            if reader is not None and block is not None and donor is not None and block != donor:
-                found.append(self._candidate(reader, pair[0].logical, block, donor))
+            if (logical + 1) * self._pool.tokens_per_block > min(reader.matcher.protected_from(), reader.num_computed):
+                self._waiting.append((request_id, logical, other))
+                continue
+            block, donor = self._block_at(reader, logical), self._block_at(sequences.get(other), logical)
+            if block is not None and donor is not None and block != donor:
+                found.append(self._candidate(reader, logical, block, donor))
         return found
 
-    def _block_at(self, place: _Place, sequences: Mapping[int, Sequence]) -> int | None:
-        """The full block in which the tokens of a place rest slot by slot; None if there is none any more."""
-        sequence = sequences.get(place.request_id)
+    def _block_at(self, sequence: Sequence | None, logical: int) -> int | None:
+        """The full block in which a logical block's tokens rest slot by slot; None if there is none any more."""
         if sequence is None:
             return None
         size = self._pool.tokens_per_block
-        block = int(self._tables[sequence.slot, place.logical])
-        rows = sequence.token_rows[place.logical * size : (place.logical + 1) * size]
+        block = int(self._tables[sequence.slot, logical])
+        rows = sequence.token_rows[logical * size : (logical + 1) * size]
         return block if self._pool.is_full[block] and (rows == block * size + np.arange(size)).all() else None
-
-    def _must_wait(self, pair: tuple[_Place, _Place], reader: Sequence) -> bool:
-        """Recent text is protected; a copy ahead of the reader would show it positions that it has not reached."""
-        size = self._pool.tokens_per_block
-        assert reader.matcher is not None
-        end = min(reader.matcher.protected_from(), reader.num_computed)
-        return (pair[0].logical + 1) * size > end or (pair[1].logical + 1) * size > reader.num_tokens
 
     def _candidate(self, reader: Sequence, logical: int, block: int, donor: int) -> Candidate:
         pool, slots = self._pool, np.arange(self._pool.tokens_per_block, dtype=np.int32)

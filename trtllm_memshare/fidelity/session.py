@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.engine.weights import weight_files
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.fidelity.scoring import Reference, ScoringSampler, summarize
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.benchmark import blocks_without_waiting, run_variant
-from trtllm_memshare.serving.benchmark_report import announce_device, load_of
-from trtllm_memshare.serving.dataset import DatasetItem, final_answer, read_dataset
+from trtllm_memshare.serving.benchmark_report import announce_device, check_temperature, load_of
+from trtllm_memshare.serving.dataset import DatasetItem, draw_samples, final_answer, read_dataset
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.serving.variants import Variant
@@ -43,7 +44,7 @@ class Generation:
 
 
 class Session:
-    """Runs arms over a pool in which nobody waits, greedily, so that every figure is the same in each run.
+    """Runs arms over a pool in which nobody waits, greedily or seeded, so that every figure is the same in each run.
 
     Args:
       engine_dir: an engine directory.
@@ -52,6 +53,11 @@ class Session:
       device: auto, cpu or cuda.
       keep_dir: a folder in which generations and scores are kept and found again, None = none. They are found by
         model, requests and settings, not by the code's version: empty it after a change of the code.
+      samples: answers to each problem; they are one group for ``scope: group``.
+      temperature: of the full cache and of every arm, 0 = greedy.
+
+    Raises:
+      UserError: an unusable engine or data set, no samples, or no temperature.
     """
 
     def __init__(
@@ -61,12 +67,17 @@ class Session:
         num_problems: int | None = None,
         device: str = "auto",
         keep_dir: Path | None = None,
+        samples: int = 1,
+        temperature: float = 0.0,
     ) -> None:
+        check_temperature(temperature)
+        if samples < 1:
+            raise UserError(f"--samples must be at least 1, got {samples} (1 = one answer to each problem)")
         self.engine = load_engine(engine_dir)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.engine.model_dir, local_files_only=True)
-        self.items = read_dataset(dataset, self.tokenizer, num_problems)
+        self.items = draw_samples(read_dataset(dataset, self.tokenizer, num_problems), samples)
         self.tokens_per_block = self.engine.build.tokens_per_block
-        self._load = load_of(self.engine)
+        self._load = replace(load_of(self.engine), temperature=temperature)
         self._boundaries = BoundaryTokens.from_tokenizer(self.tokenizer, self.engine.vocab_size)
         self._keep_dir = keep_dir
         self._reference: Reference | None = None
@@ -140,7 +151,7 @@ class Session:
             sampler=sampler,
         )
         for item, script in zip(self.items, reference.scripts, strict=False):
-            executor.submit(item.input_ids, SamplingParams(len(script)))
+            executor.submit(item.input_ids, SamplingParams(len(script)), item.group)
         executor.run_until_idle()
         return {
             **summarize(sampler.scores),
@@ -155,7 +166,9 @@ class Session:
         for path in weight_files(self.engine.model_dir):
             digest.update(path.read_bytes())
         requests = [(item.input_ids, item.output_tokens) for item in self.items]
-        known = [self.engine.build.model_dump(), requests, config.model_dump(exclude_defaults=True), scripts]
+        known: list[Any] = [self.engine.build.model_dump(), requests, config.model_dump(exclude_defaults=True), scripts]
+        if self.items[-1].group is not None or self._load.temperature:
+            known.append([(item.group, item.seed, self._load.temperature) for item in self.items])
         digest.update(json.dumps(known).encode())
         return self._keep_dir / f"{digest.hexdigest()[:32]}.json"
 

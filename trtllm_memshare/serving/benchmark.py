@@ -32,6 +32,7 @@ class Load:
       max_batch_size, max_num_tokens, max_seq_len: the engine's limits.
       scheduler_policy: capacity policy of variants that do not insist on one.
       stop_token_ids: ids that end a request.
+      temperature: of the sampling, 0 = greedy.
       seed: of the arrivals.
     """
 
@@ -42,6 +43,7 @@ class Load:
     stop_token_ids: tuple[int, ...]
     concurrency: int | None = None
     request_rate: float | None = None
+    temperature: float = 0.0
     seed: int = 0
 
 
@@ -86,8 +88,10 @@ def run_variant(
                 if len(handles) - executor.stats.num_finished >= outstanding:
                     break
                 item = items[len(handles)]
-                params = SamplingParams(item.output_tokens, stop_token_ids=load.stop_token_ids)
-                handles.append(executor.submit(item.input_ids, params))
+                params = SamplingParams(
+                    item.output_tokens, load.temperature, seed=item.seed, stop_token_ids=load.stop_token_ids
+                )
+                handles.append(executor.submit(item.input_ids, params, item.group))
             if executor.has_work:
                 executor.step()
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from trtllm_memshare.serving.benchmark import (
     run_variant,
     streaming_window,
 )
-from trtllm_memshare.serving.dataset import DatasetItem, final_answer, read_dataset
+from trtllm_memshare.serving.dataset import DatasetItem, draw_samples, final_answer, read_dataset
 from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.request import RequestResult
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
@@ -67,6 +68,8 @@ class BenchmarkOptions:
     read_aliases: str = "fold"
     engine_cuda_graphs: bool = False
     device: str = "auto"
+    samples: int = 1
+    temperature: float = 0.0
     seed: int = 0
 
     @classmethod
@@ -75,9 +78,10 @@ class BenchmarkOptions:
         values = vars(arguments)
         settings = tuple(parse_setting(text) for text in values.pop("set"))
         values["variants"] = tuple(values["variants"])
-        for name in ("kv_cache_blocks", "concurrency", "num_requests", "repeat", "request_rate"):
+        for name in ("kv_cache_blocks", "concurrency", "num_requests", "repeat", "request_rate", "samples"):
             if values[name] is not None and values[name] <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {values[name]}")
+        check_temperature(values["temperature"])
         share = values["kv_cache_share"]
         if share is not None and not 0 < share <= 1:
             raise UserError(f"--kv-cache-share must be above 0 and at most 1, got {share}")
@@ -95,13 +99,14 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     overrides = dict(options.settings)
     variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
-    items = read_dataset(options.dataset, tokenizer, options.num_requests)
+    items = draw_samples(read_dataset(options.dataset, tokenizer, options.num_requests), options.samples)
     device = announce_device(options.device)
     load = replace(
         load_of(engine),
         scheduler_policy=options.scheduler_policy,
         concurrency=options.concurrency,
         request_rate=options.request_rate,
+        temperature=options.temperature,
         seed=options.seed,
     )
     ranks = _connect(engine)
@@ -315,6 +320,12 @@ def _write(report: dict[str, Any], options: BenchmarkOptions) -> None:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot_report(report, options.plot)
         print(f"picture: {options.plot}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises UserError if it is no temperature."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature must be 0 (greedy) or more, got {temperature:g} (0.6 is usual for DeepSeek-R1)")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

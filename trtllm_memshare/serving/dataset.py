@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ class DatasetItem:
     """One request. ``input_ids``: prompt tokens; ``output_tokens``: most tokens to generate.
 
     ``output_ids``: written text that continues the prompt, for teacher-forced measures; None = there is none.
+    ``group``: number that samples of one prompt have in common, None = there is one; ``seed``: of the sampling.
     """
 
     task_id: int
@@ -21,11 +22,20 @@ class DatasetItem:
     output_tokens: int
     answer: str | None
     output_ids: list[int] | None = None
+    group: int | None = None
+    seed: int = 0
 
 
 def final_answer(text: str) -> str:
     """What a reasoning model's output says after its reasoning."""
     return text.rpartition("</think>")[2].strip()
+
+
+def draw_samples(items: list[DatasetItem], count: int) -> list[DatasetItem]:
+    """Each item ``count`` times, one after the other, as samples of one prompt with a seed each; 1 = as they are."""
+    if count == 1:
+        return items
+    return [replace(item, group=place, seed=seed) for place, item in enumerate(items) for seed in range(count)]
 
 
 def read_dataset(path: Path, tokenizer: Any, limit: int | None = None) -> list[DatasetItem]:
