@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--variant", default="aligned")
     parser.add_argument("--values", nargs="+", required=True, metavar="KEY=VALUE[,KEY=VALUE]")
     parser.add_argument("--kv-cache-blocks", type=int, help="blocks of the KV pool (default: enough for every request)")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each request, which scope=group may share")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling, 0 = greedy")
     parser.add_argument("--output-json", type=Path)
     arguments = parser.parse_args()
     command = " ".join(["python", *sys.argv])
@@ -40,6 +42,8 @@ def main() -> None:
         ("full",),
         kv_cache_blocks=arguments.kv_cache_blocks,
         num_requests=arguments.num_requests,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
     )
     full = run_benchmark(options, command)
     rows = [{"values": "full", **{name: full["variants"][0][name] for name in _KEPT}}]
@@ -65,6 +69,8 @@ def main() -> None:
             "dataset": full["dataset"],
             "variant": arguments.variant,
             "kv_cache_blocks": full["kv_cache_blocks"],
+            "samples": arguments.samples,
+            "temperature": arguments.temperature,
             "rows": rows,
         },
         command,
