@@ -75,6 +75,23 @@ def test_tensorrt_is_asked_for_its_version(module, detail):
     assert bool(found.remedy) != found.found
 
 
+@pytest.mark.parametrize(
+    ("version", "cuda", "found", "phrase"),
+    [
+        ("580.65.06", "13.0 (torch)", True, ""),
+        ("570.172.08", "13.0 (torch)", False, "580 or newer for CUDA 13"),
+        ("570.172.08\n570.172.08", "12.8 (torch)", True, ""),
+        ("520.61.05", "12.8 (torch)", False, "525 or newer for CUDA 12"),
+        ("470.10", "torch is built for the CPU", True, ""),
+        (None, "torch is built for the CPU", False, "580 or newer for CUDA 13"),
+    ],
+)
+def test_the_driver_must_be_new_enough_for_torch_s_cuda(version, cuda, found, phrase):
+    driver = components_module._driver(version, cuda)
+    assert (driver.found, phrase in driver.remedy) == (found, True)
+    assert "\n" not in driver.detail
+
+
 def test_the_plugin_library_is_found_by_its_path(tmp_path):
     library = tmp_path / "plugin.so"
     assert "build_plugins.py" in components_module._plugin(library).remedy

@@ -22,6 +22,9 @@ from trtllm_memshare.triton.server import find_server
 from trtllm_memshare.trtllm.engine.installed import INSTALL, check_tensorrt
 from trtllm_memshare.trtllm.engine.record import file_sha256
 
+_OLDEST_DRIVER = {"12": 525, "13": 580}
+"""By CUDA's major version; from NVIDIA's CUDA Compatibility, minor version compatibility."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -46,14 +49,14 @@ def find_components(plugin_library: Path, load: Callable[[str], Any] = importlib
       plugin_library: where the plugin library should be.
       load: imports a module by name.
     """
-    machine = describe_machine()
+    machine, cuda = describe_machine(), _cuda(load)
     return [
         _python(),
         _package("torch", "pip install 'trtllm-memshare[torch]'"),
         _package("transformers", "pip install 'trtllm-memshare[torch]'"),
         _gpu(machine["gpu"], load),
-        _driver(machine["driver"]),
-        _cuda(load),
+        _driver(machine["driver"], cuda.detail),
+        cuda,
         _nvrtc(),
         _nvcc(),
         _headers(),
@@ -84,12 +87,16 @@ def _gpu(name: str | None, load: Callable[[str], Any]) -> Component:
     return Component("GPU", True, f"{name}, compute capability {major}.{minor}")
 
 
-def _driver(version: str | None) -> Component:
+def _driver(version: str | None, cuda: str) -> Component:
+    """The driver, held against the CUDA version that torch was built for; of several GPUs the first one's."""
+    release = cuda.partition(".")[0]
+    oldest = _OLDEST_DRIVER.get(release, _OLDEST_DRIVER["13"])
+    remedy = f"install NVIDIA's driver, {oldest} or newer for CUDA {release if release in _OLDEST_DRIVER else 13}"
     if version is None:
-        return Component(
-            "driver", False, "nvidia-smi does not answer", "install NVIDIA's driver, 580 or newer for CUDA 13"
-        )
-    return Component("driver", True, version)
+        return Component("driver", False, "nvidia-smi does not answer", remedy)
+    if release in _OLDEST_DRIVER and int(version.partition(".")[0]) < oldest:
+        return Component("driver", False, f"{version} is too old for torch's CUDA {cuda}", remedy)
+    return Component("driver", True, version.partition("\n")[0])
 
 
 def _cuda(load: Callable[[str], Any]) -> Component:
