@@ -41,6 +41,29 @@ def test_every_cell_is_what_its_report_holds():
     assert seen > 50
 
 
+def test_blocks_in_phase_are_what_the_count_found():
+    report = json.loads((ROOT / "benchmarks/results/in_phase.json").read_text())
+    table = PAGE.partition("| texts | tokens per block |")[2].partition("\n\n")[0].splitlines()[2:]
+    expected = [
+        [f"`{r['texts']}`", str(r["tokens_per_block"])]
+        + [f"{100 * r[key]:.2f}" for key in ("in_phase", "memory_of_v_alone", "aligned")]
+        for r in report["rows"]
+    ]
+    assert [[c.strip() for c in line.strip("|").split("|")] for line in table] == expected
+
+
+def test_samples_where_memory_binds():
+    report = json.loads((ROOT / "benchmarks/results/sweep_samples.json").read_text())
+    full, request, group = report["rows"]
+    assert full["accuracy"] == request["accuracy"] == group["accuracy"]
+    text = (
+        f"take {full['num_steps']:,} steps and {full['paused_requests']} pauses with the full cache, "
+        f"{request['num_steps']:,} and {request['paused_requests']} with `scope: request`, {group['num_steps']:,} and "
+        f"{group['paused_requests']} with `scope: group`, {100 * full['accuracy']:.1f} % right"
+    )
+    assert text in " ".join(PAGE.split())
+
+
 def test_paths_and_variants_exist():
     for path in re.findall(r"`((?:benchmarks|trtllm_memshare|docs)/[\w./]+)`", PAGE):
         assert (ROOT / path).exists(), path

@@ -50,7 +50,7 @@ def test_every_input_reaches_its_parameter():
     request = parse(
         input_lengths=[[2]], end_id=[[9]], temperature=[[0.5]], runtime_top_k=[[3]], runtime_top_p=[[0.9]],
         seed=[[2**40]], stop_words_list=[[[7, 8, 9], [2, 3, -1]]], bad_words_list=[[[5], [1]]], streaming=[[True]],
-        exclude_input_in_output=[[False]],
+        exclude_input_in_output=[[False]], memshare_group=[[7]],
     )  # fmt: skip
     assert request.input_ids == [4, 5]
     params = request.params
@@ -60,6 +60,7 @@ def test_every_input_reaches_its_parameter():
     assert params.bad_words == ((5,),)
     assert request.streaming
     assert request.echo_input
+    assert (request.group, parse().group, parse(memshare_group=[[0]]).group) == (7, None, 0)
     assert parse(temperature=[[1.0]], runtime_top_k=[[1]]).params.temperature == 0.0
 
 
@@ -75,6 +76,7 @@ def test_every_input_reaches_its_parameter():
         ({"temperature": [[np.nan]]}, "temperature must be between 0 and 100, got nan"),
         ({"runtime_top_p": [[1.5]]}, "runtime_top_p must be between 0 and 1, got 1.5"),
         ({"seed": [[1, 2]]}, r"seed must be one value, got shape \[1, 2\]"),
+        ({"memshare_group": [[-2]]}, "memshare_group must be between -1 and"),
         ({"end_id": [[80]]}, "end_id must be between -1 and 79, got 80"),
     ],
 )
@@ -189,6 +191,30 @@ def test_requests_over_the_socket_get_the_executor_s_tokens(service, tmp_path):
     (last,) = others[-1][1]
     assert last.perf["num_output_tokens"] == 20
     assert last.perf["kv_cache_alloc_total_blocks"] == 3
+
+
+@pytest.mark.parametrize(("groups", "shares"), [((1, 1), True), ((1, 2), False)])
+def test_samples_with_one_group_share_over_the_socket(tiny_checkpoint, boundaries, tmp_path, groups, shares):
+    # Within so small a distance only what the other sample wrote at the same place can stand in.
+    config = make_config("aligned", scope="group", max_distance=0.001, protected_tokens=8, protected_steps=0)
+    executor = Executor(TorchRunner(load_model(tiny_checkpoint), 60, 8), config, boundaries, 120, 2)
+
+    async def use(client):
+        inputs = {**INPUTS, "request_output_len": 100, "streaming": False}
+        return await asyncio.gather(*(collect(client, {**inputs, "memshare_group": g}) for g in groups))
+
+    with executor:
+        (first, _), (second, _) = over_socket(ExecutorService(executor, LIMITS, (), 8, True), tmp_path, use)
+    assert first == second
+    assert (executor.manager.stats().shared > 5) == shares
+
+
+def test_a_group_needs_an_engine_of_that_scope(service, tmp_path):
+    async def use(client):
+        with pytest.raises(UserError, match="has scope group, got scope request"):
+            await collect(client, {**INPUTS, "memshare_group": 1})
+
+    over_socket(service[0], tmp_path, use)
 
 
 def test_refusals_keep_their_kind_over_the_socket(service, tmp_path):

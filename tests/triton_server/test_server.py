@@ -83,6 +83,7 @@ def test_stop_words_bad_words_echo_and_counts(triton):
         ({"text_input": "", "max_tokens": 5}, "text_input must be one text that is not empty"),
         ({"text_input": QUESTION, "max_tokens": 5, "beam_width": 2}, "beam_width must be between 1 and 1, got 2"),
         ({"text_input": QUESTION, "max_tokens": 5, "temperature": -1.0}, "temperature must be between 0 and 100"),
+        ({"text_input": QUESTION, "max_tokens": 5, "memshare_group": 1}, "memshare_group needs an engine"),
         ({"text_input": QUESTION, "max_tokens": 2040}, "prompt and output must fit max_seq_len 2048"),
     ],
 )

@@ -29,6 +29,7 @@ _PASSED_ON = {
     "top_k": "runtime_top_k",
     "top_p": "runtime_top_p",
     "seed": "seed",
+    "memshare_group": "memshare_group",
     "end_id": "end_id",
     "beam_width": "beam_width",
 }

@@ -90,8 +90,13 @@ class ExecutorService:
                 f"batch size (try again later)"
             )
         request = parse_token_request(tensors, self._limits, self._stop_token_ids, self._exclude_input)
+        if request.group is not None and self._executor.config.scope != "group":
+            raise UserError(
+                f"memshare_group needs an engine whose memshare.json has scope group, got scope "
+                f"{self._executor.config.scope} (build the engine with that setting, or leave memshare_group out)"
+            )
         stream = TokenStream(request.streaming)
-        handle = self._executor.submit(request.input_ids, request.params, listener=stream.listener)
+        handle = self._executor.submit(request.input_ids, request.params, request.group, stream.listener)
         self._active[key] = handle
         held = list(request.input_ids) if request.echo_input else []
         try:

@@ -8,7 +8,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton.tensors import RequestTensors
 
-_MAX_SEED = 2**63 - 1
+_MAX_SEED = _MAX_GROUP = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """What a client asked for. ``streaming``: one response for each batch of new tokens instead of one in all."""
+    """What a client asked for.
+
+    ``streaming``: one response for each batch of new tokens instead of one in all. ``group``: see ``Executor.submit``.
+    """
 
     input_ids: list[int]
     params: SamplingParams
     streaming: bool
     echo_input: bool
     perf_metrics: bool
+    group: int | None
 
 
 def parse_token_request(
@@ -87,10 +91,12 @@ def parse_token_request(
         stop_sequences=tensors.word_lists("stop_words_list"),
         bad_words=tensors.word_lists("bad_words_list"),
     )
+    group = tensors.number("memshare_group", -1, -1, _MAX_GROUP)
     return TokenRequest(
         ids,
         params,
         tensors.flag("streaming", False),
         not tensors.flag("exclude_input_in_output", exclude_input),
         tensors.flag("return_perf_metrics", False),
+        None if group < 0 else group,
     )
