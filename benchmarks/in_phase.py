@@ -56,8 +56,8 @@ def main() -> None:
             counts = [count_in_phase_copies(*text, size) for text in texts]
             blocks = sum(count for _, count in counts)
             reached = [
-                measure_reach(make_config("aligned"), *text, size, boundaries)
-                for text in tqdm(texts, desc=f"{source} {size}", leave=False)
+                measure_reach(make_config("aligned"), prompt, output, size, boundaries)
+                for prompt, output in tqdm(texts, desc=f"{source} {size}", leave=False)
             ]
             in_phase = sum(copies for copies, _ in counts) / blocks
             rows.append(

@@ -20,6 +20,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from search_cost import make_streams
 
@@ -72,7 +73,7 @@ class ModelledExecutor(FakeExecutor):
         """Requests whose worst case fits beside the worst cases of all that run: this policy's rule."""
         impl, budget = self.manager.impl, self.manager.get_num_free_blocks()
         budget -= sum(impl.get_remaining_blocks_to_completion(r, self.max_output[r.py_request_id]) for r in running)
-        admitted = []
+        admitted: list[Any] = []
         for request in self.active:
             if request.state is LlmRequestState.CONTEXT_INIT:
                 budget -= impl.get_remaining_blocks_to_completion(request, self.max_output[request.py_request_id])
@@ -151,8 +152,8 @@ def load_texts(name: str, count: int) -> tuple[list[tuple[list[int], list[int]]]
             for name in ("data/evaluation.jsonl", "results/evaluation.texts.jsonl")
         )
         pairs = [(p["prompt"], r["text"]) for p, r in zip(problems, rows, strict=True)][:count]
-        coded = [tuple([vocabulary.setdefault(c, len(vocabulary)) for c in text] for text in pair) for pair in pairs]
-        return coded, BoundaryTokens.from_texts(list(vocabulary))
+        coded = [[[vocabulary.setdefault(c, len(vocabulary)) for c in text] for text in pair] for pair in pairs]
+        return [(prompt, output) for prompt, output in coded], BoundaryTokens.from_texts(list(vocabulary))
     length = 8000
     streams, boundaries = make_streams(Path("benchmarks/data/traces/r1_aime24.jsonl"), length + 100)
     # Lengths between a quarter and all of the stream, as answers differ.

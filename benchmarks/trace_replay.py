@@ -94,7 +94,8 @@ def replay(
         while executor.has_work:
             started = time.perf_counter()
             executor.step()
-            if len(executor.last_batch.chunk_lengths) == len(scripts) and executor.last_batch.num_contexts == 0:
+            batch = executor.last_batch
+            if batch is not None and len(batch.chunk_lengths) == len(scripts) and batch.num_contexts == 0:
                 times.append(time.perf_counter() - started)
                 used.append(executor.manager.pool.num_used)
             bar.update()
