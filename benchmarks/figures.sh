@@ -79,6 +79,14 @@ data=benchmarks/data
   --output-json "$results/fidelity_tuning.json"
 "${fidelity[@]}" --dataset $data/tuning.jsonl --num-problems 100 --no-accuracy \
   --arms aligned:settled_tokens={16,32,64,128,256} --output-json "$results/fidelity_settled.json"
+samples=(--dataset $data/tuning.jsonl --num-problems 40 --samples 4 --replay-problems 160)
+"${fidelity[@]}" "${samples[@]}" --temperature 0.7 --arms aligned aligned:scope=group drop-duplicate:scope=group \
+  lexical:scope=group random:scope=group --output-json "$results/fidelity_samples.json"
+"${fidelity[@]}" "${samples[@]}" --temperature 1.0 --arms aligned aligned:scope=group \
+  --output-json "$results/fidelity_samples_hot.json"
+"$python" benchmarks/settings_sweep.py --variant aligned --num-requests 15 --samples 4 --temperature 0.7 \
+  --kv-cache-blocks 400 --values scope=request scope=group --output-json "$results/sweep_samples.json"
+"$python" benchmarks/in_phase.py --output-json "$results/in_phase.json"
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --arms aligned aligned:settled_tokens=64 drop-duplicate random \
   --output-json "$results/fidelity_evaluation.json" --plot "$results/fidelity_evaluation.png"
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --num-problems 100 --replay-problems 40 \
