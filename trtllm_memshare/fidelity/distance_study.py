@@ -25,7 +25,7 @@ from trtllm_memshare.fidelity.distances import (
     learned_features,
     pair_sums,
 )
-from trtllm_memshare.fidelity.foretelling import Judged, compare_definitions
+from trtllm_memshare.fidelity.foretelling import SHARES, Judged, compare_definitions
 from trtllm_memshare.fidelity.harm import ReadText
 from trtllm_memshare.fidelity.teacher_forced import Script
 from trtllm_memshare.search.policy import make_pairs
@@ -156,12 +156,13 @@ def judge(pairs: StudiedPairs, options: StudyOptions) -> dict[str, Any]:
         if not tested.any():
             continue
         judged = Judged(pairs.harm, pairs.text, definitions).where(tested)
+        shares = SHARES if len(kinds) > 1 else ()  # no threshold meets one kind alone
         groups[group] = {
             "pairs": int(tested.sum()),
             "texts": len(np.unique(judged.problem)),
             "mean_harm": float(judged.harm.mean()),
             "top_percent_share": _share_of_most_harmful(judged.harm),
-            "definitions": compare_definitions(judged, options.num_resamples, options.seed),
+            "definitions": compare_definitions(judged, options.num_resamples, options.seed, shares),
         }
     present = [kind for kind in KINDS if kind in pairs.kind]
     return {"kinds": {kind: _describe(pairs, kind) for kind in present}, "learned": learned, "groups": groups}

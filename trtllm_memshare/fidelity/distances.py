@@ -95,7 +95,7 @@ _PARTS: dict[str, Callable[[PairSums], np.ndarray]] = {
     "K by wavelength": _weighted(lambda inv_freq: 1 / inv_freq),
     "V": lambda sums: sums.v,
 }
-_WITH_V = ("K", "K as stored", "K high half", "K low half", "K by frequency", "K by wavelength")
+_WITH_V = ("K", "K as stored", "K low half", "K by wavelength")
 
 QUANTITIES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in _PARTS},

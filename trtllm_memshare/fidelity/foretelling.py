@@ -37,13 +37,15 @@ class Judged:
         return Judged(self.harm[chosen], self.problem[chosen], distances)
 
 
-def compare_definitions(judged: Judged, num_resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, Any]]:
+def compare_definitions(
+    judged: Judged, num_resamples: int = 1000, seed: int = 0, shares: tuple[float, ...] = SHARES
+) -> dict[str, dict[str, Any]]:
     """Figures of each definition.
 
     Returns:
       by name: ``rank_correlation``, Spearman's; ``auc``, the probability that one of the most harmful tenth is farther
       than one of the others; each a ``value`` with ``interval``, and its ``gain`` over the first definition with
-      ``gain_interval``. ``accepted``: for each of ``SHARES``, in percent, the mean ``harm`` of the pairs accepted, and
+      ``gain_interval``. ``accepted``: for each of ``shares``, in percent, the mean ``harm`` of the pairs accepted, and
       its ``ratio`` to the first definition's with ``ratio_interval``. All intervals 95 %.
     """
     num_problems = int(judged.problem.max()) + 1
@@ -62,7 +64,7 @@ def compare_definitions(judged: Judged, num_resamples: int = 1000, seed: int = 0
         both = zip(ranks, harm_ranks, weights, strict=True)
         correlations[name] = np.array([_correlation(rank, by_harm, w) for rank, by_harm, w in both])
         aucs[name] = np.array([_auc(rank, harmful, w) for rank, w in zip(ranks, weights, strict=True)])
-        accepted[name] = np.array([accepted_harm(codes, judged.harm, w) for w in weights])
+        accepted[name] = np.array([accepted_harm(codes, judged.harm, w, shares) for w in weights])
     base = next(iter(judged.distances))
     return {
         name: {
@@ -74,7 +76,7 @@ def compare_definitions(judged: Judged, num_resamples: int = 1000, seed: int = 0
                     "ratio": _round(accepted[name][0, i] / accepted[base][0, i]),
                     "ratio_interval": _interval(accepted[name][:, i] / accepted[base][:, i]),
                 }
-                for i, share in enumerate(SHARES)
+                for i, share in enumerate(shares)
             },
         }
         for name in judged.distances
@@ -94,8 +96,10 @@ def weighted_midranks(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - counts / 2)[codes]
 
 
-def accepted_harm(codes: np.ndarray, harm: np.ndarray, weights: np.ndarray) -> list[float]:
-    """Mean harm of the nearest pairs, for each of ``SHARES``; of pairs at one distance, as many as fit, pro rata.
+def accepted_harm(
+    codes: np.ndarray, harm: np.ndarray, weights: np.ndarray, shares: tuple[float, ...] = SHARES
+) -> list[float]:
+    """Mean harm of the nearest pairs, for each of ``shares``; of pairs at one distance, as many as fit, pro rata.
 
     Args:
       codes: int ``[n]``, dense ranks of the distances from 0 on.
@@ -105,7 +109,7 @@ def accepted_harm(codes: np.ndarray, harm: np.ndarray, weights: np.ndarray) -> l
     counts, sums = np.bincount(codes, weights), np.bincount(codes, weights * harm)
     before, total = np.cumsum(counts) - counts, counts.sum()
     means = []
-    for share in SHARES:
+    for share in shares:
         taken = np.clip((share * total - before) / np.maximum(counts, 1e-300), 0, 1)
         means.append(float((taken * sums).sum() / (share * total)))
     return means
