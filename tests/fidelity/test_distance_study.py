@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.fidelity.block_attention import block_attention
 from trtllm_memshare.fidelity.block_pairs import KINDS
-from trtllm_memshare.fidelity.distance_study import GROUPS, StudyOptions, judge, study_pairs
+from trtllm_memshare.fidelity.distance_study import GROUPS, NO_DISTANCES, StudyOptions, beats, judge, study_pairs
 from trtllm_memshare.fidelity.distances import DEFAULT, LEARNED, all_distances
 from trtllm_memshare.fidelity.teacher_forced import Script
-from trtllm_memshare.report.distance_study import MEASURES, SHOWN, count_different, study_tables
+from trtllm_memshare.report.distance_study import MEASURES, SHOWN, count_confirmed, count_different, study_tables
 
 OPTIONS = StudyOptions(pairs_per_kind=3, min_following=20, num_resamples=30)
 
@@ -69,7 +69,7 @@ def test_attention_on_a_block_is_the_mean_over_layers_and_heads(tiny_checkpoint,
 
 
 def test_a_report_has_every_definition_and_its_tables_show_its_figures(pairs):
-    figures = judge(pairs, OPTIONS)
+    figures, unfit = judge(pairs, OPTIONS), {DEFAULT, *LEARNED, *NO_DISTANCES}
     assert set(figures["groups"]) == {g for g, kinds in GROUPS.items() if set(kinds) & set(pairs.kind)}
     first, *_ = (group["definitions"] for group in figures["groups"].values())
     assert next(iter(first)) == DEFAULT == SHOWN[0]
@@ -82,6 +82,13 @@ def test_a_report_has_every_definition_and_its_tables_show_its_figures(pairs):
         better, worse, total = count_different(figures, "all", measure)
         assert total == len(first) - 6  # the first, and five that are no distances
         assert 0 <= better + worse <= total
+    for group, again in figures["again"].items():
+        definitions = figures["groups"][group]["definitions"]
+        assert next(iter(again)) == DEFAULT
+        assert set(again) == {DEFAULT} | {n for n in definitions if n not in unfit and beats(definitions[n])}
+        once, twice = count_confirmed(figures, group)
+        assert len(again) - 1 <= once <= 5 * (len(again) - 1)
+        assert 0 <= twice <= once
     machine = {"cpu": "c", "cores": 1, "memory_gib": 1, "gpu": None, "python": "3", "torch": "2", "transformers": "5"}
     text = study_tables({**figures, "machine": machine})
     value = first["attention"]["auc"]["value"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trtllm_memshare.fidelity.distance_study import NO_DISTANCES
 from trtllm_memshare.report.machine import one_line
 from trtllm_memshare.report.real_text import align
 
@@ -14,11 +15,9 @@ SHOWN = (
     *("K high half, worst", "K low half, worst", "K by frequency, worst", "K by wavelength, worst"),
     *("K by wavelength and V, worst", "K low half and V, mean", "K low half, last"),
     *("learned layers", "learned layers of K quarters and V"),
-    *("differing tokens", "attention", "attention x distance", "later attention", "later attention x distance"),
+    *NO_DISTANCES,
 )
 """Definitions in the printed tables; the report has all of them. The first is the one that the rest is held against."""
-
-NO_DISTANCES = SHOWN[-5:]
 
 MEASURES = {
     "rank_correlation": "Spearman's rank correlation with the harm",
@@ -85,7 +84,8 @@ def acceptance_table(report: dict[str, Any]) -> str:
     return (
         f"{align(rows)}\n\nmean harm, 1e-6 nats per token, of the nearest 25, 50 and 75 % of the pairs; left: all four "
         f"kinds, mean of all pairs {means[0]}; right: near and similar, {means[1]}\nratio: 95 % interval of the ratio "
-        f"to the first definition's; the most harmful hundredth of the pairs makes {shares[0]} and {shares[1]} of it"
+        f"to the first definition's; the most harmful hundredth of the pairs makes {shares[0]} and {shares[1]} of it\n"
+        f"{_confirmed(report)}"
     )
 
 
@@ -94,6 +94,28 @@ def count_different(report: dict[str, Any], group: str, measure: str) -> tuple[i
     definitions = report["groups"][group]["definitions"]
     intervals = [d[measure]["gain_interval"] for n, d in definitions.items() if n not in (SHOWN[0], *NO_DISTANCES)]
     return sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals), len(intervals)
+
+
+def count_confirmed(report: dict[str, Any], group: str) -> tuple[int, int]:
+    """Figures in which a fixed distance beat the first on the test half, and how many of them it won again."""
+    once = twice = 0
+    for name, again in report["again"][group].items():
+        first = report["groups"][group]["definitions"][name]
+        for measure in MEASURES:
+            won = [f[measure]["gain_interval"][0] > 0 for f in (first, again)]
+            once, twice = once + won[0], twice + all(won)
+        for share in first["accepted"]:
+            won = [f["accepted"][share]["ratio_interval"][1] < 1 for f in (first, again)]
+            once, twice = once + won[0], twice + all(won)
+    return once, twice
+
+
+def _confirmed(report: dict[str, Any]) -> str:
+    counts = [(group, *count_confirmed(report, group)) for group in _WIDE]
+    return "; ".join(
+        f"{group}: {once} figures of all tables beat the first's, {twice} of them on the other half of the texts too"
+        for group, once, twice in counts
+    )
 
 
 def _micro(harm: float) -> str:
