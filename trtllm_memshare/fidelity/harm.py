@@ -51,7 +51,7 @@ class ReadText:
         self._model, self._size = model, tokens_per_block
         self._ids = torch.tensor([token_ids], device=model.device)
         cache = DynamicCache()
-        logits = model(self._ids, past_key_values=cache, use_cache=True).logits[0]
+        logits = self._forward(self._ids, cache)
         self.keys = torch.stack([layer.keys[0] for layer in cache.layers])
         self.values = torch.stack([layer.values[0] for layer in cache.layers])
         self.log_probs = logits.double().log_softmax(-1)
@@ -97,7 +97,7 @@ class ReadText:
         for layer in range(len(keys)):
             cache.update(keys[layer][None], values[layer][None], layer)
         stop = min(reads_from + num_following, self.num_tokens - 1)
-        logits = self._model(self._ids[:, reads_from:stop], past_key_values=cache, use_cache=True).logits[0]
+        logits = self._forward(self._ids[:, reads_from:stop], cache)
         full_log_probs = self.log_probs[reads_from:stop]
         return (full_log_probs.exp() * (full_log_probs - logits.double().log_softmax(-1))).sum(-1)
 
@@ -110,6 +110,10 @@ class ReadText:
         if remap.reads_from >= self.num_tokens - 1:
             raise ValueError(f"no token reads the remap: {remap.reads_from} of {self.num_tokens} tokens")
         return float(self.divergences(remap, remap.reads_from, num_following).mean())
+
+    def _forward(self, ids: torch.Tensor, cache: DynamicCache) -> Any:
+        """Logits ``[tokens, vocab_size]``. The cache goes by position: its keyword changed within transformers 5."""
+        return self._model(ids, None, None, cache, use_cache=True).logits[0]
 
     def _copied(self, states: torch.Tensor, remap: Remap) -> torch.Tensor:
         """The states as the remapped table reads them. A donor named twice weighs twice by standing there twice."""
