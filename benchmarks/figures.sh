@@ -86,6 +86,11 @@ samples=(--dataset $data/tuning.jsonl --num-problems 40 --samples 4 --replay-pro
   --output-json "$results/fidelity_samples_hot.json"
 "$python" benchmarks/settings_sweep.py --variant aligned --num-requests 15 --samples 4 --temperature 0.7 \
   --kv-cache-blocks 400 --values scope=request scope=group --output-json "$results/sweep_samples.json"
+# Which distance foretells the harm of sharing one pair of blocks.
+"$python" benchmarks/distance_study.py --num-problems 200 --keep-dir build/keep \
+  --output-json "$results/distance_study.json"
+"$python" benchmarks/distance_study.py --traces --pairs-per-kind 16 \
+  --output-json "$results/distance_study_traces.json"
 "$python" benchmarks/in_phase.py --output-json "$results/in_phase.json"
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --arms aligned aligned:settled_tokens=64 drop-duplicate random \
   --output-json "$results/fidelity_evaluation.json" --plot "$results/fidelity_evaluation.png"

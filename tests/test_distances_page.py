@@ -45,6 +45,7 @@ CELLS = {
     **{f"harm {q}": lambda r, kind, q=q: micro(r["kinds"][kind]["harm"][q]) for q in ("p10", "p50", "p90", "p99")},
     "largest": lambda r, kind: micro(r["kinds"][kind]["harm"]["p100"]),
     "mean": lambda r, kind: micro(r["kinds"][kind]["mean_harm"]),
+    "mean, V alone": lambda r, kind: micro(r["kinds"][kind]["mean_harm_of_values"]),
     "rank, all": ranking("all", "rank_correlation"),
     "rank, near+similar": ranking("near+similar", "rank_correlation"),
     "AUC, all": ranking("all", "auc"),

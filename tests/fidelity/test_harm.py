@@ -94,6 +94,18 @@ def test_one_pair_does_the_harm_that_it_does_in_the_executor(runner, boundaries,
     assert read.harm(remap, 64) == pytest.approx(float(divergences[first : first + 64].mean()), rel=1e-2, abs=1e-6)
 
 
+def test_v_alone_leaves_k_where_it_is(read, monkeypatch):
+    retired, donor, start = 6, 20, 400
+    remap = Remap(retired, donor, start, values_alone=True)
+    assert read.harm(remap, 64) > 1e-9
+    same_values = read.values.clone()
+    same_values[:, :, retired * SIZE : (retired + 1) * SIZE] = same_values[:, :, donor * SIZE : (donor + 1) * SIZE]
+    monkeypatch.setattr(read, "values", same_values)
+    both = read.divergences(Remap(retired, donor, start), start, 64)
+    assert (read.divergences(remap, start, 64) - read.divergences(None, start, 64)).abs().max() < 1e-12
+    assert (both - read.divergences(None, start, 64)).abs().max() > 1e-9
+
+
 @pytest.mark.parametrize("kind", ["repeat", "similar"])
 def test_pairs_are_what_the_executors_searches_find(runner, boundaries, text, kind):
     _, policy, _ = run_with_one(runner, boundaries, kind, text, Remap(-1, -1, 0))

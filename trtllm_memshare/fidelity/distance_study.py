@@ -5,7 +5,7 @@ Learned weights are fitted on every other text; all figures are of the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class StudiedPairs:
       kind, text: str and int ``[pairs]``.
       harm: float64 ``[pairs]``, mean KL over all tokens that follow, in nats per token. A freed block saves a
         block-step with each of them, so this is also the harm for each block-step saved.
+      harm_of_values: float64 ``[pairs]``, the same where V alone is shared.
       differing_tokens: int ``[pairs]``.
       attention, later_attention: float64 ``[pairs]``, on the block to be retired: of the last 64 tokens before it goes,
         and of all tokens after, which nobody knows in time. Means over tokens, layers and heads.
@@ -82,6 +83,7 @@ class StudiedPairs:
     kind: np.ndarray
     text: np.ndarray
     harm: np.ndarray
+    harm_of_values: np.ndarray
     differing_tokens: np.ndarray
     attention: np.ndarray
     later_attention: np.ndarray
@@ -126,14 +128,15 @@ def study_pairs(
             on_block = attention[:, pair.remap.retired].double()
             recent, later = on_block[max(0, start - _ATTENTION_TOKENS) : start].mean(), on_block[start:-1].mean()
             harm = read.harm(pair.remap, len(token_ids))
-            rows.append((name, index, harm, pair.differing_tokens, float(recent), float(later)))
+            of_values = read.harm(replace(pair.remap, values_alone=True), len(token_ids))
+            rows.append((name, index, harm, of_values, pair.differing_tokens, float(recent), float(later)))
     if {row[1] % 2 for row in rows if row[0] in GROUPS["near+similar"]} != {0, 1}:
         raise UserError(
             f"a study needs near or similar pairs in both halves of the texts, got {len(rows)} pairs of any kind in "
             f"{len(scripts)} texts (give longer texts, or more)"
         )
-    kinds, texts, harms, differing, recents, laters = (np.array(column) for column in zip(*rows, strict=True))
-    return StudiedPairs(kinds, texts, harms, differing, recents, laters, PairSums.join(parts))
+    kinds, texts, harms, of_values, differing, recents, laters = (np.array(c) for c in zip(*rows, strict=True))
+    return StudiedPairs(kinds, texts, harms, of_values, differing, recents, laters, PairSums.join(parts))
 
 
 def judge(pairs: StudiedPairs, options: StudyOptions) -> dict[str, Any]:
@@ -201,6 +204,7 @@ def _describe(pairs: StudiedPairs, kind: str) -> dict[str, Any]:
         "pairs": int(chosen.sum()),
         "texts": len(np.unique(pairs.text[chosen])),
         "mean_harm": float(harm.mean()),
+        "mean_harm_of_values": float(pairs.harm_of_values[chosen].mean()),
         "harm": {f"p{q}": float(np.percentile(harm, q)) for q in (10, 50, 90, 99, 100)},
         "distance": {f"p{q}": float(np.percentile(distance, q)) for q in (10, 50, 90)},
     }

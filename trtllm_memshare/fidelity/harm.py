@@ -26,11 +26,13 @@ class Remap:
     Attributes:
       retired, donor: logical blocks, both full.
       reads_from: first position whose token reads the changed table.
+      values_alone: only the entry of V points there; K stays, and with it attention's weights.
     """
 
     retired: int
     donor: int
     reads_from: int
+    values_alone: bool = False
 
 
 class ReadText:
@@ -92,7 +94,8 @@ class ReadText:
                     f"blocks {remap.retired} and {remap.donor} must both be among the {full} that are full before "
                     f"position {reads_from}"
                 )
-            keys, values = (self._copied(states, remap) for states in (keys, values))
+            keys = keys if remap.values_alone else self._copied(keys, remap)
+            values = self._copied(values, remap)
         cache = DynamicCache()
         for layer in range(len(keys)):
             cache.update(keys[layer][None], values[layer][None], layer)

@@ -35,11 +35,12 @@ def study_tables(report: dict[str, Any]) -> str:
 
 def kinds_table(report: dict[str, Any]) -> str:
     """One row per kind of pairs: default distance and harm."""
-    rows = [["pairs", "number", "distance p10", "p50", "p90", "harm p50", "p90", "p99", "largest", "mean"]]
+    rows = [["pairs", "number", "distance p10", "p50", "p90", "harm p50", "p90", "p99", "largest", "mean", "V alone"]]
     for kind, figures in report["kinds"].items():
         distances = [f"{figures['distance'][q]:.2f}" for q in ("p10", "p50", "p90")]
+        means = [_micro(figures[key]) for key in ("mean_harm", "mean_harm_of_values")]
         harms = [_micro(figures["harm"][q]) for q in ("p50", "p90", "p99", "p100")]
-        rows.append([kind, str(figures["pairs"]), *distances, *harms, _micro(figures["mean_harm"])])
+        rows.append([kind, str(figures["pairs"]), *distances, *harms, *means])
     return (
         f"{align(rows)}\n\nharm: KL of one remap alone, mean over the tokens that follow, 1e-6 nats per token; "
         "distance: K and V, worst layer"
