@@ -135,8 +135,8 @@ def study_pairs(
             f"a study needs near or similar pairs in both halves of the texts, got {len(rows)} pairs of any kind in "
             f"{len(scripts)} texts (give longer texts, or more)"
         )
-    kinds, texts, harms, of_values, differing, recents, laters = (np.array(c) for c in zip(*rows, strict=True))
-    return StudiedPairs(kinds, texts, harms, of_values, differing, recents, laters, PairSums.join(parts))
+    kinds, texts, harms, v_harms, differing, recents, laters = (np.array(c) for c in zip(*rows, strict=True))
+    return StudiedPairs(kinds, texts, harms, v_harms, differing, recents, laters, PairSums.join(parts))
 
 
 def judge(pairs: StudiedPairs, options: StudyOptions) -> dict[str, Any]:
