@@ -96,8 +96,9 @@ def test_one_pair_does_the_harm_that_it_does_in_the_executor(runner, boundaries,
 
 def test_v_alone_leaves_k_where_it_is(read, monkeypatch):
     retired, donor, start = 6, 20, 400
-    remap = Remap(retired, donor, start, values_alone=True)
+    remap = Remap(retired, donor, start, tuple(range(donor * SIZE, (donor + 1) * SIZE)))
     assert read.harm(remap, 64) > 1e-9
+    assert read.harm(Remap(retired, donor, start, tuple(range(retired * SIZE, (retired + 1) * SIZE))), 64) < 1e-12
     same_values = read.values.clone()
     same_values[:, :, retired * SIZE : (retired + 1) * SIZE] = same_values[:, :, donor * SIZE : (donor + 1) * SIZE]
     monkeypatch.setattr(read, "values", same_values)

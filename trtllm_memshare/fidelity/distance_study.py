@@ -74,7 +74,8 @@ class StudiedPairs:
       kind, text: str and int ``[pairs]``.
       harm: float64 ``[pairs]``, mean KL over all tokens that follow, in nats per token. A freed block saves a
         block-step with each of them, so this is also the harm for each block-step saved.
-      harm_of_values: float64 ``[pairs]``, the same where V alone is shared.
+      harm_of_values: float64 ``[pairs]``, the same if each token kept its K and had its counterpart's V alone, which a
+        table can do for blocks in phase only.
       differing_tokens: int ``[pairs]``.
       attention, later_attention: float64 ``[pairs]``, on the block to be retired: of the last 64 tokens before it goes,
         and of all tokens after, which nobody knows in time. Means over tokens, layers and heads.
@@ -128,7 +129,9 @@ def study_pairs(
             on_block = attention[:, pair.remap.retired].double()
             recent, later = on_block[max(0, start - _ATTENTION_TOKENS) : start].mean(), on_block[start:-1].mean()
             harm = read.harm(pair.remap, len(token_ids))
-            of_values = read.harm(replace(pair.remap, values_alone=True), len(token_ids))
+            of_values = read.harm(
+                replace(pair.remap, values_from=tuple(pair.candidate.kept_rows.tolist())), len(token_ids)
+            )
             rows.append((name, index, harm, of_values, pair.differing_tokens, float(recent), float(later)))
     if {row[1] % 2 for row in rows if row[0] in GROUPS["near+similar"]} != {0, 1}:
         raise UserError(

@@ -26,13 +26,14 @@ class Remap:
     Attributes:
       retired, donor: logical blocks, both full.
       reads_from: first position whose token reads the changed table.
-      values_alone: only the entry of V points there; K stays, and with it attention's weights.
+      values_from: positions whose V alone stands in, slot by slot, while K stays and with it attention's weights: as if
+        the two blocks were in phase. None = the donor's K and V.
     """
 
     retired: int
     donor: int
     reads_from: int
-    values_alone: bool = False
+    values_from: tuple[int, ...] | None = None
 
 
 class ReadText:
@@ -94,8 +95,12 @@ class ReadText:
                     f"blocks {remap.retired} and {remap.donor} must both be among the {full} that are full before "
                     f"position {reads_from}"
                 )
-            keys = keys if remap.values_alone else self._copied(keys, remap)
-            values = self._copied(values, remap)
+            if remap.values_from is None:
+                keys, values = self._copied(keys, remap), self._copied(values, remap)
+            else:
+                values = values.clone()
+                start = remap.retired * self._size
+                values[:, :, start : start + self._size] = self.values[:, :, list(remap.values_from)]
         cache = DynamicCache()
         for layer in range(len(keys)):
             cache.update(keys[layer][None], values[layer][None], layer)
