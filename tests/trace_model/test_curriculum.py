@@ -24,7 +24,7 @@ def period(row):
 def test_random_tokens_come_again_at_growing_distances(done, window, longest):
     drawn = curriculum()
     batches = [drawn.batch(done) for _ in range(4)]
-    assert not drawn.is_text(done)
+    assert not drawn.in_text
     assert all(b.shape == (4096 // window, window) and b.min() >= FIRST and b.max() < VOCAB for b in batches)
     periods = [period(row) for b in batches for row in b]
     assert longest / 3 < max(periods) <= longest
@@ -33,7 +33,9 @@ def test_random_tokens_come_again_at_growing_distances(done, window, longest):
 
 @pytest.mark.parametrize(("done", "window"), [(0.15, 1024), (0.8, 2048), (1.0, 4096)])
 def test_text_windows_grow_and_never_outgrow_the_context(done, window):
-    assert curriculum().batch(done).shape == (4096 // window, window)
+    drawn = curriculum()
+    assert drawn.batches().send(done).shape == (4096 // window, window)
+    assert drawn.in_text
     assert curriculum(longest_window=512).batch(done).shape == (8, 512)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,21 @@ def test_a_run_leaves_a_checkpoint_that_can_be_served_and_repeats_bit_for_bit(tr
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.skipif(not CAN_TRAIN, reason="training a tokenizer needs transformers 5")
+def test_the_matrices_go_to_muon_or_to_adamw_and_all_weights_move(traces, tmp_path):
+    """A weight that no optimizer holds would stay where the seed put it."""
+    runs = {}
+    for name, changes in {"adamw": {}, "muon": {"muon_learning_rate": 0.02}, "still": {"num_steps": 1}}.items():
+        rate = 1e-12 if name == "still" else CONFIG.adam_learning_rate
+        train(replace(CONFIG, adam_learning_rate=rate, weight_decay=0.0, **changes), tmp_path / name, "cpu", traces)
+        runs[name] = load_file(tmp_path / name / "model.safetensors")
+    for name, still in runs["still"].items():
+        moved = {run: (runs[run][name] - still).abs().max() for run in ("adamw", "muon")}
+        assert min(moved.values()) > 1e-6, name
+        if still.ndim == 2 and "embed" not in name:
+            assert not torch.allclose(runs["adamw"][name], runs["muon"][name]), name
 
 
 def test_dropout_acts_in_training_only():

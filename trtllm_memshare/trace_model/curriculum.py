@@ -12,7 +12,9 @@ among it, ever less often, windows that keep the habit:
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,14 +40,18 @@ class Mixture:
 
     repeats: float = 0.15
     passages: float = 0.3
-    passages_at_end: float = 0.05
-    renamed: float = 0.3
+    passages_at_end: float = 0.1
+    renamed: float = 0.2
     renamed_at_end: float = 0.1
     prompt: float = 0.05
 
 
 class Curriculum:
-    """Draws batches. Ids below ``first_id`` are special tokens: never drawn, never renamed."""
+    """Draws batches. Ids below ``first_id`` are special tokens: never drawn, never renamed.
+
+    Attributes:
+      in_text: whether the last batch came after the stage of random tokens.
+    """
 
     def __init__(
         self,
@@ -64,15 +70,25 @@ class Curriculum:
         self._rng = np.random.default_rng(seed)
         sizes = np.array([len(d) for d in documents], float)
         self._probabilities = sizes / sizes.sum()
+        self.in_text = False
 
-    def is_text(self, done: float) -> bool:
-        """Whether the stage of random tokens is over, at this share of training."""
-        return done >= self._mixture.repeats
+    def batches(self) -> Generator[Any, float, None]:
+        """Started; ``send`` takes the share of training done and gives what ``batch`` does."""
+
+        def generate() -> Generator[Any, float, None]:
+            done = yield
+            while True:
+                done = yield self.batch(done)
+
+        generator = generate()
+        next(generator)
+        return generator
 
     def batch(self, done: float) -> np.ndarray:
         """int64 ``[sequences, window]``, padded; ``done`` is the share of training done."""
         mixture = self._mixture
-        if not self.is_text(done):
+        self.in_text = done >= mixture.repeats
+        if not self.in_text:
             stage = done / mixture.repeats
             _, window, shortest, longest = next(row for row in _REPEATS if stage < row[0])
             return np.stack([self._repeats(w, shortest, longest) for w in self._windows(window)])

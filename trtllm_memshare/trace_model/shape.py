@@ -12,24 +12,27 @@ _SHARPNESS = 8.0  # logits by which the token before is ahead of its neighbours:
 _SLOWEST = 0.05  # radians per token; slower pairs hardly tell neighbours apart
 
 
-def model_config(vocab_size: int, context: int, eos_id: int, pad_id: int) -> Qwen2Config:
-    """1.2 million parameters. Heads of 64 and the rotary base of Qwen2: a head finds an earlier copy by those pairs of
-    dimensions that hardly turn on the way to it, and heads of 32 at base 10,000 have too few of them."""
+def model_config(vocab_size: int, context: int, eos_id: int, pad_id: int, **changes: Any) -> Qwen2Config:
+    """1.2 million parameters, with ``changes`` to any of Qwen2Config's settings.
+
+    A head finds an earlier copy by those pairs of dimensions that hardly turn on the way to it. Heads of 64 at the
+    rotary base of Qwen2 have 14 pairs that turn less than a radian over 2,048 tokens, heads of 32 at base 10,000 two.
+    """
+    settings = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "bos_token_id": None,
+        **changes,
+    }
     return Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=context,
-        tie_word_embeddings=True,
-        use_sliding_window=False,
-        rope_theta=1e6,
-        bos_token_id=None,
-        eos_token_id=eos_id,
-        pad_token_id=pad_id,
+        vocab_size=vocab_size, max_position_embeddings=context, eos_token_id=eos_id, pad_token_id=pad_id, **settings
     )
 
 

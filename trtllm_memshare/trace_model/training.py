@@ -7,7 +7,7 @@ lowest validation loss are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,13 @@ class TraceTrainingConfig(Mixture):
       dropout: of the text; there is none while the model learns to copy.
     """
 
-    num_steps: int = 2400
+    num_steps: int = 2200
     minutes: float | None = None
     tokens_per_step: int = 4096
     vocab_size: int = 2048
     window: int = 4096
     start_head: bool = True
-    dropout: float = 0.1
+    dropout: float = 0.15
     muon_learning_rate: float = 0.0
     adam_learning_rate: float = 3e-3
     weight_decay: float = 0.1
@@ -84,14 +84,7 @@ def train(config: TraceTrainingConfig, output_dir: Path, device: str, traces: Pa
         config.window,
         config.seed,
     )
-    share_done = 0.0
-    add_dropout(model, lambda: config.dropout if curriculum.is_text(share_done) else 0.0)
-
-    def generate() -> Generator[Any, float, None]:
-        nonlocal share_done
-        share_done = yield
-        while True:
-            share_done = yield curriculum.batch(share_done)
+    add_dropout(model, lambda: config.dropout if curriculum.in_text else 0.0)
 
     def measure(step: int) -> dict[str, float]:
         model.eval()
@@ -111,11 +104,9 @@ def train(config: TraceTrainingConfig, output_dir: Path, device: str, traces: Pa
         }
         (output_dir / "training_log.json").write_text(json.dumps(document, indent=1) + "\n")
 
-    batches = generate()
-    next(batches)
     optimize(
         model,
-        batches,
+        curriculum.batches(),
         tokenizer.pad_token_id,
         Schedule(
             config.num_steps,
