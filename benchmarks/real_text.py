@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.errors import UserError, run_command_line
+from trtllm_memshare.fidelity.arms import parse_arm
 from trtllm_memshare.fidelity.copy_loss import copy_loss
 from trtllm_memshare.fidelity.reach import measure_reach
 from trtllm_memshare.fidelity.teacher_forced import Replay, Script, replay
@@ -29,14 +30,12 @@ from trtllm_memshare.report.real_text import fidelity_table, plot_fidelity, reac
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.benchmark import streaming_window
 from trtllm_memshare.serving.benchmark_report import parse_setting
-from trtllm_memshare.serving.variants import make_variant
 from trtllm_memshare.trace_model.corpus import TRACES, Trace, read_traces
 
 _LOOSE = "shingle_tokens=4,min_run_tokens=4"
 _SHORT = "shingle_tokens=8,min_run_tokens=8"
-_SHARING = ("aligned", "lexical", "drop-duplicate", "random", "streaming")
+_SHARING = ("aligned", "lexical", "drop-duplicate", "random", "streaming", "snapkv", "rkv")
 _REACH = [  # preset and settings; `lexical` has the stage 1 of `aligned`
     ("paper", ""),
     ("aligned", ""),
@@ -128,15 +127,16 @@ def run_replay(options: argparse.Namespace) -> dict[str, Any]:
     reference, arms, held = full.log_probs, list[dict[str, Any]](), dict[str, float]()
     print(f"full: perplexity {full.perplexity:.4f}, {full.block_steps_per_request:.0f} block-steps per text")
     chosen = [split_arm(text) for text in options.arms] if options.arms else _ARMS
+    spans = [(len(s.prompt), len(s.output)) for s in scripts]
     for name, overrides in chosen:
-        config = make_variant(name, make_config("aligned"), **parse_overrides(overrides)).config
-        if name == "streaming" and "streaming_window_tokens" not in overrides:
-            config = match_memory(config, full, held.get(overrides), size)
-        arm = replay(runner, config, boundaries, scripts, reference, description=f"{name} {overrides}")
+        arm = parse_arm(f"{name}:{overrides}" if overrides else name, make_config("aligned"))
+        if arm.budget is not None:
+            arm = arm.with_memory_of(spans, memory_of_aligned(held, name, overrides), size)
+        result = replay(runner, arm.config, boundaries, scripts, reference, description=arm.name)
         if name == "aligned":
-            held[overrides] = arm.block_steps_per_request
-        arms.append(describe(name, overrides, config, arm, full))
-        print(f"{name} {overrides}: shared {arm.shared_ratio:.2%}, perplexity {arm.perplexity:.4f}", flush=True)
+            held[overrides] = result.block_steps_per_request
+        arms.append(describe(name, overrides, arm.config, result, full))
+        print(f"{arm.name}: shared {result.shared_ratio:.2%}, perplexity {result.perplexity:.4f}", flush=True)
     figures = {
         "model_dir": str(options.model_dir),
         "traces": [f"{t.source}/{t.name}" for t in traces],
@@ -156,12 +156,15 @@ def run_replay(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def match_memory(config: MemShareConfig, full: Replay, held: float | None, size: int) -> MemShareConfig:
-    """`streaming` with the window that holds as much as the sharing arm with the same settings did."""
-    if held is None:
-        raise UserError("streaming takes its window from aligned, got it without (put aligned before it)")
-    window = streaming_window(full.results, held, config.streaming_sink_tokens, size)
-    return config.model_copy(update={"streaming_window_tokens": window})
+def memory_of_aligned(held: dict[str, float], name: str, overrides: str) -> float:
+    """Block-steps of `aligned` with the settings that a control names; its own settings of the control are left out."""
+    asked = set(filter(None, overrides.split(",")))
+    fits = [text for text in held if set(filter(None, text.split(","))) <= asked]
+    if not fits:
+        raise UserError(
+            f"{name} holds as much as aligned with the same settings, got it without (put aligned before it)"
+        )
+    return held[max(fits, key=len)]
 
 
 def describe(name: str, overrides: str, config: MemShareConfig, arm: Replay, full: Replay) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from typing import Any
 
 from trtllm_memshare.report.machine import one_line
 
-_MARKS = {"paper": "s", "aligned": "o", "lexical": "D", "drop-duplicate": "v", "random": "x", "streaming": "^"}
+_MARKS = {
+    "paper": "s", "aligned": "o", "lexical": "D", "drop-duplicate": "v", "random": "x", "streaming": "^",
+    "snapkv": "<", "rkv": ">",
+}  # fmt: skip
 _COLOURS = {
     "paper": "#E69F00",
     "aligned": "#0072B2",
@@ -17,6 +20,8 @@ _COLOURS = {
     "drop-duplicate": "#009E73",
     "random": "#D55E00",
     "streaming": "#CC79A7",
+    "snapkv": "#F0E442",
+    "rkv": "#666666",
 }
 
 
@@ -46,6 +51,7 @@ def fidelity_table(report: dict[str, Any]) -> str:
     rows = [["arm", "settings", "shared %", "memory %", "perplexity", "above full %", "s.e.", "KL, 1e-3 nats"]]
     for arm in report["arms"]:
         changes = arm["loss_change_by_text"]
+        error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
         rows.append(
             [
                 arm["variant"],
@@ -54,7 +60,7 @@ def fidelity_table(report: dict[str, Any]) -> str:
                 f"{100 * arm['memory_ratio']:.1f}",
                 f"{arm['perplexity']:.4f}",
                 f"{100 * arm['perplexity_increase']:+.3f}",
-                f"{100 * statistics.stdev(changes) / math.sqrt(len(changes)):.3f}",
+                f"{100 * error:.3f}",
                 f"{1e3 * arm['mean_divergence']:.3f}",
             ]
         )
@@ -65,17 +71,6 @@ def fidelity_table(report: dict[str, Any]) -> str:
         f"{report['num_tokens']} tokens, {report['tokens_per_block']} tokens per block"
     )
     return f"{align(rows, left=2)}\n\n{note}\n{one_line(report['machine'])}"
-
-
-def copying_table(report: dict[str, Any]) -> str:
-    """One row per run: the loss on a second copy of 128 tokens along it, and at its end on other lengths."""
-    rows = [["step", *(str(entry["step"]) for entry in report["runs"][0]["log"]), "of 16", "of 512"]]
-    for run in report["runs"]:
-        last = run["log"][-1]
-        losses = [*(entry["128"] for entry in run["log"]), last["16"], last["512"]]
-        rows.append([run["variant"], *(f"{loss:.2f}" for loss in losses)])
-    note = "nats per token on the second copy of 128 random tokens, at the end of 16 and of 512 as well"
-    return f"{align(rows)}\n\n{note}\n{one_line(report['machine'])}"
 
 
 def align(rows: list[list[str]], left: int = 1) -> str:
