@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_memshare.report.real_text import fidelity_table, reach_table
+from trtllm_memshare.report.real_text import copying_table, fidelity_table, reach_table
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "real_text.md").read_text()
@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 @pytest.mark.parametrize(
     ("name", "table"),
     [
+        ("learning_to_copy", copying_table),
         ("real_text_reach", reach_table),
         ("real_text_replay", fidelity_table),
         ("real_text_curve", fidelity_table),
