@@ -20,10 +20,11 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the traces")
     parser.add_argument("--minutes", type=float, help="train for this long instead of a number of steps")
     for field in fields(TraceTrainingConfig):
-        if field.name not in ("minutes", "bf16"):
+        if field.name not in ("minutes", "bf16", "start_head"):
             option = f"--{field.name.replace('_', '-')}"
             parser.add_argument(option, type=type(field.default), default=field.default, help=field.name)
     parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="train in float32 throughout")
+    parser.add_argument("--no-start-head", dest="start_head", action="store_false", help="all heads start at random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = vars(parser.parse_args())
     output_dir, device, traces = (options.pop(name) for name in ("output_dir", "device", "traces"))

@@ -73,6 +73,17 @@ def fidelity_table(report: dict[str, Any]) -> str:
     return f"{align(rows, left=2)}\n\n{note}\n{one_line(report['machine'])}"
 
 
+def copying_table(report: dict[str, Any]) -> str:
+    """One row per run: the loss on a second copy of 128 tokens along it, and at its end on other lengths."""
+    rows = [["step", *(str(entry["step"]) for entry in report["runs"][0]["log"]), "of 16", "of 512"]]
+    for run in report["runs"]:
+        last = run["log"][-1]
+        losses = [*(entry["128"] for entry in run["log"]), last["16"], last["512"]]
+        rows.append([run["variant"], *(f"{loss:.2f}" for loss in losses)])
+    note = "nats per token on the second copy of 128 random tokens, at the end of 16 and of 512 as well"
+    return f"{align(rows)}\n\n{note}\n{one_line(report['machine'])}"
+
+
 def align(rows: list[list[str]], left: int = 1) -> str:
     """Plain-text table with a rule under its first row; the first ``left`` columns are flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,4 +1,4 @@
-"""The loop that trains a small model: Muon for matrices, AdamW for the rest, one schedule for both."""
+"""The loop that trains a small model: Muon for matrices, or not, AdamW for the rest, one schedule for both."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast. Learning rates dimensionless, ``minutes`` the wall-clock budget.
+
+    ``muon_learning_rate`` 0 gives the matrices to AdamW too.
 
     Rates follow the share of ``num_steps`` done; with ``minutes`` set they follow the share of the time instead, which
     fits a machine of unknown speed but repeats bit for bit only when ``num_steps`` decides.
@@ -50,19 +52,15 @@ def optimize(
     device = model.device
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    decay = schedule.weight_decay
-    optimizers = [
-        torch.optim.Muon(matrices, lr=schedule.muon_learning_rate, weight_decay=decay, adjust_lr_fn="original"),
-        torch.optim.AdamW(others, lr=schedule.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    optimizers = _optimizers(matrices, others, schedule)
+    base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     log: list[dict[str, float]] = []
     started, done, step = time.monotonic(), 0.0, 0
     with tqdm(total=100, unit="%", desc="training") as bar:
         while done < 1.0:
             warm, cooled = min(1.0, (step + 1) / 100), min(1.0, (1.0 - done) / 0.5)
-            for optimizer, rate in zip(optimizers, base_rates, strict=True):
-                for group in optimizer.param_groups:
+            for optimizer, rates in zip(optimizers, base_rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * warm * max(cooled, 0.01)
             batch = torch.from_numpy(batches.send(done)).to(device)
             with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=schedule.bf16):
@@ -85,3 +83,14 @@ def optimize(
                 log.append({"step": step, "minutes": round(minutes, 2), "loss": loss.item(), **measure(step)})
                 tqdm.write(json.dumps(log[-1]))
                 keep(log)
+
+
+def _optimizers(matrices: list[Any], others: list[Any], schedule: Schedule) -> list[torch.optim.Optimizer]:
+    decay, groups = schedule.weight_decay, [{"params": others, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if schedule.muon_learning_rate > 0:
+        muon = torch.optim.Muon(matrices, schedule.muon_learning_rate, weight_decay=decay, adjust_lr_fn="original")
+        optimizers.append(muon)
+    else:
+        groups.append({"params": matrices, "weight_decay": decay})
+    return [*optimizers, torch.optim.AdamW(groups, lr=schedule.adam_learning_rate, betas=(0.9, 0.95))]

@@ -15,7 +15,7 @@ from trtllm_memshare.errors import UserError, parse_json_line
 TRACES = Path("benchmarks/data/traces")
 FILES = ("r1_aime24", "r1_math500")
 CAN_TRAIN = int(transformers.__version__.partition(".")[0]) >= 5
-EOS, PAD, THINK, END_THINK = "<eos>", "<pad>", "<think>", "</think>"
+EOS, PAD, THINK, END_THINK = SPECIAL = ("<eos>", "<pad>", "<think>", "</think>")  # ids 0 to 3
 _HELD_OUT = {"r1_aime24": (7, 2), "r1_math500": (3, 1)}  # problems of each file for test and for validation
 
 
