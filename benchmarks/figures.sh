@@ -51,6 +51,7 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.
 real=("$python" benchmarks/real_text.py)
 runs_of_4=shingle_tokens=4,min_run_tokens=4
+"$python" benchmarks/learning_to_copy.py --output-json "$results/learning_to_copy.json"
 "${real[@]}" reach --output-json "$results/real_text_reach.json"
 "${real[@]}" replay --max-tokens 2048 --output-json "$results/real_text_replay.json" \
   --plot "$results/real_text_replay.png"
