@@ -10,7 +10,8 @@ import torch
 from search.float64_reference import block_distance_float64, relative_error
 from tolerances import KERNEL_RELATIVE_ERROR
 
-from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance, check_pairs, check_pool
+from trtllm_memshare.search.block_search import make_block_search
+from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance, check_launch, check_pairs, check_pool
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant, kernel_source
 from trtllm_memshare.search.types import PairBatch
 
@@ -72,6 +73,29 @@ def test_pools_that_no_kernel_takes_are_refused():
         check_pool(torch.zeros(2, 1, 2, 1, 64, 16).transpose(-1, -2))
     with pytest.raises(ValueError, match="needs a pool on a CUDA device, got cpu"):
         check_pool(make_pool(torch.float16))
+
+
+def test_the_reference_refuses_as_many_pairs_as_the_kernel_would():
+    search = make_block_search(make_pool(torch.float32), INV_FREQ, max_pairs=2)
+    assert search.compare(make_pairs(2)).read()[0].shape == (2, LAYERS, 4)
+    with pytest.raises(ValueError, match="at most 2 pairs fit one search, got 3"):
+        search.compare(make_pairs(3))
+
+
+def test_tensors_that_the_kernel_cannot_take_by_address_are_refused():
+    pool, (new, old, delta) = make_pool(torch.float32), tensors(make_pairs(3))
+    sums = torch.zeros(3, LAYERS, 4)
+    check_launch(pool, new, old, delta, sums)
+    for name, changed_tensors, message in (
+        ("old_rows", (new, old.long(), delta, sums), "got contiguous torch.int64"),
+        ("new_rows", (new.T.contiguous().T, old, delta, sums), "got not contiguous torch.int32"),
+        ("position_delta", (new, old, delta[:2], sums), r"on cpu, got contiguous torch.int32 \[2, 16\]"),
+        ("distances", (new, old, delta, sums.double()), "got contiguous torch.float64"),
+        ("distances", (new, old, delta, sums[:, :1]), "got not contiguous"),
+        ("new_rows", (new.to("meta"), old, delta, sums), "on cpu, got .* on meta"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be contiguous .*({message})"):
+            check_launch(pool, *changed_tensors)
 
 
 @pytest.mark.parametrize(
