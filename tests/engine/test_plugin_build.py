@@ -45,8 +45,8 @@ def tools(tmp_path, monkeypatch):
 def test_every_kernel_compiles_for_hopper_without_a_gpu_and_none_spills():
     pytest.importorskip("cuda.core", reason="cuda.core is not installed (extra cuda)")
     checked = check_kernels(["sm_90"])
-    dtypes = {(v.dtype, v.interleaved, v.vector_elements) for v, _ in checked["sm_90"]}
-    assert len(dtypes) == 5 * 2 * 2
+    dtypes = {(v.dtype, v.interleaved, v.vector_elements, v.any_shape) for v, _ in checked["sm_90"]}
+    assert len(dtypes) == 5 * 2 * 2 * 2
     assert spilling(checked) == []
     # Two blocks of 256 threads must fit the 65,536 registers of a multiprocessor.
     assert all(0 < r.registers <= 128 for _, r in checked["sm_90"])
@@ -69,7 +69,7 @@ def test_an_old_cuda_core_is_named_by_its_version(monkeypatch):
 def test_a_spill_is_named():
     variant = plugin_build.checked_variants()[0]
     rows = {"sm_80": [(variant, KernelResources(255, 128, 16, 0))], "sm_90": [(variant, KernelResources(40, 0, 0, 0))]}
-    assert spilling(rows) == ["sm_80 float32 half-split head_dim 64"]
+    assert spilling(rows) == ["sm_80 float32 half-split head 64, vectors of 4"]
 
 
 @pytest.mark.parametrize("missing", ["cmake", "nvcc"])

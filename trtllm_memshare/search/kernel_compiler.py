@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,15 @@ def parse_resources(report: str) -> KernelResources:
 
 
 def checked_variants() -> list[KernelVariant]:
-    """Every element type, layout and vector width: full vectors at two head sizes, and single elements."""
+    """Every element type, layout and vector width: full vectors at two head sizes, and single elements.
+
+    Each vector width once more as the plugin library has it, for any shape.
+    """
     variants = []
     for dtype in ELEMENT_TYPES:
         for interleaved in (False, True):
             variants += [KernelVariant(dtype, 28, 4, 32, d, d, interleaved) for d in CHECKED_HEAD_DIMS]
             # 36 rotary elements of 72: neither divides into 16-byte vectors.
             variants.append(KernelVariant(dtype, 28, 4, 32, 72, 36, interleaved))
+            variants += [replace(v, any_shape=True) for v in variants[-2:]]
     return variants
