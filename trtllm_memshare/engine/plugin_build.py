@@ -95,6 +95,8 @@ def build_plugin(plan: PluginBuild) -> Path:
       UserError: a command failed; its output stands above.
     """
     configure = ["cmake", "--preset", plan.preset, "-B", str(plan.output_dir), f"-DTENSORRT_ROOT={plan.tensorrt_root}"]
+    if shutil.which("make") is None and shutil.which("ninja") is not None:
+        configure += ["-G", "Ninja"]  # CMake would insist on make
     build = ["cmake", "--build", str(plan.output_dir), "--parallel", str(os.cpu_count() or 1)]
     for command in (configure, build):
         print(f"+ {' '.join(command)}", flush=True)
