@@ -7,7 +7,7 @@
 # whichever has torch); what is missing is named with the pip command before anything runs. TENSORRT_ROOT names a folder
 # with TensorRT's include/, absolute or relative to where you call from, so the headers may lie inside the repository
 # (TENSORRT_ROOT=.tensorrt); without it, or without nvcc and cmake, the plugin is not built and the summary says so.
-# GPU_SUITE_SECONDS is the time for all steps (default: 540): a step gets no more than what is left, and one that gets
+# GPU_SUITE_SECONDS is the time for the whole (default: 540): a step gets no more than what is left, and one that gets
 # none is listed with that reason. TRTLLM_MEMSHARE_COMMIT names the commit where the copy has no .git.
 #
 # The output folder holds three files, rewritten after every step: gpu_suite.json (steps, versions, and the reports of

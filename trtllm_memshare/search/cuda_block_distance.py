@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class CudaBlockDistance:
         self.arch = "sm_{}{}".format(*torch.cuda.get_device_capability(pool.device))
         self.description = f"CUDA kernel for {self.arch}, compiled by NVRTC"
         self._kernels: dict[bool, tuple[KernelVariant, Any]] = {}
+        self._bound = threading.local()
         self._streams: dict[int, Any] = {}  # by torch's handle; wrapping one takes longer than the rest of a launch
         # The kernel reads these two on the device, as the TensorRT plugin does.
         self._pool_pointer = torch.tensor([pool.data_ptr()], dtype=torch.int64, device=pool.device)
@@ -152,7 +154,7 @@ class CudaBlockDistance:
             return
         device = self._pool.device
         with torch.cuda.device(device):
-            self._core.Device(device.index).set_current()  # a thread that torch has not used yet has no context
+            self._bind_thread()
             variant, kernel = self.kernel(undo_rope)
             config = self._core.LaunchConfig(grid=count * variant.num_layers, block=variant.num_threads)
             arguments = (
@@ -174,9 +176,15 @@ class CudaBlockDistance:
             variant = variant_of(self._pool, rotary_dim, self._interleaved)
             code = compile_variant(variant, self.arch, self._cache_dir)
             with torch.cuda.device(self._pool.device):
-                self._core.Device(self._pool.device.index).set_current()
+                self._bind_thread()
                 self._kernels[undo_rope] = variant, code.get_kernel(ENTRY_POINT)
         return self._kernels[undo_rope]
+
+    def _bind_thread(self) -> None:
+        """Gives a thread that torch has not used yet the device's context: the driver launches into the current one."""
+        if not getattr(self._bound, "done", False):
+            self._core.Device(self._pool.device.index).set_current()
+            self._bound.done = True
 
     def _wrapped(self, handle: int) -> Any:
         """``cuda.core``'s object for a stream of torch, whose streams live as long as the process."""
