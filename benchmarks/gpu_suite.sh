@@ -1,86 +1,30 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of at most 9 minutes; nothing is downloaded.
+# Everything that needs a GPU, in one command of at most nine minutes; nothing is downloaded.
 #
-#   bash benchmarks/gpu_suite.sh [output folder]        default: build/gpu_suite
+#   TENSORRT_ROOT=/path/to/tensorrt bash benchmarks/gpu_suite.sh [output folder]        default: build/gpu_suite
 #
-# PYTHON names an interpreter with torch, transformers, pydantic, pytest and cuda.core (default: python). TENSORRT_ROOT
-# names a folder with TensorRT's include/; without it, or without nvcc and cmake, the plugin is not built and the
-# summary says so. Each step has a time limit and its own log; one that fails does not stop the rest, but the suite
-# then ends with status 1.
-set -uo pipefail
+# PYTHON names an interpreter with what pyproject.toml lists under torch, cuda and dev (default: python or python3,
+# whichever has torch); what is missing is named with the pip command before anything runs. TENSORRT_ROOT names a folder
+# with TensorRT's include/, absolute or relative to where you call from, so the headers may lie inside the repository
+# (TENSORRT_ROOT=.tensorrt); without it, or without nvcc and cmake, the plugin is not built and the summary says so.
+# GPU_SUITE_SECONDS is the time for the whole (default: 540): a step gets no more than what is left, and one that gets
+# none is listed with that reason. TRTLLM_MEMSHARE_COMMIT names the commit where the copy has no .git.
+#
+# The output folder holds three files, rewritten after every step: gpu_suite.json (steps, versions, and the reports of
+# the benchmarks inside), gpu_suite.txt (a short table) and logs.tar.gz. Builds go to build/. A step that fails does not
+# stop the rest, but the suite then ends with status 1; status 2: something is missing and nothing ran.
+set -euo pipefail
+python=${PYTHON:-}
+for candidate in python python3; do
+  has_torch='import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+  if [ -z "$python" ] && "$candidate" -c "$has_torch" 2>/dev/null; then python=$candidate; fi
+done
+: "${python:=python3}"
+out=$(realpath -m "${1:-$(dirname "$0")/../build/gpu_suite}")
+if [ -n "${TENSORRT_ROOT:-}" ]; then
+  TENSORRT_ROOT=$(realpath -m "$TENSORRT_ROOT")
+  export TENSORRT_ROOT
+fi
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
-out=$(realpath -m "${1:-build/gpu_suite}")
-mkdir -p "$out"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-: >"$out/steps.tsv"
-
-record() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$out/steps.tsv"; echo "== $1: $2 ($3)"; }
-
-# step NAME SECONDS COMMAND...
-step() {
-  local name=$1 limit=$2 started=$SECONDS status
-  shift 2
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1
-  status=$?
-  tail -n 25 "$out/$name.log" | cut -c1-200
-  if [ $status -eq 0 ]; then record "$name" ok "$((SECONDS - started)) s"
-  elif [ $status -eq 124 ]; then record "$name" "timed out" "limit $limit s"
-  else record "$name" failed "status $status"; fi
-}
-
-if ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-  echo "error: no CUDA device that $python's torch can use (set PYTHON to an interpreter with a CUDA build)" >&2
-  exit 2
-fi
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/device.txt"
-
-step kernels_compile 60 "$python" build_scripts/build_plugins.py --check --arch sm_90
-gpu_tests=$(grep -rl 'pytest.mark.gpu' tests --include='*.py')
-# shellcheck disable=SC2086
-step gpu_tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider $gpu_tests
-
-if [ -n "${TENSORRT_ROOT:-}" ] && command -v nvcc >/dev/null && command -v cmake >/dev/null; then
-  step plugin_build 120 "$python" build_scripts/build_plugins.py --preset native --output-dir "$out/plugins"
-  harness=("$out/plugins/plugin_harness" "$out/plugins/libtrtllm_memshare_plugin.so" --gpu require)
-  step plugin_harness 30 "${harness[@]}"
-  sanitized=("${harness[@]}")
-else
-  record plugin_build "not run" "needs TENSORRT_ROOT, nvcc and cmake"
-  sanitized=("$python" -m pytest -q -m gpu -p no:cacheprovider tests/search/test_cuda_block_distance.py -k captured)
-fi
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    step "$tool" 60 compute-sanitizer --tool $tool --error-exitcode 9 "${sanitized[@]}"
-  done
-else
-  record memcheck "not run" "compute-sanitizer is not on PATH"
-fi
-
-step block_search 120 "$python" benchmarks/block_search.py --output-json "$out/block_search.json"
-step engine 30 "$python" build_scripts/build_engine.py --memshare --force --output-dir "$out/engine"
-step inflight_batching 90 "$python" benchmarks/inflight_batching.py --engine-dir "$out/engine" --device cuda \
-  --dataset benchmarks/data/small.jsonl --kv-cache-share 0.5 --variants full aligned shadow drop-duplicate \
-  --output-json "$out/inflight_batching_gpu.json"
-step trace_replay 120 "$python" benchmarks/trace_replay.py --output-tokens 256 --output-json "$out/trace_replay.json"
-
-"$python" - "$out" <<'EOF'
-import datetime
-import json
-import pathlib
-import sys
-
-out = pathlib.Path(sys.argv[1])
-steps = [dict(zip(("step", "result", "note"), line.split("\t"))) for line in (out / "steps.tsv").read_text().splitlines()]
-document = {
-    "command": "bash benchmarks/gpu_suite.sh",
-    "date": datetime.date.today().isoformat(),
-    "device": (out / "device.txt").read_text().strip(),
-    "steps": steps,
-}
-(out / "gpu_suite.json").write_text(json.dumps(document, indent=1) + "\n")
-print(document["device"])
-for row in steps:
-    print(f"{row['step']:<20} {row['result']:<10} {row['note']}")
-sys.exit(any(row["result"] in ("failed", "timed out") for row in steps))
-EOF
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+exec "$python" benchmarks/gpu_suite.py "$out"

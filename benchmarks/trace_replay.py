@@ -1,9 +1,17 @@
 """Cost and memory of sharing at the size of a real model: random weights, replayed DeepSeek-R1 traces.
 
 The model computes every step of an in-flight batch; the next tokens come from the traces, cut by a byte-pair tokenizer
-that is trained on them. `off`, `shadow` (search, share nothing) and `aligned` run in turn on the same requests; times
-are of steps in which every request generates. Random weights say nothing of accuracy, and their KV distances need not
-be those of a trained model. The last line is JSON.
+that is trained on them. Variants run in turn on the same requests, in rounds; times are of steps in which every request
+generates, and a variant's cost is the median over rounds of its mean step over that of `off` in the same round.
+
+    off             no search
+    shadow          search, share nothing; how many pairs it compares depends on the traces
+    full-searches   shadow, and every search compares max_pairs pairs of blocks from all over the pool: the most that a
+                    search costs, whatever the traces repeat
+    aligned         search and share
+
+No cost is given for a variant that compared no pair. Random weights say nothing of accuracy, and their KV distances
+need not be those of a trained model. The report is written after each round; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,19 +28,26 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import UserError, nearest, run_command_line
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.report.document import make_report, publish, write_report
 from trtllm_memshare.report.redundancy import read_texts
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION
 from trtllm_memshare.runners.torch.runner import TorchRunner
+from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig, make_config
+from trtllm_memshare.search.policy import make_pairs
 from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.search.types import Candidate, PairBatch
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.replay import ReplaySampler, cut_scripts, train_tokenizer
 from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.sharing import Sharing
 
 _VOCAB_SIZE = 8192
 _PROMPT_TOKENS = 64
+_WARM_UP_TOKENS = 16
+_FULL_SEARCHES = "full-searches"
 
 
 @dataclass(frozen=True)
@@ -80,17 +95,67 @@ def make_model(shape: ModelShape, max_position: int, device: str) -> Any:
     return model.eval()
 
 
-def replay(
-    runner: TorchRunner, config: MemShareConfig, boundaries: BoundaryTokens, scripts: list[np.ndarray]
-) -> dict[str, Any]:
+class CountedSharing(Sharing):
+    """Counts the pairs that were compared."""
+
+    num_pairs = 0
+
+    def search(self, step: int) -> PairBatch | None:
+        pairs = super().search(step)
+        self.num_pairs += 0 if pairs is None else len(pairs)
+        return pairs
+
+
+class FullSearches(CountedSharing):
+    """Runs stage 1 as ever, then compares ``max_pairs`` made-up pairs in place of what it found; decides nothing.
+
+    A pair is a full block and a run across another one and its neighbour, drawn anew from the whole pool each time, so
+    that its rows are in no cache.
+    """
+
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig, runner: TorchRunner) -> None:
+        super().__init__(manager, config, runner)
+        self._settings, self._rng = config, np.random.default_rng(0)
+
+    def search(self, step: int) -> PairBatch | None:
+        super().search(step)
+        pool, full = self._manager.pool, np.flatnonzero(self._manager.pool.is_full[:-1])
+        if step % self._settings.search_interval or not len(full):
+            return None
+        started = time.perf_counter()
+        size, count = pool.tokens_per_block, self._settings.max_pairs
+        slots = np.arange(size, dtype=np.int32)
+        blocks, shifts = self._rng.choice(full, (2, count)), self._rng.integers(0, size, count)
+        candidates = [
+            Candidate(0, 0, 0, int(new), 0, int(old), new * size + slots, old * size + shift + slots, slots)
+            for new, old, shift in zip(*blocks, shifts, strict=True)
+        ]
+        pairs = make_pairs(candidates, pool.origin_position, size, self._settings.undo_rope)
+        self.num_pairs += len(pairs)
+        self.seconds += time.perf_counter() - started
+        return pairs
+
+    def take_distances(self, distances: Distances | None) -> None:
+        if distances is not None:
+            sums, seconds = distances.read()
+            started = time.perf_counter()
+            self.policy.layer_vote(sums)
+            self.seconds += seconds + time.perf_counter() - started
+
+
+def replay(runner: TorchRunner, variant: str, boundaries: BoundaryTokens, scripts: list[np.ndarray]) -> dict[str, Any]:
     """Runs every script to its end; figures of one variant."""
+    shadow = variant in ("shadow", _FULL_SEARCHES)
+    config = make_config("aligned", shadow=True) if shadow else make_config(variant)
     sampler, length = ReplaySampler(), len(scripts[0])
     executor = Executor(runner, config, boundaries, length, len(scripts), max_num_tokens=8192, sampler=sampler)
+    kind = FullSearches if variant == _FULL_SEARCHES else CountedSharing
+    executor.sharing = sharing = kind(executor.manager, config, runner)
     for script in scripts:
         handle = executor.submit(script[:_PROMPT_TOKENS].tolist(), SamplingParams(length - _PROMPT_TOKENS))
         sampler.add_script(handle.request_id, script[_PROMPT_TOKENS:].tolist())
     times, used = [], []
-    with tqdm(total=length - _PROMPT_TOKENS, desc=config.preset, unit="step", leave=False) as bar:
+    with tqdm(total=length - _PROMPT_TOKENS, desc=variant, unit="step", leave=False) as bar:
         while executor.has_work:
             started = time.perf_counter()
             executor.step()
@@ -106,7 +171,8 @@ def replay(
         "step_ms_median": statistics.median(times) * 1e3,
         "num_steps": len(times),
         "search_time_fraction": executor.stats.search_time_fraction,
-        "candidates": executor.sharing.policy.num_candidates,
+        "candidates": sharing.policy.num_candidates,
+        "pairs_compared": sharing.num_pairs,
         "rejected": executor.rejected,
         "shared_block_fraction": stats.shared / max(1, stats.generated),
         "mean_used_blocks": statistics.fmean(used),
@@ -121,8 +187,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="requests, all in flight at once")
     parser.add_argument("--output-tokens", type=int, default=512)
     parser.add_argument("--tokens-per-block", type=int, default=32)
-    parser.add_argument("--variants", nargs="+", default=["off", "shadow", "aligned"])
-    parser.add_argument("--repeat", type=int, default=1, help="rounds over all variants; the median round counts")
+    parser.add_argument("--variants", nargs="+", default=["off", "shadow", _FULL_SEARCHES, "aligned"])
+    parser.add_argument("--repeat", type=int, default=3, help="rounds over all variants")
+    parser.add_argument("--budget-s", type=float, help="start no round that would not end within so many seconds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel of a decode step on its own")
     parser.add_argument("--output-json", type=Path)
@@ -141,28 +208,6 @@ def main() -> None:
     runner = TorchRunner(model, blocks, options.tokens_per_block, use_graphs=not options.no_graphs)
     print(f"device: {device}; {options.model_shape} with random weights, {options.batch_size} x {length} tokens")
     print(f"block distances: {runner.search.description}\ndecode attention: {runner.decode_description}")
-    configs = {
-        name: make_config("aligned", shadow=True) if name == "shadow" else make_config(name)
-        for name in options.variants
-    }
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
-    replay(runner, make_config("off"), boundaries, [s[: _PROMPT_TOKENS + 16] for s in scripts])  # warm-up
-    for _ in range(options.repeat):
-        for name, config in configs.items():
-            rounds[name].append(replay(runner, config, boundaries, scripts))
-    rows = {}
-    for name, entries in rounds.items():
-        ordered = sorted(entries, key=lambda e: e["step_ms_mean"])
-        rows[name] = ordered[len(ordered) // 2]
-    base = rows.get("off")
-    print(f"{'variant':<9} {'step ms':>8} {'over off':>9} {'search':>7} {'shared':>7} {'blocks, mean':>13} {'peak':>6}")
-    for name, row in rows.items():
-        row["over_off"] = row["step_ms_mean"] / base["step_ms_mean"] - 1 if base else None
-        over = "-" if row["over_off"] is None else f"{row['over_off']:+.1%}"
-        shares = f"{row['search_time_fraction']:>7.1%} {row['shared_block_fraction']:>7.1%}"
-        blocks = f"{row['mean_used_blocks']:>13.0f} {row['peak_used_blocks']:>6}"
-        print(f"{name:<9} {row['step_ms_mean']:>8.2f} {over:>9} {shares} {blocks}")
-    print("random weights: these figures say nothing of accuracy")
     report = make_report(
         {
             "device": device,
@@ -172,10 +217,60 @@ def main() -> None:
             "tokens_per_block": options.tokens_per_block,
             "block_distances": runner.search.description,
             "decode_attention": runner.decode_description,
-            "variants": rows,
         }
     )
+    # With the search, which compiles its kernel at its first turn.
+    replay(runner, _FULL_SEARCHES, boundaries, [s[: _PROMPT_TOKENS + _WARM_UP_TOKENS] for s in scripts])
+    rounds: list[dict[str, dict[str, Any]]] = []
+    started = time.monotonic()
+    while len(rounds) < options.repeat:
+        spent = time.monotonic() - started
+        if rounds and options.budget_s is not None and spent * (1 + 1 / len(rounds)) > options.budget_s:
+            print(f"{options.repeat - len(rounds)} rounds of {options.repeat} not run: no time left (--budget-s)")
+            break
+        # Every other round runs backwards, so that a drift of the machine falls on all variants.
+        order = options.variants[:: -1 if len(rounds) % 2 else 1]
+        found = {name: replay(runner, name, boundaries, scripts) for name in order}
+        rounds.append({name: found[name] for name in options.variants})
+        report["num_rounds"], report["variants"] = len(rounds), summarize(rounds)
+        if options.output_json is not None:
+            write_report(report, options.output_json)
+    print(table(report["variants"]))
+    print("random weights: these figures say nothing of accuracy")
     publish(report, options.output_json)
+
+
+def summarize(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Each variant's figures of its median round, and its cost over ``off`` as the median of all rounds' ratios.
+
+    ``over_off`` is None, with the reason, where no pair was compared: such a run measures no search.
+    """
+    rows = {}
+    for name in rounds[0]:
+        entries = sorted((r[name] for r in rounds), key=lambda e: e["step_ms_mean"])
+        row = dict(entries[len(entries) // 2])
+        row["over_off"] = None
+        if "off" in rounds[0] and name != "off":
+            ratios = [r[name]["step_ms_mean"] / r["off"]["step_ms_mean"] - 1 for r in rounds]
+            if row["pairs_compared"]:
+                row["over_off"], row["over_off_range"] = statistics.median(ratios), [min(ratios), max(ratios)]
+            else:
+                row["no_over_off"] = "no pair was compared"
+        rows[name] = row
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """One line a variant."""
+    lines = [f"{'variant':<14} {'step ms':>8} {'over off':>9} {'from':>7} {'to':>7} {'pairs':>6} {'search':>7} "
+             f"{'shared':>7} {'blocks, mean':>13} {'peak':>6}"]  # fmt: skip
+    for name, row in rows.items():
+        over = [row["over_off"], *row.get("over_off_range", [None, None])]
+        costs = " ".join(("-" if o is None else f"{o:+.1%}").rjust(w) for o, w in zip(over, (9, 7, 7), strict=True))
+        shares = f"{row['search_time_fraction']:>7.1%} {row['shared_block_fraction']:>7.1%}"
+        blocks = f"{row['mean_used_blocks']:>13.0f} {row['peak_used_blocks']:>6}"
+        lines.append(f"{name:<14} {row['step_ms_mean']:>8.2f} {costs} {row['pairs_compared']:>6} {shares} {blocks}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,12 @@ struct DeviceCase {
     {
     }
 
-    int32_t enqueue(IPluginV3OneRuntime& plugin, cudaStream_t stream, void const* pointers = nullptr)
+    int32_t enqueue(
+        IPluginV3OneRuntime& plugin, cudaStream_t stream, void const* pointers = nullptr, int64_t pairs = kPairs)
     {
+        for (auto index : {3U, 4U, 5U, 7U}) { // new_rows, old_rows, position_delta, block distances
+            descriptions[index].dims.d[0] = pairs;
+        }
         std::array<void const*, kInputs> const inputs{hidden.data(), pointers ? pointers : pointer.data(),
             numBlocks.data(), newRows.data(), oldRows.data(), delta.data(), frequencies.data()};
         std::array<void*, 1> const outputs{distances.data()};
@@ -181,6 +185,13 @@ void runPhase(Library const& library, std::vector<int32_t> const& values)
     cuda(cudaStreamSynchronize(stream), "synchronise");
     auto const second = device.distances.read();
     require(std::memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0, "other bits in a graph");
+    // No pairs: a success that writes nothing.
+    cuda(cudaMemset(device.distances.data(), 0xff, first.size() * sizeof(float)), "clear");
+    require(device.enqueue(*runtime(*attached), stream, nullptr, 0) == 0, "enqueue of no pairs failed");
+    cuda(cudaStreamSynchronize(stream), "synchronise");
+    for (float value : device.distances.read()) {
+        require(std::isnan(value), "a search of no pairs wrote something");
+    }
     cuda(cudaGraphExecDestroy(executable), "destroy");
     cuda(cudaGraphDestroy(graph), "destroy");
     cuda(cudaStreamDestroy(stream), "destroy");
@@ -206,6 +217,8 @@ void buildPhase(Library const& library)
     for (float value : device.distances.read()) {
         require(value == 0.0F, "the output was not cleared");
     }
+    require(device.enqueue(*runtime(*plugin), nullptr, nowhere.data(), 0) == 0, "enqueue of no pairs failed");
+    cuda(cudaDeviceSynchronize(), "an enqueue of no pairs left an error");
 }
 
 } // namespace

@@ -8,6 +8,13 @@ namespace memshare {
 constexpr int kMaxThreads = 256;
 constexpr int kMinBlocks = 2; // per multiprocessor: leaves 128 registers to a thread
 
+// The same for kernels that learn the shape at launch. Before sm_89, which decodes e4m3 by an instruction, full vectors
+// of it do not fit 128 registers beside a shape that is no constant.
+template <class Element> constexpr int kMinBlocksAnyShape = kMinBlocks;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+template <> constexpr int kMinBlocksAnyShape<Fp8E4M3> = 1;
+#endif
+
 // Sums over the block in a fixed order: within a warp halves are added to halves, then the warps in order.
 // The result is thread 0's.
 __device__ __forceinline__ Sums block_sum(Sums sums)
@@ -72,10 +79,10 @@ __device__ __forceinline__ void compare_pair(long long const* pool_pointers, int
 // new_rows, old_rows, position_delta: int32 [num_pairs, tokens_per_block]. inv_freq: float32 [rotary_dim / 2].
 // distances: float32 [num_pairs, num_layers, 4]; zero for a pair without rows, NaN for one with a row out of the pool.
 template <class Element, int kCount, bool kInterleaved>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) block_distance(long long const* __restrict__ pool_pointers,
-    int const* __restrict__ num_blocks, int const* __restrict__ new_rows, int const* __restrict__ old_rows,
-    int const* __restrict__ position_delta, float const* __restrict__ inv_freq, float4* __restrict__ distances,
-    PoolShape shape)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocksAnyShape<Element>) block_distance(
+    long long const* __restrict__ pool_pointers, int const* __restrict__ num_blocks, int const* __restrict__ new_rows,
+    int const* __restrict__ old_rows, int const* __restrict__ position_delta, float const* __restrict__ inv_freq,
+    float4* __restrict__ distances, PoolShape shape)
 {
     compare_pair<Element, kCount, kInterleaved>(
         pool_pointers, num_blocks, new_rows, old_rows, position_delta, inv_freq, distances, shape);

@@ -6,10 +6,8 @@
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define MEMSHARE_HD __host__ __device__ __forceinline__
-#define MEMSHARE_DEVICE __device__ __forceinline__
 #else
 #define MEMSHARE_HD inline
-#define MEMSHARE_DEVICE
 #endif
 
 // Host compilers do not know the pragma, and nvcc hands them this text as well.
@@ -96,60 +94,79 @@ struct Int8 {
 // Elements of a full 16-byte vector.
 template <class Element> constexpr int kFullVector = 16 / static_cast<int>(sizeof(typename Element::Bits));
 
-// Defined for devices only.
-template <class Element, int kCount>
-MEMSHARE_DEVICE void load_vector(typename Element::Bits const* source, float (&values)[kCount]);
-
-#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-// Two e4m3 in one instruction where there is one: decoding them one by one would take longer than reading them.
-template <class Element> MEMSHARE_DEVICE void decode_pair(unsigned int bits, float& low, float& high)
+// Byte i of the result is byte number `selector`'s i-th hexadecimal digit of the eight in `low`, then `high`.
+MEMSHARE_HD unsigned int pick_bytes(unsigned int low, unsigned int high, unsigned int selector)
 {
-    low = Element::decode(static_cast<typename Element::Bits>(bits));
-    high = Element::decode(static_cast<typename Element::Bits>(bits >> 8 * sizeof(typename Element::Bits)));
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, selector);
+#else
+    unsigned int result = 0;
+    for (unsigned int i = 0; i < 4; ++i) {
+        unsigned int const byte = selector >> 4 * i & 7u;
+        result |= ((byte < 4 ? low >> 8 * byte : high >> 8 * (byte - 4)) & 0xffu) << 8 * i;
+    }
+    return result;
+#endif
+}
+
+// Decodes the elements of one 32-bit word, the first in its low bits.
+template <class Element> MEMSHARE_HD void decode_word(unsigned int word, float* values)
+{
+    constexpr int kCount = kFullVector<Element> / 4;
+MEMSHARE_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+        values[i] = Element::decode(static_cast<typename Element::Bits>(word >> 32 / kCount * i));
+    }
+}
+
+// Int8::decode with the sign bits of four elements turned at once and each put into place by one instruction: reading
+// int8 is bound by instructions where memory is fast.
+template <> MEMSHARE_HD void decode_word<Int8>(unsigned int word, float* values)
+{
+    unsigned int const turned = word ^ 0x80808080u;
+MEMSHARE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        unsigned int const bits = pick_bytes(turned, 0x4b000000u, 0x7540u + static_cast<unsigned int>(i));
+        values[i] = float_of_bits(bits) - 8388736.0f;
+    }
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-template <> MEMSHARE_DEVICE void decode_pair<Fp8E4M3>(unsigned int bits, float& low, float& high)
+// Two e4m3 in one instruction: decoding them one by one would take longer than reading them.
+template <> MEMSHARE_HD void decode_word<Fp8E4M3>(unsigned int word, float* values)
 {
-    unsigned int halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(bits)));
-    low = Fp16::decode(static_cast<unsigned short>(halves));
-    high = Fp16::decode(static_cast<unsigned short>(halves >> 16));
-}
-#endif
-
-// One 16-byte load through the read-only path.
-template <class Element, int kCount>
-MEMSHARE_DEVICE void load_vector(typename Element::Bits const* source, float (&values)[kCount])
-{
-    uint4 const words = __ldg(reinterpret_cast<uint4 const*>(source));
-    unsigned int const word[4] = {words.x, words.y, words.z, words.w};
-    if constexpr (kCount == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            values[i] = Element::decode(word[i]);
-        }
-    } else {
-        constexpr int kPairsPerWord = kCount / 8;
-#pragma unroll
-        for (int i = 0; i < kCount / 2; ++i) {
-            unsigned int const bits = word[i / kPairsPerWord] >> (i % kPairsPerWord * 16);
-            decode_pair<Element>(bits, values[2 * i], values[2 * i + 1]);
-        }
+MEMSHARE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        unsigned int halves;
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(word >> 16 * i)));
+        values[2 * i] = Fp16::decode(static_cast<unsigned short>(halves));
+        values[2 * i + 1] = Fp16::decode(static_cast<unsigned short>(halves >> 16));
     }
 }
 #endif
+
+// One 16-byte load, on a GPU through the read-only path.
+template <class Element, int kCount>
+MEMSHARE_HD void load_vector(typename Element::Bits const* source, float (&values)[kCount])
+{
+#if defined(__CUDA_ARCH__)
+    uint4 const words = __ldg(reinterpret_cast<uint4 const*>(source));
+    unsigned int const word[4] = {words.x, words.y, words.z, words.w};
+#else
+    unsigned int word[4];
+    __builtin_memcpy(word, source, sizeof word);
+#endif
+MEMSHARE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        decode_word<Element>(word[i], values + kCount / 4 * i);
+    }
+}
 
 // Decodes kCount elements at `source`, aligned to 16 bytes if they fill a vector.
 template <class Element, int kCount>
 MEMSHARE_HD void load(typename Element::Bits const* source, float (&values)[kCount])
 {
-#if defined(__CUDA_ARCH__)
-    constexpr bool kFills = kCount == kFullVector<Element>;
-#else
-    constexpr bool kFills = false;
-#endif
-    if constexpr (kFills) {
+    if constexpr (kCount == kFullVector<Element>) {
         load_vector<Element>(source, values);
     } else {
         for (int i = 0; i < kCount; ++i) {

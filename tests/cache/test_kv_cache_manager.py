@@ -40,6 +40,36 @@ def test_a_shifted_repeat_frees_the_older_blocks_and_keeps_every_prompt_block():
     manager.check_integrity()
 
 
+def steps_that_repeat(manager: KVCacheManager, request: int, times: int) -> None:
+    """A request of that many equal steps of three blocks: each block has counterparts in two of the others."""
+    step = [*np.random.default_rng(5).integers(2, 60, 3 * SIZE - 1).tolist(), 0]
+    tokens = [2] * (SIZE - 1) + [0] + step * times + TAIL
+    run_of(manager, request, tokens, prompt=SIZE)
+
+
+@pytest.mark.parametrize("max_pairs", [1, 4, 7, 64])
+def test_no_search_offers_more_than_max_pairs_though_one_block_has_several_counterparts(max_pairs):
+    """What was cut off comes with the next search, and a block with more counterparts than fit blocks nothing."""
+    manager = make_manager(matcher="steps", max_pairs=max_pairs, min_step_tokens=8, num_blocks=60)
+    everything = make_manager(matcher="steps", max_pairs=512, min_step_tokens=8, num_blocks=60)
+    for each in (manager, everything):
+        steps_that_repeat(each, 0, 4)
+        steps_that_repeat(each, 1, 3)
+    whole = everything.candidates()
+    blocks = [(c.request_id, c.logical) for c in whole]
+    assert max(blocks.count(b) for b in blocks) > 1
+    assert len(blocks) > 7
+    searches = []
+    while found := manager.candidates():
+        assert len(found) <= max_pairs
+        searches.append([(c.request_id, c.logical, c.donor) for c in found])
+        assert len(searches) <= 2 * len(whole), "the searches go round in circles"
+    offered = {pair for search in searches for pair in search}
+    for block in set(blocks):
+        count = len([pair for pair in offered if pair[:2] == block])
+        assert min(max_pairs, blocks.count(block)) <= count <= blocks.count(block)
+
+
 def test_keep_earliest_retires_the_newer_copy():
     manager = make_manager("keep-earliest")
     body = np.random.default_rng(1).integers(2, 60, 4 * SIZE).tolist()

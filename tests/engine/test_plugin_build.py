@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from trtllm_memshare.engine.plugin_build import (
     spilling,
 )
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.search.kernel_compiler import KernelResources
+from trtllm_memshare.search.kernel_compiler import KernelResources, import_cuda_core
 
 
 @pytest.fixture
@@ -43,18 +45,31 @@ def tools(tmp_path, monkeypatch):
 def test_every_kernel_compiles_for_hopper_without_a_gpu_and_none_spills():
     pytest.importorskip("cuda.core", reason="cuda.core is not installed (extra cuda)")
     checked = check_kernels(["sm_90"])
-    dtypes = {(v.dtype, v.interleaved, v.vector_elements) for v, _ in checked["sm_90"]}
-    assert len(dtypes) == 5 * 2 * 2
+    dtypes = {(v.dtype, v.interleaved, v.vector_elements, v.any_shape) for v, _ in checked["sm_90"]}
+    assert len(dtypes) == 5 * 2 * 2 * 2
     assert spilling(checked) == []
     # Two blocks of 256 threads must fit the 65,536 registers of a multiprocessor.
     assert all(0 < r.registers <= 128 for _, r in checked["sm_90"])
     assert resources_table(checked).count("sm_90") == len(checked["sm_90"])
 
 
+def test_an_old_cuda_core_is_named_by_its_version(monkeypatch):
+    old, utils = types.ModuleType("cuda.core"), types.ModuleType("cuda.core.utils")
+    old.__version__, old.utils, old.Program = "0.7.0", utils, object
+    monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+    monkeypatch.setattr(sys.modules["cuda"], "core", old, raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.core", old)
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", utils)
+    with pytest.raises(UserError, match=r"cuda.core must be 1.0 or newer, got 0.7.0 \(pip install"):
+        import_cuda_core()
+    utils.FileStreamProgramCache = object
+    assert import_cuda_core() is old
+
+
 def test_a_spill_is_named():
     variant = plugin_build.checked_variants()[0]
     rows = {"sm_80": [(variant, KernelResources(255, 128, 16, 0))], "sm_90": [(variant, KernelResources(40, 0, 0, 0))]}
-    assert spilling(rows) == ["sm_80 float32 half-split head_dim 64"]
+    assert spilling(rows) == ["sm_80 float32 half-split head 64, vectors of 4"]
 
 
 @pytest.mark.parametrize("missing", ["cmake", "nvcc"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
+from conftest import write_random_checkpoint
 from tolerances import SAME_LOGITS
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +16,7 @@ from trtllm_memshare.runners.protocol import StepBatch
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
-from trtllm_memshare.search.types import Candidate
+from trtllm_memshare.search.types import Candidate, PairBatch
 
 SIZE = 8
 
@@ -142,3 +145,54 @@ def test_bfloat16_pool_is_read_back_in_the_model_s_dtype(family_checkpoint):
     expected = reference_logits(family_checkpoint, tokens[0].tolist())[-1:]
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def steps_on(device, checkpoint, dtype=torch.float32, **options):
+    """Logits, distances and the pool after prompts in chunks, a mixed step and pure decode steps; on the CPU."""
+    runner = TorchRunner(load_model(checkpoint, device).to(dtype), 40, SIZE, **options)
+    manager, rng = make_manager(runner), np.random.default_rng(0)
+    tokens = {i: rng.integers(4, 70, n) for i, n in enumerate((40, 23, 31))}
+    for request, ids in tokens.items():
+        assert manager.add_sequence(request, ids.astype(np.int32))
+    rows = np.arange(4 * SIZE, dtype=np.int32).reshape(4, SIZE)
+    pairs = PairBatch(rows[:3], rows[1:] - 3, np.full((3, SIZE), 1234, np.int32))
+    results = []
+    for requests, lengths, chunks, contexts in (
+        ([0, 1, 2], [20, 20, 28], [20, 20, 28], 3),
+        ([0, 1, 2], [36, 21, 29], [16, 1, 1], 1),
+        ([2, 0, 1], [30, 37, 22], [1, 1, 1], 0),
+        ([2, 0, 1], [31, 38, 23], [1, 1, 1], 0),
+        ([0], [39], [1], 0),
+    ):
+        batch = batch_of(manager, requests, lengths, chunks, tokens, contexts, pairs=pairs)
+        output = runner.step(runner.prepare(batch))
+        results += [output.logits.cpu().clone(), torch.from_numpy(output.block_distances.read()[0].copy())]
+    return runner, [*results, runner.pool.float().cpu()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_gpu_gives_the_logits_distances_and_pool_of_the_cpu(family, tmp_path):
+    checkpoint = write_random_checkpoint(tmp_path, family, hidden_size=128)  # the smallest head that the kernel takes
+    expected = steps_on("cpu", checkpoint)[1]
+    runner, results = steps_on("cuda", checkpoint)
+    assert runner.search.description.startswith("CUDA kernel"), runner.search.description
+    for got, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, wanted, **SAME_LOGITS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="FlashInfer is not installed")
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_flashinfer_and_graphs_give_the_logits_distances_and_pool_of_the_cpu(use_graphs, tmp_path):
+    """At the smallest head that FlashInfer takes, in fp16; four query heads to a KV head take its tensor cores."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 1, "initializer_range": 0.05}
+    checkpoint = write_random_checkpoint(tmp_path, "llama", **sizes)
+    expected = steps_on("cpu", checkpoint, torch.float16)[1]
+    runner, results = steps_on("cuda", checkpoint, torch.float16, use_graphs=use_graphs)
+    assert runner.decode_description.startswith("FlashInfer")
+    assert ("CUDA graphs" in runner.decode_description) == use_graphs
+    for got, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from search.float64_reference import block_distance_float64, relative_error
 from tolerances import KERNEL_RELATIVE_ERROR
 
-from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance, check_pairs, check_pool
+from trtllm_memshare.search.block_search import make_block_search
+from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance, check_launch, check_pairs, check_pool
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant, kernel_source
 from trtllm_memshare.search.types import PairBatch
 
@@ -18,11 +20,11 @@ BLOCKS, LAYERS, HEADS, SIZE, DIM = 7, 3, 2, 16, 64
 INV_FREQ = (1.0 / 1e6 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)).float()
 
 
-def make_pairs(count: int, undo_rope: bool = True, seed: int = 0) -> PairBatch:
+def make_pairs(count: int, undo_rope: bool = True, seed: int = 0, size: int = SIZE) -> PairBatch:
     rng = np.random.default_rng(seed)
-    first = rng.integers(0, (BLOCKS - 1) * SIZE, (2, count, 1))
-    new, old = (first + np.arange(SIZE)).astype(np.int32)
-    delta = rng.integers(-32768, 32768, (count, SIZE)).astype(np.int32)
+    first = rng.integers(0, (BLOCKS - 1) * size, (2, count, 1))
+    new, old = (first + np.arange(size)).astype(np.int32)
+    delta = rng.integers(-32768, 32768, (count, size)).astype(np.int32)
     return PairBatch(new, old, delta, undo_rope)
 
 
@@ -72,6 +74,29 @@ def test_pools_that_no_kernel_takes_are_refused():
         check_pool(torch.zeros(2, 1, 2, 1, 64, 16).transpose(-1, -2))
     with pytest.raises(ValueError, match="needs a pool on a CUDA device, got cpu"):
         check_pool(make_pool(torch.float16))
+
+
+def test_the_reference_refuses_as_many_pairs_as_the_kernel_would():
+    search = make_block_search(make_pool(torch.float32), INV_FREQ, max_pairs=2)
+    assert search.compare(make_pairs(2)).read()[0].shape == (2, LAYERS, 4)
+    with pytest.raises(ValueError, match="at most 2 pairs fit one search, got 3"):
+        search.compare(make_pairs(3))
+
+
+def test_tensors_that_the_kernel_cannot_take_by_address_are_refused():
+    pool, (new, old, delta) = make_pool(torch.float32), tensors(make_pairs(3))
+    sums = torch.zeros(3, LAYERS, 4)
+    check_launch(pool, new, old, delta, sums)
+    for name, changed_tensors, message in (
+        ("old_rows", (new, old.long(), delta, sums), "got contiguous torch.int64"),
+        ("new_rows", (new.T.contiguous().T, old, delta, sums), "got not contiguous torch.int32"),
+        ("position_delta", (new, old, delta[:2], sums), r"on cpu, got contiguous torch.int32 \[2, 16\]"),
+        ("distances", (new, old, delta, sums.double()), "got contiguous torch.float64"),
+        ("distances", (new, old, delta, sums[:, :1]), "got not contiguous"),
+        ("new_rows", (new.to("meta"), old, delta, sums), "on cpu, got .* on meta"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be contiguous .*({message})"):
+            check_launch(pool, *changed_tensors)
 
 
 @pytest.mark.parametrize(
@@ -125,20 +150,110 @@ def cuda_search(dtype: torch.dtype, tmp_path, interleaved: bool = False):
     return pool, CudaBlockDistance(pool, INV_FREQ, max_pairs=8, interleaved=interleaved, cache_dir=tmp_path)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in ELEMENT_TYPES], ids=str)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("undo_rope", [False, True])
-def test_kernel_against_float64_and_bit_for_bit_with_itself(dtype, interleaved, undo_rope, tmp_path):
-    pool, search = cuda_search(dtype, tmp_path, interleaved)
-    pairs = make_pairs(8, undo_rope)
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of a pool: heads, tokens of a block, head_dim and rotary_dim."""
+
+    heads: int
+    size: int
+    dim: int
+    rotary: int
+
+
+SHAPES = [
+    Shape(2, 16, 64, 64),
+    Shape(4, 32, 128, 128),
+    Shape(3, 32, 128, 64),  # partial rotary
+    Shape(1, 8, 72, 36),  # single elements
+    Shape(1, 128, 256, 256),
+    Shape(2, 64, 128, 0),  # no rotary at all
+]
+
+
+def compare_with_float64(shape: Shape, dtype: torch.dtype, interleaved: bool, cache_dir) -> None:
+    """Every count of pairs gives the bits that the same pairs have among others, near the sums in float64."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    values = torch.randn(
+        BLOCKS, LAYERS, 2, shape.heads, shape.size, shape.dim, generator=torch.Generator().manual_seed(3)
+    )
+    pool = (values * 40).to(torch.int8) if dtype == torch.int8 else values.to(dtype)
+    inv_freq = (1.0 / 1e6 ** (torch.arange(0, shape.rotary, 2, dtype=torch.float64) / max(1, shape.rotary))).float()
+    search = CudaBlockDistance(pool.cuda(), inv_freq, max_pairs=8, interleaved=interleaved, cache_dir=cache_dir)
+    pairs = make_pairs(8, size=shape.size)
+    for pair, token in ((1, 0), (5, shape.size - 1)):
+        pairs = changed(changed(pairs, "new_rows", pair, token, -1), "old_rows", pair, token, -1)
     first = search.compare(pairs).read()[0].copy()
-    inv_freq = INV_FREQ if undo_rope else INV_FREQ[:0]
-    exact = block_distance_float64(pool.cpu(), *tensors(pairs), inv_freq, interleaved)
+    exact = block_distance_float64(pool, *tensors(pairs), inv_freq, interleaved)
     assert relative_error(first, exact) < KERNEL_RELATIVE_ERROR
     for count in (8, 3, 1):
-        part = PairBatch(pairs.new_rows[:count], pairs.old_rows[:count], pairs.position_delta[:count], undo_rope)
+        part = PairBatch(pairs.new_rows[:count], pairs.old_rows[:count], pairs.position_delta[:count])
         np.testing.assert_array_equal(search.compare(part).read()[0], first[:count])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in ELEMENT_TYPES], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_against_float64_and_bit_for_bit_with_itself(shape, dtype, interleaved, tmp_path):
+    compare_with_float64(shape, dtype, interleaved, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
+def test_small_cases_for_the_sanitizer(shape, dtype, tmp_path):
+    """Few and small: a sanitizer makes a kernel a hundred times slower. gpu_suite.sh picks them by this name."""
+    compare_with_float64(shape, dtype, False, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_k_is_compared_as_stored_where_rope_is_not_undone(dtype, tmp_path):
+    pool, search = cuda_search(dtype, tmp_path)
+    pairs = make_pairs(8, undo_rope=False)
+    exact = block_distance_float64(pool.cpu(), *tensors(pairs), INV_FREQ[:0])
+    assert relative_error(search.compare(pairs).read()[0], exact) < KERNEL_RELATIVE_ERROR
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_to_the_31_elements(tmp_path):
+    """4.3 GB of int8: a row's offset there does not fit 32 bits, signed or not."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    layers, heads, size, dim = 28, 8, 32, 128
+    block = layers * 2 * heads * size * dim
+    blocks = (1 << 32) // block + 8
+    if torch.cuda.mem_get_info()[0] < blocks * block + (2 << 30):
+        pytest.skip(f"the pool takes {blocks * block / 1e9:.1f} GB, {torch.cuda.mem_get_info()[0] / 1e9:.1f} are free")
+    pool = torch.zeros((blocks, layers, 2, heads, size, dim), dtype=torch.int8, device="cuda")
+    assert pool[:-4].numel() > 1 << 32
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    pool[-4:] = torch.randint(-100, 100, pool[-4:].shape, dtype=torch.int8, device="cuda", generator=generator)
+    last = pool[-4:].cpu()
+    slots = np.arange(size, dtype=np.int32)
+    rows = np.stack([slots, size + slots, 2 * size + slots])
+    delta = np.full_like(rows, 321)
+    near = PairBatch(rows, rows[::-1] + 5, delta)
+    far = PairBatch(rows + (blocks - 4) * size, near.old_rows + (blocks - 4) * size, delta)
+    inv_freq = (1.0 / 1e6 ** (torch.arange(0, dim, 2) / dim)).float()
+    sums = CudaBlockDistance(pool, inv_freq, max_pairs=4, cache_dir=tmp_path).compare(far).read()[0]
+    exact = block_distance_float64(last, *tensors(near), inv_freq)
+    assert relative_error(sums, exact) < KERNEL_RELATIVE_ERROR
+
+
+@pytest.mark.gpu
+def test_a_thread_that_torch_has_not_used_launches_too(tmp_path):
+    """A new thread has no CUDA context, and the search hands its launch to the driver."""
+    pool, search = cuda_search(torch.float16, tmp_path)
+    pairs = make_pairs(4)
+    expected = search.compare(pairs).read()[0].copy()
+    inputs, sums = [t.cuda() for t in tensors(pairs)], torch.zeros(4, LAYERS, 4, device=pool.device)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(search.launch, *inputs, sums).result()
+    torch.cuda.synchronize()
+    np.testing.assert_array_equal(sums.cpu().numpy(), expected)
 
 
 @pytest.mark.gpu

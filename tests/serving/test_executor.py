@@ -73,6 +73,45 @@ def test_sharing_frees_blocks_and_keeps_most_answers(runner, boundaries, prompts
     assert sum(a == b for a, b in zip(*tails, strict=True)) >= 10
 
 
+class PairsInTheBatch:
+    """A runner whose search is part of its step, as an engine's is."""
+
+    def __init__(self, runner) -> None:
+        for name in ("num_layers", "num_blocks", "tokens_per_block", "vocab_size", "prepare", "step"):
+            setattr(self, name, getattr(runner, name))
+
+
+@pytest.mark.parametrize("preset", ["aligned", "lexical"])
+def test_stage_1_behind_the_launch_decides_as_it_does_before_it(runner, boundaries, prompts, preset):
+    """Once between the step's launch and its results, once ahead of the batch: the same shares in the same steps."""
+    results = []
+    for each in (runner, PairsInTheBatch(runner)):
+        outputs, executor = run(each, boundaries, prompts[:6], make_config(preset), max_new_tokens=900)
+        results.append((outputs, executor.manager.stats(), executor.rejected, executor.stats.block_steps))
+    assert results[0] == results[1]
+    assert results[0][1].shared > 0
+
+
+def test_candidates_are_looked_for_after_the_step_is_enqueued(runner, boundaries, prompts, monkeypatch):
+    calls = []
+
+    class Recorded(PairsInTheBatch):
+        def compare(self, pairs):
+            calls.append("compare")
+            return runner.compare(pairs)
+
+    recorded = Recorded(runner)
+    step, candidates = recorded.step, KVCacheManager.candidates
+    monkeypatch.setattr(recorded, "step", lambda inputs: calls.append("step") or step(inputs))
+    monkeypatch.setattr(KVCacheManager, "candidates", lambda manager: calls.append("candidates") or candidates(manager))
+    config = make_config("aligned", search_interval=1)
+    run(recorded, boundaries, prompts[:1], config, max_new_tokens=700)
+    assert "compare" in calls
+    for index, call in enumerate(calls):
+        if call == "compare":
+            assert calls[index - 2 : index] == ["step", "candidates"]
+
+
 @pytest.mark.parametrize("preset", ["off", "aligned"])
 @pytest.mark.parametrize("policy", [MAX_UTILIZATION, GUARANTEED_NO_EVICT])
 def test_a_small_pool_delays_but_changes_no_token(runner, boundaries, prompts, generated, preset, policy):

@@ -6,23 +6,25 @@ import numpy as np
 
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.sequence import Sequence
+from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate
 
 
 def find_candidates(
-    sequence: Sequence, table: np.ndarray, pool: BlockPool, limit: int, settled_tokens: int = 0
+    sequence: Sequence, table: np.ndarray, pool: BlockPool, limit: int, config: MemShareConfig
 ) -> list[Candidate]:
     """Candidates of one sequence, oldest block first.
 
-    A ready block is passed over, and offered again next time, while it is protected, its copy is too new or no donor
-    is full yet; it is settled when it is offered or can never be retired.
+    A ready block is passed over, and offered again next time, while it is protected, its copy is too new, no donor is
+    full yet or ``limit`` cut off some of its counterparts; it is settled when it is offered or can never be retired.
 
     Args:
       sequence: past its prompt; its matcher's list of ready blocks is modified.
       table: int32 ``[max_blocks_per_seq]``, its row of the block table.
       pool: the pool, read only.
-      limit: most candidates to return.
-      settled_tokens: tokens that must follow the copy that would stand in.
+      limit: most candidates to return: what is left of ``max_pairs``.
+      config: for ``settled_tokens`` and ``max_pairs``. A block with more counterparts than a whole search can take is
+        judged by its first ones: waiting for room that never comes, it would hold up every block behind it.
     """
     matcher, found = sequence.matcher, list[Candidate]()
     if matcher is None:
@@ -41,9 +43,12 @@ def find_candidates(
             continue
         if (logical + 1) * size > end:
             continue
-        block, waits = int(table[logical]), False
+        block, waits, first = int(table[logical]), False, len(found)
         for positions in matcher.counterparts(logical):
-            if positions.max() + settled_tokens >= sequence.num_computed:
+            if len(found) >= limit:
+                waits = waits or len(found) - first < config.max_pairs
+                break
+            if positions.max() + config.settled_tokens >= sequence.num_computed:
                 waits = True
                 continue
             kept_rows = sequence.token_rows[positions]

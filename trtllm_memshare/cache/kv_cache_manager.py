@@ -148,9 +148,7 @@ class KVCacheManager:
             if room <= 0:
                 break
             self._feed(sequence)
-            found.extend(
-                find_candidates(sequence, self._tables[sequence.slot], self.pool, room, self.config.settled_tokens)
-            )
+            found.extend(find_candidates(sequence, self._tables[sequence.slot], self.pool, room, self.config))
             if sequence.group in self._groups:
                 self._groups[sequence.group].look_at(sequence, self._sequences)
         for group in self._groups.values():

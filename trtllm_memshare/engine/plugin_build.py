@@ -95,6 +95,8 @@ def build_plugin(plan: PluginBuild) -> Path:
       UserError: a command failed; its output stands above.
     """
     configure = ["cmake", "--preset", plan.preset, "-B", str(plan.output_dir), f"-DTENSORRT_ROOT={plan.tensorrt_root}"]
+    if shutil.which("make") is None and shutil.which("ninja") is not None:
+        configure += ["-G", "Ninja"]  # CMake would insist on make
     build = ["cmake", "--build", str(plan.output_dir), "--parallel", str(os.cpu_count() or 1)]
     for command in (configure, build):
         print(f"+ {' '.join(command)}", flush=True)
@@ -108,6 +110,9 @@ def check_kernels(
     architectures: Sequence[str] = ARCHITECTURES,
 ) -> dict[str, list[tuple[KernelVariant, KernelResources]]]:
     """Compiles every variant for each architecture with NVRTC; no GPU, driver or nvcc is used.
+
+    The plugin library's kernels are among them (shape "any"). Its own build by nvcc need not take the same registers,
+    but an nvcc of NVRTC's version does.
 
     Raises:
       UserError: ``cuda.core`` is missing, or an architecture that the project does not build for.
@@ -129,11 +134,11 @@ def check_kernels(
 
 def resources_table(checked: CheckedKernels) -> str:
     """One line per architecture and variant."""
-    lines = [f"{'arch':<7} {'dtype':<14} {'layout':<12} {'head_dim':>8} {'vector':>6} {'registers':>9} {'shared':>7} "
+    lines = [f"{'arch':<7} {'dtype':<14} {'layout':<12} {'shape':>9} {'vector':>6} {'registers':>9} {'shared':>7} "
              f"{'spills':>7}"]  # fmt: skip
     for arch, rows in checked.items():
         lines += [
-            f"{arch:<7} {v.dtype:<14} {_layout(v):<12} {v.head_dim:>8} "
+            f"{arch:<7} {v.dtype:<14} {_layout(v):<12} {_shape(v):>9} "
             f"{v.vector_elements:>6} {r.registers:>9} {r.shared_bytes:>5} B {r.spill_bytes:>5} B"
             for v, r in rows
         ]
@@ -144,10 +149,14 @@ def _layout(variant: KernelVariant) -> str:
     return "interleaved" if variant.interleaved else "half-split"
 
 
+def _shape(variant: KernelVariant) -> str:
+    return "any" if variant.any_shape else f"head {variant.head_dim}"
+
+
 def spilling(checked: CheckedKernels) -> list[str]:
     """Names of the kernels that spill registers or use a stack frame: none may."""
     return [
-        f"{arch} {variant.dtype} {_layout(variant)} head_dim {variant.head_dim}"
+        f"{arch} {variant.dtype} {_layout(variant)} {_shape(variant)}, vectors of {variant.vector_elements}"
         for arch, rows in checked.items()
         for variant, resources in rows
         if resources.spill_bytes or resources.stack_bytes

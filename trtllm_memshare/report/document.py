@@ -25,6 +25,13 @@ def publish(report: dict[str, Any], output_json: Path | None) -> None:
     """Prints the machine and, as the last line, the report in JSON; writes it to ``output_json`` if that is given."""
     print(one_line(report["machine"]))
     if output_json is not None:
-        output_json.parent.mkdir(parents=True, exist_ok=True)
-        output_json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(report, output_json)
     print(json.dumps(report))
+
+
+def write_report(report: dict[str, Any], output_json: Path) -> None:
+    """Writes the report; at once or not at all, since a long benchmark writes it again after every row."""
+    output_json.parent.mkdir(parents=True, exist_ok=True)
+    partial = output_json.with_name(output_json.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(output_json)

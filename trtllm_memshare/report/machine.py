@@ -67,6 +67,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """The commit that ``TRTLLM_MEMSHARE_COMMIT`` names, for copies without ``.git``; else git's."""
+    if named := os.environ.get("TRTLLM_MEMSHARE_COMMIT"):
+        return named
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],

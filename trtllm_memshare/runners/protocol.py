@@ -85,6 +85,16 @@ class Runner(Protocol):
         """Runs the model once: writes K and V of the batch's tokens to the pool and returns the logits."""
 
 
+class ComparingRunner(Runner, Protocol):
+    """A runner that can compare rows of its pool apart from a step.
+
+    It is given no pairs with a batch: the executor looks for them once the step is enqueued, while a GPU computes.
+    """
+
+    def compare(self, pairs: PairBatch) -> Distances:
+        """Starts the comparison of the pool's rows as the last step leaves them."""
+
+
 class BenchmarkedRunner(Runner, Protocol):
     """A runner that says what it runs on."""
 

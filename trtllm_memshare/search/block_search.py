@@ -11,7 +11,7 @@ import torch
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.block_distance import block_distance, pairs_on
-from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance
+from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance, check_count
 from trtllm_memshare.search.types import PairBatch
 
 
@@ -28,7 +28,11 @@ class BlockSearch(Protocol):
     description: str
 
     def compare(self, pairs: PairBatch) -> Distances:
-        """Starts the comparison of the pool's rows as they are at this point of the stream."""
+        """Starts the comparison of the pool's rows as they are at this point of the stream.
+
+        Raises:
+          ValueError: more than max_pairs pairs.
+        """
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,13 @@ class ReadyDistances:
 class ReferenceBlockSearch:
     """The PyTorch specification, on whatever device the pool is."""
 
-    def __init__(self, pool: torch.Tensor, inv_freq: torch.Tensor, reason: str) -> None:
-        self._pool, self._inv_freq = pool, inv_freq
+    def __init__(self, pool: torch.Tensor, inv_freq: torch.Tensor, max_pairs: int, reason: str) -> None:
+        self._pool, self._inv_freq, self._max_pairs = pool, inv_freq, max_pairs
         self.description = f"PyTorch reference ({reason})"
 
     def compare(self, pairs: PairBatch) -> ReadyDistances:
-        """See ``BlockSearch.compare``."""
+        """See ``BlockSearch.compare``. Refuses what the kernel's buffers could not hold, though it could take it."""
+        check_count(len(pairs), self._max_pairs)
         started = time.perf_counter()
         inv_freq = self._inv_freq if pairs.undo_rope else self._inv_freq[:0]
         sums = block_distance(self._pool, *pairs_on(self._pool.device, pairs), inv_freq).cpu().numpy()
@@ -70,8 +75,8 @@ def make_block_search(pool: torch.Tensor, inv_freq: torch.Tensor, max_pairs: int
       ValueError: a pool on a CUDA device that no kernel takes.
     """
     if not pool.is_cuda:
-        return ReferenceBlockSearch(pool, inv_freq, f"the pool is on {pool.device}")
+        return ReferenceBlockSearch(pool, inv_freq, max_pairs, f"the pool is on {pool.device}")
     try:
         return CudaBlockDistance(pool, inv_freq, max_pairs)
     except UserError as error:
-        return ReferenceBlockSearch(pool, inv_freq, str(error))
+        return ReferenceBlockSearch(pool, inv_freq, max_pairs, str(error))

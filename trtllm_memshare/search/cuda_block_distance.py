@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,11 @@ class CudaBlockDistance:
         self._cache_dir = cache_dir or Path.home() / ".cache" / "trtllm_memshare"
         self._inv_freq = inv_freq.to(pool.device, torch.float32).contiguous()
         self._core = import_cuda_core()
-        self._device = self._core.Device(pool.device.index or 0)
-        self._device.set_current()
-        capability = self._device.compute_capability
-        self.arch = f"sm_{capability.major}{capability.minor}"
+        self.arch = "sm_{}{}".format(*torch.cuda.get_device_capability(pool.device))
         self.description = f"CUDA kernel for {self.arch}, compiled by NVRTC"
         self._kernels: dict[bool, tuple[KernelVariant, Any]] = {}
+        self._bound = threading.local()
+        self._streams: dict[int, Any] = {}  # by torch's handle; wrapping one takes longer than the rest of a launch
         # The kernel reads these two on the device, as the TensorRT plugin does.
         self._pool_pointer = torch.tensor([pool.data_ptr()], dtype=torch.int64, device=pool.device)
         self._num_blocks = torch.tensor([pool.shape[0]], dtype=torch.int32, device=pool.device)
@@ -102,9 +102,12 @@ class CudaBlockDistance:
           ValueError: shapes that do not agree, more than max_pairs, or rows out of the pool; nothing is launched.
         """
         check_pairs(pairs, self._pool.shape[0], self._pool.shape[4])
+        check_count(len(pairs), self._max_pairs)
+        with torch.cuda.device(self._pool.device):  # the thread's own device may be another
+            return self._compare(pairs)
+
+    def _compare(self, pairs: PairBatch) -> PendingDistances:
         count = len(pairs)
-        if count > self._max_pairs:
-            raise ValueError(f"at most {self._max_pairs} pairs fit one search, got {count} (raise max_pairs)")
         staging = self._staging[self._turn]
         self._turn = 1 - self._turn
         staging.copied.synchronize()  # of the search before last: long past
@@ -132,31 +135,39 @@ class CudaBlockDistance:
         distances: torch.Tensor,
         undo_rope: bool = True,
     ) -> None:
-        """Enqueues the kernel alone on torch's current stream; can be captured once ``kernel`` has compiled it.
+        """Enqueues the kernel alone on torch's current stream of the pool's device.
+
+        Can be captured once ``kernel`` has compiled and loaded it.
 
         Args:
           new_rows, old_rows, position_delta: int32 ``[pairs, tokens_per_block]``, contiguous, device. Rows are checked
             by the kernel only: one out of the pool makes its pair NaN. Pairs of -1 return at once.
           distances: float32 ``[pairs, num_layers, 4]``, device, written.
           undo_rope: compare K after undoing the rotation between the two positions.
+
+        Raises:
+          ValueError: a tensor of another shape, dtype or device, or one that is not contiguous; nothing is launched.
         """
         count = new_rows.shape[0]
+        check_launch(self._pool, new_rows, old_rows, position_delta, distances)
         if not count:
             return
-        variant, kernel = self.kernel(undo_rope)
-        core = self._core
-        config = core.LaunchConfig(grid=count * variant.num_layers, block=variant.num_threads)
-        stream = core.Stream.from_handle(torch.cuda.current_stream(self._pool.device).cuda_stream)
-        arguments = (
-            self._pool_pointer,
-            self._num_blocks,
-            new_rows,
-            old_rows,
-            position_delta,
-            self._inv_freq,
-            distances,
-        )
-        core.launch(stream, config, kernel, *(a.data_ptr() for a in arguments))
+        device = self._pool.device
+        with torch.cuda.device(device):
+            self._bind_thread()
+            variant, kernel = self.kernel(undo_rope)
+            config = self._core.LaunchConfig(grid=count * variant.num_layers, block=variant.num_threads)
+            arguments = (
+                self._pool_pointer,
+                self._num_blocks,
+                new_rows,
+                old_rows,
+                position_delta,
+                self._inv_freq,
+                distances,
+            )
+            stream = self._wrapped(torch.cuda.current_stream(device).cuda_stream)
+            self._core.launch(stream, config, kernel, *(a.data_ptr() for a in arguments))
 
     def kernel(self, undo_rope: bool = True) -> tuple[KernelVariant, Any]:
         """The variant and its loaded kernel; compiles on first use."""
@@ -164,8 +175,22 @@ class CudaBlockDistance:
             rotary_dim = 2 * len(self._inv_freq) if undo_rope else 0
             variant = variant_of(self._pool, rotary_dim, self._interleaved)
             code = compile_variant(variant, self.arch, self._cache_dir)
-            self._kernels[undo_rope] = variant, code.get_kernel(ENTRY_POINT)
+            with torch.cuda.device(self._pool.device):
+                self._bind_thread()
+                self._kernels[undo_rope] = variant, code.get_kernel(ENTRY_POINT)
         return self._kernels[undo_rope]
+
+    def _bind_thread(self) -> None:
+        """Gives a thread that torch has not used yet the device's context: the driver launches into the current one."""
+        if not getattr(self._bound, "done", False):
+            self._core.Device(self._pool.device.index).set_current()
+            self._bound.done = True
+
+    def _wrapped(self, handle: int) -> Any:
+        """``cuda.core``'s object for a stream of torch, whose streams live as long as the process."""
+        if handle not in self._streams:
+            self._streams[handle] = self._core.Stream.from_handle(handle)
+        return self._streams[handle]
 
     def _new_staging(self) -> _Staging:
         _, num_layers, _, _, tokens_per_block, _ = self._pool.shape
@@ -194,6 +219,37 @@ def check_pool(pool: torch.Tensor) -> None:
         raise ValueError(f"the KV pool must be contiguous and aligned to 16 bytes, got strides {list(pool.stride())}")
     if not pool.is_cuda:
         raise ValueError(f"the CUDA search needs a pool on a CUDA device, got {pool.device} (use block_distance there)")
+
+
+def check_count(count: int, max_pairs: int) -> None:
+    """Raises ValueError for more pairs than a search has buffers for."""
+    if count > max_pairs:
+        raise ValueError(f"at most {max_pairs} pairs fit one search, got {count} (raise max_pairs)")
+
+
+def check_launch(
+    pool: torch.Tensor,
+    new_rows: torch.Tensor,
+    old_rows: torch.Tensor,
+    position_delta: torch.Tensor,
+    distances: torch.Tensor,
+) -> None:
+    """Raises ValueError unless the kernel can take the tensors' addresses as they are; looks at no element."""
+    rows = (new_rows.shape[0], pool.shape[4])
+    named = {
+        "new_rows": (new_rows, torch.int32, rows),
+        "old_rows": (old_rows, torch.int32, rows),
+        "position_delta": (position_delta, torch.int32, rows),
+        "distances": (distances, torch.float32, (rows[0], pool.shape[1], 4)),
+    }
+    for name, (tensor, dtype, shape) in named.items():
+        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == pool.device
+        if not fits or not tensor.is_contiguous():
+            form = "contiguous" if tensor.is_contiguous() else "not contiguous"
+            raise ValueError(
+                f"{name} must be contiguous {dtype} {list(shape)} on {pool.device}, got {form} {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
 
 
 def check_pairs(pairs: PairBatch, num_blocks: int, tokens_per_block: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,18 @@ def import_cuda_core() -> Any:
     """The ``cuda.core`` module.
 
     Raises:
-      UserError: it or NVRTC is not installed; the original text is kept.
+      UserError: it is not installed, with the original text, or older than 1.0, which keeps no cubins.
     """
     try:
         import cuda.core
+        import cuda.core.utils
     except ImportError as error:
         raise UserError(
             f"the CUDA search needs cuda.core, got {error} (pip install 'trtllm-memshare[cuda]')"
         ) from error
+    if not hasattr(cuda.core, "Program") or not hasattr(cuda.core.utils, "FileStreamProgramCache"):
+        version = getattr(cuda.core, "__version__", "of unknown version")
+        raise UserError(f"cuda.core must be 1.0 or newer, got {version} (pip install 'trtllm-memshare[cuda]')")
     return cuda.core
 
 
@@ -55,7 +59,7 @@ def compile_variant(variant: KernelVariant, arch: str, cache_dir: Path | None = 
       A ``cuda.core.ObjectCode``.
 
     Raises:
-      UserError: ``cuda.core`` is missing.
+      UserError: ``cuda.core`` is missing or too old.
       RuntimeError: the kernel does not compile; the text names the variant.
     """
     core = import_cuda_core()
@@ -66,9 +70,7 @@ def compile_variant(variant: KernelVariant, arch: str, cache_dir: Path | None = 
         program = core.Program(kernel_source(), "c++", options)
         if cache_dir is None:
             return program.compile("cubin", logs=logs)
-        from cuda.core.utils import FileStreamProgramCache
-
-        with FileStreamProgramCache(cache_dir) as cache:
+        with core.utils.FileStreamProgramCache(cache_dir) as cache:
             return program.compile("cubin", logs=logs, cache=cache)
     except Exception as error:  # cuda.core raises several unrelated types
         raise RuntimeError(f"block_distance does not compile for {arch}, {variant}: {error}") from error
@@ -102,11 +104,15 @@ def parse_resources(report: str) -> KernelResources:
 
 
 def checked_variants() -> list[KernelVariant]:
-    """Every element type, layout and vector width: full vectors at two head sizes, and single elements."""
+    """Every element type, layout and vector width: full vectors at two head sizes, and single elements.
+
+    Each vector width once more as the plugin library has it, for any shape.
+    """
     variants = []
     for dtype in ELEMENT_TYPES:
         for interleaved in (False, True):
             variants += [KernelVariant(dtype, 28, 4, 32, d, d, interleaved) for d in CHECKED_HEAD_DIMS]
             # 36 rotary elements of 72: neither divides into 16-byte vectors.
             variants.append(KernelVariant(dtype, 28, 4, 32, 72, 36, interleaved))
+            variants += [replace(v, any_shape=True) for v in variants[-2:]]
     return variants

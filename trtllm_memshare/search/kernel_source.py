@@ -44,6 +44,8 @@ class KernelVariant:
       num_layers, num_kv_heads, tokens_per_block, head_dim: shape of the pool.
       rotary_dim: rotated elements of a head, 0 = compare K as stored.
       interleaved: RoPE turns neighbours (2i, 2i + 1) instead of halves (i, i + rotary_dim / 2).
+      any_shape: the form of the plugin library, which learns the shape at launch; here the shape says only how wide
+        its vectors are.
 
     Raises:
       ValueError: a dtype or shape that no kernel takes.
@@ -56,6 +58,7 @@ class KernelVariant:
     head_dim: int
     rotary_dim: int
     interleaved: bool = False
+    any_shape: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ELEMENT_TYPES:
@@ -94,12 +97,12 @@ class KernelVariant:
     def macros(self) -> list[tuple[str, str]]:
         """Definitions that turn the source into this variant."""
         shape = (self.num_layers, self.num_kv_heads, self.tokens_per_block, self.head_dim, self.rotary_dim)
-        return [
+        macros = [
             ("MEMSHARE_ELEMENT", ELEMENT_TYPES[self.dtype].cuda_name),
             ("MEMSHARE_COUNT", str(self.vector_elements)),
             ("MEMSHARE_INTERLEAVED", str(self.interleaved).lower()),
-            ("MEMSHARE_SHAPE", ",".join(map(str, shape))),
         ]
+        return macros if self.any_shape else [*macros, ("MEMSHARE_SHAPE", ",".join(map(str, shape)))]
 
 
 def kernel_source() -> str:

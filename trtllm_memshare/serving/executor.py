@@ -15,9 +15,11 @@ from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.runners.protocol import Runner, StepBatch
+from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.search.types import PairBatch
 from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.serving.request import (
     Phase,
@@ -88,6 +90,10 @@ class Executor:
             self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
         )
         self.sharing = Sharing(self.manager, config, runner, agreement)
+        # Set: stage 1 runs while the device computes the step, and its pairs are compared behind it.
+        self._compare: Callable[[PairBatch], Distances] | None = (
+            None if self.sharing.evicts else getattr(runner, "compare", None)
+        )
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None
         self.has_failed = False
@@ -183,8 +189,12 @@ class Executor:
         batch, states = self._make_batch(schedule)
         self.last_batch = batch
         output = self._runner.step(self._runner.prepare(batch))
-        self._advance(schedule, states, output.logits)
-        self.sharing.take_distances(output.block_distances)
+        distances = output.block_distances
+        if self._compare is not None:
+            pairs = self.sharing.search(self.stats.num_steps)
+            distances = None if pairs is None else self._compare(pairs)
+        self._advance(schedule, states, output.logits)  # waits for the device
+        self.sharing.take_distances(distances)
         self.sharing.take_attention(output.block_attention)
         self.stats.record_step(
             started, time.perf_counter(), self.manager.pool.num_used, len(states), self.sharing.seconds
@@ -253,7 +263,7 @@ class Executor:
         chunks = [c for _, c in schedule.contexts] + [1] * len(schedule.generations)
         starts = [s.num_computed for s, _ in schedule.contexts] + [len(s.tokens) - 1 for s in schedule.generations]
         spans = list(zip(states, starts, chunks, strict=True))
-        pairs = self.sharing.search(self.stats.num_steps)
+        pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
         batch = StepBatch(
             input_ids=np.fromiter((t for s, b, c in spans for t in s.tokens[b : b + c]), np.int32, sum(chunks)),
             position_ids=np.fromiter((p for _, b, c in spans for p in range(b, b + c)), np.int32, sum(chunks)),

@@ -29,6 +29,7 @@ class Sharing:
     Attributes:
       seconds: host and device time spent on all of it so far.
       observes_attention: whether steps are to report the attention that blocks receive.
+      evicts: whether ``search`` changes block tables, so that it must come before the step's batch is made.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Sharing:
         self._random = RandomDonors(manager, config.control_seed) if config.control == "random" else None
         self._eviction = BlockEviction(manager, config, runner) if config.control in ("snapkv", "rkv") else None
         self.observes_attention = self._eviction is not None
+        self.evicts = config.control in ("streaming", "snapkv", "rkv")
         self._candidates: list[Candidate] = []
         self._decisions: list[Decision] = []
         self.seconds = 0.0

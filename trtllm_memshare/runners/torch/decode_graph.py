@@ -117,7 +117,8 @@ class _CudaGraph:
         with torch.cuda.stream(side):
             run()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph):
+        # Other threads of this process may allocate meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             return run()
 
     def replay(self) -> None:

@@ -24,8 +24,9 @@ from trtllm_memshare.runners.torch.flashinfer_decode import (
     make_workspace,
 )
 from trtllm_memshare.runners.torch.plan import StepPlan, plan_step
-from trtllm_memshare.search.block_search import make_block_search
+from trtllm_memshare.search.block_search import Distances, make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
+from trtllm_memshare.search.types import PairBatch
 
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
@@ -145,8 +146,13 @@ class TorchRunner:
             logits = self._forward(ids, positions, step)
             if batch.observe_attention:
                 attention = step.block_attention().cpu().numpy()
-        distances = None if batch.pairs is None else self.search.compare(batch.pairs)
+        distances = None if batch.pairs is None else self.compare(batch.pairs)
         return StepOutput(logits.float(), distances, attention)
+
+    @torch.inference_mode()
+    def compare(self, pairs: PairBatch) -> Distances:
+        """See ``ComparingRunner``."""
+        return self.search.compare(pairs)
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
         """Logits ``[batch, vocab_size]`` of each sequence's last token."""
