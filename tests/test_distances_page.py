@@ -99,8 +99,17 @@ def test_the_numbers_in_the_text_are_those_of_the_reports():
     won = [count_confirmed(toy, group) for group in ("all", "near+similar")]
     assert f"{won[0][0]} figures (all kinds) and {won[1][0]} (near and similar) beat the default" in text
     assert f"on the other half {won[0][1]} and {won[1][1]} of them do so again" in text
-    assert "Of {} figures that beat the default's, {} does so".format(*count_confirmed(traces, "all")) in text
-    assert count_confirmed(traces, "near+similar") == (0, 0)
+    (won_all, again_all), (won_near, again_near) = (count_confirmed(traces, g) for g in ("all", "near+similar"))
+    assert (
+        f"{won_all} (all kinds) and {won_near} (near and similar) beat the default's, {again_all} and {again_near}"
+        in text
+    )
+    default = [r["groups"]["near+similar"]["definitions"]["K and V, worst"]["auc"]["value"] for r in (traces, toy)]
+    assert "with probability {:.2f}, against {:.2f} on the toy".format(*default) in text
+    repeat = traces["kinds"]["repeat"]
+    assert repeat["pairs"] == 2
+    assert f"does {1e6 * repeat['mean_harm_of_values']:.1f} millionths" in text
+    assert f"the whole block does {1e6 * repeat['mean_harm']:.0f}" in text
     low = [d["K quarter 4, worst"]["accepted"]["25"] for d in (groups[0]["definitions"], toy["again"]["all"])]
     assert "a fifth less harm" in text
     assert [round(1 - a["ratio"], 2) for a in low] == [0.2, 0.14]
