@@ -108,7 +108,7 @@ samples=(--dataset $data/tuning.jsonl --num-problems 40 --samples 4 --replay-pro
 "${fidelity[@]}" --engine-dir engines/wide --dataset $data/paired.jsonl --num-problems 600 --replay-problems 0 \
   --arms aligned drop-duplicate random aligned:settled_tokens=64 --output-json "$results/fidelity_paired.json"
 "${fidelity[@]}" --engine-dir engines/wide --dataset $data/paired.jsonl --replay-problems 0 \
-  --arms aligned drop-duplicate random --output-json "$results/fidelity_paired_all.json"
+  --arms aligned drop-duplicate random aligned:settled_tokens=64 --output-json "$results/fidelity_paired_all.json"
 for size in "" _all; do
   "$python" benchmarks/paired_tests.py "$results/fidelity_evaluation.json" "$results/fidelity_paired$size.json" \
     --output-json "$results/paired_tests$size.json"
