@@ -87,6 +87,49 @@ def test_each_sample_leaves_a_shared_block_for_its_own_repeat_and_the_last_one_f
     assert sum(r.retired_blocks for r in records) == manager.stats().shared
 
 
+@pytest.mark.parametrize("paused", [0, 1])
+def test_a_sample_that_was_paused_shares_again(paused):
+    manager = make_manager(scope="group")
+    texts = [BODY + TAIL[8 * request : 8 * request + 12] for request in range(2)]
+    for request in range(2):
+        sample_of(manager, request, texts[request])
+    assert share(manager) == 6
+    manager.pause_sequence(paused)
+    sample_of(manager, paused, texts[paused])
+    assert share(manager) == 6
+
+
+def test_a_pair_whose_first_writer_has_gone_takes_the_next_one():
+    manager = make_manager(scope="group", protected_tokens=6 * SIZE)
+    for request in range(3):
+        sample_of(manager, request, BODY)
+    assert manager.candidates() == []  # all is protected
+    manager.remove_sequence(0)
+    assert manager.append_tokens(2, TAIL)
+    manager.mark_computed(2, 7 * SIZE + len(TAIL))
+    assert share(manager) == 4
+
+
+def test_a_group_forgets_samples_that_have_ended():
+    manager = make_manager(scope="group")
+    sample_of(manager, 0, BODY)
+    (group,) = manager._groups.values()
+    for request in range(1, 30):
+        sample_of(manager, request, BODY[: 2 * SIZE] + [2 + request] * SIZE + BODY)
+        share(manager)
+        manager.remove_sequence(request)
+    assert sum(map(len, group._writers.values())) == 6
+    manager.remove_sequence(0)
+    assert manager._groups == {}
+
+
+def test_pairs_of_a_group_count_towards_max_pairs_and_the_rest_follows():
+    manager = make_manager(scope="group", max_pairs=4)
+    for request in range(3):
+        sample_of(manager, request, BODY + TAIL[8 * request : 8 * request + 12])
+    assert [len(manager.candidates()) for _ in range(4)] == [4, 4, 4, 0]
+
+
 def test_recent_text_of_a_sample_is_protected():
     manager = make_manager(scope="group", protected_tokens=2 * SIZE)
     for request in range(2):
@@ -123,6 +166,20 @@ def test_a_late_decision_is_refused_when_a_neighbour_of_its_donor_was_left_to_th
     rows = manager._sequences[0].token_rows[: manager._sequences[0].num_computed]
     assert np.isin(rows // SIZE, manager.block_table(0)).all()
     assert manager.stats().refused["out_of_phase"] >= 1
+
+
+def test_a_donor_of_another_group_is_refused():
+    manager = make_manager(scope="group")
+    sample_of(manager, 0, BODY + TAIL[:12], group=1)
+    sample_of(manager, 1, BODY + TAIL[:12], group=2)
+    pool, slots = manager.pool, np.arange(SIZE, dtype=np.int32)
+    block, donor = (int(manager.block_table(request)[2]) for request in (1, 0))
+    candidate = Candidate(
+        1, 0, 2, block, int(pool.generation[block]), donor, block * SIZE + slots, donor * SIZE + slots,
+        np.full(SIZE, pool.generation[donor], np.int32),
+    )  # fmt: skip
+    assert manager.apply([Decision(candidate, 0.0)]) == 0
+    assert manager.stats().refused == {"other_group": 1}
 
 
 @pytest.mark.parametrize(("origin", "reason"), [(0, None), (4 * SIZE, "beyond_reader")])

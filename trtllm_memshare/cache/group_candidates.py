@@ -18,9 +18,12 @@ from trtllm_memshare.cache.sequence import Sequence
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate
 
+_Text = tuple[int, bytes]
+"""A logical block and the token ids that end with it."""
+
 
 class GroupCandidates:
-    """Of one group. The copy that was there first stays.
+    """Of one group. Of two copies that of the earlier writer stays.
 
     Args:
       pool: read only.
@@ -31,47 +34,57 @@ class GroupCandidates:
     def __init__(self, pool: BlockPool, tables: np.ndarray, config: MemShareConfig) -> None:
         self._pool, self._tables = pool, tables
         self._run_tokens = max(config.min_run_tokens, pool.tokens_per_block)
-        self._writers: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)  # requests by place and text
-        self._waiting: deque[tuple[int, int, int]] = deque()  # (request, logical block, who wrote the same before)
+        self._writers: defaultdict[_Text, list[int]] = defaultdict(list)  # requests, the first writer first
+        self._written: defaultdict[int, list[_Text]] = defaultdict(list)  # by request
+        self._waiting: defaultdict[int, deque[_Text]] = defaultdict(deque)  # by request, in order
 
-    def look_at(self, sequence: Sequence, sequences: Mapping[int, Sequence]) -> None:
-        """Takes note of the generated blocks that were filled since the last call, and of their earlier copies."""
+    def look_at(self, sequence: Sequence) -> None:
+        """Takes note of the generated blocks that were filled since the last call."""
         size, request_id = self._pool.tokens_per_block, sequence.request_id
         assert sequence.matcher is not None
         first, stop = max(sequence.num_offered_to_group, sequence.first_generated_block), sequence.num_computed // size
         for logical in range(first, stop):
             end = (logical + 1) * size
-            text = sequence.matcher.tokens(max(0, end - self._run_tokens), end).tobytes()
-            writers = self._writers[logical, text]
-            other = next((w for w in writers if self._block_at(sequences.get(w), logical) is not None), None)
-            if other is not None and other != request_id:
-                self._waiting.append((request_id, logical, other))
-            if request_id not in writers:
-                writers.append(request_id)
+            text = logical, sequence.matcher.tokens(max(0, end - self._run_tokens), end).tobytes()
+            self._writers[text].append(request_id)
+            self._written[request_id].append(text)
+            self._waiting[request_id].append(text)
         sequence.num_offered_to_group = stop
 
+    def forget(self, request_id: int) -> None:
+        """Takes out a request that gave its blocks back."""
+        self._waiting.pop(request_id, None)
+        for text in self._written.pop(request_id, ()):
+            self._writers[text].remove(request_id)
+            if not self._writers[text]:
+                del self._writers[text]
+
     def find(self, sequences: Mapping[int, Sequence], limit: int) -> list[Candidate]:
-        """Pairs that can be decided on now, at most ``limit``; protected ones are kept for later calls."""
+        """Pairs to decide on, at most ``limit``. Each block is offered once, when it is protected no more."""
         found: list[Candidate] = []
-        for _ in range(len(self._waiting)):
-            if len(found) >= limit:
-                break
-            request_id, logical, other = self._waiting.popleft()
-            reader = sequences.get(request_id)
-            if reader is None or reader.matcher is None:
-                continue
-            if (logical + 1) * self._pool.tokens_per_block > min(reader.matcher.protected_from(), reader.num_computed):
-                self._waiting.append((request_id, logical, other))
-                continue
-            block, donor = self._block_at(reader, logical), self._block_at(sequences.get(other), logical)
-            if block is not None and donor is not None and block != donor:
-                found.append(self._candidate(reader, logical, block, donor))
+        for request_id, waiting in self._waiting.items():
+            reader = sequences[request_id]
+            assert reader.matcher is not None
+            end = min(reader.matcher.protected_from(), reader.num_computed) // self._pool.tokens_per_block
+            while waiting and waiting[0][0] < end and len(found) < limit:
+                text = waiting.popleft()
+                block, donor = self._block_at(reader, text[0]), self._earlier_copy(request_id, text, sequences)
+                if block is not None and donor is not None and block != donor:
+                    found.append(self._candidate(reader, text[0], block, donor))
         return found
 
-    def _block_at(self, sequence: Sequence | None, logical: int) -> int | None:
+    def _earlier_copy(self, request_id: int, text: _Text, sequences: Mapping[int, Sequence]) -> int | None:
+        """The block of the first writer of a text that still has it in place, if that is not the request itself."""
+        for writer in self._writers[text]:
+            if writer == request_id:
+                return None
+            block = self._block_at(sequences[writer], text[0])
+            if block is not None:
+                return block
+        return None
+
+    def _block_at(self, sequence: Sequence, logical: int) -> int | None:
         """The full block in which a logical block's tokens rest slot by slot; None if there is none any more."""
-        if sequence is None:
-            return None
         size = self._pool.tokens_per_block
         block = int(self._tables[sequence.slot, logical])
         rows = sequence.token_rows[logical * size : (logical + 1) * size]

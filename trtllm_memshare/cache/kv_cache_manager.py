@@ -150,7 +150,7 @@ class KVCacheManager:
             self._feed(sequence)
             found.extend(find_candidates(sequence, self._tables[sequence.slot], self.pool, room, self.config))
             if sequence.group in self._groups:
-                self._groups[sequence.group].look_at(sequence, self._sequences)
+                self._groups[sequence.group].look_at(sequence)
         for group in self._groups.values():
             found.extend(group.find(self._sequences, self.config.max_pairs - len(found)))
         return found
@@ -316,6 +316,8 @@ class KVCacheManager:
         self.pool.release(row[row != NO_BLOCK])
         row[:] = NO_BLOCK
         self._free_slots.append(sequence.slot)
-        if sequence.group is not None and all(s.group != sequence.group for s in self._sequences.values()):
-            self._groups.pop(sequence.group, None)
+        if sequence.group in self._groups:
+            self._groups[sequence.group].forget(request_id)
+            if all(s.group != sequence.group for s in self._sequences.values()):
+                del self._groups[sequence.group]
         return sequence

@@ -35,7 +35,11 @@ def draw_samples(items: list[DatasetItem], count: int) -> list[DatasetItem]:
     """Each item ``count`` times, one after the other, as samples of one prompt with a seed each; 1 = as they are."""
     if count == 1:
         return items
-    return [replace(item, group=place, seed=seed) for place, item in enumerate(items) for seed in range(count)]
+    return [
+        replace(item, group=place, seed=place * count + number)
+        for place, item in enumerate(items)
+        for number in range(count)
+    ]
 
 
 def read_dataset(path: Path, tokenizer: Any, limit: int | None = None) -> list[DatasetItem]:
