@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class Runner(Protocol):
         """Runs the model once: writes K and V of the batch's tokens to the pool and returns the logits."""
 
 
+@runtime_checkable
 class ComparingRunner(Runner, Protocol):
     """A runner that can compare rows of its pool apart from a step.
 

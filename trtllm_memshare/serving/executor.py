@@ -14,7 +14,7 @@ import torch
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.errors import UserError, nearest
-from trtllm_memshare.runners.protocol import Runner, StepBatch
+from trtllm_memshare.runners.protocol import ComparingRunner, Runner, StepBatch
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
@@ -92,7 +92,7 @@ class Executor:
         self.sharing = Sharing(self.manager, config, runner, agreement)
         # Set: stage 1 runs while the device computes the step, and its pairs are compared behind it.
         self._compare: Callable[[PairBatch], Distances] | None = (
-            None if self.sharing.evicts else getattr(runner, "compare", None)
+            runner.compare if isinstance(runner, ComparingRunner) and not self.sharing.evicts else None
         )
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None

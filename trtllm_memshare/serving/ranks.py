@@ -159,7 +159,8 @@ def combine_distances(parts: Sequence[np.ndarray | None], tp_size: int) -> np.nd
 
 
 def _candidate_bytes(candidate: Candidate) -> bytes:
-    numbers = (candidate.request_id, candidate.epoch, candidate.block, candidate.block_generation, candidate.donor)
+    c = candidate
+    numbers = (c.request_id, c.epoch, c.logical, c.block, c.block_generation, c.donor)
     arrays = (candidate.retired_rows, candidate.kept_rows, candidate.kept_generations)
     return np.array(numbers, np.int64).tobytes() + b"".join(a.astype(np.int32).tobytes() for a in arrays)
 
