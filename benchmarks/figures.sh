@@ -48,6 +48,7 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
 "$python" benchmarks/triton_serving.py --engine-dir "$engine" --soak-minutes 5 \
   --output-json "$results/triton_soak.json"
+# The weights of the model of the traces come from build_scripts/train_trace_model.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.
 real=("$python" benchmarks/real_text.py)
 runs_of_4=shingle_tokens=4,min_run_tokens=4

@@ -48,7 +48,7 @@ def main() -> None:
     }
     prompts = [item.input_ids for item in read_dataset(options.dataset, of_toy)]
     outputs = [of_toy.encode(text, add_special_tokens=False) for text in read_texts(options.texts)]
-    sources[options.dataset.stem] = (of_toy, list(zip(prompts, outputs, strict=False)))
+    sources[options.dataset.stem] = (of_toy, list(zip(prompts, outputs, strict=True)))
     rows = []
     for source, (tokenizer, texts) in sources.items():
         boundaries = BoundaryTokens.from_tokenizer(tokenizer, len(tokenizer))

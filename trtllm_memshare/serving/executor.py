@@ -111,7 +111,12 @@ class Executor:
         group: int | None = None,
         listener: Callable[[bool], None] | None = None,
     ) -> RequestHandle:
-        """Queues a request. ``listener``: see ``RequestHandle``.
+        """Queues a request.
+
+        Args:
+          group: a number that samples of one prompt have in common; under ``scope: group`` they share blocks. Requests
+            with another prompt or number, or with none, share nothing with them: give no two tenants the same.
+          listener: see ``RequestHandle``.
 
         Raises:
           UserError: an empty prompt, one that does not fit max_seq_len with its output, or a pool too small for it.
