@@ -109,9 +109,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert all(block == null_pages.block_at(length - 1) for block in null.tolist())
 
     @precondition(lambda self: self.live())
-    @rule(data=st.data())
-    def pause(self, data):
+    @rule(data=st.data(), has_sampled=st.booleans())
+    def pause(self, data, has_sampled):
         request = data.draw(st.sampled_from(self.live()))
+        if has_sampled and len(self.tokens[request]) < 24 * SIZE:
+            self.tokens[request].append(int(self.rng.integers(0, 5)))  # sampled, and no room for it in the cache
         self.manager.pause_sequence(request)
         self.paused.add(request)
 
@@ -136,6 +138,15 @@ class CacheMachine(RuleBasedStateMachine):
     def tables_and_pool_agree(self):
         if hasattr(self, "manager"):
             self.manager.check_integrity()
+
+    @invariant()
+    def stage_1_has_exactly_the_tokens_of_the_cache(self):
+        if not hasattr(self, "manager"):
+            return
+        for request in self.live():
+            sequence = self.manager._sequences[request]
+            seen = sequence.matcher.tokens(0, sequence.matcher.num_tokens).tolist() + sequence.unmatched
+            assert seen == self.tokens[request][: sequence.num_tokens]
 
     @invariant()
     def every_token_has_a_resident_row_that_held_the_same_token(self):

@@ -100,6 +100,8 @@ class KVCacheManager:
         matcher, epoch = self._parked.pop(request_id, (None, 0))
         if matcher is not None:
             matcher.reopen()
+            # The token sampled last had no room when the request was paused, so stage 1 has not seen it.
+            matcher.append(token_ids[matcher.num_tokens :])
         elif self._make_matcher is not None:
             matcher = self._make_matcher(num_prompt_tokens)
             matcher.append(token_ids)
@@ -330,6 +332,13 @@ class KVCacheManager:
                     f"with {references[unwritten].tolist()} references, null pages: "
                     f"{self.pool.is_null[unwritten].tolist()}"
                 )
+            if sequence.matcher is not None:
+                matched = sequence.matcher.num_tokens + len(sequence.unmatched)
+                if matched != sequence.num_tokens:
+                    raise RuntimeError(
+                        f"stage 1 of request {sequence.request_id} has {matched} tokens, the cache "
+                        f"{sequence.num_tokens}: its positions would name other tokens"
+                    )
         self.pool.check_integrity(references)
 
     @staticmethod
