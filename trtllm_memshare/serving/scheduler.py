@@ -8,6 +8,7 @@ frees admit requests under both; TensorRT-LLM's own scheduler gains under ``MAX_
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -111,6 +112,8 @@ class Scheduler:
                 self.waiting.appendleft(state)
                 return
             state.phase = Phase.CONTEXT
+            if state.scheduled_at is None:
+                state.scheduled_at = time.perf_counter()
             self.running.append(state)
 
     def _has_room(self, state: RequestState) -> bool:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from trtllm_memshare.errors import UserError, run_command_line
 from trtllm_memshare.triton.repository import flavour_of
+from trtllm_memshare.triton.runtime import runtime_folder
 from trtllm_memshare.triton.server import (
     Ports,
     check_ports,
     find_server,
-    remove_shared_memory,
     server_command,
     server_environment,
 )
@@ -49,8 +47,7 @@ def main() -> None:
     server = find_server(options.tritonserver)
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     check_ports(ports, options.host)
-    runtime = Path(tempfile.mkdtemp(prefix="memshare-"))  # mode 700, ours alone
-    try:
+    with runtime_folder() as runtime:
         command = server_command(
             server, options.model_repository, ports, options.host, runtime, options.drain_seconds, extra
         )
@@ -60,9 +57,6 @@ def main() -> None:
         local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
         ready = f"http://{local}:{ports.http}/v2/health/ready"
         code = Supervisor(command, environment, ready, RestartPolicy(drain_s=options.drain_seconds)).run()
-    finally:
-        remove_shared_memory(runtime)
-        shutil.rmtree(runtime, ignore_errors=True)
     sys.exit(code)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
@@ -12,10 +11,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import trtllm_memshare
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.llmapi_repository import llmapi_environment
 from trtllm_memshare.triton.repository import flavour_of
-from trtllm_memshare.triton.runtime import RUNTIME_VARIABLE
+from trtllm_memshare.triton.runtime import PACKAGE_VARIABLE, RUNTIME_VARIABLE
 
 _STUB = "triton_python_backend_stub"
 _SHM_BYTES = 256 << 20
@@ -102,6 +102,9 @@ def server_command(
     command.append(f"--backend-config=python,shm-region-prefix-name={runtime.name}_")
     command.append(f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}")
     command.append(f"--exit-timeout-secs={drain_s:.0f}")
+    if flavour_of(repository) == "engine":
+        # Our configurations are complete; otherwise every model process would be started twice.
+        command.append("--disable-auto-complete-config")
     return command + extra
 
 
@@ -124,13 +127,6 @@ def check_ports(ports: Ports, host: str) -> None:
                 ) from error
 
 
-def remove_shared_memory(runtime: Path) -> None:
-    """Removes the shared memory of a server that was killed; one that ended by itself leaves none."""
-    for path in Path("/dev/shm").glob(f"{runtime.name}_*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
 def server_environment(server: Server, repository: Path, runtime: Path) -> dict[str, str]:
     """This process's environment, such that the server's model processes find its libraries and this Python.
 
@@ -145,6 +141,7 @@ def server_environment(server: Server, repository: Path, runtime: Path) -> dict[
         "LD_LIBRARY_PATH": ":".join(libraries + ([inherited] if inherited else [])),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         RUNTIME_VARIABLE: str(runtime),
+        PACKAGE_VARIABLE: str(Path(trtllm_memshare.__file__).parents[1]),
         **(llmapi_environment(repository) if flavour_of(repository) == "llmapi" else {}),
     }
 
