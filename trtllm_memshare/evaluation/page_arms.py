@@ -27,8 +27,9 @@ class Arm:
     Attributes:
       need: name of the formula in ``search/need.py``.
       compared: what redundancy is measured on: ``k``, ``v`` or ``signature``.
-      seed: of the pages' draws; None = each text has its own.
-      redraw: draw anew each time a page has to go, so that the old have run the risk more often.
+      seed: of the draws, beside the text's own.
+      redraw: draw anew each time a page has to go, as the published control does: the old have run the risk more
+        often. Else each page keeps one number, which thins out old and new pages alike.
     """
 
     need: str
@@ -38,9 +39,8 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "random": Arm("random"),
-    "random-2": Arm("random", seed=1),
-    "random-redrawn": Arm("random", redraw=True),
+    "random": Arm("random", redraw=True),
+    "random-once": Arm("random"),
     "streaming": Arm("age"),
     "snapkv": Arm("attention"),
     "rkv": Arm("recent-attention-redundancy"),
