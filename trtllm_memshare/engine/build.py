@@ -13,6 +13,7 @@ import trtllm_memshare
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint
 from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION, Engine, check_target, trtllm_config, write_engine
+from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
 from trtllm_memshare.engine.tokenizer_check import check_tokenizer
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import read_json
@@ -37,6 +38,7 @@ class BuildOptions:
     """What a command line asks for; ``None`` = not given.
 
     Attributes:
+      model_dir: a checkpoint directory, or a GGUF file: ``x.gguf`` is dequantized to a checkpoint ``x/`` beside it.
       memshare: whether the engine shares; without it the preset is ``off``.
       preset: name in ``PRESETS``; ``aligned`` if neither it nor the file gives one.
       build: fields of ``BuildConfig`` as given, None = not given.
@@ -79,7 +81,7 @@ class BuildPlan:
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
-    """Settles all settings and checks all input; writes nothing.
+    """Settles all settings and checks all input; writes nothing but the checkpoint beside a GGUF file.
 
     Raises:
       UserError: a setting, checkpoint or output directory that cannot be used.
@@ -93,21 +95,19 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     parse_build_config(asked, "build settings").check_backend(backend)
     if not options.adopt:
         check_target(options.output_dir, options.force)
-    checkpoint = read_checkpoint(options.model_dir)
+    model_dir = checkpoint_of_gguf(options.model_dir) if is_gguf(options.model_dir) else options.model_dir
+    checkpoint = read_checkpoint(model_dir)
     build = parse_build_config({"max_seq_len": checkpoint.max_position_embeddings, **asked}, "build settings")
     if build.max_seq_len > checkpoint.longest_sequence:
-        reach = (
-            "longest sequence"
-            if checkpoint.longest_sequence > checkpoint.max_position_embeddings
-            else ("max_position_embeddings")
-        )
+        is_scaled = checkpoint.longest_sequence > checkpoint.max_position_embeddings
+        limit = "longest sequence" if is_scaled else "max_position_embeddings"
         raise UserError(
-            f"max_seq_len must be at most the model's {reach} {checkpoint.longest_sequence}, "
-            f"got {build.max_seq_len} (lower --max-seq-len)"
+            f"max_seq_len must be at most the model's {limit} {checkpoint.longest_sequence}, got {build.max_seq_len} "
+            f"(lower --max-seq-len)"
         )
     if options.adopt and backend != "tensorrt":
         raise UserError(f"--adopt is for engines of TensorRT-LLM, got backend {backend} (add --backend tensorrt)")
-    notes = [*checkpoint.notes, *check_tokenizer(options.model_dir, checkpoint.vocab_size)]
+    notes = [*checkpoint.notes, *check_tokenizer(model_dir, checkpoint.vocab_size)]
     checkpoint = replace(checkpoint, notes=tuple(notes))
     tensorrt = None
     if backend == "tensorrt":
