@@ -78,18 +78,16 @@ def retire(
       name: in ``ARMS`` or ``PAIRED``.
       text_seed: of the text, for random draws.
     """
-    choose = _pairs(facts) if name in PAIRED else _ranking(ARMS[name], facts, text_seed)
+    paired = name in PAIRED
+    choose = nearest_earlier(facts.distance, _MAX_ALIASES) if paired else ranking_of(ARMS[name], facts, text_seed)
     retirements = hold_at_floor(
         num_prompt_tokens, num_tokens, facts.tokens_per_block, budget.min_kept, budget.protected_tokens, choose
     )
     return retirements.forgotten() if name == "paper-null" else retirements
 
 
-def _pairs(facts: TextFacts) -> Choice:
-    return nearest_earlier(facts.distance, _MAX_ALIASES)
-
-
-def _ranking(arm: Arm, facts: TextFacts, text_seed: int) -> Choice:
+def ranking_of(arm: Arm, facts: TextFacts, text_seed: int) -> Choice:
+    """How an arm chooses; ``text_seed``: see ``retire``."""
     rng = np.random.default_rng((arm.seed, text_seed))
     draws = rng.random(len(facts.surprisal)).astype(np.float32)
 
