@@ -275,7 +275,7 @@ def main() -> int:
     import torch
 
     from trtllm_memshare.errors import UserError
-    from trtllm_memshare.report.machine import describe_machine
+    from trtllm_memshare.evaluation.machine import describe_machine
     from trtllm_memshare.search.kernel_compiler import import_cuda_core
 
     if not torch.cuda.is_available():

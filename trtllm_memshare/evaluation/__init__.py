@@ -1,0 +1,1 @@
+"""Compares: data sets, variants, controls, the benchmark driver, replays, curves, calibration."""
