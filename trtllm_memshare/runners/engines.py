@@ -6,9 +6,9 @@ import os
 import uuid
 from pathlib import Path
 
-from trtllm_memshare.engine.checkpoint import read_json
 from trtllm_memshare.engine.engine_dir import REBUILD, Engine, read_documents, read_torch_engine, write_json
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.trtllm.engine.directory import read_tensorrt_engine
 
