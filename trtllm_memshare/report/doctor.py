@@ -29,7 +29,7 @@ _TORCH = ("Python", "torch", "transformers")
 SURFACES = (
     Surface("torch", "embedded default: torch runner", _TORCH, "make demo"),
     Surface("kernels", "CUDA kernels, compiled", ("Python", "NVRTC"), "python build_scripts/build_plugins.py --check"),
-    Surface("gpu", "CUDA kernels, run", (*_TORCH, "NVRTC", "GPU", "driver", "CUDA"), "bash benchmarks/gpu_suite.sh --part 1"),
+    Surface("gpu", "CUDA kernels, run", (*_TORCH, "NVRTC", "GPU", "driver", "CUDA"), "bash benchmarks/gpu_suite.sh"),
     Surface(
         "plugin",
         "TensorRT plugin library, built",
