@@ -10,7 +10,7 @@ import urllib.error
 import numpy as np
 import pytest
 
-from trtllm_memshare.tiny_reasoner.tokenizer import build_tokenizer
+from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
 http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
-from trtllm_memshare.tiny_reasoner.tokenizer import build_tokenizer
 
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
 LONG = "Q: 980 + 9 - 640 - 337 - 11 - 1 = ?\n"

@@ -9,8 +9,9 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtllm_memshare.engine.engine_dir import Engine, load_engine
+from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 from trtllm_memshare.triton.model_configs import MODELS, write_model
 
