@@ -8,7 +8,7 @@ from importlib import import_module
 from trtllm_memshare.errors import UserError, nearest, run_command_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-serve with MemShare and the settings that it needs"),
+    "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-serve with MemShare; with --engine-dir our own server"),
     "doctor": ("trtllm_memshare.report.doctor", "what is installed, what can run here, what would fix the rest"),
     "bench": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-bench with MemShare, its report merged with ours"),
     "calibrate": ("trtllm_memshare.evaluation.calibrate", "find the most aggressive setting within an accuracy budget"),
@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     command, *rest = arguments
     if command not in COMMANDS:
         raise UserError(f"unknown command {command} ({nearest(command, COMMANDS)})")
+    if command == "serve" and any(a.split("=")[0] in ("--engine-dir", "-h", "--help") for a in rest):
+        import_module("trtllm_memshare.triton.openai_serve").main(rest)
+        return
     import_module(COMMANDS[command][0]).main(command, rest)
 
 

@@ -95,7 +95,23 @@ def flavour_of(repository: Path) -> str:
     return json.loads(marker.read_text())["flavour"] if marker.is_file() else "engine"
 
 
-def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
+@dataclass(frozen=True)
+class Deployment:
+    """Limits of one deployment, with the defaults filled in; see ``RepositoryOptions``."""
+
+    num_blocks: int
+    max_prompt_tokens: int
+    max_output_tokens: int
+    max_prompt_bytes: int
+    max_requests: int
+
+
+def deployment_limits(engine: Engine, options: RepositoryOptions) -> Deployment:
+    """Limits of a deployment over an engine.
+
+    Raises:
+      UserError: limits that cannot hold, or a pool too small for one request.
+    """
     build = engine.build
     size, longest = build.tokens_per_block, build.max_seq_len
     one_request = -(-longest // size)
@@ -116,21 +132,32 @@ def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
         raise UserError(f"--max-queue-size must not be negative, got {options.max_queue_size}")
     if options.max_prompt_bytes is not None and options.max_prompt_bytes < 1:
         raise UserError(f"--max-prompt-bytes must be at least 1, got {options.max_prompt_bytes}")
+    max_prompt_tokens = options.max_prompt_tokens or longest - 1
+    return Deployment(
+        blocks,
+        max_prompt_tokens,
+        options.max_output_tokens or longest - 1,
+        options.max_prompt_bytes or max_prompt_tokens * _BYTES_PER_TOKEN,
+        options.max_queue_size + build.max_batch_size,
+    )
+
+
+def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
+    limits = deployment_limits(engine, options)
     for name in ("cancellation_check_period_ms", "stats_check_period_ms"):
         value, (low, high) = getattr(options, name), _PERIODS_MS
         if not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
-    max_prompt_tokens = options.max_prompt_tokens or longest - 1
     return {
         "engine_dir": str(engine.engine_dir.resolve()),
         "tokenizer_dir": str(engine.model_dir.resolve()),
-        "max_tokens_in_paged_kv_cache": str(blocks * size),
+        "max_tokens_in_paged_kv_cache": str(limits.num_blocks * engine.build.tokens_per_block),
         "batch_scheduler_policy": options.batch_scheduler_policy,
         "exclude_input_in_output": str(options.exclude_input_in_output).lower(),
         "cancellation_check_period_ms": str(options.cancellation_check_period_ms),
         "stats_check_period_ms": str(options.stats_check_period_ms),
-        "max_prompt_tokens": str(max_prompt_tokens),
-        "max_prompt_bytes": str(options.max_prompt_bytes or max_prompt_tokens * _BYTES_PER_TOKEN),
-        "max_output_tokens": str(options.max_output_tokens or longest - 1),
-        "max_requests": str(options.max_queue_size + build.max_batch_size),
+        "max_prompt_tokens": str(limits.max_prompt_tokens),
+        "max_prompt_bytes": str(limits.max_prompt_bytes),
+        "max_output_tokens": str(limits.max_output_tokens),
+        "max_requests": str(limits.max_requests),
     }

@@ -8,8 +8,6 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.events import QueueFullError
 from trtllm_memshare.triton.inputs import TEXT_NAMES
@@ -72,8 +70,8 @@ class SocketServer:
             writer.write(json.dumps({"id": message["id"], **fields}).encode() + b"\n")
 
         try:
-            arrays = {name: np.asarray(value) for name, value in message["inputs"].items()}
-            async with aclosing(self._service.answer(RequestTensors(arrays, TEXT_NAMES), label)) as events:
+            tensors = RequestTensors.of_values(message["inputs"], TEXT_NAMES)
+            async with aclosing(self._service.answer(tensors, label)) as events:
                 async for event in events:
                     send(**event.as_message())
                     await writer.drain()

@@ -32,6 +32,11 @@ class RequestTensors:
         """From a python-backend request."""
         return cls({t.name(): t.as_numpy() for t in request.inputs()})
 
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any], shown: Mapping[str, str]) -> RequestTensors:
+        """From numbers and lists of them."""
+        return cls({name: np.asarray(value) for name, value in values.items()}, shown)
+
     def rows(self, counted: str) -> list[RequestTensors]:
         """One set of tensors for each prompt of a batch.
 

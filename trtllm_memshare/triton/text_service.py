@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords
@@ -114,7 +115,7 @@ class TextService:
             raise QueueFullError(
                 f"the queue is full: {self._limits.max_requests} requests are in the system (try again later)"
             )
-        ids = request.prompt if isinstance(request.prompt, list) else await self._tokenize(request.prompt)
+        ids = request.prompt if isinstance(request.prompt, list) else await self.tokenize(request.prompt)
         check_prompt_length(len(ids), self._limits.max_prompt_tokens)
         inputs = {
             **request.inputs,
@@ -135,17 +136,55 @@ class TextService:
         ends = np.cumsum([len(word) for word in words]).tolist()
         return [flat, ends + [-1] * (len(flat) - len(ends))]
 
-    async def _tokenize(self, prompt: str) -> list[int]:
-        # A character has at most four bytes: most prompts need no encoding to be measured.
-        size = len(prompt) if len(prompt) * 4 <= self._limits.max_prompt_bytes else len(prompt.encode())
-        if size > self._limits.max_prompt_bytes:
-            raise UserError(
-                f"the prompt has {size} bytes, over the limit max_prompt_bytes {self._limits.max_prompt_bytes}, which "
-                f"is checked before tokenizing"
-            )
-        loop = asyncio.get_running_loop()
-        ids: list[int] = await loop.run_in_executor(self._threads, lambda: self.tokenizer(prompt)["input_ids"])
+    async def tokenize(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+          UserError: it has too many bytes, or too many tokens.
+        """
+        self._check_size(prompt)
+
+        def encode() -> list[int]:
+            ids: list[int] = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+            return ids
+
+        ids = await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        check_prompt_length(len(ids), self._limits.max_prompt_tokens)
         return ids
+
+    async def render(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        """The prompt that the tokenizer's chat template makes of a chat.
+
+        Args:
+          messages: with ``role`` and ``content``.
+          options: further names for the template.
+
+        Raises:
+          UserError: no template, one that refuses these messages, or too many bytes.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError("the model's tokenizer has no chat template (use /v1/completions, or set --chat-template)")
+        self._check_size("".join(message["content"] for message in messages))
+
+        def apply() -> str:
+            try:
+                return str(
+                    self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+                )
+            except (TemplateError, TypeError, ValueError) as error:
+                raise UserError(f"the chat template cannot be applied: {error}") from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, apply)
+
+    def _check_size(self, text: str) -> None:
+        # A character has at most four bytes: most prompts need no encoding to be measured.
+        limit = self._limits.max_prompt_bytes
+        size = len(text) if len(text) * 4 <= limit else len(text.encode(errors="surrogatepass"))
+        if size > limit:
+            raise UserError(
+                f"the prompt has {size} bytes, over the limit max_prompt_bytes {limit}, which is checked before "
+                f"tokenizing"
+            )
 
 
 class Sequence:
