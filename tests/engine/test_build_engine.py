@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_script import run_script
 
 from trtllm_memshare.engine import build as build_module
 from trtllm_memshare.engine.build import BuildOptions, describe_sharing, plan_build
@@ -19,13 +20,19 @@ from trtllm_memshare.search.config import PRESETS, make_config
 ROOT = Path(__file__).parents[2]
 
 
-def build(model_dir: Path, output_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
+def build_as_a_user(model_dir: Path, output_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user would, in the repository's root."""
     command = [sys.executable, "build_scripts/build_engine.py", "--model-dir", model_dir, "--output-dir", output_dir]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths}
     command = [str(part) for part in [*command, *options]]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def build(model_dir: Path, output_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has loaded torch and transformers already."""
+    arguments = [str(part) for part in ("--model-dir", model_dir, "--output-dir", output_dir, *options)]
+    return run_script(ROOT / "build_scripts" / "build_engine.py", *arguments)
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess[str], *phrases: str) -> None:
@@ -39,7 +46,7 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *phrases: str) -
 
 
 def test_summary_and_what_is_written(tiny_checkpoint, tmp_path):
-    done = build(tiny_checkpoint, tmp_path / "engine", "--memshare")
+    done = build_as_a_user(tiny_checkpoint, tmp_path / "engine", "--memshare")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("backend: torch (tensorrt_llm is ")
@@ -157,7 +164,10 @@ def _edit_config(checkpoint: Path, **changes) -> None:
         (lambda c: os.truncate(c / "model.safetensors", 6000), ["half-written or damaged: expected", "got 6000"]),
         (lambda c: (c / "model.safetensors").rename(c / "pytorch_model.bin"), ["pytorch_model.bin", "to safetensors"]),
         (lambda c: (c / "tokenizer.json").unlink(), ["has no tokenizer"]),
-        (lambda c: _edit_config(c, use_sliding_window=True), ["uses a sliding window"]),
+        (
+            lambda c: _edit_config(c, use_sliding_window=True, layer_types=None, max_window_layers=1, sliding_window=9),
+            ["uses a sliding window"],
+        ),
         (lambda c: _edit_config(c, architectures=["GPT2LMHeadModel"]), ["GPT2LMHeadModel", "rotary embeddings"]),
         (lambda c: _edit_config(c, is_encoder_decoder=True), ["is an encoder-decoder"]),
         (lambda c: _edit_config(c, rope_scaling={"rope_type": "dynamic"}), ["rope_type dynamic"]),

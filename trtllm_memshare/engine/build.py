@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trtllm_memshare
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
-from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint, read_json
+from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint
 from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION, Engine, check_target, trtllm_config, write_engine
 from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
+from trtllm_memshare.engine.tokenizer_check import check_tokenizer
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig, make_config
 
 if TYPE_CHECKING:
@@ -86,23 +89,33 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     backend, reason = _choose_backend(options.backend)
     file = _read_config_file(options.config_file)
     memshare = _settle_memshare(options, file["memshare"])
+    given = {key: value for key, value in (options.build or {}).items() if value is not None}
+    asked = {**file["build"], **given}
+    # What needs no model is checked before one is read, which takes seconds.
+    parse_build_config(asked, "build settings").check_backend(backend)
+    if not options.adopt:
+        check_target(options.output_dir, options.force)
     model_dir = checkpoint_of_gguf(options.model_dir) if is_gguf(options.model_dir) else options.model_dir
     checkpoint = read_checkpoint(model_dir)
-    given = {key: value for key, value in (options.build or {}).items() if value is not None}
-    defaults = {"max_seq_len": checkpoint.max_position_embeddings}
-    build = parse_build_config({**defaults, **file["build"], **given}, "build settings")
-    build.check_backend(backend)
-    if build.max_seq_len > checkpoint.max_position_embeddings:
+    build = parse_build_config({"max_seq_len": checkpoint.max_position_embeddings, **asked}, "build settings")
+    if build.max_seq_len > checkpoint.longest_sequence:
+        is_scaled = checkpoint.longest_sequence > checkpoint.max_position_embeddings
+        limit = "longest sequence" if is_scaled else "max_position_embeddings"
         raise UserError(
-            f"max_seq_len must be at most the model's max_position_embeddings {checkpoint.max_position_embeddings}, "
-            f"got {build.max_seq_len} (lower --max-seq-len)"
+            f"max_seq_len must be at most the model's {limit} {checkpoint.longest_sequence}, got {build.max_seq_len} "
+            f"(lower --max-seq-len)"
         )
     if options.adopt and backend != "tensorrt":
         raise UserError(f"--adopt is for engines of TensorRT-LLM, got backend {backend} (add --backend tensorrt)")
-    if not options.adopt:
-        check_target(options.output_dir, options.force)
+    notes = [*checkpoint.notes, *check_tokenizer(model_dir, checkpoint.vocab_size)]
+    checkpoint = replace(checkpoint, notes=tuple(notes))
     tensorrt = None
     if backend == "tensorrt":
+        if checkpoint.renamed_prefix:
+            raise UserError(
+                f'{options.model_dir} stores its tensors as "{checkpoint.renamed_prefix}...", which TensorRT-LLM does '
+                f"not read (load and save it once with transformers)"
+            )
         tensorrt = _plan_tensorrt(options, checkpoint, build, memshare)
         checkpoint = replace(checkpoint, dtype=tensorrt.spec(0).dtype)
     elif options.search_engine is not None:
@@ -114,8 +127,15 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     return BuildPlan(engine, reason, options.force, tensorrt, options.adopt)
 
 
-def build_engine(plan: BuildPlan) -> Engine:
-    """Writes the engine directory and reads it back. Raises UserError if it cannot be written."""
+def build_engine(plan: BuildPlan, check: Callable[[Engine], object] | None = None) -> Engine:
+    """Writes the engine directory and reads it back.
+
+    Args:
+      check: called with the engine of the torch backend before it takes its place; what it raises stops the build.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     engine = plan.engine
     if plan.tensorrt is not None:
         from trtllm_memshare.trtllm.engine.builder import adopt_engine, build_tensorrt_engine
@@ -123,7 +143,7 @@ def build_engine(plan: BuildPlan) -> Engine:
         if plan.adopt:
             return adopt_engine(plan.tensorrt, engine.engine_dir)
         return build_tensorrt_engine(plan.tensorrt, engine.engine_dir, plan.force)
-    return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force)
+    return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force, check)
 
 
 def describe_plan(plan: BuildPlan) -> str:
@@ -159,6 +179,7 @@ def summarize(engine: Engine, search_engine: str | None = None) -> str:
             f"KV cache: {size:,} bytes per block of {tokens} tokens ({engine.kv_dtype}), {per_gib:,} blocks or "
             f"{per_gib * tokens:,} tokens per GiB",
             f"MemShare: {describe_sharing(engine.memshare)}",
+            *engine.checkpoint.notes,
             *([_WHO_RUNS[where == "embedded"]] if engine.backend == "tensorrt" and engine.memshare.searches else []),
         ]
     )

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
-from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint, read_json
-from trtllm_memshare.engine.weights import weight_files
+from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint
+from trtllm_memshare.engine.weights import INDEX, SINGLE, weight_files
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig, parse_config
 
 if TYPE_CHECKING:
@@ -120,13 +121,23 @@ def load_engine(engine_dir: Path) -> Engine:
 
 
 def write_engine(
-    output_dir: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: MemShareConfig, force: bool
+    output_dir: Path,
+    checkpoint: Checkpoint,
+    build: BuildConfig,
+    memshare: MemShareConfig,
+    force: bool,
+    check: Callable[[Engine], object] | None = None,
 ) -> Engine:
     """Writes an engine for the torch backend: all of it, or nothing. Raises UserError: see ``replace_engine``."""
-    return replace_engine(output_dir, force, lambda folder: _fill(folder, checkpoint, build, memshare))
+    return replace_engine(output_dir, force, lambda folder: _fill(folder, checkpoint, build, memshare), check)
 
 
-def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) -> Engine:
+def replace_engine(
+    output_dir: Path,
+    force: bool,
+    fill: Callable[[Path], None],
+    check: Callable[[Engine], object] | None = None,
+) -> Engine:
     """Writes an engine directory: all of it, or nothing.
 
     Fills a hidden sibling and renames it, so that a reader sees the old engine or the new one.
@@ -135,6 +146,7 @@ def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) 
       output_dir: where the engine goes.
       force: replace an engine that is there.
       fill: makes the folder it is given, with everything in it.
+      check: called with the new engine before it takes its place; what it raises leaves the old one there.
 
     Raises:
       UserError: the directory exists and ``force`` is False, it is not an engine directory, or the disk refuses.
@@ -147,7 +159,9 @@ def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fill(staging)
-        load_engine(staging)
+        written = load_engine(staging)
+        if check is not None:
+            check(written)
         if target.exists():
             os.rename(target, retired)
         os.rename(staging, target)
@@ -246,18 +260,22 @@ def _fill(folder: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: Me
         "torch": {"kv_cache_dtype": build.kv_cache_dtype},
     }
     write_json(folder / "memshare.json", document)
-    copy_small_files(checkpoint.model_dir, folder / "model")
+    copy_small_files(checkpoint.model_dir, folder / "model", checkpoint.dtype)
     for source in weight_files(checkpoint.model_dir):
         _link_or_copy(source, folder / "model" / source.name)
 
 
-def copy_small_files(model_dir: Path, target: Path) -> None:
+def copy_small_files(model_dir: Path, target: Path, dtype: str) -> None:
     """Copies a checkpoint's settings and tokenizer: an edit of the checkpoint must not change engines built from it."""
     for source in model_dir.iterdir():
-        if source.suffix in _COPIED and source.is_file() and not source.name.endswith(".bin.index.json"):
+        is_unread = source.name.endswith(".bin.index.json") or (
+            source.name == INDEX and (model_dir / SINGLE).is_file()  # see ``weight_files``
+        )
+        if source.suffix in _COPIED and source.is_file() and not is_unread:
             shutil.copy2(source, target / source.name)
     config = read_json(model_dir / "config.json", "the checkpoint", "copy the checkpoint again")
-    write_json(target / "config.json", portable_config(config))
+    # The dtype is written down: transformers would take the first tensor's where the file names none.
+    write_json(target / "config.json", {**portable_config(config), "dtype": dtype})
 
 
 def _is_engine_dir(folder: Path) -> bool:

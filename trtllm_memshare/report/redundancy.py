@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from trtllm_memshare.errors import UserError, nearest, parse_json_line
+from trtllm_memshare.errors import UserError, nearest, quote, shorten
+from trtllm_memshare.json_input import parse_json_line, read_lines
 from trtllm_memshare.search.redundancy import Redundancy
 
 TEXT_FIELDS = ("reasoning", "text")
@@ -23,11 +24,7 @@ def read_texts(path: Path, field: str | None = None) -> list[str]:
     """
     if not path.is_file():
         raise UserError(f"no texts at {path} (give JSON lines with a field {' or '.join(TEXT_FIELDS)})")
-    texts = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                texts.append(_text_of(line, field, f"{path} line {number}"))
+    texts = [_text_of(line, field, f"{path} line {number}") for number, line in read_lines(path, "the texts")]
     if not texts:
         raise UserError(f"{path} has no texts (give JSON lines with a field {' or '.join(TEXT_FIELDS)})")
     return texts
@@ -56,9 +53,9 @@ def _text_of(line: str, field: str | None, where: str) -> str:
     row = parse_json_line(line, where)
     name = field or next((known for known in TEXT_FIELDS if known in row), TEXT_FIELDS[0])
     if name not in row:
-        raise UserError(f"{where} has no field {name} (set --field; {nearest(name, row)})")
+        raise UserError(f"{where} has no field {name} (set --field; {shorten(nearest(name, row))})")
     if not isinstance(row[name], str) or not row[name].strip():
-        raise UserError(f"{where}: {name} must be text of at least one word, got {row[name]!r}")
+        raise UserError(f"{where}: {name} must be text of at least one word, got {quote(row[name])}")
     return str(row[name])
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import UserError, parse_json_line
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.json_input import parse_json_line
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import transformers
 from transformers import Qwen2Tokenizer
 
-from trtllm_memshare.errors import UserError, parse_json_line
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.json_input import parse_json_line
 
 TRACES = Path("benchmarks/data/traces")
 FILES = ("r1_aime24", "r1_math500")

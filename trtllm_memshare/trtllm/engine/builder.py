@@ -106,7 +106,7 @@ def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, 
         max_pairs=plan.max_pairs,
         plugin_sha256=file_sha256(folder / PLUGIN_FILE) if has_search else None,
     )
-    copy_small_files(plan.checkpoint.model_dir, folder / "model")
+    copy_small_files(plan.checkpoint.model_dir, folder / "model", plan.checkpoint.dtype)
     document = {
         "format_version": FORMAT_VERSION,
         "backend": "tensorrt",
