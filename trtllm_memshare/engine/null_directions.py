@@ -21,7 +21,7 @@ from trtllm_memshare.engine.attention_queries import Queries
 from trtllm_memshare.search.block_distance import rotate
 
 _POSITIONS = 48  # of a band, at which every query is tried
-_DRAWS = 8  # positions of a band at which a query is put while a direction is turned
+_DRAWS = 4  # positions of a band at which a query is put while a direction is turned
 _STEPS = 200
 
 
