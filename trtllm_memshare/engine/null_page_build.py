@@ -9,6 +9,7 @@ import torch
 
 from trtllm_memshare.engine.null_page import NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import calibration_texts
+from trtllm_memshare.engine.tensors import key_mapping
 
 _POOL_TYPES = {"fp8": torch.float8_e4m3fn}
 """Names of pool types that torch calls otherwise."""
@@ -28,7 +29,12 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
+        model_dir,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        key_mapping=key_mapping(model_dir),
     )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)

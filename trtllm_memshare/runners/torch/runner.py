@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from trtllm_memshare.cache.offsets import hide_blocks
+from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.rope import longest_sequence
 from trtllm_memshare.engine.tensors import key_mapping
 from trtllm_memshare.errors import UserError
@@ -119,6 +121,9 @@ class TorchRunner:
             device=model.device,
         )
         self.null_pages = None if null_page_set is None else write_null_pages(self.pool, null_page_set)
+        if self.pool.is_cuda:
+            # cuDNN's attention plans each new shape for 23 to 37 ms (torch 2.11, sm_90), and here every step has one.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._fold_aliases = fold_aliases
         self._scaling = float(model.model.layers[0].self_attn.scaling)
         self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()
