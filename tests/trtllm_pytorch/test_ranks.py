@@ -16,7 +16,7 @@ from trtllm_pytorch.fake_v1 import (
 )
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.serving.ranks import RankAgreement, RankDisagreementError
+from trtllm_memshare.ranks.agreement import RankAgreement, RankDisagreementError
 from trtllm_memshare.trtllm.pytorch.attach import MpiCommunicator, make_agreement
 from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
 

@@ -14,6 +14,7 @@ import torch
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import ComparingRunner, Runner, StepBatch
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
@@ -21,7 +22,6 @@ from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
 from trtllm_memshare.serving.null_entries import settle_null_entries
-from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -32,7 +32,7 @@ from trtllm_memshare.serving.request import (
 )
 from trtllm_memshare.serving.sampling import Sampler, token_log_probs
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
-from trtllm_memshare.serving.sharing import Sharing
+from trtllm_memshare.serving.sharing import MakeControl, Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
 
 
@@ -52,13 +52,14 @@ class Executor:
       scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
       sampler: chooses next tokens; None = as each request's parameters say.
       agreement: with other ranks, see ``Sharing``.
+      make_control: for experiments: makes the control that ``config`` names.
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
       has_failed: a step of the loop raised; the loop has ended.
 
     Raises:
-      UserError: unknown policy.
+      UserError: unknown policy, or a control in the settings without ``make_control``.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Executor:
         scheduler_policy: str = MAX_UTILIZATION,
         sampler: Sampler | None = None,
         agreement: RankAgreement | None = None,
+        make_control: MakeControl | None = None,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
@@ -92,7 +94,8 @@ class Executor:
         self._scheduler = Scheduler(
             self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
         )
-        self.sharing = Sharing(self.manager, config, runner, agreement)
+        control = make_control(self.manager, config, runner) if make_control is not None else None
+        self.sharing = Sharing(self.manager, config, agreement, control)
         # Set: stage 1 runs while the device computes the step, and its pairs are compared behind it.
         self._compare: Callable[[PairBatch], Distances] | None = (
             runner.compare if isinstance(runner, ComparingRunner) and not self.sharing.evicts else None

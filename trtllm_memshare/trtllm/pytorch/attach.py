@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
 from trtllm_memshare.trtllm.pytorch.guards import model_reasons, unsupported_features
 from trtllm_memshare.trtllm.pytorch.settings import Settings

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.search.block_search import BlockSearch, Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, PairBatch
-from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap
 
