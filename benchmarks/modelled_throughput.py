@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from search_cost import make_streams
+from trtllm_memshare.evaluation.texts import make_streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the fakes hold the recorded contracts
 from trtllm_pytorch.conftest import TextlessFacts, sharing_class
@@ -31,7 +31,7 @@ from trtllm_pytorch.fake_requests import LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.evaluation.document import make_report, publish
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings

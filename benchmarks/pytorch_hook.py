@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from search_cost import make_streams
+
+from trtllm_memshare.evaluation.texts import make_streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the fakes hold the recorded contracts
 from trtllm_pytorch.conftest import TextlessFacts, sharing_class
@@ -28,7 +29,7 @@ from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, Schedu
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.evaluation.document import make_report, publish
 from trtllm_memshare.search.block_search import ReadyDistances
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.types import PairBatch

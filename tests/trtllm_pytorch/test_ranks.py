@@ -16,7 +16,7 @@ from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.test_tail_swap import check_contents
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.serving.ranks import RankAgreement
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.trtllm.pytorch.attach import MpiCommunicator, make_agreement
 
 

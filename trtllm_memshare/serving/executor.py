@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ import torch
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import ComparingRunner, Runner, StepBatch
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -29,9 +29,9 @@ from trtllm_memshare.serving.request import (
     RequestStats,
     SamplingParams,
 )
-from trtllm_memshare.serving.sampling import Sampler
+from trtllm_memshare.serving.sampling import Sampler, token_log_probs
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
-from trtllm_memshare.serving.sharing import Sharing
+from trtllm_memshare.serving.sharing import MakeControl, Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
 
 
@@ -51,13 +51,14 @@ class Executor:
       scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
       sampler: chooses next tokens; None = as each request's parameters say.
       agreement: with other ranks, see ``Sharing``.
+      make_control: for experiments: makes the control that ``config`` names.
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
       has_failed: a step of the loop raised; the loop has ended.
 
     Raises:
-      UserError: unknown policy.
+      UserError: unknown policy, or a control in the settings without ``make_control``.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Executor:
         scheduler_policy: str = MAX_UTILIZATION,
         sampler: Sampler | None = None,
         agreement: RankAgreement | None = None,
+        make_control: MakeControl | None = None,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
@@ -89,7 +91,8 @@ class Executor:
         self._scheduler = Scheduler(
             self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
         )
-        self.sharing = Sharing(self.manager, config, runner, agreement)
+        control = make_control(self.manager, config, runner) if make_control is not None else None
+        self.sharing = Sharing(self.manager, config, agreement, control)
         # Set: stage 1 runs while the device computes the step, and its pairs are compared behind it.
         self._compare: Callable[[PairBatch], Distances] | None = (
             runner.compare if isinstance(runner, ComparingRunner) and not self.sharing.evicts else None
@@ -166,6 +169,7 @@ class Executor:
             num_context_tokens=sum(len(s.tokens) for s in running if s.phase is Phase.CONTEXT),
             num_generating=generating,
             num_pauses=self._scheduler.num_pauses,
+            num_paused=sum(s.num_pauses > 0 for s in list(self._scheduler.waiting)),
             num_steps=self.stats.num_steps,
             num_finished=self.stats.num_finished,
             max_blocks=self._runner.num_blocks,
@@ -297,14 +301,16 @@ class Executor:
         rows = [i for i, s in enumerate(states) if s.num_computed == len(s.tokens)]
         chosen = logits if len(rows) == len(states) else logits[rows]
         sampled = self._sampler.sample(chosen, [states[i] for i in rows])
+        wanted = any(states[i].params.log_probs for i in rows)
+        log_probs: Sequence[float | None] = token_log_probs(chosen, sampled) if wanted else [None] * len(rows)
         now = time.perf_counter()
-        for row, token in zip(rows, sampled, strict=True):
+        for row, token, log_prob in zip(rows, sampled, log_probs, strict=True):
             state = states[row]
             state.phase = Phase.GENERATION
             state.tokens.append(token)
             if state.first_token_at is None:
                 state.first_token_at = now
-            state.handle.push(token)
+            state.handle.push(token, log_prob if state.params.log_probs else None)
             if state.stops:
                 self._scheduler.finish(state)
                 self._end(state, "stop", in_cache=True)
@@ -327,4 +333,8 @@ class Executor:
         )
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
-        state.handle.finish(RequestResult(state.request_id, state.tokens[len(state.prompt) :], reason, stats))
+        state.handle.finish(
+            RequestResult(
+                state.request_id, state.tokens[len(state.prompt) :], reason, stats, tuple(state.handle.log_probs)
+            )
+        )

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from trtllm_memshare.engine.weights import weight_files
+from trtllm_memshare.engine.rope import longest_sequence
+from trtllm_memshare.engine.tensors import key_mapping
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
@@ -48,17 +49,22 @@ def load_model(model_dir: Path, device: str = "cpu") -> Any:
       device: ``cpu`` or a CUDA device.
 
     Raises:
-      UserError: there are no weights, as in the directory of a TensorRT engine.
+      UserError: there are no weights, as in the directory of a TensorRT engine, or not all of the model's.
     """
-    weight_files(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         model_dir,
         dtype="auto",
         attn_implementation=IMPLEMENTATION,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        key_mapping=key_mapping(model_dir),
+        output_loading_info=True,
     )
+    # The build has checked this; a folder that changed since would be served with random numbers.
+    lost = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
+    if lost:
+        raise UserError(f"{model_dir} lacks weights of the model, such as {lost[0]} (build the engine again)")
     return model.to(device).eval()
 
 
@@ -106,6 +112,9 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
+        if self.pool.is_cuda:
+            # cuDNN's attention plans each new shape for 23 to 37 ms (torch 2.11, sm_90), and here every step has one.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._fold_aliases = fold_aliases
         self._scaling = float(model.model.layers[0].self_attn.scaling)
         self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()
@@ -172,7 +181,9 @@ class TorchRunner:
         if not use_graphs:
             return
 
-        longest = -(-self.model.config.max_position_embeddings // self.tokens_per_block)
+        config = self.model.config
+        tokens = longest_sequence(config.to_dict(), config.max_position_embeddings)
+        longest = -(-tokens // self.tokens_per_block)
 
         def make_decode(bucket: int) -> FlashInferDecode:
             return FlashInferDecode(flashinfer, self.pool, num_heads, dtype, workspace, bucket, bucket * longest)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
-from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints

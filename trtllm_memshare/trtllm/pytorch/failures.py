@@ -3,8 +3,8 @@
 TensorRT-LLM's executor loop ends with whatever ``prepare_resources`` raises, and fails every active request for what
 the forward pass raises. So nothing that goes wrong here leaves this project's code: it is logged once, with what to
 report, counted, and nothing new is shared from then on. What is shared already stays so: its rows are still rearranged,
-since a request whose row is not would read another's pages. A request whose row cannot be vouched for is ended alone, by the
-calls with which TensorRT-LLM ends a cancelled one.
+since a request whose row is not would read another's pages. A request whose row cannot be vouched for is ended alone,
+by the calls with which TensorRT-LLM ends a cancelled one.
 """
 
 from __future__ import annotations

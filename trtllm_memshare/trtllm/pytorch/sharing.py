@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.ranks.agreement import RankAgreement, RankDisagreementError
 from trtllm_memshare.search.block_search import BlockSearch
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.policy import SharingPolicy
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
-from trtllm_memshare.serving.ranks import RankAgreement, RankDisagreementError
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.failures import Complaints, Failures
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch

@@ -1,0 +1,1 @@
+"""Compares: data sets, variants, controls, the benchmark driver, replays token by token and masked, curves."""
