@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.offsets import NO_BLOCK
+from trtllm_memshare.evaluation.replay import ReplaySampler
 from trtllm_memshare.evaluation.retirement import NEVER, NO_DONOR, Choice, Moment, Retirements
 from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.config import make_config
@@ -13,7 +14,6 @@ from trtllm_memshare.search.pressure import floor_room
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.replay import ReplaySampler
 from trtllm_memshare.serving.request import SamplingParams
 
 
