@@ -68,6 +68,14 @@ class RankAgreement:
         self._communicator, self._tp_size = communicator, tp_size
         self._sequence = 0
 
+    @property
+    def rank(self) -> int:
+        return self._communicator.rank
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Values of all ranks in rank order, on every rank; each rank calls it."""
+        return list(self._communicator.broadcast(self._communicator.gather(value)))
+
     def all_hold(self, holds: bool) -> bool:
         """True if it holds on every rank; each rank asks."""
         answers = self._communicator.gather(holds)
