@@ -7,6 +7,7 @@ import torch
 from trtllm_memshare.serving.replay import ReplaySampler
 
 from trtllm_memshare.cache.offsets import NO_BLOCK
+from trtllm_memshare.evaluation.replay import ReplaySampler
 from trtllm_memshare.evaluation.retirement import NEVER, NO_DONOR, Choice, Moment, Retirements
 from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.config import make_config
