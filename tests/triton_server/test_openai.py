@@ -12,9 +12,9 @@ import urllib.request
 
 import pytest
 from triton_server.conftest import free_ports
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 
 from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
