@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from trtllm_memshare.serving.replay import ReplaySampler
 
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.evaluation.replay import ReplaySampler
