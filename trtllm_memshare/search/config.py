@@ -78,6 +78,7 @@ class MemShareConfig(BaseModel):
         "redundancy",
         "attention-redundancy",
         "surprisal-redundancy",
+        "surprisal-led-redundancy",
         "attention-surprisal-redundancy",
         "attention",
         "surprisal",
