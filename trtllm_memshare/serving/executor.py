@@ -21,6 +21,7 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
+from trtllm_memshare.serving.null_entries import settle_null_entries
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -78,7 +79,8 @@ class Executor:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
         self._runner = runner
         self._max_seq_len = max_seq_len
-        self.config = config
+        self.config, null_pages = settle_null_entries(config, runner)
+        config = self.config
         self.manager = KVCacheManager(
             runner.num_blocks,
             runner.num_layers,
@@ -87,6 +89,7 @@ class Executor:
             max_batch_size,
             config,
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
+            null_pages,
         )
         self._scheduler = Scheduler(
             self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
@@ -136,7 +139,7 @@ class Executor:
                 f"{params.max_new_tokens} tokens (shorten the prompt, lower max_new_tokens, or build with a larger "
                 f"--max-seq-len)"
             )
-        needed, blocks = self.manager.blocks_for(total), self._runner.num_blocks
+        needed, blocks = self.manager.blocks_for(total), self.manager.pool.num_usable
         if needed > blocks:
             raise UserError(
                 f"the KV pool is too small for one request: {total} tokens need {needed} blocks of "
@@ -273,15 +276,18 @@ class Executor:
         starts = [s.num_computed for s, _ in schedule.contexts] + [len(s.tokens) - 1 for s in schedule.generations]
         spans = list(zip(states, starts, chunks, strict=True))
         pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
+        request_ids, lengths = [s.request_id for s in states], np.array([b + c for _, b, c in spans], np.int32)
+        self.manager.cross_bands(request_ids, lengths)
         batch = StepBatch(
             input_ids=np.fromiter((t for s, b, c in spans for t in s.tokens[b : b + c]), np.int32, sum(chunks)),
             position_ids=np.fromiter((p for _, b, c in spans for p in range(b, b + c)), np.int32, sum(chunks)),
             num_contexts=len(schedule.contexts),
             chunk_lengths=np.array(chunks, np.int32),
-            sequence_lengths=np.array([b + c for _, b, c in spans], np.int32),
-            block_offsets=self.manager.block_offsets([s.request_id for s in states]),
+            sequence_lengths=lengths,
+            block_offsets=self.manager.block_offsets(request_ids),
             pairs=pairs,
             count_aliases=self.config.count_aliases,
+            read_null=self.config.read_null,
             observe_attention=self.sharing.observes_attention,
             context_lengths=np.array(
                 [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32
