@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.null_pages import NullPages
+from trtllm_memshare.engine.null_page import stored_keys
+from trtllm_memshare.engine.null_page_files import KEYS_FILE
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 
@@ -22,8 +24,6 @@ log = logging.getLogger("trtllm_memshare")
 
 NULL_REQUEST = 2**61 - 1
 """Id of the made-up request; TensorRT-LLM counts its own from 1 and pads CUDA graphs with ids at the top of 64 bits."""
-
-KEYS_FILE = "null_pages.safetensors"
 
 
 class NullKeys:
@@ -116,7 +116,7 @@ class NullRows:
         if len(pages) != count or len(set(pages)) != count:
             raise RuntimeError(f"{count} null pages were asked for, the KV cache manager gave {pages}")
         for page, keys in zip(pages, self._keys.keys, strict=True):
-            pool[page, :, 0] = stored(keys, pool.dtype).to(pool.device)[:, :, None]
+            pool[page, :, 0] = stored_keys(keys, pool.dtype).to(pool.device)[:, :, None]
             pool[page, :, 1] = torch.zeros((), device=pool.device).to(pool.dtype)
         self.entries = self._backend.entries(NULL_REQUEST, count)
         log.info("MemShare took %d null pages, one for each band up to position %d", count, self.pages.bands[-1])
@@ -132,11 +132,3 @@ class NullRows:
         """
         row[: len(table)][is_null] = len(row) + table[is_null]
 
-
-def stored(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys as elements of a pool; an fp8 or int8 pool gets the longest along the same direction that it can hold."""
-    largest = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}.get(dtype)
-    if largest is None:
-        return keys.to(dtype)
-    longest = keys * (largest / keys.abs().amax(-1, keepdim=True).clamp_min(1e-30))
-    return longest.round().to(dtype) if dtype is torch.int8 else longest.to(dtype)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
-from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
@@ -22,21 +21,8 @@ from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 
-MEASURED = ("position", "redundancy", "draw")
-"""Facts of a page that can be known here: TensorRT-LLM hands out neither attention nor the tokens' probabilities."""
-
 Choice = list[tuple[int, list[int]]]
 """Logical pages that each request gives up."""
-
-
-def check_need(need: str) -> None:
-    """Raises UserError for a formula that reads what cannot be known on this path."""
-    missing = [fact for fact in find_need(need).facts if fact not in MEASURED]
-    if missing:
-        raise UserError(
-            f"need {need} reads {', '.join(missing)}, which TensorRT-LLM's PyTorch backend does not hand out (take "
-            f"redundancy, age or random)"
-        )
 
 
 class Pressure:
@@ -63,7 +49,6 @@ class Pressure:
         config: MemShareConfig,
         num_reserved: int,
     ) -> None:
-        check_need(config.need)
         self._backend, self._manager, self._requests, self._tail = backend, manager, requests, tail
         self._config, self._num_pages = config, backend.pool.shape[0] - num_reserved
         self._marks = Watermarks(config.high_watermark, config.low_watermark)

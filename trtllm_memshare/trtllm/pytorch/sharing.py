@@ -32,6 +32,7 @@ from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.failures import Failures
+from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
 from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
 from trtllm_memshare.trtllm.pytorch.pressure import Choice, Pressure
@@ -99,14 +100,13 @@ class Sharing:
         )
         self.tail = TailSwap(backend, tokens_at_once, self._wait_for_table)
         self._rows = TableRows(backend, self.manager, self.requests, null_rows)
+        self._giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self._lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)
         self.pressure = (
             Pressure(backend, self.manager, self.requests, self.tail, config, reserved) if config.pressure else None
         )
         self._meetings = None if agreement is None else RankMeetings(agreement, config.search_interval)
         self._pending: Pending | None = None
-        self._again: dict[int, np.ndarray] = {}  # pages that paused requests had given up
-        self._shadowed: set[tuple[int, int]] = set()
         self._lost: dict[int, Any] = {}  # requests whose rows cannot be vouched for, not ended yet
         self._stream: torch.cuda.Stream | None = None
         self._table_copied: torch.cuda.Event | None = None
@@ -169,12 +169,7 @@ class Sharing:
         """Lets go of a request whose resources are freed; raises nothing."""
         request_id = request.py_request_id
         try:
-            if self.requests.get(request_id) is not None and getattr(request.state, "name", "") != "GENERATION_COMPLETE":
-                null = self.manager.pool.is_null[self.manager.block_table(request_id)]
-                if null.any():  # it is paused: what it had given up stays given up when it comes back
-                    self._again[request_id] = np.flatnonzero(null)
-            else:
-                self._again.pop(request_id, None)
+            self._giving_up.remember(request)
             self.requests.forget(request)
             if self.pressure is not None:
                 self.pressure.forget(request_id)
@@ -205,7 +200,7 @@ class Sharing:
         meets = self._meetings is not None and self._meetings.is_meeting(self._step)
         active = {r.py_request_id for r in generation_requests}
         with self._forward_stream():
-            self._retire_again()
+            self._giving_up.retire_again(self._step)
             if meets if self._meetings is not None else self._pending is not None or self.pressure is not None:
                 self._decide_and_apply(generation_requests, active)
             if searches:
@@ -228,7 +223,7 @@ class Sharing:
             decisions = self._meetings.ranks.decide(candidates, sums, state, self._decide)
             choice = self._meetings.choose(lambda: self._choose(generation_requests))
         self._apply(decisions, active)
-        self._retire(choice)
+        self._giving_up.retire(choice, self._step)
 
     def _apply(self, decisions: list[Decision], active: Container[int]) -> None:
         kept = {id(c) for c in self._searcher.only_active([d.candidate for d in decisions], active)}
@@ -243,27 +238,7 @@ class Sharing:
         for candidate in (d.candidate for d in decisions):
             if self.manager.is_retired(candidate.request_id, candidate.logical):
                 retired[candidate.request_id].append(candidate.logical)
-        self._give_up(list(retired.items()))
-
-    def _retire(self, choice: Choice) -> None:
-        """Gives pages up for need; they become null."""
-        if not self._config.shares:
-            new = {(i, page) for i, pages in choice for page in pages} - self._shadowed
-            self._shadowed |= new
-            self.manager.count_shadow(list(new))  # type: ignore[arg-type]
-            return
-        for request_id, pages in choice:
-            self.manager.retire(request_id, np.array(pages, np.int32))
-        self._give_up(choice)
-
-    def _retire_again(self) -> None:
-        """Paused requests that are back give up what they had given up before."""
-        for request_id in [i for i in self._again if self.requests.get(i) is not None]:
-            pages = self._again.pop(request_id)
-            first, full, _ = self.manager.generated_pages(request_id)
-            pages = pages[(pages >= first) & (pages < full)]
-            if len(pages):
-                self._retire([(request_id, pages.tolist())])
+        self._giving_up.hand_back(list(retired.items()), self._step)
 
     def _decide(self, candidates: list[Candidate], sums: np.ndarray | None) -> list[Decision]:
         """On one rank, or on the first: nothing while a person has switched new sharing off."""
@@ -277,19 +252,6 @@ class Sharing:
         if self.pressure is None or self._switch.is_off(self._step):
             return []
         return self.pressure.choose(generation_requests, 1 if self._meetings is None else self._config.search_interval)
-
-    def _give_up(self, choice: Choice) -> None:
-        """Hands pages back and sets the rows that go with it; both, or a request is lost. Raises the first problem."""
-        problem = None
-        for request_id, pages in choice:
-            try:
-                self.tail.give_up(self.requests[request_id], pages)
-                self._rows.set(request_id, self._step)
-            except Exception as error:  # what was decided for the others has to be carried out all the same
-                problem = problem or error
-                self._lose(request_id)
-        if problem is not None:
-            raise problem
 
     def _lose(self, request_id: int) -> None:
         """Marks a request whose row cannot be vouched for; until it ends, it reads and writes its own last page."""
