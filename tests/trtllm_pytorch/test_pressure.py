@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trtllm_pytorch.conftest import make_settings, make_sharing_class, write_null_pages
+from trtllm_pytorch.conftest import make_sharing_class, write_null_pages
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
@@ -18,7 +19,6 @@ from trtllm_pytorch.test_tail_swap import (
     NUM_SCHEDULES,
     check_contents,
     check_pages,
-    replay_plainly,
     resident_pages,
     run,
 )
@@ -38,7 +38,7 @@ def test_any_schedule_forgets_what_it_may_and_keeps_the_rest_readable(null_pages
     run(kind, seed, overlap, null_pages=null_pages, **{**PRESSURE, "protected_tokens": 8})
 
 
-def serve(make, num_blocks, num_requests, length=180, size=8, check=check_contents, **arguments):
+def serve(make, num_blocks, num_requests, length=180, size=8, is_checked=True, **arguments):
     """Requests that come at once, to their end."""
     manager = make_manager(make, num_blocks, size, **arguments)
     executor = FakeExecutor(manager, True)
@@ -47,8 +47,8 @@ def serve(make, num_blocks, num_requests, length=180, size=8, check=check_conten
         executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, length))
     for step in range(3000):
         executor.step()
-        if step % 5 == 0:
-            check(executor)
+        if is_checked and step % 5 == 0:
+            check_contents(executor)
             check_pages(executor)
         if not executor.active:
             return executor
@@ -59,12 +59,11 @@ def serve(make, num_blocks, num_requests, length=180, size=8, check=check_conten
     ("manager_class", "config"), [(FakeKVCacheManager, {}), (FakeMainKVCacheManagerV2, {"host_cache_size": 1 << 30})]
 )
 def test_nobody_is_paused_where_floors_allow_it(manager_class, config, null_pages):
-    """Four requests of 24 pages each in 60 pages: without giving anything up the last ones wait or are paused."""
-    plain = serve(manager_class, 60, 4, check=lambda e: None, config=config) if False else None
+    """Four requests of 24 pages each in 60 pages."""
+    assert serve(manager_class, 60, 4, is_checked=False, config=config).num_pauses > 0
     make = make_sharing_class(manager_class, null_pages=null_pages, **PRESSURE)
     executor = serve(make, 67, 4, config=config)
     shared = executor.manager.memshare
-    assert plain is None
     assert executor.num_pauses == 0
     assert shared.manager.stats().forgotten > 20
     assert shared.pressure.num_episodes > 1
@@ -83,12 +82,9 @@ def test_requests_keep_their_floor_and_their_own_wishes(null_pages):
                 kept = (generated - retired) / generated
                 seen[known.request_id] = min(seen.get(known.request_id, 1.0), kept)
 
-    class Wishing(FakeExecutor):
-        pass
-
     make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5})
     manager = make_manager(make, 60, 8)
-    executor = Wishing(manager, True)
+    executor = FakeExecutor(manager, True)
     rng = random.Random(3)
     for request_id in range(4):
         request = executor.submit(request_id, repetitive_text(rng, 5), repetitive_text(rng, 180))
@@ -104,13 +100,12 @@ def test_requests_keep_their_floor_and_their_own_wishes(null_pages):
     assert seen[2] == 1.0
 
 
-def test_below_the_watermark_every_table_is_as_the_unpatched_manager_writes_it(null_pages):
-    """Apart from the pages that are taken for null, once: page numbers are compared in the order of first use."""
-    executor = run("V1", 11, True, null_pages=null_pages, **{**PRESSURE, "high_watermark": 1.0, "low_watermark": 1.0})
-    if executor.num_pauses == 0:
-        assert executor.manager.memshare.manager.stats().forgotten == 0
-    plain = replay_plainly("V1", 11)
-    assert len(plain.tables) == len(executor.tables)
+def test_below_the_watermark_nothing_is_given_up_and_no_row_is_touched(null_pages):
+    """With room for all, only the pages taken for null are missing from the pool."""
+    executor = serve(make_sharing_class(null_pages=null_pages, **PRESSURE), 200, 4)
+    shared = executor.manager.memshare
+    assert shared.manager.stats().forgotten == 0
+    assert shared.pressure.num_episodes == shared.tail.num_copies == 0
 
 
 def test_shadow_counts_and_gives_nothing_up(null_pages):
@@ -146,7 +141,7 @@ def test_the_pool_holds_what_was_calibrated_and_the_entries_are_the_managers_own
     executor = run(kind, 5, True, null_pages=null_pages, **PRESSURE)
     manager = executor.manager
     pages = resident_pages(manager, NULL_REQUEST)
-    keys = NullKeys.read(__import__("pathlib").Path(null_pages), executor.pool.shape, make_mapping(), 256).keys
+    keys = NullKeys.read(Path(null_pages), executor.pool.shape, make_mapping(), 256).keys
     for page, expected in zip(pages, keys, strict=True):
         assert torch.equal(executor.pool[page, :, 0], expected[:, :, None].expand_as(executor.pool[page, :, 0]))
         assert (executor.pool[page, :, 1] == 0).all()
@@ -217,7 +212,3 @@ def test_crossings_come_once_and_when_they_are_due():
     crossings.expect(1, 6)
     crossings.forget(2)
     assert [crossings.due(step) for step in (4, 5, 6, 7)] == [[], [], [1], []]
-
-
-def test_the_preset_has_settings(null_pages):
-    assert make_settings(null_pages=null_pages, **PRESSURE).memshare.pressure

@@ -1,8 +1,8 @@
 """Null pages of a manager of TensorRT-LLM: taken from its pool for good, written, and named by rows of the block table.
 
 A null page is a page that no query attends to (``engine.null_page``): V is 0, and K of each KV head points away from
-all queries of a band of positions. TensorRT-LLM's manager hands the pages out as those of a made-up request, by the call
-with which it makes its own warm-up requests; that request never runs and is never freed.
+all queries of a band of positions. TensorRT-LLM's manager hands the pages out as those of a made-up request, by the
+call with which it makes its own warm-up requests; that request never runs and is never freed.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class NullKeys:
             )
         if bands[-1] < max_seq_len:
             raise UserError(
-                f"null pages of {path} reach to position {bands[-1]}, got max_seq_len {max_seq_len} (calibrate for more "
-                f"positions, or lower max_seq_len)"
+                f"null pages of {path} reach to position {bands[-1]}, got max_seq_len {max_seq_len} (calibrate for "
+                f"more positions, or lower max_seq_len)"
             )
         count = next(i for i, end in enumerate(bands[1:], 1) if end >= max_seq_len)
         # More ranks than heads: a head is on several of them.
@@ -131,4 +131,3 @@ class NullRows:
           is_null: bool ``[n]``.
         """
         row[: len(table)][is_null] = len(row) + table[is_null]
-

@@ -1,8 +1,8 @@
 """Where tensor-parallel ranks meet: at the same iterations, whatever has happened to each of them.
 
 Each rank runs its own copy of sharing. They decide together every ``search_interval`` iterations. A rank on which
-something failed goes on meeting the others, so that none waits for it for ever: there all stop sharing anything new, and
-a request whose row one of them cannot vouch for is ended on all of them in the same iteration, since their schedulers
+something failed goes on meeting the others, so that none waits for it for ever: there all stop sharing anything new,
+and a request whose row one of them cannot vouch for is ended on all of them in the same iteration, since their schedulers
 would drift apart otherwise.
 """
 

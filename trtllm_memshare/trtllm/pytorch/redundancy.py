@@ -1,8 +1,8 @@
 """How much of each generated page stands again later in its request, from V as it lies in the pool.
 
 V carries no position, so nothing has to be turned. Of three layers, projected to 64 numbers a token and normalised, it
-ranks pages nearly as un-rotated K of all layers does. Everything stays on the pool's device; one small tensor comes back
-when pressure asks. A page is looked at once, and costs one product with the tokens before it.
+ranks pages nearly as un-rotated K of all layers does. Everything stays on the pool's device; one small tensor comes
+back when pressure asks. A page is looked at once, and costs one product with the tokens before it.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         )
     if memshare.retired_becomes == "dropped":
         raise UserError(
-            "retired_becomes must be null or alias with TensorRT-LLM's PyTorch backend, got dropped (its attention reads "
-            "every entry of a block table)"
+            "retired_becomes must be null or alias with TensorRT-LLM's PyTorch backend, got dropped (its attention "
+            "reads every entry of a block table)"
         )
     if memshare.control != "none":
         raise UserError(f"control must be none when serving, got {memshare.control} (controls run in benchmarks/)")

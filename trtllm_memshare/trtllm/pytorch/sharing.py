@@ -1,7 +1,7 @@
 """Sharing for one KV cache manager of TensorRT-LLM: what is decided when, and that nothing of it ends the server.
 
-What is shared or given up is decided by this project's own code, over virtual blocks: one for each page that TensorRT-LLM
-holds, never moved, whatever becomes of the page. Decisions are carried out by tail_swap.py, and table_rows.py says what
+What is shared or given up is decided by this project's own code, over virtual blocks: one for each page that
+TensorRT-LLM holds, never moved, whatever becomes of the page. Decisions are carried out by tail_swap.py, and table_rows.py says what
 the rows of the block table read then.
 
 Order in one iteration, all on the stream of the forward passes::
@@ -89,7 +89,8 @@ class Sharing:
             tokens_per_block=size,
             max_blocks_per_seq=backend.max_blocks_per_seq,
             max_batch_size=backend.max_batch_size,
-            config=config,
+            # What a paused request had given up goes again when TensorRT-LLM has computed it whole (giving_up.py).
+            config=config.model_copy(update={"pressure": False}),
             make_matcher=make_matcher_factory(config, size, boundaries),
             null_pages=None if null_rows is None else null_rows.pages,
         )
