@@ -1,8 +1,8 @@
 """Which pages are given up when TensorRT-LLM's pool runs short, before its scheduler pauses or suspends anybody.
 
 The scheduler has chosen this iteration's requests when ``prepare_resources`` is called, so what is freed here is for
-the next one. Nothing is looked at while use stays below the high watermark. Above it, pages over all requests go until the
-low one: exact repeats first, then those needed least, none below a request's floor (``search.pressure``).
+the next one. Nothing is looked at while use stays below the high watermark. Above it, pages over all requests go until
+the low one: exact repeats first, then those needed least, none below a request's floor (``search.pressure``).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each rank runs its own copy of sharing. They decide together every ``search_interval`` iterations. A rank on which
 something failed goes on meeting the others, so that none waits for it for ever: there all stop sharing anything new,
-and a request whose row one of them cannot vouch for is ended on all of them in the same iteration, since their schedulers
-would drift apart otherwise.
+and a request whose row one of them cannot vouch for is ended on all of them in the same iteration, since their
+schedulers would drift apart otherwise.
 """
 
 from __future__ import annotations

@@ -39,10 +39,10 @@ class Redundancy:
           wanted: int ``[m]``, logical pages to tell of.
         """
         size = self._pool.shape[4]
-        known_first, signatures, nearest = self._requests.get(request_id, (first, None, None))
-        if signatures is None or known_first != first or len(signatures) > len(blocks) * size:
-            signatures = torch.zeros((0, _WIDTH), device=self._pool.device)
-            nearest = torch.zeros(0, device=self._pool.device)
+        nothing = torch.zeros((0, _WIDTH), device=self._pool.device), torch.zeros(0, device=self._pool.device)
+        known_first, signatures, nearest = self._requests.get(request_id, (first, *nothing))
+        if known_first != first or len(signatures) > len(blocks) * size:
+            signatures, nearest = nothing
         for start in range(len(signatures) // size, len(blocks), _AT_ONCE):
             new = self._signatures(blocks[start : start + _AT_ONCE])
             cosines = new @ torch.cat([signatures, new]).T

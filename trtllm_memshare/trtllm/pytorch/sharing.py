@@ -1,8 +1,8 @@
 """Sharing for one KV cache manager of TensorRT-LLM: what is decided when, and that nothing of it ends the server.
 
 What is shared or given up is decided by this project's own code, over virtual blocks: one for each page that
-TensorRT-LLM holds, never moved, whatever becomes of the page. Decisions are carried out by tail_swap.py, and table_rows.py says what
-the rows of the block table read then.
+TensorRT-LLM holds, never moved, whatever becomes of the page. Decisions are carried out by tail_swap.py, and
+table_rows.py says what the rows of the block table read then.
 
 Order in one iteration, all on the stream of the forward passes::
 
