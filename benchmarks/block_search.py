@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_timing import copy_bandwidth, time_calls
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish, write_report
+from trtllm_memshare.evaluation.device_timing import copy_bandwidth, time_calls
+from trtllm_memshare.evaluation.document import make_report, publish, write_report
 from trtllm_memshare.search.block_distance import block_distance
 from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance
 

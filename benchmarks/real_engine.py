@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
 from trtllm_memshare.errors import run_command_line
 
