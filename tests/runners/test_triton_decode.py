@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from runners.test_flashinfer_decode import FakeGraph, step_batch
 from runners.test_torch_runner import SIZE, batch_of, make_manager
 from tolerances import DECODE_ERROR, SAME_LOGITS
 
+from trtllm_memshare.cache.offsets import hide_blocks
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.page_lists import PageLists, list_pages
 from trtllm_memshare.runners.torch.paged_decode import choose_decode
@@ -97,18 +99,19 @@ def test_few_requests_are_cut_into_parts_and_many_are_not(monkeypatch):
 
 
 def test_a_page_that_no_list_names_is_not_read():
-    """NaN in the null page and in an evicted one; an alias counts as often as it is named and is read once."""
+    """NaN in a null page and in an evicted one; an alias counts as often as it is named and is read once."""
     pool = make_pool(torch.float32, num_layers=3, num_kv_heads=1, tokens=SIZE, dim=16)
     pool[[0, 6]] = float("nan")
-    batch = step_batch([[4, 0, 7, 7, 7, 2], [0, 0, 5]], [5 * SIZE + 3, 3 * SIZE])
-    pages = list_pages(batch, 3, SIZE, fold=True, null_blocks=[0])
+    batch = step_batch([[4, 0, 7, 7, 7, 2], [0, None, 5]], [5 * SIZE + 3, 3 * SIZE])
+    batch = dataclasses.replace(batch, block_offsets=hide_blocks(batch.block_offsets, [0], 3))
+    pages = list_pages(batch, 3, SIZE, fold=True)
     assert sorted(pages.indices[: pages.indptr[1]].tolist()) == [2, 4, 7]
     assert pages.indices[pages.indptr[1] - 1] == 2
     query = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     decode = TritonDecode(pool, 2, torch.float32)
     decode.plan(pages, 0.5)
     once = decode.attend(0, query)
-    decode.plan(list_pages(batch, 3, SIZE, null_blocks=[0]), 0.5)
+    decode.plan(list_pages(batch, 3, SIZE), 0.5)
     assert torch.isfinite(once).all()
     torch.testing.assert_close(decode.attend(0, query), once, rtol=1e-5, atol=1e-6)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,19 +38,16 @@ class PageLists:
         )
 
 
-def list_pages(
-    batch: StepBatch, num_layers: int, tokens_per_block: int, fold: bool = False, null_blocks: Sequence[int] = ()
-) -> PageLists:
+def list_pages(batch: StepBatch, num_layers: int, tokens_per_block: int, fold: bool = False) -> PageLists:
     """Page lists of the generation requests of a batch.
 
-    Order does not matter to attention, except that the partial page comes last, as it does in the table. Evicted
-    entries and those that point at a null page are left out: no query attends to a null page.
+    Order does not matter to attention, except that the partial page comes last, as it does in the table. Entries
+    without a block are left out.
 
     Args:
       num_layers, tokens_per_block: of the pool.
       fold: list a page once however often a table names it, with its logarithm; False lists it as often, as
         TensorRT-LLM's kernels and FlashInfer read it. Without ``count_aliases`` it is listed once and counts once.
-      null_blocks: physical blocks that hold null pages.
     """
     first = batch.num_contexts
     lengths = batch.sequence_lengths[first:]
@@ -59,8 +55,6 @@ def list_pages(
     last = (lengths - 1) // tokens_per_block
     blocks = np.where(keys == NULL_OFFSET, -1, keys // (2 * num_layers))
     present = (np.arange(keys.shape[1]) <= last[:, None]) & (blocks >= 0)
-    if len(null_blocks):
-        present &= ~np.isin(blocks, np.asarray(null_blocks))
     log_counts = np.zeros(blocks.shape, np.float32)
     if fold or not batch.count_aliases:
         for row in _rows_with_aliases(blocks, present):

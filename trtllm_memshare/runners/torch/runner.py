@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from trtllm_memshare.cache.offsets import hide_blocks
+from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.rope import longest_sequence
 from trtllm_memshare.engine.tensors import key_mapping
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.null_pages import write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
@@ -72,6 +75,7 @@ class TorchRunner:
       tokens_per_block: tokens of one block.
       kv_dtype: element type of the pool, None = the model's.
       fold_aliases: see ``plan_step``; FlashInfer reads every alias.
+      null_page_set: null pages to write into the first blocks of the pool, for steps that read them; None = none.
       use_graphs: replay CUDA graphs in pure decode steps where FlashInfer or Triton attends.
       decode: which decode attention, see ``choose_decode``.
       flashinfer: a stand-in for the module, for tests; None = the installed one if the pool is on a GPU.
@@ -82,9 +86,10 @@ class TorchRunner:
       inv_freq: float32 ``[rotary_dim / 2]``, radians per token.
       search: what computes stage 2 on it.
       decode_description: what attends for generation requests, and why.
-      null_blocks: physical blocks that hold null pages, which FlashInfer and Triton then do not read. PyTorch's decode
-        reads them, as TensorRT-LLM's kernels do. May be set.
+      null_pages: where the null pages are, None = there are none. Steps skip them unless told otherwise.
     """
+
+    skips_entries = True
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class TorchRunner:
         tokens_per_block: int,
         kv_dtype: torch.dtype | None = None,
         fold_aliases: bool = True,
+        null_page_set: NullPageSet | None = None,
         use_graphs: bool = True,
         decode: str = "auto",
         flashinfer: Any = None,
@@ -111,6 +117,7 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
+        self.null_pages = None if null_page_set is None else write_null_pages(self.pool, null_page_set)
         if self.pool.is_cuda:
             # cuDNN's attention plans each new shape for 23 to 37 ms (torch 2.11, sm_90), and here every step has one.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -118,7 +125,6 @@ class TorchRunner:
         self._scaling = float(model.model.layers[0].self_attn.scaling)
         self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()
         self.search = make_block_search(self.pool, self.inv_freq, MAX_PAIRS)
-        self.null_blocks: tuple[int, ...] = ()
         num_heads = config.num_attention_heads
         if flashinfer is None:
             kind = choose_decode(self.pool, num_heads, model.dtype, decode)
@@ -132,8 +138,17 @@ class TorchRunner:
         """Works out addresses on the host.
 
         Raises:
-          UserError: attention is to be observed where another than PyTorch attends.
+          UserError: attention is to be observed where another than PyTorch attends, or null pages are to be read and
+            there are none.
         """
+        if self.null_pages is not None and not batch.read_null:
+            hidden = hide_blocks(batch.block_offsets, self.null_pages.blocks, self.num_layers)
+            batch = replace(batch, block_offsets=hidden)
+        elif batch.read_null and self.null_pages is None:
+            raise UserError(
+                "read_null needs null pages, got a runner without any (build the engine with --memshare and "
+                "retired_becomes null, or leave out read_null)"
+            )
         if batch.observe_attention and self._decode is not None:
             attends = self.decode_description.split(",")[0]
             raise UserError(f"attention weights are not known where {attends} attends (run this control on the CPU)")
@@ -143,7 +158,7 @@ class TorchRunner:
         pages: PageLists | None = None
         if decodes:
             fold = self._reads_once and self._fold_aliases
-            pages = list_pages(batch, self.num_layers, self.tokens_per_block, fold, self.null_blocks)
+            pages = list_pages(batch, self.num_layers, self.tokens_per_block, fold)
         return TorchInputs(batch, plan, pages)
 
     @torch.inference_mode()
