@@ -81,6 +81,7 @@ class MemShareConfig(BaseModel):
         "redundancy",
         "attention-redundancy",
         "surprisal-redundancy",
+        "surprisal-led-redundancy",
         "attention-surprisal-redundancy",
         "attention",
         "surprisal",
