@@ -20,6 +20,13 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
+from trtllm_memshare.serving.failures import (
+    ExecutorStoppedError,
+    FailedSteps,
+    describe,
+    not_finite,
+    request_failed,
+)
 from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.serving.request import (
     Phase,
@@ -29,10 +36,19 @@ from trtllm_memshare.serving.request import (
     RequestStats,
     SamplingParams,
 )
-from trtllm_memshare.serving.sampling import Sampler, token_log_probs
+from trtllm_memshare.serving.sampling import NO_TOKEN, Sampler, token_log_probs
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
 from trtllm_memshare.serving.sharing import Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
+from trtllm_memshare.serving.validation import (
+    QueueFullError,
+    check_group,
+    check_listener,
+    check_params,
+    check_prompt,
+)
+
+MAX_QUEUE_SIZE = 100_000  # requests; each waits with a few kilobytes
 
 
 class Executor:
@@ -51,6 +67,7 @@ class Executor:
       scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
       sampler: chooses next tokens; None = as each request's parameters say.
       agreement: with other ranks, see ``Sharing``.
+      max_queue_size: most requests that wait at once.
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
@@ -71,11 +88,14 @@ class Executor:
         scheduler_policy: str = MAX_UTILIZATION,
         sampler: Sampler | None = None,
         agreement: RankAgreement | None = None,
+        max_queue_size: int = MAX_QUEUE_SIZE,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
         self._runner = runner
-        self._max_seq_len = max_seq_len
+        self._max_seq_len, self._max_queue_size = max_seq_len, max_queue_size
+        self._failed_steps = FailedSteps()
+        self._has_cancelled = self._aborting = False
         self.config = config
         self.manager = KVCacheManager(
             runner.num_blocks,
@@ -119,14 +139,15 @@ class Executor:
           listener: see ``RequestHandle``.
 
         Raises:
-          UserError: an empty prompt, one that does not fit max_seq_len with its output, or a pool too small for it.
+          UserError: a value that cannot be followed (see ``validation``), a prompt that does not fit max_seq_len with
+            its output, or a pool too small for it.
+          QueueFullError: too many requests wait.
         """
+        input_ids = check_prompt(input_ids, self._runner.vocab_size)
+        params = check_params(params, self._runner.vocab_size)
+        group = check_group(group)
+        check_listener(listener)
         total = len(input_ids) + params.max_new_tokens
-        if not input_ids or params.max_new_tokens < 1:
-            raise UserError(
-                f"a request needs a prompt and at least one new token, got {len(input_ids)} prompt tokens and "
-                f"max_new_tokens {params.max_new_tokens}"
-            )
         if total > self._max_seq_len:
             raise UserError(
                 f"prompt and output must fit max_seq_len {self._max_seq_len}, got {len(input_ids)} + "
@@ -140,11 +161,16 @@ class Executor:
                 f"{self._runner.tokens_per_block}, the pool has {blocks} (set --kv-cache-blocks {needed} or more)"
             )
         request_id = next(self._ids)
-        handle = RequestHandle(request_id, listener)
-        state = RequestState(request_id, list(input_ids), params, handle, group, tokens=list(input_ids))
+        handle = RequestHandle(request_id, listener, self._note_cancelled)
+        state = RequestState(request_id, input_ids, params, handle, group, tokens=list(input_ids))
         with self._lock:
+            if self.has_failed:
+                raise UserError("the executor has stopped on an error, got a new request (see its log, start it again)")
             if self._stopping:
                 raise UserError("the executor is shutting down, got a new request (submit before leaving its context)")
+            waiting = len(self._submitted) + len(self._scheduler.waiting)
+            if waiting >= self._max_queue_size:
+                raise QueueFullError(f"the queue is full: {waiting} requests wait, the limit (submit this one later)")
             self._submitted.append(state)
             self._lock.notify()
         return handle
@@ -176,6 +202,8 @@ class Executor:
             search_seconds=self.stats.search_seconds,
             num_candidates=self.sharing.policy.num_candidates,
             refused={**self.rejected, **self.manager.stats().refused},
+            num_failed=self.stats.num_failed,
+            num_failed_steps=self._failed_steps.num_failed,
         )
 
     @property
@@ -194,12 +222,17 @@ class Executor:
             return
         batch, states = self._make_batch(schedule)
         self.last_batch = batch
-        output = self._runner.step(self._runner.prepare(batch))
-        distances = output.block_distances
-        if self._compare is not None:
-            pairs = self.sharing.search(self.stats.num_steps)
-            distances = None if pairs is None else self._compare(pairs)
-        self._advance(schedule, states, output.logits)  # waits for the device
+        try:
+            output = self._runner.step(self._runner.prepare(batch))
+            distances = output.block_distances
+            if self._compare is not None:
+                pairs = self.sharing.search(self.stats.num_steps)
+                distances = None if pairs is None else self._compare(pairs)
+            self._advance(schedule, states, output.logits)  # waits for the device
+            self._failed_steps.succeeded()
+        except Exception as error:
+            self._fail_batch(states, error)
+            return
         self.sharing.take_distances(distances)
         self.sharing.take_attention(output.block_attention)
         self.stats.record_step(
@@ -208,21 +241,35 @@ class Executor:
 
     def run_until_idle(self) -> None:
         """Steps until every request has ended."""
-        while self.has_work:
-            self.step()
+        try:
+            while self.has_work:
+                self.step()
+        except BaseException as error:
+            self._fail_all(error)
+            raise
 
     def __enter__(self) -> Executor:
         self._thread = threading.Thread(target=self._loop, name="memshare-executor", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Lets requests in flight end, then stops the thread."""
+    def __exit__(self, error_type: object = None, *_: object) -> None:
+        """Lets requests in flight end, then stops the thread.
+
+        When the body raised, Ctrl-C included, they are cancelled instead: each ends with the tokens it has.
+        """
         with self._lock:
             self._stopping = True
+            self._aborting = error_type is not None
             self._lock.notify()
-        if self._thread is not None:
+        if self._thread is None:
+            return
+        try:
             self._thread.join()
+        except BaseException:  # Ctrl-C while the last requests end
+            self._aborting = True
+            self._thread.join(timeout=1)
+            raise
 
     def _loop(self) -> None:
         try:
@@ -232,19 +279,52 @@ class Executor:
                         self._lock.wait()
                 if not self.has_work:
                     return
+                if self._aborting:
+                    self._cancel_all()
                 self.step()
-        except Exception as error:
-            self.has_failed = True
+        except BaseException as error:
             self._fail_all(error)
             raise
 
-    def _fail_all(self, error: Exception) -> None:
-        """An executor that stopped owes every caller an answer."""
+    def _cancel_all(self) -> None:
         with self._lock:
-            self._stopping = True
             states = [*self._submitted, *self._scheduler.waiting, *self._scheduler.running]
         for state in states:
-            state.handle.finish(None, RuntimeError(f"the executor stopped: {error}"))
+            state.handle.cancel()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """An executor that stopped owes every caller an answer."""
+        with self._lock:
+            self.has_failed = self._stopping = True
+            states = [*self._submitted, *self._scheduler.waiting, *self._scheduler.running]
+        for state in states:
+            state.handle.finish(None, ExecutorStoppedError(f"the executor stopped: {describe(error)}"))
+
+    def _fail_batch(self, states: list[RequestState], error: Exception) -> None:
+        """Ends the requests of a step that failed; raises ``error`` again after too many in a row."""
+        running = set(self._scheduler.running)
+        for state in states:
+            if state in running:
+                self._fail(state, request_failed(state.request_id, "a step that it was part of failed", error))
+        self.sharing.take_distances(None)
+        self._failed_steps.failed(error, len(states))
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        """Ends one running request with an error and frees what it holds."""
+        self._scheduler.finish(state)
+        self.manager.remove_sequence(state.request_id)
+        self._sampler.forget(state.request_id)
+        self.stats.num_finished += 1
+        self.stats.num_failed += 1
+        state.handle.finish(None, error)
+
+    def _note_cancelled(self) -> None:
+        """Some request has been cancelled: the next step looks for it. Any thread may say so."""
+        self._has_cancelled = True
+
+    def _looks_for_cancelled(self) -> bool:
+        looks, self._has_cancelled = self._has_cancelled, False
+        return looks
 
     def _take_submissions(self) -> None:
         with self._lock:
@@ -255,8 +335,15 @@ class Executor:
         return state.handle.cancelled
 
     def _drop_cancelled(self) -> None:
-        for state in [s for s in self._scheduler.waiting if self._is_cancelled(s)]:
-            self._scheduler.waiting.remove(state)
+        if not self._looks_for_cancelled():
+            return
+        waiting = self._scheduler.waiting
+        dropped = [s for s in waiting if self._is_cancelled(s)]
+        if dropped:
+            kept = [s for s in waiting if not self._is_cancelled(s)]
+            waiting.clear()
+            waiting.extend(kept)
+        for state in dropped:
             self.manager.forget_paused(state.request_id)
             self._end(state, "cancelled", in_cache=False)
         for state in [s for s in self._scheduler.running if self._is_cancelled(s)]:
@@ -303,6 +390,9 @@ class Executor:
         now = time.perf_counter()
         for row, token, log_prob in zip(rows, sampled, log_probs, strict=True):
             state = states[row]
+            if token == NO_TOKEN:
+                self._fail(state, self._why_no_token(state))
+                continue
             state.phase = Phase.GENERATION
             state.tokens.append(token)
             if state.first_token_at is None:
@@ -314,6 +404,12 @@ class Executor:
             elif len(state.tokens) >= state.max_tokens:
                 self._scheduler.finish(state)
                 self._end(state, "length", in_cache=True)
+
+    def _why_no_token(self, state: RequestState) -> Exception:
+        error = self._sampler.errors.get(state.request_id)
+        if error is None:
+            return not_finite(state.request_id, state.num_computed)
+        return request_failed(state.request_id, "its next token could not be chosen", error)
 
     def _end(self, state: RequestState, reason: str, in_cache: bool) -> None:
         now = time.perf_counter()
