@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trtllm_memshare.engine.build import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build, summarize
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.errors import run_command_line
 

@@ -162,6 +162,30 @@ def test_a_timeout_of_asyncio_frees_the_blocks(boundaries):
     assert_clean(executor)
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_request_that_cannot_be_added_is_answered_and_leaves_nothing(boundaries, monkeypatch, place):
+    executor = make(boundaries)
+    add, extend = executor.manager.add_sequence, executor.manager._extend
+
+    def fail(request_id, *arguments):
+        if request_id == 1 and place == "before":
+            raise MemoryError
+        return add(request_id, *arguments)
+
+    def fail_late(sequence, *arguments):
+        if sequence.request_id == 1 and place == "after":
+            extend(sequence, *arguments)
+            raise MemoryError
+        return extend(sequence, *arguments)
+
+    monkeypatch.setattr(executor.manager, "add_sequence", fail)
+    monkeypatch.setattr(executor.manager, "_extend", fail_late)
+    slots = len(executor.manager._free_slots)
+    match = r"request 1 ended: it could not be added to the cache \(MemoryError\)"
+    run_with_one_victim(boundaries, executor, lambda handle: None, match)
+    assert len(executor.manager._free_slots) == slots
+
+
 def test_a_failed_step_fails_its_batch_and_is_counted(boundaries):
     runner = CountingRunner()
     executor = make(boundaries, runner, max_batch_size=2)

@@ -11,7 +11,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
 
 if TYPE_CHECKING:
-    from trtllm_memshare.serving.ranks import Communicator
+    from trtllm_memshare.ranks.agreement import Communicator
 
 
 def open_runner(

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import ComparingRunner, Runner, StepBatch
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.serving.failures import (
-    ExecutorStoppedError,
-    FailedSteps,
-    describe,
-    not_finite,
-    request_failed,
-)
-from trtllm_memshare.serving.ranks import RankAgreement
+from trtllm_memshare.serving.executor_loop import MAX_QUEUE_SIZE, ExecutorLoop
+from trtllm_memshare.serving.failures import FailedSteps, not_finite, request_failed
+from trtllm_memshare.serving.pressure import find_null_pages, open_pressure
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -38,24 +31,18 @@ from trtllm_memshare.serving.request import (
 )
 from trtllm_memshare.serving.sampling import NO_TOKEN, Sampler, token_log_probs
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
-from trtllm_memshare.serving.sharing import Sharing
+from trtllm_memshare.serving.sharing import MakeControl, Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
-from trtllm_memshare.serving.validation import (
-    QueueFullError,
-    check_group,
-    check_listener,
-    check_params,
-    check_prompt,
-)
-
-MAX_QUEUE_SIZE = 100_000  # requests; each waits with a few kilobytes
+from trtllm_memshare.serving.status import read_status
+from trtllm_memshare.serving.step_batch import make_batch
+from trtllm_memshare.serving.validation import check_group, check_lengths, check_listener, check_params, check_prompt
 
 
-class Executor:
+class Executor(ExecutorLoop):
     """In-flight batching over one runner.
 
     Either call ``step`` yourself until ``has_work`` is False, or use the executor as a context manager: a thread then
-    runs the steps. ``submit`` is safe from any thread.
+    runs the steps (see ``ExecutorLoop``). ``submit`` is safe from any thread.
 
     Args:
       runner: computes steps and holds the pool.
@@ -68,13 +55,14 @@ class Executor:
       sampler: chooses next tokens; None = as each request's parameters say.
       agreement: with other ranks, see ``Sharing``.
       max_queue_size: most requests that wait at once.
+      make_control: for experiments: makes the control that ``config`` names.
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
-      has_failed: a step of the loop raised; the loop has ended.
+      pressure: gives up pages when the pool runs short; None where the settings ask for none.
 
     Raises:
-      UserError: unknown policy.
+      UserError: unknown policy, or a control in the settings without ``make_control``.
     """
 
     def __init__(
@@ -89,13 +77,13 @@ class Executor:
         sampler: Sampler | None = None,
         agreement: RankAgreement | None = None,
         max_queue_size: int = MAX_QUEUE_SIZE,
+        make_control: MakeControl | None = None,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
         self._runner = runner
-        self._max_seq_len, self._max_queue_size = max_seq_len, max_queue_size
+        self._max_seq_len = max_seq_len
         self._failed_steps = FailedSteps()
-        self._has_cancelled = self._aborting = False
         self.config = config
         self.manager = KVCacheManager(
             runner.num_blocks,
@@ -104,25 +92,29 @@ class Executor:
             -(-max_seq_len // runner.tokens_per_block),
             max_batch_size,
             config,
-            make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
+            make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.matches else None,
+            find_null_pages(config, runner),
         )
+        self.pressure = open_pressure(self.manager, config, runner, agreement)
         self._scheduler = Scheduler(
-            self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
+            self.manager,
+            scheduler_policy,
+            max_batch_size,
+            max_num_tokens,
+            getattr(runner, "chunk_unit_size", 1),
+            self.pressure,
         )
-        self.sharing = Sharing(self.manager, config, runner, agreement)
+        control = make_control(self.manager, config, runner) if make_control is not None else None
+        self.sharing = Sharing(self.manager, config, agreement, control)
         # Set: stage 1 runs while the device computes the step, and its pairs are compared behind it.
         self._compare: Callable[[PairBatch], Distances] | None = (
             runner.compare if isinstance(runner, ComparingRunner) and not self.sharing.evicts else None
         )
         self._sampler = sampler or Sampler()
         self.last_batch: StepBatch | None = None
-        self.has_failed = False
         self.stats = ExecutorStats()
         self._ids = itertools.count()
-        self._lock = threading.Condition()
-        self._submitted: deque[RequestState] = deque()
-        self._thread: threading.Thread | None = None
-        self._stopping = False
+        super().__init__(self._scheduler, max_queue_size)
 
     def submit(
         self,
@@ -147,63 +139,22 @@ class Executor:
         params = check_params(params, self._runner.vocab_size)
         group = check_group(group)
         check_listener(listener)
-        total = len(input_ids) + params.max_new_tokens
-        if total > self._max_seq_len:
-            raise UserError(
-                f"prompt and output must fit max_seq_len {self._max_seq_len}, got {len(input_ids)} + "
-                f"{params.max_new_tokens} tokens (shorten the prompt, lower max_new_tokens, or build with a larger "
-                f"--max-seq-len)"
-            )
-        needed, blocks = self.manager.blocks_for(total), self._runner.num_blocks
-        if needed > blocks:
-            raise UserError(
-                f"the KV pool is too small for one request: {total} tokens need {needed} blocks of "
-                f"{self._runner.tokens_per_block}, the pool has {blocks} (set --kv-cache-blocks {needed} or more)"
-            )
+        check_lengths(len(input_ids), params.max_new_tokens, self._max_seq_len, self.manager)
         request_id = next(self._ids)
         handle = RequestHandle(request_id, listener, self._note_cancelled)
-        state = RequestState(request_id, input_ids, params, handle, group, tokens=list(input_ids))
-        with self._lock:
-            if self.has_failed:
-                raise UserError("the executor has stopped on an error, got a new request (see its log, start it again)")
-            if self._stopping:
-                raise UserError("the executor is shutting down, got a new request (submit before leaving its context)")
-            waiting = len(self._submitted) + len(self._scheduler.waiting)
-            if waiting >= self._max_queue_size:
-                raise QueueFullError(f"the queue is full: {waiting} requests wait, the limit (submit this one later)")
-            self._submitted.append(state)
-            self._lock.notify()
+        self._queue(RequestState(request_id, input_ids, params, handle, group, tokens=list(input_ids)))
         return handle
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is queued or in flight."""
-        return bool(self._submitted or self._scheduler.waiting or self._scheduler.running)
 
     def status(self) -> ExecutorStatus:
         """Counts of this moment; safe from any thread, since it only reads."""
-        running = list(self._scheduler.running)
-        generating = sum(s.phase is Phase.GENERATION for s in running)
-        pool = self.manager.pool
-        return ExecutorStatus(
-            num_active=len(running),
-            num_waiting=len(self._submitted) + len(self._scheduler.waiting),
-            num_context=len(running) - generating,
-            num_context_tokens=sum(len(s.tokens) for s in running if s.phase is Phase.CONTEXT),
-            num_generating=generating,
-            num_pauses=self._scheduler.num_pauses,
-            num_paused=sum(s.num_pauses > 0 for s in list(self._scheduler.waiting)),
-            num_steps=self.stats.num_steps,
-            num_finished=self.stats.num_finished,
-            max_blocks=self._runner.num_blocks,
-            used_blocks=pool.num_used,
-            tokens_per_block=self._runner.tokens_per_block,
-            shared_blocks=self.manager.stats().shared,
-            search_seconds=self.stats.search_seconds,
-            num_candidates=self.sharing.policy.num_candidates,
-            refused={**self.rejected, **self.manager.stats().refused},
-            num_failed=self.stats.num_failed,
-            num_failed_steps=self._failed_steps.num_failed,
+        return read_status(
+            self._scheduler,
+            len(self._submitted),
+            self.manager,
+            self.sharing,
+            self.pressure,
+            self.stats,
+            self._failed_steps.num_failed,
         )
 
     @property
@@ -218,9 +169,13 @@ class Executor:
         self._drop_cancelled()
         self.sharing.apply()
         schedule = self._scheduler.schedule()
+        self._fail_admissions()
         if not schedule.contexts and not schedule.generations:
             return
-        batch, states = self._make_batch(schedule)
+        states = schedule.states
+        pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
+        observes = self.sharing.observes_attention or (self.pressure is not None and self.pressure.observes_attention)
+        batch = make_batch(schedule, self.manager, pairs, self.config.count_aliases, observes)
         self.last_batch = batch
         try:
             output = self._runner.step(self._runner.prepare(batch))
@@ -235,70 +190,11 @@ class Executor:
             return
         self.sharing.take_distances(distances)
         self.sharing.take_attention(output.block_attention)
-        self.stats.record_step(
-            started, time.perf_counter(), self.manager.pool.num_used, len(states), self.sharing.seconds
-        )
-
-    def run_until_idle(self) -> None:
-        """Steps until every request has ended."""
-        try:
-            while self.has_work:
-                self.step()
-        except BaseException as error:
-            self._fail_all(error)
-            raise
-
-    def __enter__(self) -> Executor:
-        self._thread = threading.Thread(target=self._loop, name="memshare-executor", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, error_type: object = None, *_: object) -> None:
-        """Lets requests in flight end, then stops the thread.
-
-        When the body raised, Ctrl-C included, they are cancelled instead: each ends with the tokens it has.
-        """
-        with self._lock:
-            self._stopping = True
-            self._aborting = error_type is not None
-            self._lock.notify()
-        if self._thread is None:
-            return
-        try:
-            self._thread.join()
-        except BaseException:  # Ctrl-C while the last requests end
-            self._aborting = True
-            self._thread.join(timeout=1)
-            raise
-
-    def _loop(self) -> None:
-        try:
-            while True:
-                with self._lock:
-                    while not self.has_work and not self._stopping:
-                        self._lock.wait()
-                if not self.has_work:
-                    return
-                if self._aborting:
-                    self._cancel_all()
-                self.step()
-        except BaseException as error:
-            self._fail_all(error)
-            raise
-
-    def _cancel_all(self) -> None:
-        with self._lock:
-            states = [*self._submitted, *self._scheduler.waiting, *self._scheduler.running]
-        for state in states:
-            state.handle.cancel()
-
-    def _fail_all(self, error: BaseException) -> None:
-        """An executor that stopped owes every caller an answer."""
-        with self._lock:
-            self.has_failed = self._stopping = True
-            states = [*self._submitted, *self._scheduler.waiting, *self._scheduler.running]
-        for state in states:
-            state.handle.finish(None, ExecutorStoppedError(f"the executor stopped: {describe(error)}"))
+        seconds = self.sharing.seconds
+        if self.pressure is not None:
+            self.pressure.observe_attention(output.block_attention)
+            seconds += self.pressure.seconds
+        self.stats.record_step(started, time.perf_counter(), self.manager.pool.num_used, len(states), seconds)
 
     def _fail_batch(self, states: list[RequestState], error: Exception) -> None:
         """Ends the requests of a step that failed; raises ``error`` again after too many in a row."""
@@ -309,30 +205,29 @@ class Executor:
         self.sharing.take_distances(None)
         self._failed_steps.failed(error, len(states))
 
+    def _fail_admissions(self) -> None:
+        """Answers requests that could not be added to the cache."""
+        failed, self._scheduler.failed = self._scheduler.failed, []
+        for state, error in failed:
+            self._forget(state)
+            self._answer_error(state, request_failed(state.request_id, "it could not be added to the cache", error))
+
     def _fail(self, state: RequestState, error: Exception) -> None:
         """Ends one running request with an error and frees what it holds."""
         self._scheduler.finish(state)
         self.manager.remove_sequence(state.request_id)
+        self._forget(state)
+        self._answer_error(state, error)
+
+    def _forget(self, state: RequestState) -> None:
         self._sampler.forget(state.request_id)
+        if self.pressure is not None:
+            self.pressure.forget(state.request_id)
+
+    def _answer_error(self, state: RequestState, error: Exception) -> None:
         self.stats.num_finished += 1
         self.stats.num_failed += 1
         state.handle.finish(None, error)
-
-    def _note_cancelled(self) -> None:
-        """Some request has been cancelled: the next step looks for it. Any thread may say so."""
-        self._has_cancelled = True
-
-    def _looks_for_cancelled(self) -> bool:
-        looks, self._has_cancelled = self._has_cancelled, False
-        return looks
-
-    def _take_submissions(self) -> None:
-        with self._lock:
-            while self._submitted:
-                self._scheduler.add(self._submitted.popleft())
-
-    def _is_cancelled(self, state: RequestState) -> bool:
-        return state.handle.cancelled
 
     def _drop_cancelled(self) -> None:
         if not self._looks_for_cancelled():
@@ -350,29 +245,6 @@ class Executor:
             self._scheduler.finish(state)
             self._end(state, "cancelled", in_cache=True)
 
-    def _make_batch(self, schedule: Schedule) -> tuple[StepBatch, list[RequestState]]:
-        """Packs context chunks, then generation requests."""
-        states = [s for s, _ in schedule.contexts] + schedule.generations
-        chunks = [c for _, c in schedule.contexts] + [1] * len(schedule.generations)
-        starts = [s.num_computed for s, _ in schedule.contexts] + [len(s.tokens) - 1 for s in schedule.generations]
-        spans = list(zip(states, starts, chunks, strict=True))
-        pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
-        batch = StepBatch(
-            input_ids=np.fromiter((t for s, b, c in spans for t in s.tokens[b : b + c]), np.int32, sum(chunks)),
-            position_ids=np.fromiter((p for _, b, c in spans for p in range(b, b + c)), np.int32, sum(chunks)),
-            num_contexts=len(schedule.contexts),
-            chunk_lengths=np.array(chunks, np.int32),
-            sequence_lengths=np.array([b + c for _, b, c in spans], np.int32),
-            block_offsets=self.manager.block_offsets([s.request_id for s in states]),
-            pairs=pairs,
-            count_aliases=self.config.count_aliases,
-            observe_attention=self.sharing.observes_attention,
-            context_lengths=np.array(
-                [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32
-            ),
-        )
-        return batch, states
-
     def _advance(self, schedule: Schedule, states: list[RequestState], logits: torch.Tensor) -> None:
         """Moves every request of the step on by its chunk, and samples where a prompt is complete."""
         for state, chunk in schedule.contexts:
@@ -385,6 +257,8 @@ class Executor:
         rows = [i for i, s in enumerate(states) if s.num_computed == len(s.tokens)]
         chosen = logits if len(rows) == len(states) else logits[rows]
         sampled = self._sampler.sample(chosen, [states[i] for i in rows])
+        if self.pressure is not None:
+            self.pressure.observe_tokens(chosen, [states[i] for i in rows], sampled)
         wanted = any(states[i].params.log_probs for i in rows)
         log_probs: Sequence[float | None] = token_log_probs(chosen, sampled) if wanted else [None] * len(rows)
         now = time.perf_counter()
@@ -414,7 +288,7 @@ class Executor:
     def _end(self, state: RequestState, reason: str, in_cache: bool) -> None:
         now = time.perf_counter()
         record = self.manager.remove_sequence(state.request_id) if in_cache else SharingRecord(0, 0)
-        self._sampler.forget(state.request_id)
+        self._forget(state)
         first = state.first_token_at if state.first_token_at is not None else now
         stats = RequestStats(
             first - state.submitted_at,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.serving.request import SamplingParams
 
@@ -75,6 +76,22 @@ def check_params(params: Any, vocab_size: int) -> SamplingParams:
     if len(banned) >= vocab_size:
         raise UserError(f"bad_words ban all {vocab_size} tokens of the vocabulary, which leaves none to generate")
     return replace(params, **checked)
+
+
+def check_lengths(num_prompt: int, max_new_tokens: int, max_seq_len: int, manager: KVCacheManager) -> None:
+    """Raises UserError if prompt and output do not fit max_seq_len, or the pool when nobody else is there."""
+    total = num_prompt + max_new_tokens
+    if total > max_seq_len:
+        raise UserError(
+            f"prompt and output must fit max_seq_len {max_seq_len}, got {num_prompt} + {max_new_tokens} tokens "
+            f"(shorten the prompt, lower max_new_tokens, or build with a larger --max-seq-len)"
+        )
+    needed, blocks = manager.blocks_for(total), manager.pool.num_usable
+    if needed > blocks:
+        raise UserError(
+            f"the KV pool is too small for one request: {total} tokens need {needed} blocks of "
+            f"{manager.tokens_per_block}, the pool has {blocks} (set --kv-cache-blocks {needed} or more)"
+        )
 
 
 def check_group(group: Any) -> int | None:

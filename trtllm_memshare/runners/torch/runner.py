@@ -112,6 +112,9 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
+        if self.pool.is_cuda:
+            # cuDNN's attention plans each new shape for 23 to 37 ms (torch 2.11, sm_90), and here every step has one.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._fold_aliases = fold_aliases
         self._scaling = float(model.model.layers[0].self_attn.scaling)
         self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()

@@ -9,16 +9,9 @@ from typing import Any
 
 import torch
 
-from trtllm_memshare.engine.engine_dir import (
-    FORMAT_VERSION,
-    Engine,
-    copy_small_files,
-    load_engine,
-    replace_engine,
-    write_json,
-)
+from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, copy_small_files, replace_engine, write_json
+from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.runners.tensorrt.open import check_rank_engine
 from trtllm_memshare.trtllm.engine.build_plan import (
     CALIBRATED,
     QUANTIZATIONS,
@@ -26,10 +19,10 @@ from trtllm_memshare.trtllm.engine.build_plan import (
     build_settings,
     plugin_settings,
 )
-from trtllm_memshare.trtllm.engine.directory import engine_dtype, spec_of
+from trtllm_memshare.trtllm.engine.directory import engine_dtype, read_tensorrt_engine, spec_of
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt
+from trtllm_memshare.trtllm.engine.plan_check import check_rank_engine
 from trtllm_memshare.trtllm.engine.plugins import load_memshare_plugin, load_trtllm_plugins
-from trtllm_memshare.trtllm.engine.record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
 from trtllm_memshare.trtllm.engine.search_engine import build_search_engine
 from trtllm_memshare.trtllm.engine.search_layer import allow_plugin_v3_layers, memshare_model_class
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, CONVERSION, check_call, check_signatures
@@ -59,7 +52,7 @@ def build_tensorrt_engine(plan: EnginePlan, output_dir: Path, force: bool) -> En
             (folder / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, plan.spec(0), plan.max_pairs))
         write_memshare_files(plan, folder, trt.__version__, capability)
 
-    return replace_engine(output_dir, force, fill)
+    return replace_engine(output_dir, force, fill, read_tensorrt_engine)
 
 
 def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
@@ -80,7 +73,7 @@ def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
     (engine_dir / "model").mkdir(exist_ok=True)
     write_memshare_files(plan, engine_dir, trt.__version__, capability)
     try:
-        engine = load_engine(engine_dir)
+        engine = read_tensorrt_engine(engine_dir)
         load_trtllm_plugins(trt)
         if plan.search_engine != "none":
             load_memshare_plugin(trt, engine_dir / PLUGIN_FILE)
