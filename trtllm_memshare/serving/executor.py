@@ -20,7 +20,8 @@ from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
 from trtllm_memshare.serving.executor_loop import MAX_QUEUE_SIZE, ExecutorLoop
 from trtllm_memshare.serving.failures import FailedSteps, not_finite, request_failed
-from trtllm_memshare.serving.pressure import find_null_pages, open_pressure
+from trtllm_memshare.serving.null_entries import settle_null_entries
+from trtllm_memshare.serving.pressure import open_pressure
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -84,7 +85,8 @@ class Executor(ExecutorLoop):
         self._runner = runner
         self._max_seq_len = max_seq_len
         self._failed_steps = FailedSteps()
-        self.config = config
+        self.config, null_pages = settle_null_entries(config, runner)
+        config = self.config
         self.manager = KVCacheManager(
             runner.num_blocks,
             runner.num_layers,
@@ -93,7 +95,7 @@ class Executor(ExecutorLoop):
             max_batch_size,
             config,
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.matches else None,
-            find_null_pages(config, runner),
+            null_pages,
         )
         self.pressure = open_pressure(self.manager, config, runner, agreement)
         self._scheduler = Scheduler(
@@ -175,7 +177,7 @@ class Executor(ExecutorLoop):
         states = schedule.states
         pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
         observes = self.sharing.observes_attention or (self.pressure is not None and self.pressure.observes_attention)
-        batch = make_batch(schedule, self.manager, pairs, self.config.count_aliases, observes)
+        batch = make_batch(schedule, self.manager, pairs, self.config, observes)
         self.last_batch = batch
         try:
             output = self._runner.step(self._runner.prepare(batch))
