@@ -68,10 +68,26 @@ class RankAgreement:
         self._communicator, self._tp_size = communicator, tp_size
         self._sequence = 0
 
+    @property
+    def rank(self) -> int:
+        return self._communicator.rank
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Values of all ranks in rank order, on every rank; each rank calls it."""
+        return list(self._communicator.broadcast(self._communicator.gather(value)))
+
     def all_hold(self, holds: bool) -> bool:
         """True if it holds on every rank; each rank asks."""
         answers = self._communicator.gather(holds)
         return bool(self._communicator.broadcast(answers is not None and all(answers)))
+
+    def same_choice(self, choice: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+        """Rank 0's choice of pages to give up, on every rank; each rank asks at the same points of its schedule.
+
+        Each rank ranks pages by its own layers and heads; the rooms that bound the choice are the same everywhere.
+        """
+        chosen: list[tuple[int, np.ndarray]] = self._communicator.broadcast(choice)
+        return chosen
 
     def decide(
         self,
