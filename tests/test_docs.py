@@ -32,6 +32,7 @@ def test_paths_and_options_in_the_deployment_page_exist():
     for path in re.findall(r"`((?:deploy|build_scripts|benchmarks)/[\w./]+)`", DEPLOY):
         assert (ROOT / path).exists(), path
     scripts = "".join(p.read_text() for p in (ROOT / "build_scripts").glob("*.py"))
+    scripts += "".join(p.read_text() for p in (ROOT / "trtllm_memshare" / "commands").glob("*.py"))
     for name in ("launch", "probe", "openai_serve"):
         scripts += (ROOT / "trtllm_memshare" / "triton" / f"{name}.py").read_text()
     for option in re.findall(r"`(--[a-z-]+)`", DEPLOY):
