@@ -97,6 +97,7 @@ def test_the_page_on_tensorrt_llm_names_what_is_used_and_what_exists():
     for path in re.findall(r"`((?:trtllm_memshare|tests|build_scripts|benchmarks)/[\w./]+)`", page):
         assert (ROOT / path).exists(), path
     scripts = "".join(p.read_text() for p in (ROOT / "build_scripts").glob("*.py"))
+    scripts += "".join(p.read_text() for p in (ROOT / "trtllm_memshare" / "commands").glob("*.py"))
     for option in ("--dry-run", "--search-engine", "--quantization", "--kv-cache-dtype", "--tp-size", "--pp-size"):
         assert option in page
         assert option in scripts or option[2:].replace("-", "_") in BuildConfig.model_fields
