@@ -14,6 +14,7 @@ import pytest
 from triton_server.conftest import free_ports
 
 from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
+from trtllm_memshare.__main__ import main
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
@@ -217,9 +218,9 @@ def test_a_prompt_may_open_the_thoughts():
     assert not ends_inside("")
 
 
-def test_serve_without_engine_says_what_it_is(capsys):
-    from trtllm_memshare.__main__ import main
-
+def test_serve_s_help_says_what_both_servers_are(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
-    assert "Without it: trtllm-serve with MemShare" in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "usage: memshare serve" in text
+    assert "Without it: trtllm-serve with MemShare" in text

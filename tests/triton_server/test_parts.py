@@ -70,6 +70,9 @@ def test_every_input_reaches_its_parameter():
     assert (params.frequency_penalty, params.log_probs, request.num_sequences) == (0.25, True, 2)
     assert request.streaming
     assert request.echo_input
+    assert (params.min_kept, params.memshare) == (None, True)
+    own = parse(memshare_min_kept=[[0.75]], memshare_off=[[True]]).params
+    assert (own.min_kept, own.memshare) == (0.75, False)
     assert (request.group, parse().group, parse(memshare_group=[[0]]).group) == (7, None, 0)
 
 
@@ -103,6 +106,7 @@ def test_sampling_follows_tensorrt_llm_s_rules(arrays, temperature, top_k, top_p
         ({"runtime_top_p": [[1.5]]}, "runtime_top_p must be between 0 and 1, got 1.5"),
         ({"seed": [[1, 2]]}, r"seed must be one value for each prompt, got shape \[1, 2\]"),
         ({"memshare_group": [[-2]]}, "memshare_group must be at least -1"),
+        ({"memshare_min_kept": [[1.5]]}, "memshare_min_kept must be between 0 and 1, got 1.5"),
         ({"end_id": [[80]]}, "end_id must be between -1 and 79, got 80"),
     ],
 )
@@ -244,6 +248,32 @@ def test_a_group_needs_an_engine_of_that_scope(service, tmp_path):
             await collect(client, {**INPUTS, "memshare_group": 1})
 
     over_socket(service[0], tmp_path, use)
+
+
+def test_a_share_to_keep_needs_an_engine_with_pressure(service, tmp_path):
+    async def use(client):
+        with pytest.raises(UserError, match=r"memshare_min_kept needs an engine .* preset pressure, got preset off"):
+            await collect(client, {**INPUTS, "memshare_min_kept": 0.5})
+
+    over_socket(service[0], tmp_path, use)
+
+
+def test_requests_choose_their_share_under_pressure_and_hear_what_they_gave_up(tiny_checkpoint, boundaries, tmp_path):
+    config = make_config("pressure", retired_becomes="dropped", need="age", min_kept=0.2, protected_tokens=8)
+    executor = Executor(TorchRunner(load_model(tiny_checkpoint), 20, 8), config, boundaries, 120, 4)
+
+    async def use(client):
+        asked = {**INPUTS, "request_output_len": 90, "streaming": False, "return_perf_metrics": True}
+        each = ({"memshare_off": True}, {"memshare_min_kept": 0.3}, {})
+        return await asyncio.gather(*(collect(client, {**asked, **own}) for own in each))
+
+    with executor:
+        whole, half, default = (e[-1].figures for _, e in over_socket(service_over(executor), tmp_path, use))
+    assert whole["memshare_retired_pages"] == 0
+    assert whole["memshare_peak_pages"] == 12  # 93 tokens in pages of 8
+    assert half["memshare_retired_pages"] + default["memshare_retired_pages"] > 0
+    assert min(half["memshare_peak_pages"], default["memshare_peak_pages"]) < 12
+    assert "memshare_num_pauses" in default
 
 
 def test_refusals_keep_their_kind_over_the_socket(service, tmp_path):

@@ -64,6 +64,8 @@ USED = (
     _both("return_num_input_tokens", "BOOL"),
     _both("return_num_output_tokens", "BOOL"),
     _both("memshare_group", "INT64"),
+    _both("memshare_min_kept", "FP32"),
+    _both("memshare_off", "BOOL"),
 )
 """What changes an answer."""
 
@@ -117,7 +119,8 @@ TEXT_NAMES = {i.token: i.text for i in INPUTS if i.text and i.token}
 
 COUNTS = (
     "num_input_tokens", "num_output_tokens", "kv_cache_alloc_new_blocks", "kv_cache_reused_blocks",
-    "kv_cache_alloc_total_blocks", "total_accepted_draft_tokens", "total_draft_tokens", "memshare_shared_blocks",
+    "kv_cache_alloc_total_blocks", "total_accepted_draft_tokens", "total_draft_tokens", "memshare_retired_pages",
+    "memshare_peak_pages", "memshare_num_pauses",
 )  # fmt: skip
 TIMES = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
 """Outputs that come with ``return_perf_metrics``, nanoseconds since the epoch."""

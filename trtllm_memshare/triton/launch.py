@@ -24,11 +24,11 @@ from trtllm_memshare.triton.server import (
 from trtllm_memshare.triton.supervisor import RestartPolicy, Supervisor
 
 
-def main() -> None:
-    """The command line of ``build_scripts/launch_triton.py`` and ``python -m trtllm_memshare.triton.launch``."""
+def main(command: str | None = None, arguments: list[str] | None = None) -> None:
+    """The command line of ``memshare triton launch`` and ``build_scripts/launch_triton.py``."""
     defaults, policy = Ports(), RestartPolicy()
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model_repository", type=Path)
     parser.add_argument("--tritonserver", type=Path, help="the executable (default: on PATH, else nvidia-pytriton's)")
@@ -41,22 +41,22 @@ def main() -> None:
         default=policy.drain_s,
         help="how long requests in flight may take after SIGTERM (default: %(default)g)",
     )
-    options, extra = parser.parse_known_args()
+    options, extra = parser.parse_known_args(arguments)
     if not 0 <= options.drain_seconds <= 86400:
         raise UserError(f"--drain-seconds must be between 0 and 86400, got {options.drain_seconds:g}")
     server = find_server(options.tritonserver)
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     check_ports(ports, options.host)
     with runtime_folder() as runtime:
-        command = server_command(
+        to_run = server_command(
             server, options.model_repository, ports, options.host, runtime, options.drain_seconds, extra
         )
         environment = server_environment(server, options.model_repository, runtime)
         print(f"tritonserver: {server.origin}; flavour: {flavour_of(options.model_repository)}")
-        print(f"+ {shlex.join(command)}", flush=True)
+        print(f"+ {shlex.join(to_run)}", flush=True)
         local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
         ready = f"http://{local}:{ports.http}/v2/health/ready"
-        code = Supervisor(command, environment, ready, RestartPolicy(drain_s=options.drain_seconds)).run()
+        code = Supervisor(to_run, environment, ready, RestartPolicy(drain_s=options.drain_seconds)).run()
     sys.exit(code)
 
 

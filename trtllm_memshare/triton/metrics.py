@@ -11,7 +11,7 @@ import torch
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from trtllm_memshare.serving.statistics import ExecutorStatus
+from trtllm_memshare.serving.statistics import ExecutorStatus, PressureStatus
 from trtllm_memshare.triton.runtime import RESTARTS_VARIABLE
 
 GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -30,6 +30,12 @@ GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "The block search, since the start: candidate pairs compared, and seconds", "search_metric",
         ("candidates", "seconds")),
     "memshare_pauses": ("Requests paused for want of blocks, since the start", "unit", ("pauses",)),
+    "memshare_pressure": (
+        "Pressure: whether it is on, requests at their floor and pages done without now; times that it began, pauses "
+        "avoided and requests admitted since the start", "pressure_metric",
+        ("active", "at_floor", "retired_now", "bytes_saved_now", "episodes", "pauses_avoided", "admitted")),
+    "memshare_retired_pages": (
+        "Pages given up under pressure, since the start", "reason", ("repeated", "needed_least")),
     "memshare_seconds_since_step": (
         "Seconds without a step although there was work, 0 when idle", "unit", ("seconds",)),
     "memshare_server_restarts": ("Starts of the server after a process had died", "unit", ("restarts",)),
@@ -99,6 +105,7 @@ class ExecutorCollector(Collector):
             "memshare_saved_bytes": {"bytes": status.shared_blocks * self._bytes_per_block},
             "memshare_search": {"candidates": status.num_candidates, "seconds": status.search_seconds},
             "memshare_pauses": {"pauses": status.num_pauses},
+            **_pressure_values(status.pressure),
             "memshare_seconds_since_step": {"seconds": self._seconds_since_step(status)},
             "memshare_server_restarts": {"restarts": int(os.environ.get(RESTARTS_VARIABLE, "0"))},
         }
@@ -108,6 +115,25 @@ class ExecutorCollector(Collector):
         if status.num_steps != self._last_step or not status.num_active + status.num_waiting:
             self._last_step, self._last_step_at = status.num_steps, now
         return now - self._last_step_at
+
+
+def _pressure_values(pressure: PressureStatus | None) -> dict[str, dict[str, float]]:
+    """Zeros where the settings ask for no pressure: a dashboard finds its metrics on every server."""
+    p = pressure or PressureStatus(False, {}, 0, 0, 0, 0, 0, 0)
+    return {
+        "memshare_pressure": {
+            "active": p.is_active,
+            "at_floor": p.num_at_floor,
+            "retired_now": p.retired_now,
+            "bytes_saved_now": p.bytes_saved_now,
+            "episodes": p.num_episodes,
+            "pauses_avoided": p.num_pauses_avoided,
+            "admitted": p.num_admitted,
+        },
+        "memshare_retired_pages": {
+            reason: p.retired_pages.get(reason, 0) for reason in GAUGES["memshare_retired_pages"][2]
+        },
+    }
 
 
 def _resident_bytes() -> int:

@@ -32,7 +32,7 @@ class Replies:
         self._head["model"] = model
         self._splitters: dict[int, ThinkSplitter] = {}
         self._num_prompt_tokens = dict[int, int]()
-        self._num_output_tokens = self._num_shared_blocks = 0
+        self._num_output_tokens = self._num_retired_pages = 0
 
     def chunk(self, prompt: int, event: TextEvent) -> dict[str, Any]:
         """A piece of a stream."""
@@ -79,14 +79,14 @@ class Replies:
             "prompt_tokens": prompt,
             "completion_tokens": self._num_output_tokens,
             "total_tokens": prompt + self._num_output_tokens,
-            "memshare": {"shared_blocks": self._num_shared_blocks},
+            "memshare": {"retired_pages": self._num_retired_pages},
         }
 
     def _take(self, prompt: int, index: int, event: TextEvent) -> tuple[str, str]:
         if event.finish_reason:
             self._num_prompt_tokens[prompt] = event.figures["num_input_tokens"]
             self._num_output_tokens += event.figures["num_output_tokens"]
-            self._num_shared_blocks += event.figures["memshare_shared_blocks"]
+            self._num_retired_pages += event.figures["memshare_retired_pages"]
         splitter = self._splitters.setdefault(index, ThinkSplitter(self._starts_inside))
         return splitter.push(event.text, bool(event.finish_reason))
 

@@ -65,6 +65,8 @@ class Common(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     memshare_group: int | None = None
+    memshare_min_kept: float | None = None
+    memshare_off: bool = False
 
     @property
     def stop_words(self) -> list[str]:
@@ -171,9 +173,9 @@ def token_inputs(request: Common, max_tokens: int, log_probs: bool) -> dict[str,
         "num_return_sequences": request.n,
         "return_log_probs": log_probs,
         "return_perf_metrics": True,
+        "memshare_off": request.memshare_off,
     }
-    if request.seed is not None:
-        inputs["seed"] = request.seed
-    if request.memshare_group is not None:
-        inputs["memshare_group"] = request.memshare_group
+    for name in ("seed", "memshare_group", "memshare_min_kept"):
+        if getattr(request, name) is not None:
+            inputs[name] = getattr(request, name)
     return inputs

@@ -29,13 +29,13 @@ API_KEY_VARIABLE = "MEMSHARE_API_KEY"
 _CHECK_S, _ANSWER_S = 0.5, 1.0
 
 
-def main(arguments: list[str]) -> None:
+def main(command: str, arguments: list[str]) -> None:
     """Serves until SIGTERM or Ctrl-C, then lets requests in flight end.
 
     Raises:
       UserError: a wrong option, a damaged engine, or FastAPI and uvicorn are missing.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(command).parse_args(arguments)
     try:
         import uvicorn
 
@@ -119,10 +119,10 @@ def _end_when(has_failed: Any) -> None:
     again()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
     defaults = RepositoryOptions(Path(), Path())
     parser = argparse.ArgumentParser(
-        prog="memshare serve",
+        prog=command,
         description="With --engine-dir: an OpenAI-compatible server over an engine of build_scripts/build_engine.py "
         "(/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics). Without it: trtllm-serve with "
         "MemShare (see docs/pytorch_backend.md). An API key, if there shall be one, is read from the variable "

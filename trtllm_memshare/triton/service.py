@@ -52,13 +52,18 @@ class ExecutorService:
         """One prompt's inputs as a request.
 
         Raises:
-          UserError: see ``parse_token_request``; or a group, without an engine that shares between requests.
+          UserError: see ``parse_token_request``; or the settings of the engine know neither groups nor pressure.
         """
         request = parse_token_request(tensors, self.limits, self._stop_token_ids, self._exclude_input)
         if request.group is not None and self._executor.config.scope != "group":
             raise UserError(
                 f"memshare_group needs an engine whose memshare.json has scope group, got scope "
                 f"{self._executor.config.scope} (build the engine with that setting, or leave memshare_group out)"
+            )
+        if request.params.min_kept is not None and not self._executor.config.pressure:
+            raise UserError(
+                f"memshare_min_kept needs an engine whose memshare.json has preset pressure, got preset "
+                f"{self._executor.config.preset} (build the engine with that preset, or leave memshare_min_kept out)"
             )
         return request
 
@@ -164,7 +169,9 @@ class ExecutorService:
             "kv_cache_alloc_new_blocks": allocated,
             "kv_cache_reused_blocks": 0,
             "kv_cache_alloc_total_blocks": allocated,
-            "memshare_shared_blocks": stats.sharing.retired_blocks,
+            "memshare_retired_pages": stats.sharing.retired_blocks,
+            "memshare_peak_pages": stats.sharing.peak_blocks,
+            "memshare_num_pauses": stats.num_pauses,
             "total_accepted_draft_tokens": 0,
             "total_draft_tokens": 0,
             "arrival_time_ns": arrived,

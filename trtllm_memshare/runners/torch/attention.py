@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from trtllm_memshare.runners.torch.flashinfer_decode import FlashInferDecode
+from trtllm_memshare.runners.torch.paged_decode import PagedDecode
 from trtllm_memshare.runners.torch.plan import StepPlan
 
 IMPLEMENTATION = "memshare_paged"
@@ -26,7 +26,7 @@ class DeviceGroup:
 
 @dataclass(frozen=True)
 class DeviceContext:
-    """``ContextChunk`` on the device. ``mask``: bool ``[chunk, past + chunk]``, None when there is no past."""
+    """``ContextChunk`` on the device. ``mask``: bool ``[chunk, keys]``, None when there is no past."""
 
     start: int
     stop: int
@@ -50,7 +50,7 @@ class PagedStep:
         pool: torch.Tensor,
         plan: StepPlan | None,
         compute_dtype: torch.dtype,
-        decode: FlashInferDecode | None = None,
+        decode: PagedDecode | None = None,
         observe: bool = False,
     ) -> None:
         self.num_blocks, self.num_layers, _, self.num_kv_heads, self.tokens_per_block, self.head_dim = pool.shape
@@ -81,7 +81,7 @@ class PagedStep:
 
     @classmethod
     def for_decode(
-        cls, pool: torch.Tensor, write_rows: torch.Tensor, decode: FlashInferDecode, compute_dtype: torch.dtype
+        cls, pool: torch.Tensor, write_rows: torch.Tensor, decode: PagedDecode, compute_dtype: torch.dtype
     ) -> PagedStep:
         """A pure decode step whose addresses may change in place between uses.
 
@@ -95,10 +95,10 @@ class PagedStep:
 
     @staticmethod
     def _context(chunk: Any, device: torch.device) -> DeviceContext:
-        if chunk.head_units is None:
+        if chunk.head_units is None or chunk.key_positions is None:
             return DeviceContext(chunk.start, chunk.stop, None, None)
         queries = torch.arange(chunk.past, chunk.past + chunk.stop - chunk.start, device=device)
-        keys = torch.arange(chunk.past + chunk.stop - chunk.start, device=device)
+        keys = torch.from_numpy(chunk.key_positions).to(device)
         return DeviceContext(
             chunk.start, chunk.stop, torch.from_numpy(chunk.head_units).to(device), keys <= queries[:, None]
         )
