@@ -17,7 +17,7 @@ def main() -> None:
         "--model-dir",
         type=Path,
         default=defaults.model_dir,
-        help="Hugging Face checkpoint (default: the bundled model)",
+        help="Hugging Face checkpoint, or a GGUF file (default: the bundled model)",
     )
     parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, help="default: %(default)s")
     parser.add_argument("--memshare", action="store_true", help="share KV blocks of repeated reasoning")

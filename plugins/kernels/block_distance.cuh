@@ -1,4 +1,4 @@
-// The kernel: one thread block for each pair and layer.
+// The kernel: one thread block for each pair and group of layers.
 #pragma once
 
 #include "block_distance.h"
@@ -8,71 +8,119 @@ namespace memshare {
 constexpr int kMaxThreads = 256;
 constexpr int kMinBlocks = 2; // per multiprocessor: leaves 128 registers to a thread
 
-// The same for kernels that learn the shape at launch. Before sm_89, which decodes e4m3 by an instruction, full vectors
-// of it do not fit 128 registers beside a shape that is no constant.
+// The same for kernels that learn the shape at launch. Full vectors of e4m3 do not fit 128 registers beside a shape that
+// is no constant; a block of theirs has 128 threads where a pool has 32-token blocks, so that several still fit.
 template <class Element> constexpr int kMinBlocksAnyShape = kMinBlocks;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
 template <> constexpr int kMinBlocksAnyShape<Fp8E4M3> = 1;
-#endif
 
-// Sums over the block in a fixed order: within a warp halves are added to halves, then the warps in order.
-// The result is thread 0's.
-__device__ __forceinline__ Sums block_sum(Sums sums)
+// Sums over a warp in a fixed order: halves are added to halves. The result is lane 0's.
+__device__ __forceinline__ Sums warp_sum(Sums sums)
 {
-    __shared__ Sums warp_sums[kMaxThreads / 32];
-#pragma unroll
+MEMSHARE_UNROLL
     for (int offset = 16; offset > 0; offset /= 2) {
         Sums const other{__shfl_down_sync(~0u, sums.dk, offset), __shfl_down_sync(~0u, sums.k, offset),
             __shfl_down_sync(~0u, sums.dv, offset), __shfl_down_sync(~0u, sums.v, offset)};
         sums = sums + other;
     }
-    if (threadIdx.x % 32 == 0) {
-        warp_sums[threadIdx.x / 32] = sums;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (unsigned int warp = 1; warp < blockDim.x / 32; ++warp) {
-            sums = sums + warp_sums[warp];
-        }
-    }
     return sums;
 }
 
-// One pair and layer by one thread block.
+// One pair, and of the layers blockIdx.y, blockIdx.y + gridDim.y, ..., by one thread block.
+//
+// A thread has one token and one place in the head at a time and goes with them through its layers and their heads, so
+// that angles are worked out once. Before the first element of the pool arrives it has waited for two loads in a row:
+// rows, positions, frequencies and the pool's address, all asked for at once; then the pool, while it works out angles.
 template <class Element, int kCount, bool kInterleaved>
 __device__ __forceinline__ void compare_pair(long long const* pool_pointers, int const* num_blocks, int const* new_rows,
     int const* old_rows, int const* position_delta, float const* inv_freq, float4* distances, PoolShape const& shape)
 {
-    int const pair = blockIdx.x / shape.num_layers;
-    int const layer = blockIdx.x % shape.num_layers;
-    int const first = pair * shape.tokens_per_block;
-    long long const num_rows = static_cast<long long>(*num_blocks) * shape.tokens_per_block;
-    bool present = false;
-    bool invalid = false;
-    for (int token = threadIdx.x; token < shape.tokens_per_block; token += blockDim.x) {
-        RowPair const rows = classify(new_rows[first + token], old_rows[first + token], num_rows);
-        present |= rows == RowPair::kPresent;
-        invalid |= rows == RowPair::kInvalid;
-    }
-    invalid = __syncthreads_or(invalid);
-    present = __syncthreads_or(present);
-    if (invalid || !present) {
-        if (threadIdx.x == 0) {
-            float const value = invalid ? float_of_bits(0x7fc00000u) : 0.0f;
-            distances[blockIdx.x] = make_float4(value, value, value, value);
+    using Bits = typename Element::Bits;
+    __shared__ Sums warp_sums[kMaxLayersOfBlock][kMaxThreads / 32];
+    int const thread = threadIdx.x;
+    int const threads = blockDim.x;
+    int const units = shape.head_dim / 2 / kCount;
+    int const size = shape.tokens_per_block;
+    long long const head_stride = static_cast<long long>(size) * shape.head_dim;
+    long long const value_stride = head_stride * shape.num_kv_heads;
+    // From the last head of a layer to the first of this block's next one.
+    long long const layer_stride = 2 * value_stride * gridDim.y - value_stride + head_stride;
+    long long const first = static_cast<long long>(blockIdx.x) * size;
+    new_rows += first;
+    old_rows += first;
+    position_delta += first;
+    distances += static_cast<long long>(blockIdx.x) * shape.num_layers;
+
+    auto const* pool = reinterpret_cast<Bits const*>(*pool_pointers);
+    long long const num_rows = static_cast<long long>(*num_blocks) * size;
+    // There are at least as many threads as tokens, so that together they see every row. `|`, since `||` would wait for
+    // the first load before it asks for the second.
+    int const seen = thread < size ? thread : size - 1;
+    bool const named = (new_rows[seen] != -1) | (old_rows[seen] != -1);
+    for (int base = 0; base < size * units; base += threads) {
+        // The last round may have more threads than units; those only take part in the sums.
+        int const index = base + thread;
+        bool const has_unit = index < size * units;
+        int const token = has_unit ? index / units : size - 1;
+        int const new_row = new_rows[token];
+        int const old_row = old_rows[token];
+        int const delta = position_delta[token];
+        Unit<kCount, kInterleaved> const unit(shape, index % units, inv_freq);
+        if (base == 0 && !__syncthreads_or(named)) { // padding
+            for (int layer = blockIdx.y + thread * gridDim.y; layer < shape.num_layers; layer += threads * gridDim.y) {
+                distances[layer] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+            return;
         }
-        return;
+        RowPair const rows = has_unit ? classify(new_row, old_row, num_rows) : RowPair::kAbsent;
+        bool const present = rows == RowPair::kPresent;
+        Bits const* newer = pool + row_offset(shape, present ? new_row : 0, blockIdx.y);
+        Bits const* older = pool + row_offset(shape, present ? old_row : 0, blockIdx.y);
+        HeadVectors<Element, kCount> vectors;
+        if (present) {
+            vectors.load(newer, older, value_stride, unit);
+        }
+        Rotation<kCount, kInterleaved> const rotation(unit, delta);
+        int slot = 0;
+MEMSHARE_ROLLED
+        for (int layer = blockIdx.y; layer < shape.num_layers; layer += gridDim.y, ++slot) {
+            // A row out of the pool is not read; its NaN reaches all sums of the pair.
+            float const none = rows == RowPair::kInvalid ? float_of_bits(0x7fc00000u) : 0.0f;
+            Sums sums{none, none, none, none};
+            if (present) {
+                bool const is_last = layer + static_cast<int>(gridDim.y) >= shape.num_layers;
+MEMSHARE_ROLLED
+                for (int head = 1; head <= shape.num_kv_heads; ++head) {
+                    vectors.add_to(sums, rotation);
+                    long long const stride = head < shape.num_kv_heads ? head_stride : layer_stride;
+                    newer += stride;
+                    older += stride;
+                    if (head < shape.num_kv_heads || !is_last) {
+                        vectors.load(newer, older, value_stride, unit);
+                    }
+                }
+            }
+            sums = warp_sum(sums);
+            if (thread % 32 == 0) {
+                Sums& mine = warp_sums[slot][thread / 32];
+                mine = base == 0 ? sums : mine + sums;
+            }
+        }
     }
-    auto const* pool = reinterpret_cast<typename Element::Bits const*>(*pool_pointers);
-    Sums const sums = block_sum(thread_sums<Element, kCount, kInterleaved>(shape, pool, layer, new_rows + first,
-        old_rows + first, position_delta + first, inv_freq, threadIdx.x, blockDim.x));
-    if (threadIdx.x == 0) {
-        distances[blockIdx.x] = make_float4(sums.dk, sums.k, sums.dv, sums.v);
+    __syncthreads();
+    int const layer = blockIdx.y + thread * gridDim.y;
+    if (layer < shape.num_layers) {
+        Sums sums = warp_sums[thread][0];
+MEMSHARE_UNROLL
+        for (int warp = 1; warp < kMaxThreads / 32; ++warp) {
+            if (warp < threads / 32) {
+                sums = sums + warp_sums[thread][warp];
+            }
+        }
+        distances[layer] = make_float4(sums.dk, sums.k, sums.dv, sums.v);
     }
 }
 
-// Grid: num_pairs * num_layers blocks of num_threads(shape, kCount) threads; layers of a pair are neighbours, as in the
-// pool.
+// Grid: num_pairs by num_layer_groups blocks of num_threads(shape, kCount) threads.
 //
 // pool_pointers: int64 [1], address of the pool. num_blocks: int32 [1]. Both are read on the device, so that one
 // captured graph serves a pool that is allocated later.

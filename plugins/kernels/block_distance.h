@@ -1,7 +1,6 @@
 // Element-level arithmetic of stage 2: where a row lies, how an older K is turned, what is summed, in which order.
 //
-// Everything a thread does on its own is here and compiles for the host too (block_distance_host.cpp runs the same
-// threads one after the other); block_distance.cuh adds barriers and the launch shape. The specification is
+// What a thread does on its own is here; block_distance.cuh adds shuffles, barriers and the grid. The specification is
 // trtllm_memshare/search/block_distance.py.
 #pragma once
 
@@ -72,33 +71,47 @@ MEMSHARE_HD float fused_multiply_add(float a, float b, float c)
 #endif
 }
 
-// What one thread reads of a row: two vectors of kCount elements whose partners under RoPE are among themselves.
+// Where one thread reads a row: two vectors of kCount elements whose partners under RoPE are among themselves.
 //
 //   half-split, rotary part     a = [u, u + kCount), b = [rotary_dim / 2 + u, ...): a[i] turns with b[i]
 //   half-split, the rest        a, b neighbours, not turned
 //   interleaved                 a, b neighbours: element 2i turns with element 2i + 1
-template <class Element, int kCount, bool kInterleaved> struct Unit {
+template <int kCount, bool kInterleaved> struct Unit {
     int first, second; // element offsets in a head
     bool turns;
-    float cosine[kCount], sine[kCount];
+    float frequency[kCount]; // radians per token
 
-    MEMSHARE_HD Unit(PoolShape const& shape, int unit, int position_delta, float const* inv_freq)
+    MEMSHARE_HD Unit(PoolShape const& shape, int unit, float const* inv_freq)
     {
         turns = unit * kCount < shape.rotary_dim / 2;
         bool const split = turns && !kInterleaved;
         first = split ? unit * kCount : 2 * unit * kCount;
         second = split ? shape.rotary_dim / 2 + unit * kCount : first + kCount;
+MEMSHARE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            frequency[i] = turns ? inv_freq[unit * kCount + i] : 0.0f;
+        }
+    }
+};
+
+// The rotation that brings an older K of a unit to the newer one's position.
+template <int kCount, bool kInterleaved> struct Rotation {
+    bool turns;
+    float cosine[kCount], sine[kCount];
+
+    MEMSHARE_HD Rotation(Unit<kCount, kInterleaved> const& unit, int position_delta)
+        : turns(unit.turns)
+    {
         if (turns) {
 MEMSHARE_UNROLL
             for (int i = 0; i < kCount; ++i) {
-                double const turns_per_token = inv_freq[unit * kCount + i] * 0.15915494309189533577;
+                double const turns_per_token = unit.frequency[i] * 0.15915494309189533577;
                 cos_sin_of_turns(position_delta * turns_per_token, cosine[i], sine[i]);
             }
         }
     }
 
-    // Turns an older K to the newer one's position.
-    MEMSHARE_HD void rotate(float (&a)[kCount], float (&b)[kCount]) const
+    MEMSHARE_HD void apply(float (&a)[kCount], float (&b)[kCount]) const
     {
         if (!turns) {
             return;
@@ -126,54 +139,94 @@ MEMSHARE_UNROLL
     }
 }
 
-// Threads of a block: as many as there are units in a block's rows, in whole warps, at most 256.
+// The eight vectors of one token, layer and head that a thread compares: K and V, newer and older, both of its unit's.
+template <class Element, int kCount> struct HeadVectors {
+    using Bits = typename Element::Bits;
+    Packed<Element, kCount> new_k[2], old_k[2], new_v[2], old_v[2];
+
+    // newer, older: the head's row of K; V lies value_stride elements further.
+    template <bool kInterleaved>
+    MEMSHARE_HD void load(
+        Bits const* newer, Bits const* older, long long value_stride, Unit<kCount, kInterleaved> const& unit)
+    {
+        new_k[0].load(newer + unit.first);
+        new_k[1].load(newer + unit.second);
+        old_k[0].load(older + unit.first);
+        old_k[1].load(older + unit.second);
+        new_v[0].load(newer + value_stride + unit.first);
+        new_v[1].load(newer + value_stride + unit.second);
+        old_v[0].load(older + value_stride + unit.first);
+        old_v[1].load(older + value_stride + unit.second);
+    }
+
+    template <bool kInterleaved> MEMSHARE_HD void add_to(Sums& sums, Rotation<kCount, kInterleaved> const& rotation) const
+    {
+        float newer[2][kCount], older[2][kCount];
+MEMSHARE_UNROLL
+        for (int part = 0; part < 2; ++part) {
+            new_k[part].decode(newer[part]);
+            old_k[part].decode(older[part]);
+        }
+        rotation.apply(older[0], older[1]);
+MEMSHARE_UNROLL
+        for (int part = 0; part < 2; ++part) {
+            add_squares(newer[part], older[part], sums.dk, sums.k);
+        }
+MEMSHARE_UNROLL
+        for (int part = 0; part < 2; ++part) {
+            add_unturned(new_v[part], old_v[part], sums.dv, sums.v);
+        }
+    }
+};
+
+// |newer - older|^2 and |newer|^2 of two vectors that no rotation stands between.
+template <class Element, int kCount>
+MEMSHARE_HD void add_unturned(
+    Packed<Element, kCount> const& newer, Packed<Element, kCount> const& older, float& difference, float& norm)
+{
+    float a[kCount], b[kCount];
+    newer.decode(a);
+    older.decode(b);
+    add_squares(a, b, difference, norm);
+}
+
+// The same of int8 in integers: exact, and a tenth of the instructions. |a - b|^2 = a.a - 2 a.b + b.b is at most
+// 16 * 255^2, which a float holds exactly.
+MEMSHARE_HD void add_unturned(
+    Packed<Int8, 16> const& newer, Packed<Int8, 16> const& older, float& difference, float& norm)
+{
+    int aa = 0, ab = 0, bb = 0;
+MEMSHARE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        aa = dot_bytes(newer.words[i], newer.words[i], aa);
+        ab = dot_bytes(newer.words[i], older.words[i], ab);
+        bb = dot_bytes(older.words[i], older.words[i], bb);
+    }
+    difference += static_cast<float>(aa - 2 * ab + bb);
+    norm += static_cast<float>(aa);
+}
+
+// Threads of a block: as many as there are units in a block's rows, in whole warps, at most 256; never fewer than rows.
 MEMSHARE_HD int num_threads(PoolShape const& shape, int count)
 {
     int const units = shape.tokens_per_block * (shape.head_dim / 2 / count);
     return units >= 256 ? 256 : (units + 31) / 32 * 32;
 }
 
-// The sums of one thread of a block of `threads` for one pair and layer. A thread keeps its token and its place in the
-// head while it goes through the heads, so each angle is worked out once, and eight vectors are in flight at a time.
-//
-// new_rows, old_rows, position_delta: of this pair, [tokens_per_block], no invalid row among them.
-template <class Element, int kCount, bool kInterleaved>
-MEMSHARE_HD Sums thread_sums(PoolShape const& shape, typename Element::Bits const* pool, int layer, int const* new_rows,
-    int const* old_rows, int const* position_delta, float const* inv_freq, int thread, int threads)
+// Most layers that one thread block takes in turn.
+constexpr int kMaxLayersOfBlock = 4;
+
+// Height of the grid: into how many groups the layers of a pair are dealt. A block works out its angles once for all
+// layers of its group, so few groups mean less work, and many groups keep a GPU busy when there are few pairs: 768
+// blocks are about six for each of the 132 multiprocessors of an H100. No sum depends on it.
+MEMSHARE_HD int num_layer_groups(int num_pairs, int num_layers)
 {
-    Sums sums{0.0f, 0.0f, 0.0f, 0.0f};
-    int const units = shape.head_dim / 2 / kCount;
-    long long const head_stride = static_cast<long long>(shape.tokens_per_block) * shape.head_dim;
-    long long const value_stride = head_stride * shape.num_kv_heads;
-    for (int index = thread; index < shape.tokens_per_block * units; index += threads) {
-        int const token = index / units;
-        if (new_rows[token] == -1) {
-            continue;
-        }
-        Unit<Element, kCount, kInterleaved> const unit(shape, index % units, position_delta[token], inv_freq);
-        typename Element::Bits const* newer = pool + row_offset(shape, new_rows[token], layer);
-        typename Element::Bits const* older = pool + row_offset(shape, old_rows[token], layer);
-MEMSHARE_ROLLED
-        for (int head = 0; head < shape.num_kv_heads; ++head) {
-            float new_k[2][kCount], old_k[2][kCount], new_v[2][kCount], old_v[2][kCount];
-            load<Element>(newer + unit.first, new_k[0]);
-            load<Element>(newer + unit.second, new_k[1]);
-            load<Element>(older + unit.first, old_k[0]);
-            load<Element>(older + unit.second, old_k[1]);
-            load<Element>(newer + value_stride + unit.first, new_v[0]);
-            load<Element>(newer + value_stride + unit.second, new_v[1]);
-            load<Element>(older + value_stride + unit.first, old_v[0]);
-            load<Element>(older + value_stride + unit.second, old_v[1]);
-            unit.rotate(old_k[0], old_k[1]);
-            for (int part = 0; part < 2; ++part) {
-                add_squares(new_k[part], old_k[part], sums.dk, sums.k);
-                add_squares(new_v[part], old_v[part], sums.dv, sums.v);
-            }
-            newer += head_stride;
-            older += head_stride;
-        }
+    int groups = (num_layers + kMaxLayersOfBlock - 1) / kMaxLayersOfBlock;
+    for (int layers = kMaxLayersOfBlock; layers > 1 && static_cast<long long>(num_pairs) * groups < 768;) {
+        layers /= 2;
+        groups = (num_layers + layers - 1) / layers;
     }
-    return sums;
+    return groups;
 }
 
 // Shapes that the kernels take: tokens_per_block 8 to 128, head_dim 32 to 256 and even, rotary_dim even and no larger.

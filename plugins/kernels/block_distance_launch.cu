@@ -20,11 +20,19 @@ struct Arguments {
 
 template <class Element, int kCount, bool kInterleaved> cudaError_t launch(Arguments const& a)
 {
-    dim3 const grid(static_cast<unsigned int>(a.num_pairs) * static_cast<unsigned int>(a.shape.num_layers));
-    dim3 const threads(static_cast<unsigned int>(num_threads(a.shape, kCount)));
-    block_distance<Element, kCount, kInterleaved><<<grid, threads, 0, a.stream>>>(a.pool_pointers, a.num_blocks,
-        a.new_rows, a.old_rows, a.position_delta, a.inv_freq, a.distances, a.shape);
-    return cudaPeekAtLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned int>(a.num_pairs),
+        static_cast<unsigned int>(num_layer_groups(a.num_pairs, a.shape.num_layers)));
+    config.blockDim = dim3(static_cast<unsigned int>(num_threads(a.shape, kCount)));
+    config.stream = a.stream;
+    // The status of this launch alone. An error of an earlier one, which cudaPeekAtLastError would go on returning, is
+    // not ours; and ours is taken back from the runtime, so that whoever asks next is not told of it.
+    cudaError_t const status = cudaLaunchKernelEx(&config, block_distance<Element, kCount, kInterleaved>,
+        a.pool_pointers, a.num_blocks, a.new_rows, a.old_rows, a.position_delta, a.inv_freq, a.distances, a.shape);
+    if (status != cudaSuccess) {
+        static_cast<void>(cudaGetLastError());
+    }
+    return status;
 }
 
 template <class Element> cudaError_t launch_layout(Arguments const& a, bool interleaved)

@@ -1,7 +1,7 @@
 // Element types of a KV pool, decoded to float from their bits.
 //
-// Includes nothing: the same text compiles under NVRTC, nvcc and a plain C++ compiler, so that the host tests exercise
-// the arithmetic that the GPU runs. `decode` is exact for every type.
+// Includes nothing: the same text compiles under NVRTC, nvcc and a plain C++ compiler, so that tests without a GPU run
+// the kernels as they are (tests/plugins/cuda_on_host). `decode` is exact for every type.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -145,34 +145,62 @@ MEMSHARE_UNROLL
 }
 #endif
 
-// One 16-byte load, on a GPU through the read-only path.
-template <class Element, int kCount>
-MEMSHARE_HD void load_vector(typename Element::Bits const* source, float (&values)[kCount])
-{
-#if defined(__CUDA_ARCH__)
-    uint4 const words = __ldg(reinterpret_cast<uint4 const*>(source));
-    unsigned int const word[4] = {words.x, words.y, words.z, words.w};
-#else
-    unsigned int word[4];
-    __builtin_memcpy(word, source, sizeof word);
-#endif
-MEMSHARE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        decode_word<Element>(word[i], values + kCount / 4 * i);
-    }
-}
+// kCount elements as the pool holds them. Loading and decoding are apart, so that loads can be under way while a thread
+// works out angles. Not a full vector: element by element.
+template <class Element, int kCount, bool kFull = kCount == kFullVector<Element>> struct Packed {
+    typename Element::Bits elements[kCount];
 
-// Decodes kCount elements at `source`, aligned to 16 bytes if they fill a vector.
-template <class Element, int kCount>
-MEMSHARE_HD void load(typename Element::Bits const* source, float (&values)[kCount])
-{
-    if constexpr (kCount == kFullVector<Element>) {
-        load_vector<Element>(source, values);
-    } else {
+    MEMSHARE_HD void load(typename Element::Bits const* source)
+    {
+MEMSHARE_UNROLL
         for (int i = 0; i < kCount; ++i) {
-            values[i] = Element::decode(source[i]);
+            elements[i] = source[i];
         }
     }
+
+    MEMSHARE_HD void decode(float (&values)[kCount]) const
+    {
+MEMSHARE_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            values[i] = Element::decode(elements[i]);
+        }
+    }
+};
+
+// A full vector: one 16-byte load from an aligned address, on a GPU through the read-only path.
+template <class Element, int kCount> struct Packed<Element, kCount, true> {
+    unsigned int words[4];
+
+    MEMSHARE_HD void load(typename Element::Bits const* source)
+    {
+#if defined(__CUDA_ARCH__)
+        uint4 const loaded = __ldg(reinterpret_cast<uint4 const*>(source));
+        words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+#else
+        __builtin_memcpy(words, source, sizeof words);
+#endif
+    }
+
+    MEMSHARE_HD void decode(float (&values)[kCount]) const
+    {
+MEMSHARE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            decode_word<Element>(words[i], values + kCount / 4 * i);
+        }
+    }
+};
+
+// Dot product of four signed bytes with four others, added to `sum`; exact.
+MEMSHARE_HD int dot_bytes(unsigned int a, unsigned int b, int sum)
+{
+#if defined(__CUDA_ARCH__)
+    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+#else
+    for (int i = 0; i < 4; ++i) {
+        sum += static_cast<signed char>(a >> 8 * i) * static_cast<signed char>(b >> 8 * i);
+    }
+    return sum;
+#endif
 }
 
 } // namespace memshare

@@ -193,9 +193,10 @@ int32_t MemShareBlockSearchPlugin::enqueue(PluginTensorDesc const* inputDesc, Pl
         auto const pairs = static_cast<int32_t>(inputDesc[kNEW_ROWS_IDX].dims.d[0]);
         cudaError_t status = cudaSuccess;
         if (mPhase == TensorRTPhase::kBUILD) {
-            // TensorRT times layers with made-up buffers: an address in one of them leads nowhere.
+            // TensorRT times layers with made-up buffers: an address in one of them leads nowhere. NaN, so that nobody
+            // takes what was not compared for a distance.
             std::size_t const sums = static_cast<std::size_t>(pairs) * static_cast<std::size_t>(mAttributes.numLayers);
-            status = cudaMemsetAsync(outputs[kDISTANCES_IDX], 0, sums * kSUMS * sizeof(float), stream);
+            status = cudaMemsetAsync(outputs[kDISTANCES_IDX], 0xff, sums * kSUMS * sizeof(float), stream);
         } else {
             status = memshare::block_distance_launch(static_cast<long long const*>(inputs[kPOOL_POINTERS_IDX]),
                 static_cast<int const*>(inputs[kNUM_BLOCKS_IDX]), static_cast<int const*>(inputs[kNEW_ROWS_IDX]),

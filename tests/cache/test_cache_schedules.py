@@ -8,21 +8,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from trtllm_memshare.cache.null_pages import NullPages, is_null
+from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.search.types import Decision
 
 PHRASES = ([2, 3, 4, 3, 2, 2, 0], [2, 4, 4, 2, 3, 1], [3] * 5 + [0])
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Adds, extends, computes, searches, applies late, pauses, resumes and removes in any order."""
+    """Adds, extends, computes, searches, applies late, gives up, pauses, resumes and removes in any order."""
 
     @initialize(
         direction=st.sampled_from(["keep-latest", "keep-earliest"]),
         scope=st.sampled_from(["request", "group"]),
+        becomes=st.sampled_from(["alias", "null", "dropped"]),
         seed=st.integers(0, 2**16),
     )
-    def start(self, direction, scope, seed):
-        self.manager = make_manager(direction, scope=scope)
+    def start(self, direction, scope, becomes, seed):
+        null_pages = None if becomes == "dropped" else NullPages([39, 0], [0, 7 * SIZE, 24 * SIZE])
+        self.manager = make_manager(direction, scope=scope, retired_becomes=becomes, null_pages=null_pages)
         self.groups: dict[int, int | None] = {}
         self.held = np.full(self.manager.pool.num_blocks * SIZE, -1)  # the token whose K and V each row holds
         self.rng = np.random.default_rng(seed)
@@ -80,8 +84,36 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.live())
     @rule(data=st.data())
-    def pause(self, data):
+    def give_up(self, data):
         request = data.draw(st.sampled_from(self.live()))
+        sequence = self.manager._sequences[request]
+        choices = range(sequence.first_generated_block, sequence.num_computed // SIZE)
+        chosen = np.array([b for b in choices if self.rng.random() < 0.3], np.int64)
+        free, shared = self.manager.num_free_blocks, self.manager.stats().forgotten
+        freed = self.manager.retire(request, chosen)
+        assert self.manager.num_free_blocks == free + freed
+        assert self.manager.stats().forgotten == shared + freed
+        assert sequence.retired[chosen].all()
+
+    @precondition(lambda self: self.live())
+    @rule()
+    def next_step(self):
+        """Null entries of every request point at the page of the band that its newest query is in."""
+        live, null_pages = self.live(), self.manager.null_pages
+        lengths = [len(self.tokens[r]) for r in live]
+        self.manager.cross_bands(live, lengths)
+        for request, length in zip(live, lengths, strict=True):
+            table = self.manager.block_table(request)
+            null = table[self.manager.pool.is_null[table] & (table != NO_BLOCK)]
+            assert null_pages is not None or not len(null)
+            assert all(block == null_pages.block_at(length - 1) for block in null.tolist())
+
+    @precondition(lambda self: self.live())
+    @rule(data=st.data(), has_sampled=st.booleans())
+    def pause(self, data, has_sampled):
+        request = data.draw(st.sampled_from(self.live()))
+        if has_sampled and len(self.tokens[request]) < 24 * SIZE:
+            self.tokens[request].append(int(self.rng.integers(0, 5)))  # sampled, and no room for it in the cache
         self.manager.pause_sequence(request)
         self.paused.add(request)
 
@@ -108,14 +140,35 @@ class CacheMachine(RuleBasedStateMachine):
             self.manager.check_integrity()
 
     @invariant()
+    def stage_1_has_exactly_the_tokens_of_the_cache(self):
+        if not hasattr(self, "manager"):
+            return
+        for request in self.live():
+            sequence = self.manager._sequences[request]
+            seen = sequence.matcher.tokens(0, sequence.matcher.num_tokens).tolist() + sequence.unmatched
+            assert seen == self.tokens[request][: sequence.num_tokens]
+
+    @invariant()
     def every_token_has_a_resident_row_that_held_the_same_token(self):
         if not hasattr(self, "manager"):
             return
         for request in self.live():
             sequence = self.manager._sequences[request]
             rows = sequence.token_rows[: sequence.num_computed]
-            assert np.isin(rows // SIZE, self.manager.block_table(request)).all()
-            assert (self.held[rows] == self.tokens[request][: len(rows)]).all()
+            given_up = np.repeat(sequence.retired, SIZE)[: len(rows)]
+            assert given_up[rows < 0].all()
+            there = np.flatnonzero(rows >= 0)
+            assert np.isin(rows[there] // SIZE, self.manager.block_table(request)).all()
+            assert (self.held[rows[there]] == np.array(self.tokens[request])[there]).all()
+
+    @invariant()
+    def null_pages_are_never_written_nor_stand_in_for_anything(self):
+        if hasattr(self, "manager"):
+            null = np.flatnonzero(self.manager.pool.is_null)
+            assert len(null) == self.manager.pool.num_null
+            assert (self.held.reshape(-1, SIZE)[null] == -1).all()
+            for request in self.live():
+                assert not np.isin(self.manager._sequences[request].token_rows // SIZE, null).any()
 
     @invariant()
     def nobody_reads_what_a_stranger_wrote(self):
@@ -124,7 +177,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         readers: dict[int, set] = {}
         for request in self.live():
-            for block in self.manager.block_table(request).tolist():
+            table = self.manager.block_table(request)
+            for block in table[~is_null(table, self.manager.pool)].tolist():
                 readers.setdefault(block, set()).add(
                     request if self.groups[request] is None else f"g{self.groups[request]}"
                 )
@@ -141,7 +195,7 @@ class CacheMachine(RuleBasedStateMachine):
         if hasattr(self, "manager"):
             for request in self.live():
                 self.manager.remove_sequence(request)
-            assert self.manager.num_free_blocks == self.manager.pool.num_blocks
+            assert self.manager.num_free_blocks == self.manager.pool.num_usable
 
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)

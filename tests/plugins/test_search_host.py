@@ -19,7 +19,7 @@ from tolerances import KERNEL_RELATIVE_ERROR
 
 from trtllm_memshare.search import cuda_block_distance
 from trtllm_memshare.search.block_distance import block_distance, pairs_on
-from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, num_layer_groups
 from trtllm_memshare.search.types import PairBatch
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 7, 3, 2, 16, 64
@@ -47,11 +47,11 @@ class PlayedDevice:
 
     def launch(self, stream, config, variant, pool, num_blocks, new_rows, old_rows, delta, inv_freq, distances):
         assert stream == f"stream {self.handle}"
-        count, rest = divmod(config.grid, variant.num_layers)
-        assert rest == 0
+        count, groups = config.grid
+        assert groups == num_layer_groups(count, variant.num_layers)
         assert config.block == variant.num_threads
         read = lambda kind, address: kind.from_address(address).value  # noqa: E731
-        status = self._library.memshare_block_distance_host(
+        status = self._library.memshare_block_distance(
             ctypes.c_void_p(read(ctypes.c_longlong, pool)), read(ctypes.c_int, num_blocks),
             *(ctypes.c_void_p(a) for a in (new_rows, old_rows, delta, inv_freq, distances)), count, variant.num_layers,
             variant.num_kv_heads, variant.tokens_per_block, variant.head_dim, variant.rotary_dim,

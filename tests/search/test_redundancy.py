@@ -25,6 +25,13 @@ def test_cosine_of_bags_ignores_order_but_not_counts():
     np.testing.assert_allclose(best, [0, 1, 1 / np.sqrt(2), 0], atol=1e-6)
 
 
+def test_a_cosine_on_a_threshold_is_the_same_number_whatever_the_counts():
+    for times in range(1, 40):  # 9 of 10 words agree: the cosine is 0.9, which is not over 0.9
+        step = [f"w{i}" for i in range(10)] * times
+        other = [w if w != "w0" else "else" for w in step]
+        assert best_earlier_cosine([step, other])[1] == 0.9
+
+
 def test_windows_and_cover():
     ids = np.array([1, 2, 3, 4, 9, 1, 2, 3, 4])
     assert windows_seen_before(ids, 4).tolist() == [False] * 5 + [True]

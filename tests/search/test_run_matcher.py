@@ -105,3 +105,15 @@ def test_step_matcher_pairs_blocks_of_similar_steps(boundaries):
     feed(matcher, tokens, 4)
     assert matcher.ready_blocks() == [7, 8, 9]
     assert [int(p[0]) // SIZE for p in matcher.counterparts(7)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("same", "paired"), [(19, True), (18, False)])
+def test_a_cosine_on_the_step_matchers_threshold_counts(boundaries, same, paired):
+    newline = int(np.flatnonzero(boundaries.ends_line)[0])
+    plain = np.flatnonzero(~boundaries.ends_line & ~boundaries.ends_sentence & ~boundaries.opens_step)
+    words = plain[-32:].tolist()
+    step = [*words[:24], newline]  # 25 different tokens; with the line end 20 of them, or 19, agree with the other step
+    other = [*words[:same], *words[24 : 48 - same], newline]
+    matcher = StepMatcher(make_config("paper", min_step_cosine=0.8), 8, 16, boundaries)
+    feed(matcher, [10] * 15 + [newline] + step + other + step[:5], 4)
+    assert bool(matcher.ready_blocks()) is paired

@@ -44,8 +44,9 @@ def run(runner, boundaries, prompts, config, max_new_tokens=NEW_TOKENS, num_bloc
     executor = Executor(runner, config, boundaries, max_seq_len=2304, **options)
     params = SamplingParams(max_new_tokens, stop_token_ids=(EOS,))
     handles = [executor.submit(p, params) for p in prompts]
-    executor.run_until_idle()
-    executor.manager.check_integrity()
+    while executor.has_work:
+        executor.step()
+        executor.manager.check_integrity()
     assert executor.manager.pool.num_used == 0
     return [h.result(0).token_ids for h in handles], executor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
-from trtllm_memshare.serving.sampling import Sampler
+from trtllm_memshare.serving.sampling import Sampler, token_log_probs
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.1, 0.07, 0.03]]).log()
 
@@ -59,3 +59,50 @@ def test_stop_sequences_count_generated_tokens_only():
     assert not request(params, (4, 2)).stops  # the 4 is the prompt's
     assert request(params, (4, 4, 2)).stops
     assert not request(params, (4, 0, 2, 1)).stops
+
+
+def test_penalties_count_prompt_and_output_as_tensorrt_llm_does():
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
+
+    def greedy(tokens, **options) -> int:
+        return Sampler().sample(logits, [request(SamplingParams(**options), tokens)])[0]
+
+    assert greedy((0,), repetition_penalty=2.0) == 1  # 2.0 becomes 1.0
+    assert greedy((0, 1), repetition_penalty=2.0) == 0
+    assert greedy((0,), presence_penalty=0.6) == 1
+    assert greedy((0, 0, 1), frequency_penalty=0.4) == 0  # 2.0 - 0.8 against 1.5 - 0.4
+    assert greedy((0, 0, 1), frequency_penalty=0.6) == 1
+    assert Sampler().sample(logits[:, 2:], [request(SamplingParams(repetition_penalty=2.0), (0,))]) == [1]
+    assert logits.tolist() == torch.tensor([[2.0, 1.5, -1.0, -1.2]]).tolist()
+
+
+def test_counts_go_on_with_the_request_and_end_with_it():
+    sampler, params = Sampler(), SamplingParams(frequency_penalty=0.3)
+    logits = torch.tensor([[1.0, 0.9]])
+    state = request(params, (0,))
+    seen = []
+    for _ in range(4):
+        seen += sampler.sample(logits, [state])
+        state.tokens.append(seen[-1])
+    assert seen == [1, 0, 1, 0]
+    sampler.forget(0)
+    assert sampler.sample(logits, [request(params, (1,))]) == [0]
+
+
+def test_stop_tokens_wait_for_min_new_tokens():
+    params = SamplingParams(stop_token_ids=(0,), min_new_tokens=2)
+    sampler = Sampler()
+    assert sampler.sample(LOGITS, [request(params)]) == [1]
+    assert sampler.sample(LOGITS, [request(params, (4, 1, 1))]) == [0]
+
+
+def test_no_value_makes_the_sampler_fail():
+    tiny = SamplingParams(temperature=1e-39, seed=1)
+    assert Sampler().sample(LOGITS, [request(tiny)]) == [0]
+    everything = SamplingParams(temperature=1.0, bad_words=tuple((i,) for i in range(5)))
+    assert Sampler().sample(LOGITS, [request(everything)])[0] in range(5)
+
+
+def test_log_probs_are_the_model_s_own():
+    found = token_log_probs(LOGITS.repeat(2, 1) + 3, [0, 4])
+    torch.testing.assert_close(torch.tensor(found).exp(), torch.tensor([0.5, 0.03]))

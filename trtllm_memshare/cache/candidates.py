@@ -52,6 +52,8 @@ def find_candidates(
                 waits = True
                 continue
             kept_rows = sequence.token_rows[positions]
+            if kept_rows.min() < 0:
+                continue  # a counterpart was forgotten: it stands in for nothing any more
             kept_blocks = kept_rows // size
             donor = _choose_donor(kept_blocks, block, pool)
             if donor is None:

@@ -11,6 +11,7 @@ import numpy as np
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.candidates import find_candidates
 from trtllm_memshare.cache.group_candidates import GroupCandidates
+from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks, is_null
 from trtllm_memshare.cache.offsets import NO_BLOCK, encode_block_offsets
 from trtllm_memshare.cache.remap import Remapper
 from trtllm_memshare.cache.sequence import CacheStats, Sequence, SharingRecord
@@ -29,6 +30,7 @@ class KVCacheManager:
       max_batch_size: most sequences at once.
       config: protections and limits of sharing.
       make_matcher: makes stage 1 for a new request of that many prompt tokens; None when nothing is searched.
+      null_pages: blocks of the pool that the runner has written so that no query attends to them, or None.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class KVCacheManager:
         max_batch_size: int,
         config: MemShareConfig,
         make_matcher: Callable[[int], Matcher] | None = None,
+        null_pages: NullPages | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, tokens_per_block)
+        self.null_pages = null_pages
+        if null_pages is not None:
+            self.pool.reserve(null_pages.blocks)
         self.num_layers = num_layers
         self.tokens_per_block = tokens_per_block
         self.max_blocks_per_seq = max_blocks_per_seq
@@ -52,7 +58,7 @@ class KVCacheManager:
         self._sequences: dict[int, Sequence] = {}
         self._parked: dict[int, tuple[Matcher | None, int]] = {}  # paused requests: stage 1's state and the next epoch
         self._groups: dict[tuple[int, bytes], GroupCandidates] = {}
-        self._remapper = Remapper(self.pool, self._tables, config)
+        self._remapper = Remapper(self.pool, self._tables, config, null_pages)
         self._stats = CacheStats(num_blocks=num_blocks)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -94,6 +100,8 @@ class KVCacheManager:
         matcher, epoch = self._parked.pop(request_id, (None, 0))
         if matcher is not None:
             matcher.reopen()
+            # The token sampled last had no room when the request was paused, so stage 1 has not seen it.
+            matcher.append(token_ids[matcher.num_tokens :])
         elif self._make_matcher is not None:
             matcher = self._make_matcher(num_prompt_tokens)
             matcher.append(token_ids)
@@ -164,6 +172,43 @@ class KVCacheManager:
         self._stats.shared += freed
         return freed
 
+    def retire(self, request_id: int, logical_blocks: np.ndarray) -> int:
+        """Gives up full, generated blocks of a request, between two steps; returns how many became free.
+
+        Their entries, and those of their aliases, point at the null page of the request's band from then on, or at
+        nothing under ``retired_becomes: dropped``.
+
+        Raises:
+          ValueError: a block with prompt tokens or one that is not full; or there are no null pages to point at.
+        """
+        sequence, become = self._sequences[request_id], NO_BLOCK
+        if self.config.retired_becomes != "dropped":
+            if self.null_pages is None:
+                raise ValueError("blocks can be retired to null pages only where the runner has written some, got none")
+            become = self.null_pages.block_at(sequence.num_tokens - 1)
+        freed = forget_blocks(sequence, self._tables[sequence.slot], logical_blocks, self.pool, become)
+        self._stats.forgotten += freed
+        return freed
+
+    def cross_bands(self, request_ids: Seq[int], sequence_lengths: Seq[int] | np.ndarray) -> int:
+        """Moves null entries on to the page of the band that the next step's queries are in; returns how many moved.
+
+        To be called before the step's ``block_offsets``.
+
+        Args:
+          request_ids: of the step.
+          sequence_lengths: tokens that each of them has in the cache after the step.
+        """
+        if self.null_pages is None or len(self.null_pages.blocks) == 1:
+            return 0
+        moved = 0
+        for request_id, length in zip(request_ids, sequence_lengths, strict=True):
+            sequence = self._sequences[request_id]
+            if sequence.retired.any():
+                table = self._tables[sequence.slot]
+                moved += follow_bands(sequence, table, int(length), self.null_pages, self.pool)
+        return moved
+
     def offer_again(self, candidate: Candidate) -> None:
         """Puts a candidate that could not be looked at back on stage 1's list, unless its request has changed."""
         sequence = self._sequences.get(candidate.request_id)
@@ -188,13 +233,13 @@ class KVCacheManager:
         return row[self.pool.is_full[row]]
 
     def origin_blocks(self, request_id: int) -> np.ndarray:
-        """The logical block whose K and V each entry of a sequence's table reads, int32 ``[num_blocks]``.
+        """The logical block whose K and V each entry of a sequence's table reads, int32 ``[num_blocks]``; -1: none.
 
         The identity before anything is shared; under ``scope: group`` a donor's own position in its request.
         """
         sequence = self._sequences[request_id]
         blocks = self._tables[sequence.slot, : sequence.num_blocks]
-        return self.pool.origin_position[blocks] // self.tokens_per_block
+        return np.where(is_null(blocks, self.pool), -1, self.pool.origin_position[blocks] // self.tokens_per_block)
 
     def is_retired(self, request_id: int, logical_block: int) -> bool:
         """True if the block's own physical block was given up; False for a request that is not in the cache."""
@@ -202,7 +247,10 @@ class KVCacheManager:
         return sequence is not None and bool(sequence.retired[logical_block])
 
     def block_table(self, request_id: int) -> np.ndarray:
-        """Physical block of each logical one, int32 ``[num_blocks]``, ``NO_BLOCK`` where it was evicted; a copy."""
+        """Physical block of each logical one, int32 ``[num_blocks]``; a copy.
+
+        A null page where it was forgotten, ``NO_BLOCK`` where it was dropped.
+        """
         sequence = self._sequences[request_id]
         return self._tables[sequence.slot, : sequence.num_blocks].copy()
 
@@ -250,9 +298,10 @@ class KVCacheManager:
 
     def stats(self) -> CacheStats:
         """Counters and gauges as of now."""
-        entries = sum(s.num_blocks for s in self._sequences.values())
+        entries, counted = sum(s.num_blocks for s in self._sequences.values()), int(self.pool.ref_count.sum())
         self._stats.used_blocks = self.pool.num_used
-        self._stats.aliased_entries = entries - self.pool.num_used
+        self._stats.aliased_entries = counted - self.pool.num_used
+        self._stats.null_entries = entries - counted
         self._stats.refused = dict(self._remapper.refused)
         return self._stats
 
@@ -277,11 +326,19 @@ class KVCacheManager:
             unwritten = self._tables[
                 sequence.slot, sequence.num_computed // self.tokens_per_block : sequence.num_blocks
             ]
-            if (references[unwritten] != 1).any():
+            if (references[unwritten] != 1).any() or self.pool.is_null[unwritten].any():
                 raise RuntimeError(
                     f"blocks {unwritten.tolist()} of request {sequence.request_id} are being written, "
-                    f"with {references[unwritten].tolist()} references"
+                    f"with {references[unwritten].tolist()} references, null pages: "
+                    f"{self.pool.is_null[unwritten].tolist()}"
                 )
+            if sequence.matcher is not None:
+                matched = sequence.matcher.num_tokens + len(sequence.unmatched)
+                if matched != sequence.num_tokens:
+                    raise RuntimeError(
+                        f"stage 1 of request {sequence.request_id} has {matched} tokens, the cache "
+                        f"{sequence.num_tokens}: its positions would name other tokens"
+                    )
         self.pool.check_integrity(references)
 
     @staticmethod

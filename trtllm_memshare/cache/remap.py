@@ -11,6 +11,9 @@ rows of X are handed on to the rows that stand in for those, and the distances a
 
 Under ``scope: group`` a block can have readers in several requests. Each leaves it on its own, for what suits its own
 text, as it would alone; the last to leave frees it.
+
+``retired_becomes`` says what entries of X become where D is in the request's own table already: a second entry at D (an
+alias, counted twice in attention), the null page, or nothing. Tokens are handed on to their counterparts all the same.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from trtllm_memshare.cache.block_pool import BlockPool
+from trtllm_memshare.cache.null_pages import NullPages
+from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.sequence import Sequence
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate, Decision
@@ -36,8 +41,13 @@ class Remapper:
       on_remap: called with each decision right after it was applied, or None.
     """
 
-    def __init__(self, pool: BlockPool, tables: np.ndarray, config: MemShareConfig) -> None:
+    def __init__(
+        self, pool: BlockPool, tables: np.ndarray, config: MemShareConfig, null_pages: NullPages | None = None
+    ) -> None:
+        if config.retired_becomes == "null" and config.shares and null_pages is None:
+            raise ValueError("retired_becomes null needs null pages that the runner has written, got none")
         self._pool = pool
+        self._null_pages = null_pages
         self._tables = tables
         self._config = config
         self.refused: Counter[str] = Counter()
@@ -86,7 +96,7 @@ class Remapper:
         if candidate.donor == candidate.block or (kept_blocks == candidate.block).any():
             return "self"
         aliases = int(((table == candidate.donor) | (table == candidate.block)).sum())
-        if aliases > self._config.max_aliases:
+        if aliases > self._config.max_aliases and self._become(candidate.donor, table, sequence) == candidate.donor:
             return "max_aliases"
         if not self._config.accept_all:
             drift = float(pool.drift[candidate.retired_rows].max())
@@ -127,10 +137,23 @@ class Remapper:
         # A block that another sample wrote stands in as if it were the request's own, which may repeat itself later.
         sequence.retired[candidate.logical] = bool((table == candidate.donor).any())
         entries = table == block
-        table[entries] = candidate.donor
+        become = self._become(candidate.donor, table, sequence)
+        table[entries] = become
         rows = sequence.token_rows[: sequence.num_blocks * size]
         moved = np.flatnonzero(rows // size == block)
         rows[moved] = kept[rows[moved] % size]
-        freed = pool.move_references(block, candidate.donor, int(entries.sum()))
+        if become == candidate.donor:
+            freed = pool.move_references(block, candidate.donor, int(entries.sum()))
+        else:
+            freed = bool(pool.release(np.full(int(entries.sum()), block)))
         sequence.num_retired += freed
         return freed
+
+    def _become(self, donor: int, table: np.ndarray, sequence: Sequence) -> int:
+        """What entries become that give way to ``donor``: without it in the table nothing would hold their text."""
+        becomes = self._config.retired_becomes
+        if becomes == "alias" or not (table == donor).any():
+            return donor
+        if becomes == "dropped" or self._null_pages is None:
+            return NO_BLOCK
+        return self._null_pages.block_at(sequence.num_tokens - 1)

@@ -25,8 +25,10 @@ class Sequence:
       num_tokens: tokens that have room in the cache.
       num_computed: tokens whose K and V have been written.
       group: the caller's number and the prompt, of samples that may share with each other; None = alone.
-      token_rows: int32 ``[max_seq_len]``, where each token's K and V, or those standing in for them, lie.
-      retired: bool ``[max_blocks_per_seq]``, logical blocks that another one of the request stands in for.
+      token_rows: int32 ``[max_seq_len]``, where each token's K and V, or those standing in for them, lie; -1 where
+        nothing does: not written yet, or forgotten.
+      retired: bool ``[max_blocks_per_seq]``, logical blocks that were given up: another one of the request stands in
+        for them, or they are forgotten.
       num_retired: blocks that were freed when the request gave up its references.
       num_offered_to_group: first logical blocks that the samples of its group have been shown.
       unmatched: tokens that stage 1 has not been given yet.
@@ -59,12 +61,21 @@ class SharingRecord:
 
 @dataclass
 class CacheStats:
-    """Counters since the manager was made, and gauges. Counts of blocks unless the name says otherwise."""
+    """Counters since the manager was made, and gauges. Counts of blocks unless the name says otherwise.
+
+    Attributes:
+      num_blocks: of the pool; null pages are among them, and not among the used ones.
+      shared: blocks freed because something stands in for them.
+      forgotten: blocks freed with nothing in their place.
+      null_entries: entries of tables that point at a null page or, where the runner skips entries, at nothing.
+    """
 
     num_blocks: int = 0
     used_blocks: int = 0
     peak_used_blocks: int = 0
     aliased_entries: int = 0
+    null_entries: int = 0
+    forgotten: int = 0
     shared: int = 0
     shadowed: int = 0
     generated: int = 0

@@ -12,6 +12,7 @@ import trtllm_memshare
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint, read_json
 from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION, Engine, check_target, trtllm_config, write_engine
+from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.config import MemShareConfig, make_config
 
@@ -34,6 +35,7 @@ class BuildOptions:
     """What a command line asks for; ``None`` = not given.
 
     Attributes:
+      model_dir: a checkpoint directory, or a GGUF file: ``x.gguf`` is dequantized to a checkpoint ``x/`` beside it.
       memshare: whether the engine shares; without it the preset is ``off``.
       preset: name in ``PRESETS``; ``aligned`` if neither it nor the file gives one.
       build: fields of ``BuildConfig`` as given, None = not given.
@@ -76,7 +78,7 @@ class BuildPlan:
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
-    """Settles all settings and checks all input; writes nothing.
+    """Settles all settings and checks all input; writes nothing but the checkpoint beside a GGUF file.
 
     Raises:
       UserError: a setting, checkpoint or output directory that cannot be used.
@@ -84,7 +86,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     backend, reason = _choose_backend(options.backend)
     file = _read_config_file(options.config_file)
     memshare = _settle_memshare(options, file["memshare"])
-    checkpoint = read_checkpoint(options.model_dir)
+    model_dir = checkpoint_of_gguf(options.model_dir) if is_gguf(options.model_dir) else options.model_dir
+    checkpoint = read_checkpoint(model_dir)
     given = {key: value for key, value in (options.build or {}).items() if value is not None}
     defaults = {"max_seq_len": checkpoint.max_position_embeddings}
     build = parse_build_config({**defaults, **file["build"], **given}, "build settings")

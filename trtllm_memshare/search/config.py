@@ -55,6 +55,11 @@ class MemShareConfig(BaseModel):
     )
     min_pool_use: float = Field(0.0, ge=0, le=1, description="share only while this much of the pool is in use")
     max_aliases: int = Field(8, ge=2, description="most entries of one request's table that may point at one block")
+    retired_becomes: Literal["null", "alias", "dropped"] = Field(
+        "alias",
+        description="entry of a retired page: the null page (forgotten), the page that stands in for it (as in the "
+        "paper), or nothing (runners that skip entries)",
+    )
     scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
     search_interval: int = Field(6, ge=1, description="decode steps between two searches")
     max_pairs: int = Field(64, ge=1, le=MAX_PAIRS, description="most candidate pairs compared in one search")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from trtllm_memshare.search.kernel_compiler import compile_variant, import_cuda_core
-from trtllm_memshare.search.kernel_source import ENTRY_POINT, KernelVariant
+from trtllm_memshare.search.kernel_source import ENTRY_POINT, KernelVariant, num_layer_groups
 from trtllm_memshare.search.types import PairBatch
 
 _INPUTS = 3  # new rows, old rows, position delta
@@ -156,7 +156,8 @@ class CudaBlockDistance:
         with torch.cuda.device(device):
             self._bind_thread()
             variant, kernel = self.kernel(undo_rope)
-            config = self._core.LaunchConfig(grid=count * variant.num_layers, block=variant.num_threads)
+            grid = (count, num_layer_groups(count, variant.num_layers))
+            config = self._core.LaunchConfig(grid=grid, block=variant.num_threads)
             arguments = (
                 self._pool_pointer,
                 self._num_blocks,

@@ -14,6 +14,10 @@ ENTRY_POINT = "block_distance"
 """Name of the kernel in a compiled variant."""
 
 FULL_VECTOR_BYTES = 16
+MAX_LAYERS_OF_BLOCK = 4
+"""Most layers that one thread block takes in turn."""
+
+_ENOUGH_BLOCKS = 768  # about six for each of the 132 multiprocessors of an H100
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,14 @@ class KernelVariant:
             ("MEMSHARE_INTERLEAVED", str(self.interleaved).lower()),
         ]
         return macros if self.any_shape else [*macros, ("MEMSHARE_SHAPE", ",".join(map(str, shape)))]
+
+
+def num_layer_groups(num_pairs: int, num_layers: int) -> int:
+    """Height of the kernel's grid: into how many groups the layers of a pair are dealt; see ``block_distance.h``."""
+    layers = MAX_LAYERS_OF_BLOCK
+    while layers > 1 and num_pairs * -(-num_layers // layers) < _ENOUGH_BLOCKS:
+        layers //= 2
+    return -(-num_layers // layers)
 
 
 def kernel_source() -> str:

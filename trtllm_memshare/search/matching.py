@@ -56,6 +56,11 @@ class BlockMatcher(ABC):
         self._ready: dict[int, None] = {}  # logical blocks in order of arrival
         self._settled: set[int] = set()
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were appended."""
+        return self._history.num_tokens
+
     def append(self, token_ids: np.ndarray) -> None:
         """Takes the request's next tokens, int32 ``[n]``, prompt included. Matching waits for ``ready_blocks``."""
         self._history.append(token_ids)

@@ -24,7 +24,9 @@ class StepMatcher(BlockMatcher):
         self, config: MemShareConfig, tokens_per_block: int, num_prompt_tokens: int, boundaries: BoundaryTokens
     ) -> None:
         super().__init__(config, tokens_per_block, num_prompt_tokens, boundaries)
-        self._bags = np.zeros((config.max_steps_compared, _BAG_SIZE), np.float32)
+        # Counts: products are whole numbers, exact in float64, so no threshold hangs on how a BLAS rounds.
+        self._bags = np.zeros((config.max_steps_compared, _BAG_SIZE))
+        self._squares = np.zeros(config.max_steps_compared)
         self._spans = np.zeros((config.max_steps_compared, 2), np.int64)
         self._num_bags = 0
         self._finished = 0  # steps looked at
@@ -48,16 +50,16 @@ class StepMatcher(BlockMatcher):
         if stop - start < self._config.min_step_tokens:
             return
         ids = self._history.token_ids[start:stop] % _BAG_SIZE
-        bag = np.bincount(ids, minlength=_BAG_SIZE).astype(np.float32)
-        bag /= np.linalg.norm(bag)
+        bag = np.bincount(ids, minlength=_BAG_SIZE).astype(np.float64)
+        square = bag @ bag
         known = min(self._num_bags, len(self._bags))
         if known:
-            cosines = self._bags[:known] @ bag
+            cosines = self._bags[:known] @ bag / np.sqrt(self._squares[:known] * square)
             similar = np.argsort(-cosines, kind="stable")[:_MOST_SIMILAR_STEPS]
             for step in similar[cosines[similar] >= self._config.min_step_cosine].tolist():
                 self._pair(self._blocks(start, stop), self._blocks(*self._spans[step].tolist()))
         row = self._num_bags % len(self._bags)
-        self._bags[row], self._spans[row] = bag, (start, stop)
+        self._bags[row], self._squares[row], self._spans[row] = bag, square, (start, stop)
         self._num_bags += 1
 
     def _blocks(self, start: int, stop: int) -> range:

@@ -54,6 +54,10 @@ class PairBatch:
 class Matcher(Protocol):
     """Stage 1 for one request: fed every token once, offers blocks whose tokens all have counterparts."""
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were appended."""
+
     def append(self, token_ids: np.ndarray) -> None:
         """Takes the request's next tokens, int32 ``[n]``, prompt included."""
 

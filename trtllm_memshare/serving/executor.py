@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from trtllm_memshare.serving.request import (
     RequestStats,
     SamplingParams,
 )
-from trtllm_memshare.serving.sampling import Sampler
+from trtllm_memshare.serving.sampling import Sampler, token_log_probs
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
 from trtllm_memshare.serving.sharing import Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
@@ -166,6 +166,7 @@ class Executor:
             num_context_tokens=sum(len(s.tokens) for s in running if s.phase is Phase.CONTEXT),
             num_generating=generating,
             num_pauses=self._scheduler.num_pauses,
+            num_paused=sum(s.num_pauses > 0 for s in list(self._scheduler.waiting)),
             num_steps=self.stats.num_steps,
             num_finished=self.stats.num_finished,
             max_blocks=self._runner.num_blocks,
@@ -297,14 +298,16 @@ class Executor:
         rows = [i for i, s in enumerate(states) if s.num_computed == len(s.tokens)]
         chosen = logits if len(rows) == len(states) else logits[rows]
         sampled = self._sampler.sample(chosen, [states[i] for i in rows])
+        wanted = any(states[i].params.log_probs for i in rows)
+        log_probs: Sequence[float | None] = token_log_probs(chosen, sampled) if wanted else [None] * len(rows)
         now = time.perf_counter()
-        for row, token in zip(rows, sampled, strict=True):
+        for row, token, log_prob in zip(rows, sampled, log_probs, strict=True):
             state = states[row]
             state.phase = Phase.GENERATION
             state.tokens.append(token)
             if state.first_token_at is None:
                 state.first_token_at = now
-            state.handle.push(token)
+            state.handle.push(token, log_prob if state.params.log_probs else None)
             if state.stops:
                 self._scheduler.finish(state)
                 self._end(state, "stop", in_cache=True)
@@ -327,4 +330,8 @@ class Executor:
         )
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
-        state.handle.finish(RequestResult(state.request_id, state.tokens[len(state.prompt) :], reason, stats))
+        state.handle.finish(
+            RequestResult(
+                state.request_id, state.tokens[len(state.prompt) :], reason, stats, tuple(state.handle.log_probs)
+            )
+        )

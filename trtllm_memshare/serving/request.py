@@ -18,6 +18,9 @@ class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those off.
 
     ``stop_sequences``: token sequences that end the request once generated; ``bad_words``: ones never generated.
+    ``min_new_tokens``: stop tokens are not chosen before. ``repetition_penalty`` divides the positive logits of tokens
+    that have occurred, prompt included, and multiplies their negative ones; ``presence_penalty`` is subtracted from
+    them, ``frequency_penalty`` once for each occurrence. ``log_probs``: keep each token's, see ``token_log_probs``.
     """
 
     max_new_tokens: int = 256
@@ -28,6 +31,21 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    log_probs: bool = False
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that have occurred are treated differently."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether logits are changed by more than temperature, top-k and top-p."""
+        return bool(self.penalizes or self.bad_words or self.min_new_tokens > 0)
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,16 @@ class RequestStats:
 
 @dataclass(frozen=True)
 class RequestResult:
-    """``token_ids``: generated tokens, a stop token included. ``finish_reason``: stop, length or cancelled."""
+    """``token_ids``: generated tokens, a stop token included. ``finish_reason``: stop, length or cancelled.
+
+    ``log_probs``: one for each token if they were asked for.
+    """
 
     request_id: int
     token_ids: list[int]
     finish_reason: str
     stats: RequestStats
+    log_probs: tuple[float, ...] = ()
 
 
 class Phase(Enum):
@@ -92,9 +114,16 @@ class RequestState:
 
     @property
     def banned_tokens(self) -> list[int]:
-        """Tokens that would complete a bad word."""
+        """Tokens that would complete a bad word, and stop tokens that would come too early."""
         before = len(self.tokens) + 1
-        return [w[-1] for w in self.params.bad_words if w and self.tokens[before - len(w) :] == list(w[:-1])]
+        too_early = self.params.stop_token_ids if self.num_generated < self.params.min_new_tokens else ()
+        return [*too_early] + [
+            w[-1] for w in self.params.bad_words if w and self.tokens[before - len(w) :] == list(w[:-1])
+        ]
+
+    @property
+    def _is_too_short(self) -> bool:
+        return self.num_generated < self.params.min_new_tokens
 
     @property
     def stops(self) -> bool:
@@ -122,6 +151,7 @@ class RequestHandle:
         self._listener = listener
         self.future: Future[RequestResult] = Future()
         self.cancelled = False
+        self.log_probs: list[float] = []  # of the tokens so far, if they were asked for; the executor's thread appends
         self._stream: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def result(self, timeout: float | None = None) -> RequestResult:
@@ -147,8 +177,10 @@ class RequestHandle:
             return tokens, True
         return tokens, False
 
-    def push(self, token: int) -> None:
+    def push(self, token: int, log_prob: float | None = None) -> None:
         """Executor's side: one more token."""
+        if log_prob is not None:
+            self.log_probs.append(log_prob)
         self._stream.put(token)
         if self._listener is not None:
             self._listener(False)

@@ -1,4 +1,8 @@
-"""Chooses next tokens: greedy rows in one call, sampled rows with a generator of their own."""
+"""Chooses next tokens: greedy rows in one call, sampled rows with a generator of their own.
+
+A row that asks for it goes through temperature, then repetition, presence and frequency penalties, then bans, in
+TensorRT-LLM's order and with its meaning: penalties count the prompt's tokens too.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,63 @@ import torch
 
 from trtllm_memshare.serving.request import RequestState, SamplingParams
 
+_MIN_TEMPERATURE = 1e-6  # below it float32 logits divide to infinity, and softmax gives NaN
+
 
 class Sampler:
     """Keeps one seeded generator per sampled request, so that a request's tokens do not depend on its batch."""
 
     def __init__(self) -> None:
         self._generators: dict[int, torch.Generator] = {}
+        self._counts: dict[int, TokenCounts] = {}
 
     def sample(self, logits: torch.Tensor, requests: list[RequestState]) -> list[int]:
         """Next token of each row.
 
         Args:
-          logits: float32 ``[batch, vocab_size]``.
+          logits: float32 ``[batch, vocab_size]``; not changed.
           requests: one per row.
         """
-        if any(request.params.bad_words for request in requests):
+        changed = {row: self._shape(logits[row], r) for row, r in enumerate(requests) if r.params.shapes_logits}
+        if changed:
             logits = logits.clone()
-            for row, request in enumerate(requests):
-                logits[row, request.banned_tokens] = -torch.inf
+            for row, shaped in changed.items():
+                logits[row] = shaped
         tokens: list[int] = logits.argmax(-1).tolist()
         for row, request in enumerate(requests):
             if request.params.temperature > 0:
-                tokens[row] = self._sample_row(logits[row], request.request_id, request.params)
+                tokens[row] = self._sample_row(logits[row], request.request_id, request.params, row in changed)
         return tokens
 
     def forget(self, request_id: int) -> None:
-        """Drops the generator of a finished request."""
+        """Drops the generator and the counts of a finished request."""
         self._generators.pop(request_id, None)
+        self._counts.pop(request_id, None)
 
-    def _sample_row(self, logits: torch.Tensor, request_id: int, params: SamplingParams) -> int:
+    def _shape(self, row: torch.Tensor, request: RequestState) -> torch.Tensor:
+        """``row`` after temperature, penalties and bans. Bans that would leave no token are not applied."""
+        params = request.params
+        if params.temperature > 0:
+            row = row / max(params.temperature, _MIN_TEMPERATURE)
+        if params.penalizes:
+            counts = self._counts.get(request.request_id)
+            if counts is None:
+                counts = self._counts[request.request_id] = TokenCounts(row)
+            row = counts.penalize(row, request.tokens, params)
+        if banned := request.banned_tokens:
+            shaped = row.clone()
+            shaped[banned] = -torch.inf
+            row = shaped if shaped.max() > -torch.inf else row
+        return row
+
+    def _sample_row(self, logits: torch.Tensor, request_id: int, params: SamplingParams, is_scaled: bool) -> int:
         generator = self._generators.get(request_id)
         if generator is None:
             generator = self._generators[request_id] = torch.Generator().manual_seed(params.seed)
-        ordered, ids = (logits / params.temperature).cpu().sort(descending=True, stable=True)
+        if not is_scaled:
+            logits = logits / max(params.temperature, _MIN_TEMPERATURE)
+        ordered, ids = logits.cpu().sort(descending=True, stable=True)
+        ordered = ordered - ordered[0]  # a tiny temperature must not reach infinity less infinity
         if params.top_k:
             ordered[params.top_k :] = -torch.inf
         probabilities = ordered.softmax(-1)
@@ -47,3 +75,37 @@ class Sampler:
             before = probabilities.cumsum(-1) - probabilities
             probabilities[before >= params.top_p] = 0
         return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+class TokenCounts:
+    """How often each token of the vocabulary stands in one request, prompt included.
+
+    Args:
+      row: logits of the request, for size and device.
+    """
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self._counts = torch.zeros(row.shape[-1], dtype=torch.float32, device=row.device)
+        self._num_counted = 0
+
+    def penalize(self, row: torch.Tensor, tokens: list[int], params: SamplingParams) -> torch.Tensor:
+        """A copy of ``row``, float32 ``[vocab_size]``, with the penalties of the tokens that have occurred."""
+        new = torch.tensor(tokens[self._num_counted :], dtype=torch.long, device=row.device)
+        self._counts.index_add_(0, new, torch.ones_like(new, dtype=torch.float32))
+        self._num_counted = len(tokens)
+        seen = self._counts > 0
+        repeated = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
+        row = torch.where(seen, repeated, row)
+        return row - seen * params.presence_penalty - self._counts * params.frequency_penalty
+
+
+def token_log_probs(logits: torch.Tensor, tokens: list[int]) -> list[float]:
+    """Natural logarithm of each chosen token's probability under the model, before temperature, penalties and bans.
+
+    Args:
+      logits: float32 ``[batch, vocab_size]``.
+      tokens: one per row.
+    """
+    chosen = torch.tensor(tokens, device=logits.device).unsqueeze(-1)
+    found: list[float] = (logits.float().gather(-1, chosen).squeeze(-1) - logits.float().logsumexp(-1)).tolist()
+    return found

@@ -56,7 +56,7 @@ class ExecutorStatus:
     """A moment of a running executor. Counts of requests and blocks; totals since the start where the name says so.
 
     Attributes:
-      num_active, num_waiting, num_context, num_generating: requests now.
+      num_active, num_waiting, num_context, num_generating, num_paused: requests now; a paused one waits too.
       num_context_tokens: tokens of requests still in their context phase.
       num_pauses, num_steps, num_finished, shared_blocks, num_candidates: totals.
       refused: total candidates and decisions turned down, by reason.
@@ -68,6 +68,7 @@ class ExecutorStatus:
     num_context_tokens: int
     num_generating: int
     num_pauses: int
+    num_paused: int
     num_steps: int
     num_finished: int
     max_blocks: int

@@ -1,0 +1,102 @@
+"""The table of what goes: arms on real reasoning texts with a real model, one row an arm and text, resumable.
+
+Rows that exist are not computed again. All arms of a text come before the next text, and texts take turns over the
+models that wrote them, so that any part of the table is a balanced one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay
+from trtllm_memshare.evaluation.page_arms import PAIRED, Budget, retire
+from trtllm_memshare.evaluation.real_rows import RowFile, change_row, full_row
+from trtllm_memshare.evaluation.real_texts import TokenText, read_traces, token_texts
+
+TEXT_TOKENS, PAGE_TOKENS = 2048, 16
+CHOOSING_TEXTS = 8
+"""The first texts are those that the best arm is chosen on; the table is made of the others."""
+RANKINGS = (
+    "random", "attention-redundancy", "redundancy-k", "surprisal-redundancy", "surprisal-redundancy-signature",
+    "attention-surprisal-redundancy",
+)  # fmt: skip
+SOME = ("rkv", "snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-redrawn")
+"""On the choosing texts and on every third text after them."""
+AXES = ("random", "attention-redundancy")
+"""On every third text: other shares kept, longer pages."""
+
+
+_HALF = Budget()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to compute."""
+
+    arm: str
+    budget: Budget = _HALF
+    pages_merged: int = 1
+
+
+def tasks_of(index: int) -> list[Task]:
+    """The rows of a text by its place in the order."""
+    tasks = [Task(arm) for arm in RANKINGS]
+    if index < CHOOSING_TEXTS:
+        return tasks + [Task(arm) for arm in SOME]
+    tasks += [Task(arm) for arm in PAIRED]
+    if index % 3 == 0:
+        tasks += [Task(arm) for arm in SOME]
+        tasks += [Task(arm, Budget(kept)) for arm in AXES for kept in (0.25, 0.75)]
+        tasks += [Task(arm, pages_merged=count) for arm in AXES for count in (2, 4)]
+    return tasks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
+    parser.add_argument("--texts", type=int, default=120, help="most texts (default: %(default)s)")
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_model.jsonl"))
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
+    replay = MaskedReplay(arguments.model_dir, arguments.compute)
+    rows = RowFile(arguments.output)
+    for index, text in enumerate(token_texts(read_traces(), tokenizer, arguments.tokens)):
+        if index >= arguments.texts:
+            break
+        compute_rows(replay, text, tasks_of(index), rows, "choosing" if index < CHOOSING_TEXTS else "table")
+
+
+def compute_rows(replay: MaskedReplay, text: TokenText, tasks: list[Task], rows: RowFile, part: str) -> None:
+    """Computes the rows of a text that are not there yet."""
+    full: FullPass | None = None
+    for task in tasks:
+        key = {
+            "text": text.trace.name,
+            "arm": task.arm,
+            "min_kept": task.budget.min_kept,
+            "tokens_per_block": PAGE_TOKENS * task.pages_merged,
+            "tokens": len(text.ids),
+        }
+        if key in rows:
+            continue
+        if full is None:
+            full = replay.read(text.ids, PAGE_TOKENS)
+            rows.add(full_row(text, full, part), unless_there=True)
+        facts = full.facts if task.pages_merged == 1 else full.facts.merged(task.pages_merged)
+        seed = zlib.crc32(text.trace.name.encode())
+        retirements = retire(task.arm, task.budget, text.num_prompt_tokens, len(text.ids), facts, seed)
+        change = replay.change(full, retirements)
+        rows.add({**key, "part": part, **change_row(text, change, retirements)})
+
+
+if __name__ == "__main__":
+    run_command_line(main)

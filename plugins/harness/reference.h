@@ -1,0 +1,28 @@
+// The sums of the block distance in float64, written plainly: what the plugin's results are held against.
+#pragma once
+
+#include <vector>
+
+#include "block_distance.h"
+#include "kv_dtype.h"
+
+namespace harness {
+
+// Arguments of the kernel (block_distance.cuh) with host addresses.
+struct SearchArguments {
+    void const* pool;
+    int num_blocks;
+    std::vector<int> const& new_rows;
+    std::vector<int> const& old_rows;
+    std::vector<int> const& position_delta;
+    std::vector<float> const& inv_freq;
+    memshare::PoolShape shape;
+    memshare::KvDtype dtype;
+    bool interleaved;
+};
+
+// float64 [pairs, num_layers, 4], see trtllm_memshare/search/block_distance.py. Throws std::invalid_argument for an
+// unknown dtype.
+std::vector<double> block_distance(SearchArguments const& arguments);
+
+} // namespace harness

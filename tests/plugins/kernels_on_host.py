@@ -1,0 +1,50 @@
+"""The CUDA kernels as they are, compiled for the host over ``cuda_on_host`` and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+
+HOST = Path(__file__).resolve().parent / "cuda_on_host"
+KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels"
+# The kernels load vectors in one branch and use them in another of the same condition, which g++ does not follow.
+_FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+
+def compile_for_host(folder: Path, source: str, *macros: str) -> ctypes.CDLL:
+    """Builds a file of ``cuda_on_host`` with what it includes as a shared library and loads it."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to build the kernels for the host")
+    library = folder / f"{Path(source).stem}.so"
+    command = [compiler, *_FLAGS, *(f"-D{m}" for m in macros), f"-I{HOST}", f"-I{KERNELS}", "-shared", "-fPIC"]
+    subprocess.run([*command, str(HOST / source), str(HOST / "run.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def address(array: np.ndarray) -> ctypes.c_void_p:
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
+def run_block_distance(library, pool, new_rows, old_rows, position_delta, inv_freq, interleaved=False) -> torch.Tensor:
+    """Same arguments and result as ``block_distance``."""
+    num_blocks, num_layers, _, num_kv_heads, tokens_per_block, head_dim = pool.shape
+    assert pool.is_contiguous()
+    rows = [np.ascontiguousarray(a.numpy(), np.int32) for a in (new_rows, old_rows, position_delta)]
+    frequencies = np.ascontiguousarray(inv_freq.numpy(), np.float32)
+    out = np.full((len(rows[0]), num_layers, 4), -1, np.float32)
+    status = library.memshare_block_distance(
+        ctypes.c_void_p(pool.data_ptr()), num_blocks, *map(address, rows), address(frequencies), address(out),
+        len(rows[0]), num_layers, num_kv_heads, tokens_per_block, head_dim, 2 * len(frequencies),
+        ELEMENT_TYPES[str(pool.dtype).removeprefix("torch.")].code, int(interleaved),
+    )  # fmt: skip
+    assert status == 0
+    return torch.from_numpy(out)

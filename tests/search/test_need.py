@@ -1,0 +1,63 @@
+"""Needs of pages: who goes first under each formula, and what happens without a fact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.need import NEEDS, PageFacts, page_need
+
+
+def facts(**known) -> PageFacts:
+    values = {name: np.array(value, np.float32) for name, value in known.items()}
+    return PageFacts(position=np.arange(4, 7, dtype=np.int32), **values)
+
+
+ALL = facts(
+    redundancy=[0.9, 0.6, 0.6],
+    attention=[0.02, 0.01, 0.04],
+    recent_attention=[0.3, 0.1, 0.2],
+    surprisal=[5.0, 20.0, 10.0],
+    draw=[0.5, 0.7, 0.2],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("random", [2, 0, 1]),
+        ("age", [0, 1, 2]),
+        ("attention", [1, 2, 0]),
+        ("surprisal", [0, 2, 1]),
+        ("redundancy", [0, 1, 2]),  # equal redundancy: the older page first
+        ("recent-attention-redundancy", [0, 1, 2]),
+        ("attention-redundancy", [0, 1, 2]),
+        ("surprisal-redundancy", [0, 2, 1]),
+        ("attention-surprisal-redundancy", [0, 1, 2]),
+    ],
+)
+def test_who_goes_first(name, order):
+    need = page_need(name, ALL)
+    assert need.dtype == np.float32
+    assert np.argsort(need, kind="stable").tolist() == order
+
+
+def test_every_formula_is_tested_above_and_takes_no_pages():
+    assert len(NEEDS) == 9
+    empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(5)))
+    assert all(len(page_need(name, empty)) == 0 for name in NEEDS)
+
+
+def test_importance_is_relative_to_the_request_and_redundancy_is_not():
+    need = page_need("attention-redundancy", facts(redundancy=[0.9, 0.6, 0.6], attention=[0.02, 0.01, 0.04]))
+    assert need == pytest.approx([0.1 * 0.5 - 0.81, 0.1 * 0.25 - 0.54, 0.1 - 0.54])
+    unread = page_need("attention-redundancy", facts(redundancy=[0.9, 0.6, 0.6], attention=[0.0, 0.0, 0.0]))
+    assert unread == pytest.approx([-0.81, -0.54, -0.54])
+
+
+def test_unknown_names_and_missing_facts():
+    with pytest.raises(UserError, match=r"unknown need surprise \(did you mean surprisal\?\)"):
+        page_need("surprise", ALL)
+    with pytest.raises(ValueError, match="need surprisal-redundancy reads surprisal, redundancy, got no surprisal"):
+        page_need("surprisal-redundancy", facts(redundancy=[0.9, 0.6, 0.6]))

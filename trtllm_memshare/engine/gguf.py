@@ -1,0 +1,118 @@
+"""Ordinary checkpoints out of GGUF files: transformers dequantizes, and a folder in Hugging Face layout comes out."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.engine.checkpoint import SUPPORTED, read_checkpoint
+from trtllm_memshare.errors import UserError
+
+_MAGIC = b"GGUF"
+_NEEDS = ("gguf", "accelerate")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path that a user named as a model is a GGUF file and not a folder."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+def checkpoint_of_gguf(gguf_file: Path) -> Path:
+    """The checkpoint folder beside a GGUF file, ``x.gguf`` -> ``x/``; dequantizes the file where there is none yet.
+
+    Raises:
+      UserError: see ``convert_gguf``; or a folder there that is no checkpoint, or is older than the file.
+    """
+    folder = gguf_file.with_suffix("")
+    if not folder.exists():
+        return convert_gguf(gguf_file, folder)
+    read_checkpoint(folder)
+    if gguf_file.is_file() and (folder / "config.json").stat().st_mtime < gguf_file.stat().st_mtime:
+        raise UserError(f"{folder} is older than {gguf_file}, which it was made from (remove the folder, build again)")
+    return folder
+
+
+def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path:
+    """Dequantizes a GGUF file to float32 and writes it as an ordinary checkpoint, tokenizer included.
+
+    The folder appears whole or not at all: it is written under another name and renamed.
+
+    Args:
+      gguf_file: of an architecture in ``SUPPORTED``.
+      output_dir: must not exist, unless ``force``.
+
+    Returns:
+      ``output_dir``.
+
+    Raises:
+      UserError: no GGUF file, another architecture, packages that are missing, or a folder that is there already.
+    """
+    _check_file(gguf_file)
+    if output_dir.exists() and not force:
+        raise UserError(f"{output_dir} exists already (add --force to replace it, or name another --output-dir)")
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"reading {gguf_file} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)} "
+            f"(pip install 'trtllm-memshare[real]')"
+        )
+    part = output_dir.with_name(f"{output_dir.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _save_plain(gguf_file, part)
+        if output_dir.exists():
+            shutil.rmtree(output_dir)
+        part.rename(output_dir)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    read_checkpoint(output_dir)
+    return output_dir
+
+
+def _check_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_MAGIC))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror} (give --model-dir a GGUF file or a folder)") from error
+    if magic != _MAGIC:
+        raise UserError(f"{path} is no GGUF file: it must start with {_MAGIC!r}, got {magic!r} (download it again)")
+
+
+def _save_plain(gguf_file: Path, folder: Path) -> None:
+    """transformers refuses to save what it read from a GGUF file as quantized, so a plain model takes the weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(gguf_file.parent),
+        "gguf_file": gguf_file.name,
+        "local_files_only": True,
+    }
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        name = NAMES.get(config.model_type, config.model_type)
+        if name not in SUPPORTED:
+            raise UserError(f"{gguf_file} has architecture {name}, expected one of {', '.join(SUPPORTED)}")
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except UserError:
+        raise
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:  # what transformers and gguf raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read {gguf_file}: {reason} (take a GGUF file of {', '.join(SUPPORTED)})") from error
+    plain = type(read.config).from_dict(
+        {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    )
+    plain.architectures = [name]
+    model = type(read)(plain)
+    missing, unknown = model.load_state_dict(read.state_dict(), strict=False)
+    model.tie_weights()
+    lost = [key for key in missing if not (plain.tie_word_embeddings and key == "lm_head.weight")]
+    if lost or unknown:
+        raise UserError(f"{gguf_file} does not hold the weights of a {name}: {(lost + list(unknown))[0]} does not fit")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Experiments on quality: data sets, variants, controls, replays token by token and masked, curves, calibration."""

@@ -1,0 +1,132 @@
+"""Attention of a whole text in one pass, where each query sees what a cache that lets go of pages would show it.
+
+transformers calls ``masked_attention`` in every layer. Keys that no query of a chunk sees are left out of its product,
+so that a pass costs what is left of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from trtllm_memshare.evaluation.retirement import NEVER, Retirements
+
+IMPLEMENTATION = "memshare_masked"
+_CHUNK_TOKENS = 128
+_HIDDEN = float("-inf")
+
+
+class LayerPass(Protocol):
+    """What attends in one pass over a text."""
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """``[heads, tokens, head_dim]`` each, K and V with KV heads, scaled queries -> the shape of ``query``."""
+
+
+@dataclass(frozen=True)
+class QueryChunk:
+    """Queries ``[start, stop)`` of the pass, and what they see.
+
+    Attributes:
+      keys: int64 ``[num_keys]``, positions in the text of the keys that any of them sees.
+      bias: float32 ``[stop - start, num_keys]``, added to the logits: -inf = not seen, ln m = weighs m times.
+    """
+
+    start: int
+    stop: int
+    keys: torch.Tensor
+    bias: torch.Tensor
+
+
+class MaskedPass:
+    """One pass over a text from ``start`` on, under an arm's retirements.
+
+    Args:
+      retirements: what goes when.
+      num_tokens: length of the whole text.
+      start: first query; K and V of what lies before it are those of ``prefix``.
+      prefix: of each layer K (after RoPE) and V, float32 ``[kv_heads, start or more, head_dim]``.
+    """
+
+    def __init__(
+        self,
+        retirements: Retirements,
+        num_tokens: int,
+        start: int = 0,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
+        self._start, self._prefix = start, prefix
+        self._chunks = [
+            _chunk(retirements, first, min(first + _CHUNK_TOKENS, num_tokens), start)
+            for first in range(start, num_tokens, _CHUNK_TOKENS)
+        ]
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See ``LayerPass``."""
+        if self._start:
+            key, value = (
+                torch.cat([past[:, : self._start], new], 1)
+                for past, new in zip(self._prefix[layer], (key, value), strict=True)
+            )
+        kv_heads, head_dim = key.shape[0], key.shape[2]
+        output = torch.empty_like(query)
+        for chunk in self._chunks:
+            # The queries that share a KV head become the rows of one product.
+            rows = query[:, chunk.start : chunk.stop].reshape(1, kv_heads, -1, head_dim)
+            k, v = key.index_select(1, chunk.keys), value.index_select(1, chunk.keys)
+            bias = chunk.bias.repeat(query.shape[0] // kv_heads, 1)
+            attended = scaled_dot_product_attention(rows, k[None], v[None], attn_mask=bias, scale=1.0)
+            output[:, chunk.start : chunk.stop] = attended[0].view(query.shape[0], -1, head_dim)
+        return output
+
+
+def _chunk(retirements: Retirements, first: int, stop: int, start: int) -> QueryChunk:
+    """What the queries at positions ``[first, stop)`` see, counted from ``start`` for the pass."""
+    retired_at = np.full(stop, NEVER, np.int64)
+    by_token = np.repeat(retirements.retired_at, retirements.tokens_per_block)[:stop]
+    retired_at[: len(by_token)] = by_token
+    keys = np.flatnonzero(retired_at > first)  # seen by the first query at least, or written later
+    queries = np.arange(first, stop)[:, None]
+    seen = (keys <= queries) & (queries < retired_at[keys])
+    weights = retirements.weights(np.arange(first, stop))  # [queries, pages]
+    page = keys // retirements.tokens_per_block
+    bias = np.zeros(seen.shape, np.float32)
+    whole = page < weights.shape[1]
+    bias[:, whole] = np.log(weights[:, page[whole]])
+    bias[~seen] = _HIDDEN
+    return QueryChunk(first - start, stop - start, torch.from_numpy(keys), torch.from_numpy(bias))
+
+
+def masked_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    memshare_pass: LayerPass | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query ``[1, heads, tokens, head_dim]`` -> ``[1, tokens, heads, head_dim]``.
+
+    Attends in float32 whatever the rest of the pass computes in.
+
+    Raises:
+      RuntimeError: called outside a masked pass.
+    """
+    if memshare_pass is None:
+        raise RuntimeError(f"attention {IMPLEMENTATION} runs inside a masked pass only: memshare_pass is missing")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = query[0].float() * scale, key[0].float(), value[0].float()
+        output = memshare_pass.attend(int(module.layer_idx), q, k, v)  # type: ignore[arg-type]
+    return output.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, masked_attention)

@@ -1,0 +1,98 @@
+"""How much each page is still needed, from what is known of it: what memory pressure ranks pages by.
+
+A page is one block of one request over all layers and heads. The same functions rank pages in serving and in the
+studies. Lower goes first. Where a formula joins importance and redundancy it is R-KV's (arXiv 2505.24133):
+``0.1 * importance - 0.9 * redundancy``, with importance on the scale of the request's most important page.
+
+Example: redundancies 0.9 and 0.6, attention 0.02 and 0.01 -> needs 0.1 * 1.0 - 0.9 * 0.9 = -0.71 and
+0.1 * 0.5 - 0.9 * 0.6 = -0.49: the first page goes first, although it is read more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from trtllm_memshare.errors import UserError, nearest
+
+IMPORTANCE_WEIGHT = 0.1  # lambda of R-KV
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """What is known of the pages of one request that may go, each ``[pages]``; None = not measured.
+
+    Attributes:
+      position: int32, logical index of the page in its request.
+      redundancy: float32 in [-1, 1], the mean over a page's tokens of the largest cosine with any later resident token.
+      attention: float32, mean attention that the page got from each query since it was written, over layers and heads.
+      recent_attention: float32, the same from the last queries only (SnapKV's observation window).
+      surprisal: float32, -log p of the page's tokens when they were sampled, summed, in nats.
+      draw: float32 in [0, 1), a number drawn for each page.
+    """
+
+    position: np.ndarray
+    redundancy: np.ndarray | None = None
+    attention: np.ndarray | None = None
+    recent_attention: np.ndarray | None = None
+    surprisal: np.ndarray | None = None
+    draw: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """A formula and the facts that it reads, by their names in ``PageFacts``."""
+
+    facts: tuple[str, ...]
+    formula: Callable[..., np.ndarray]
+
+
+def find_need(name: str) -> Need:
+    """A formula by its name. Raises UserError for an unknown one."""
+    if name not in NEEDS:
+        raise UserError(f"unknown need {name} ({nearest(name, NEEDS)})")
+    return NEEDS[name]
+
+
+def page_need(name: str, facts: PageFacts) -> np.ndarray:
+    """Need of each page, float32 ``[pages]``; lower goes first.
+
+    Raises:
+      UserError: unknown name.
+      ValueError: a fact that the formula reads was not measured.
+    """
+    need = find_need(name)
+    values = [getattr(facts, fact) for fact in need.facts]
+    missing = [fact for fact, value in zip(need.facts, values, strict=True) if value is None]
+    if missing:
+        raise ValueError(f"need {name} reads {', '.join(need.facts)}, got no {', '.join(missing)}")
+    return np.asarray(need.formula(*values), np.float32)
+
+
+def _relative(importance: np.ndarray) -> np.ndarray:
+    """Importance on the scale of the most important page; zeros where nothing is important."""
+    top = importance.max(initial=0.0)
+    return importance / top if top > 0 else np.zeros_like(importance)
+
+
+def _with_redundancy(importance: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
+    return IMPORTANCE_WEIGHT * _relative(importance) - (1 - IMPORTANCE_WEIGHT) * redundancy
+
+
+def _both_with_redundancy(attention: np.ndarray, surprisal: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
+    return _with_redundancy(_relative(attention) + _relative(surprisal), redundancy)
+
+
+NEEDS: dict[str, Need] = {
+    "random": Need(("draw",), lambda draw: draw),
+    "age": Need(("position",), lambda position: position),  # StreamingLLM: the oldest page goes first
+    "attention": Need(("recent_attention",), lambda attention: attention),  # SnapKV, by page
+    "surprisal": Need(("surprisal",), lambda surprisal: surprisal),
+    "redundancy": Need(("redundancy",), lambda redundancy: -redundancy),
+    "recent-attention-redundancy": Need(("recent_attention", "redundancy"), _with_redundancy),  # R-KV, by page
+    "attention-redundancy": Need(("attention", "redundancy"), _with_redundancy),
+    "surprisal-redundancy": Need(("surprisal", "redundancy"), _with_redundancy),
+    "attention-surprisal-redundancy": Need(("attention", "surprisal", "redundancy"), _both_with_redundancy),
+}
