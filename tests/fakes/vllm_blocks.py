@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.vllm.blocks import VllmBlocks
@@ -112,8 +112,9 @@ class Host:
     def __init__(self, num_gpu_blocks: int, bands: tuple[int, ...] = (0, 1000), longest: int = 40, **config: Any) -> None:
         self.manager = cache_manager(num_gpu_blocks)
         self.blocks = VllmBlocks(self.manager, len(bands) - 1, longest)
-        self.config = MemShareConfig(
-            pressure=True, **{"need": "age", "protected_tokens": 4, "protected_steps": 0, **config}
+        self.config = make_config(
+            "pressure",
+            **{"need": "age", "protected_tokens": 4, "high_watermark": 0.9, "low_watermark": 0.8, **config},
         )
         factory = make_matcher_factory(self.config, BLOCK_SIZE, BOUNDARIES)
         self.relief = Relief(self.config, self.blocks, np.array(bands, np.int32), factory)
@@ -129,9 +130,9 @@ class Host:
         return request
 
     def give_blocks(self, request: Request) -> None:
-        """As vLLM does before a step that computes everything so far."""
+        """Blocks for what is computed, as vLLM has given them out after a step."""
         table = self.table(request.request_id)
-        table.extend(self.manager.block_pool.get_new_blocks(-(-request.num_tokens // BLOCK_SIZE) - len(table)))
+        table.extend(self.manager.block_pool.get_new_blocks(-(-request.num_computed_tokens // BLOCK_SIZE) - len(table)))
 
     def grow(self, request: Request, token_ids: list[int]) -> None:
         """The request has sampled these."""
