@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from device_timing import copy_bandwidth, time_calls
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish, write_report
+from trtllm_memshare.evaluation.device_timing import copy_bandwidth, time_calls
+from trtllm_memshare.evaluation.document import make_report, publish, write_report
 from trtllm_memshare.search.block_distance import block_distance
 from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance
 
@@ -30,6 +30,8 @@ _REFERENCE_SLICE = 64  # pairs the reference takes at once
 _REFERENCE_REPEAT = 5
 _SET_BYTES = 256 << 20  # all sets of pairs together read at least this much: several times an L2 cache
 _COMPARED_PAIRS = 8
+FORMS = ("eager", "compiled")
+"""Of the reference."""
 _MAX_RELATIVE_ERROR = 1e-4  # of float32 sums in two orders; a wrong row or angle is off by about 1
 
 
@@ -139,8 +141,10 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def references(rows: list[dict[str, Any]], pool: Pool, repeat: int, out_of_time: Callable[[], bool]) -> Iterator[None]:
-    """Adds both forms of the reference to the rows of one pool, those of most pairs first; yields after each row.
+def references(
+    rows: list[dict[str, Any]], pool: Pool, repeat: int, out_of_time: Callable[[], bool], forms: Sequence[str] = FORMS
+) -> Iterator[None]:
+    """Adds forms of the reference to the rows of one pool, those of most pairs first; yields after each row.
 
     64 pairs and more run one compiled form in slices, fewer one form each. Compiled forms are counted for each function
     over all shapes and from the ninth on run eagerly without a word: hence the reset, and ``fullgraph``, which raises.
@@ -148,8 +152,8 @@ def references(rows: list[dict[str, Any]], pool: Pool, repeat: int, out_of_time:
     torch._dynamo.reset()
     compiled = torch.compile(block_distance, dynamic=False, fullgraph=True)
     for row in sorted(rows, key=lambda r: -r["pairs"]):
-        for label, function in (("reference", block_distance), ("compiled", compiled)):
-            if label == "compiled" and pool.values.device.type != "cuda":
+        for form, label, function in (("eager", "reference", block_distance), ("compiled", "compiled", compiled)):
+            if form not in forms or (form == "compiled" and pool.values.device.type != "cuda"):
                 continue
             if out_of_time():
                 row[f"no_{label}"] = "no time left (--reference-budget-s)"
@@ -177,6 +181,8 @@ def main() -> None:
     parser.add_argument("--tokens-per-block", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=20, help="timed calls; the median counts")
     parser.add_argument("--reference-budget-s", type=float, default=150, help="seconds after which no reference starts")
+    parser.add_argument("--references", nargs="+", choices=(*FORMS, "none"), default=list(FORMS), metavar="FORM",
+                        help="forms of the PyTorch reference to time: eager, compiled (on a GPU), or none")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
@@ -221,11 +227,13 @@ def main() -> None:
             del search
         del pool
     started = time.monotonic()
-    for shape, dtype in cases:
+
+    def out_of_time() -> bool:
+        return time.monotonic() - started > options.reference_budget_s
+
+    for shape, dtype in cases if "none" not in options.references else []:
         pool = make_pool(shape, dtype)
-        for _ in references(
-            rows[shape, dtype], pool, repeat, lambda: time.monotonic() - started > options.reference_budget_s
-        ):
+        for _ in references(rows[shape, dtype], pool, repeat, out_of_time, options.references):
             save()
         del pool
     save()

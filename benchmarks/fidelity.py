@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.fidelity.arms import parse_arm
-from trtllm_memshare.fidelity.curve import CurveOptions, measure_curve
-from trtllm_memshare.fidelity.session import Session
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.evaluation.arms import parse_arm
+from trtllm_memshare.evaluation.curve import CurveOptions, measure_curve
+from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.evaluation.session import Session
+from trtllm_memshare.evaluation.variants import VARIANTS
 from trtllm_memshare.report.fidelity import fidelity_table, plot_fidelity
-from trtllm_memshare.serving.variants import VARIANTS
 
 
 def main() -> None:

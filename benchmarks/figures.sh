@@ -22,9 +22,9 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
   --variants full full-guaranteed aligned \
   --output-json "$results/pressure_fold.json" --plot "$results/pressure_fold.png"
 # The same over the size of the pool, and on problems whose four re-checks are all restated.
-"$python" benchmarks/pressure_curve.py --output-json "$results/pressure_curve.json" \
+"$python" -m benchmarks.studies.sweeps.pools --output-json "$results/pressure_curve.json" \
   --plot "$results/pressure_curve.png"
-"$python" benchmarks/pressure_curve.py --dataset benchmarks/data/repetitive.jsonl --shares 0.25 --repeat 3 \
+"$python" -m benchmarks.studies.sweeps.pools --dataset benchmarks/data/repetitive.jsonl --shares 0.25 --repeat 3 \
   --output-json "$results/pressure_repetitive.json"
 # Where memory does not bind: eight requests at a time, every alias read as TensorRT-LLM's attention kernels do.
 "${bench[@]}" --dataset benchmarks/data/small.jsonl --num-requests 24 --concurrency 8 --repeat 3 \
@@ -34,25 +34,25 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" benchmarks/redundancy.py benchmarks/data/traces/r1_aime24.jsonl benchmarks/data/traces/r1_math500.jsonl \
   "$results/evaluation.texts.jsonl" "$results/hard.texts.jsonl" --output-json "$results/redundancy.json"
 # Share against accuracy, on the problems that settings were chosen on.
-"$python" benchmarks/settings_sweep.py --variant paper \
+"$python" -m benchmarks.studies.sweeps.settings --variant paper \
   --values max_distance=0.9 max_distance=1.0 max_distance=1.1 max_distance=1.2 \
   --output-json "$results/sweep_paper.json"
-"$python" benchmarks/settings_sweep.py --variant aligned \
+"$python" -m benchmarks.studies.sweeps.settings --variant aligned \
   --values max_aliases=8 max_aliases=2 max_aliases=4 max_distance=0.25 max_distance=0.35 protected_tokens=256 \
   --output-json "$results/sweep_aligned.json"
 "$python" benchmarks/triton_serving.py --engine-dir "$engine" \
   --output-json "$results/triton_serving.json"
-"$python" benchmarks/rejected_pairs.py --output-json "$results/rejected_pairs.json"
+"$python" -m benchmarks.studies.rejected_pairs --output-json "$results/rejected_pairs.json"
 # Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
 "$python" benchmarks/pytorch_hook.py --output-json "$results/pytorch_hook.json"
 "$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
 "$python" benchmarks/triton_serving.py --engine-dir "$engine" --soak-minutes 5 \
   --output-json "$results/triton_soak.json"
-# The weights of the model of the traces come from build_scripts/train_trace_model.py (35 minutes) and are not made anew.
+# The weights of the model of the traces come from benchmarks/studies/learning_to_copy/train.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.
-real=("$python" benchmarks/real_text.py)
+real=("$python" -m benchmarks.studies.real_text)
 runs_of_4=shingle_tokens=4,min_run_tokens=4
-"$python" benchmarks/learning_to_copy.py --output-json "$results/learning_to_copy.json"
+"$python" -m benchmarks.studies.learning_to_copy --output-json "$results/learning_to_copy.json"
 "${real[@]}" reach --output-json "$results/real_text_reach.json"
 "${real[@]}" replay --max-tokens 2048 --output-json "$results/real_text_replay.json" \
   --plot "$results/real_text_replay.png"
@@ -86,14 +86,14 @@ samples=(--dataset $data/tuning.jsonl --num-problems 40 --samples 4 --replay-pro
   lexical:scope=group random:scope=group --output-json "$results/fidelity_samples.json"
 "${fidelity[@]}" "${samples[@]}" --temperature 1.0 --arms aligned aligned:scope=group \
   --output-json "$results/fidelity_samples_hot.json"
-"$python" benchmarks/settings_sweep.py --variant aligned --num-requests 15 --samples 4 --temperature 0.7 \
+"$python" -m benchmarks.studies.sweeps.settings --variant aligned --num-requests 15 --samples 4 --temperature 0.7 \
   --kv-cache-blocks 400 --values scope=request scope=group --output-json "$results/sweep_samples.json"
 # Which distance foretells the harm of sharing one pair of blocks.
-"$python" benchmarks/distance_study.py --num-problems 200 --keep-dir build/keep \
+"$python" -m benchmarks.studies.distances --num-problems 200 --keep-dir build/keep \
   --output-json "$results/distance_study.json"
-"$python" benchmarks/distance_study.py --traces --pairs-per-kind 16 \
+"$python" -m benchmarks.studies.distances --traces --pairs-per-kind 16 \
   --output-json "$results/distance_study_traces.json"
-"$python" benchmarks/in_phase.py --output-json "$results/in_phase.json"
+"$python" -m benchmarks.studies.in_phase --output-json "$results/in_phase.json"
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --arms aligned aligned:settled_tokens=64 drop-duplicate random \
   --output-json "$results/fidelity_evaluation.json" --plot "$results/fidelity_evaluation.png"
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --num-problems 100 --replay-problems 40 \
@@ -114,7 +114,7 @@ for size in "" _all; do
   "$python" benchmarks/paired_tests.py "$results/fidelity_evaluation.json" "$results/fidelity_paired$size.json" \
     --output-json "$results/paired_tests$size.json"
 done
-"$python" benchmarks/settings_sweep.py --variant aligned --num-requests 60 --kv-cache-blocks 400 \
+"$python" -m benchmarks.studies.sweeps.settings --variant aligned --num-requests 60 --kv-cache-blocks 400 \
   --values min_pool_use=0 min_pool_use=0.8 min_pool_use=0.95 --output-json "$results/sweep_min_pool_use.json"
 "$python" -m trtllm_memshare calibrate --engine-dir engines/calibrated --dataset $data/tuning.jsonl --num-problems 50 \
   --replay-problems 25 --max-accuracy-drop 0.01 --keep-dir build/keep --output-json "$results/calibrate.json"

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, run_benchmark
+from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
+from trtllm_memshare.evaluation.benchmark_run import run_benchmark
+from trtllm_memshare.evaluation.variants import VARIANTS
+from trtllm_memshare.report.benchmark_report import publish_benchmark
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
-from trtllm_memshare.serving.variants import VARIANTS
 
 
 def main() -> None:
@@ -61,6 +63,7 @@ def main() -> None:
     report = run_benchmark(options, command=" ".join(["python", *sys.argv]))
     if not report:
         return  # not rank 0
+    publish_benchmark(report, options)
     for variant in report["variants"]:
         variant.pop("timeline")
     print(json.dumps(report))

@@ -22,19 +22,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from search_cost import make_streams
+from trtllm_memshare.evaluation.texts import make_streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the fakes hold the recorded contracts
-from trtllm_pytorch.conftest import TextlessFacts
+from trtllm_pytorch.conftest import TextlessFacts, sharing_class
 from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_mapping
 from trtllm_pytorch.fake_requests import LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.evaluation.document import make_report, publish
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
 from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings
 
 MAX_UTILIZATION, GUARANTEED_NO_EVICT = "MAX_UTILIZATION", "GUARANTEED_NO_EVICT"
@@ -102,7 +101,7 @@ class ModelledExecutor(FakeExecutor):
         """Host cost of every iteration, and the reads and copies of pages, none of it hidden behind the GPU's work."""
         shared, m = self.manager.memshare, self.machine
         page = self.manager.tokens_per_block * m.kv_bytes_per_token
-        pages = 2 * shared.num_copies + 2 * shared.policy.num_candidates
+        pages = 2 * shared.tail.num_copies + 2 * shared.policy.num_candidates
         self.seconds += self.running * m.hook_s_per_request + pages * page / m.bandwidth
 
 
@@ -114,7 +113,7 @@ def run(texts, boundaries, policy: str, preset: str | None, blocks: int, size: i
             return boundaries
 
     longest = max(len(prompt) + len(output) for prompt, output in texts) + size
-    manager_class: type = FakeKVCacheManager
+    manager_class = FakeKVCacheManager
     if preset is not None:
         settings = Settings(make_config(preset), AdapterOptions(stats_interval=1000))
         manager_class = sharing_class(FakeKVCacheManager, Facts(None), settings)

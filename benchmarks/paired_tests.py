@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.fidelity.curve import compare, pool_reports
-from trtllm_memshare.report.document import make_report, publish
-from trtllm_memshare.report.statistics import wilson_interval
+from trtllm_memshare.evaluation.curve import compare, pool_reports
+from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.evaluation.statistics import wilson_interval
 
 
 def main() -> None:

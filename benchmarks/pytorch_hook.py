@@ -19,20 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from search_cost import make_streams
+
+from trtllm_memshare.evaluation.texts import make_streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the fakes hold the recorded contracts
-from trtllm_pytorch.conftest import TextlessFacts
+from trtllm_pytorch.conftest import TextlessFacts, sharing_class
 from trtllm_pytorch.fake_executor import make_cache_config, make_mapping
 from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.evaluation.document import make_report, publish
 from trtllm_memshare.search.block_search import ReadyDistances
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
 from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings
 
 
@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]
             return boundaries
 
     size, count = options.tokens_per_block, options.requests
-    manager_class: type = FakeKVCacheManager
+    manager_class = FakeKVCacheManager
     if preset is not None:
         settings = Settings(make_config(preset), AdapterOptions(stats_interval=100))
         manager_class = sharing_class(FakeKVCacheManager, Facts(None), settings)
@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]
     )  # fmt: skip
     shared = getattr(manager, "memshare", None)
     if shared is not None:
-        shared._search = InstantSearch()
+        shared._searcher._search = InstantSearch()
     rng = np.random.default_rng(0)
     requests, scripts = [], []
     for request_id in range(count):

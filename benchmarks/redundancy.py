@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.redundancy import TEXT_FIELDS, read_texts, redundancy_table
-from trtllm_memshare.search.redundancy import measure
+from trtllm_memshare.evaluation.redundancy import measure
+from trtllm_memshare.evaluation.texts import TEXT_FIELDS, read_texts
+from trtllm_memshare.report.redundancy import redundancy_table
 
 _TRACES = Path("benchmarks/data/traces")
 

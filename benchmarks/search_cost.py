@@ -8,7 +8,6 @@ the last 1,000 tokens is taken, median over streams. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import time
 from pathlib import Path
@@ -17,23 +16,14 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish
-from trtllm_memshare.report.redundancy import read_texts
+from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.evaluation.texts import make_streams
 from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.policy import SharingPolicy
 from trtllm_memshare.search.steps import BoundaryTokens
 
 _WINDOW = 1000  # tokens timed up to each length
-_PIECE = re.compile(r" ?\w{1,4}|\n+|\s|[^\w\s]")  # about as many pieces per word as a reasoning model's tokenizer gives
-
-
-def make_streams(path: Path, length: int) -> tuple[list[np.ndarray], BoundaryTokens]:
-    """Token streams of `length` pieces, traces joined end to end, and the step boundaries of their vocabulary."""
-    vocabulary: dict[str, int] = {}
-    tokens = [vocabulary.setdefault(p, len(vocabulary)) for text in read_texts(path) for p in _PIECE.findall(text)]
-    streams = [np.array(tokens[i : i + length], np.int32) for i in range(0, len(tokens) - length, length)]
-    return streams, BoundaryTokens.from_texts(list(vocabulary))
 
 
 def replay(config: MemShareConfig, stream: np.ndarray, boundaries: BoundaryTokens, lengths: list[int]) -> list[float]:

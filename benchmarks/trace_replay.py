@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import UserError, nearest, run_command_line
-from trtllm_memshare.report.document import make_report, publish, write_report
-from trtllm_memshare.report.redundancy import read_texts
+from trtllm_memshare.evaluation.document import make_report, publish, write_report
+from trtllm_memshare.evaluation.replay import ReplaySampler, cut_scripts, train_tokenizer
+from trtllm_memshare.evaluation.texts import read_texts
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION
 from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.block_search import Distances
@@ -40,7 +41,6 @@ from trtllm_memshare.search.policy import make_pairs
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, PairBatch
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.replay import ReplaySampler, cut_scripts, train_tokenizer
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.serving.sharing import Sharing
 
@@ -113,8 +113,8 @@ class FullSearches(CountedSharing):
     that its rows are in no cache.
     """
 
-    def __init__(self, manager: KVCacheManager, config: MemShareConfig, runner: TorchRunner) -> None:
-        super().__init__(manager, config, runner)
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig) -> None:
+        super().__init__(manager, config)
         self._settings, self._rng = config, np.random.default_rng(0)
 
     def search(self, step: int) -> PairBatch | None:
@@ -150,7 +150,7 @@ def replay(runner: TorchRunner, variant: str, boundaries: BoundaryTokens, script
     sampler, length = ReplaySampler(), len(scripts[0])
     executor = Executor(runner, config, boundaries, length, len(scripts), max_num_tokens=8192, sampler=sampler)
     kind = FullSearches if variant == _FULL_SEARCHES else CountedSharing
-    executor.sharing = sharing = kind(executor.manager, config, runner)
+    executor.sharing = sharing = kind(executor.manager, config)
     for script in scripts:
         handle = executor.submit(script[:_PROMPT_TOKENS].tolist(), SamplingParams(length - _PROMPT_TOKENS))
         sampler.add_script(handle.request_id, script[_PROMPT_TOKENS:].tolist())

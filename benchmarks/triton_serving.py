@@ -29,10 +29,10 @@ from typing import Any
 import psutil
 from transformers import AutoTokenizer
 
-from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.report.document import make_report, publish
-from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
+from trtllm_memshare.evaluation.dataset import DatasetItem, read_dataset
+from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton.repository import RepositoryOptions, write_repository

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.evaluation.document import make_report, publish
 
 ARMS = ("alone", "alone_again", "shadow", "aligned", "lexical")
 

@@ -17,14 +17,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
-from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.report.document import make_report, publish
+from trtllm_memshare.evaluation.benchmark import Load, run_variant
+from trtllm_memshare.evaluation.dataset import DatasetItem, read_dataset
+from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.evaluation.variants import make_variant
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.benchmark import Load, run_variant
-from trtllm_memshare.serving.dataset import DatasetItem, read_dataset
-from trtllm_memshare.serving.variants import make_variant
 
 
 def run_transformers(model: Any, items: list[DatasetItem], options: argparse.Namespace, eos: int) -> tuple[float, list]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trtllm_memshare.engine.build import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build, summarize
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.errors import run_command_line
 
@@ -51,6 +51,11 @@ def main() -> None:
         help="--output-dir holds an engine of trtllm-build: add what sharing needs to it",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan as JSON, write nothing")
+    parser.add_argument(
+        "--no-self-check",
+        action="store_true",
+        help="leave out the short greedy run that a new engine of the torch backend must pass",
+    )
     parser.add_argument("--force", action="store_true", help="replace an engine that is there")
     arguments = parser.parse_args()
     plan = plan_build(
@@ -70,7 +75,15 @@ def main() -> None:
         )
     )
     print(f"backend: {plan.backend_reason}")
-    print(describe_plan(plan) if arguments.dry_run else summarize(build_engine(plan)))
+    if arguments.dry_run:
+        print(describe_plan(plan))
+        return
+    if arguments.no_self_check:
+        print(summarize(build_engine(plan)))
+        return
+    from trtllm_memshare.serving.self_check import check_engine_runs  # loads torch, which the rest can do without
+
+    print(summarize(build_engine(plan, check_engine_runs)))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trtllm_memshare.engine.build import DEFAULT_MODEL_DIR
+from build_scripts.tiny_reasoner.problems import sample_problem
+from build_scripts.tiny_reasoner.tokenizer import VOCAB_SIZE, build_tokenizer, save_tokenizer
+from trtllm_memshare.builder.build_engine import DEFAULT_MODEL_DIR
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.tiny_reasoner.problems import sample_problem
-from trtllm_memshare.tiny_reasoner.tokenizer import VOCAB_SIZE, build_tokenizer, save_tokenizer
 
 _FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

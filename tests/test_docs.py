@@ -67,7 +67,7 @@ PYTORCH = (ROOT / "docs" / "pytorch_backend.md").read_text()
 
 def test_the_pages_of_the_pytorch_backend_name_what_exists():
     from trtllm_memshare.trtllm.pytorch.metrics import _COUNTERS
-    from trtllm_memshare.trtllm.pytorch.probe import _V1_METHODS, _V2_METHODS
+    from trtllm_memshare.trtllm.pytorch.names import TABLE
     from trtllm_memshare.trtllm.pytorch.settings import VARIABLES, AdapterOptions
 
     assert set(re.findall(r"`(TRTLLM_MEMSHARE_\w+)`", PYTORCH)) == set(VARIABLES)
@@ -75,8 +75,8 @@ def test_the_pages_of_the_pytorch_backend_name_what_exists():
         assert f"`{name}`" in PYTORCH
     counters = {f"memshare_{name}_total" for name in _COUNTERS}
     assert counters <= set(re.findall(r"`(memshare_\w+)", PYTORCH))
-    for name in {*_V1_METHODS, *_V2_METHODS, "get_unique_primary_pool"}:
-        assert f"`{name}" in PYTORCH or f".{name}`" in PYTORCH, name
+    for name in {n.name for n in TABLE}:
+        assert f"`{name}" in PYTORCH or f".{name}" in PYTORCH, name
     for path in re.findall(r"benchmarks/\w+\.(?:py|sh)", PYTORCH):
         assert (ROOT / path).is_file(), path
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,11 +16,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "benchmarks" / "gpu_suite.py")
-gpu_suite = importlib.util.module_from_spec(_spec)
-sys.modules["gpu_suite"] = gpu_suite
-_spec.loader.exec_module(gpu_suite)
-Step = gpu_suite.Step
+sys.path.insert(0, str(ROOT / "benchmarks"))
+step_runner, gpu_steps = importlib.import_module("step_runner"), importlib.import_module("gpu_steps")
+sys.path.pop(0)
+Step = step_runner.Step
+FILES = ["gpu_card_part1.json", "gpu_card_part1.txt", "gpu_card_part1_logs.tar.gz"]
 
 
 def python(code: str) -> list[str]:
@@ -28,7 +29,13 @@ def python(code: str) -> list[str]:
 
 @pytest.fixture
 def suite(tmp_path):
-    return gpu_suite.Suite(tmp_path / "work", tmp_path / "out", 60, {"date": "today"}, grace_s=0.5)
+    return make_suite(tmp_path, 60)
+
+
+def make_suite(tmp_path, seconds: float):
+    return step_runner.Suite(
+        tmp_path / "work", tmp_path / "out", "gpu_card_part1", tmp_path, seconds, {"date": "today"}, grace_s=0.5
+    )
 
 
 def results(suite) -> list[tuple[str, str]]:
@@ -46,23 +53,23 @@ def test_every_step_leaves_a_whole_report_whatever_became_of_it(suite, tmp_path)
     ]
     for number, step in enumerate(steps, 1):
         suite.run(step)
-        document = json.loads((out / "gpu_suite.json").read_text())
+        document = json.loads((out / FILES[0]).read_text())
         assert [row["step"] for row in document["steps"]] == [s.name for s in steps[:number]]
         assert document["date"] == "today"
-        assert sorted(p.name for p in out.iterdir()) == ["gpu_suite.json", "gpu_suite.txt", "logs.tar.gz"]
+        assert sorted(p.name for p in out.iterdir()) == FILES
     good, skipped, bad, absent = document["steps"]
     assert (good["result"], good["note"], good["report"]) == ("ok", "3 passed in 1 s", {"rows": [1]})
     assert skipped["result"] == "failed"
     assert "does not say" in skipped["note"]
     assert (bad["result"], bad["note"], bad["tail"]) == ("failed", "status 7", ["why"])
     assert (absent["result"], absent["note"]) == ("not run", "needs nvcc")
-    with tarfile.open(out / "logs.tar.gz") as archive:
+    with tarfile.open(out / FILES[2]) as archive:
         assert archive.getnames() == ["all_skipped.log", "bad.log", "good.log"]
     assert suite.has_failed
 
 
 def test_a_step_out_of_time_is_ended_with_its_children_and_keeps_what_it_wrote(suite, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "_LEAST_S", 0.1)
+    monkeypatch.setattr(step_runner, "_LEAST_S", 0.1)
     report, child = tmp_path / "figures.json", tmp_path / "child"
     code = f"""
 import pathlib, signal, subprocess, sys, time
@@ -85,13 +92,61 @@ time.sleep(60)
         time.sleep(0.05)
 
 
-def test_steps_after_the_deadline_are_listed_and_not_run(tmp_path):
-    suite = gpu_suite.Suite(tmp_path / "work", tmp_path / "out", 0, {})
-    marker = tmp_path / "ran"
-    suite.run(Step("late", 20, ["touch", str(marker)]))
-    assert results(suite) == [("late", "no time left")]
-    assert not marker.exists()
-    assert not suite.has_failed
+@pytest.mark.parametrize(
+    "step", [Step("late", 20, ["touch", "ran"]), Step("lacking", 20, ["touch", "ran"], "lacks a tool")]
+)
+def test_a_step_that_did_not_run_is_a_failure(tmp_path, step):
+    suite = make_suite(tmp_path, 0 if step.missing is None else 60)
+    suite.run(step)
+    assert results(suite) == [(step.name, "no time left" if step.missing is None else "not run")]
+    assert not (tmp_path / "ran").exists()
+    assert suite.has_failed
+
+
+def test_every_step_shows_its_headline_and_only_a_failed_one_its_output(suite, tmp_path, capsys):
+    report = tmp_path / "figures.json"
+    code = f"""
+import json, pathlib
+print("noise" * 50)
+pathlib.Path({str(report)!r}).write_text(json.dumps({{"us": 7}}))
+"""
+    headline = lambda figures: f"{figures['us']} us\nand more"  # noqa: E731
+    suite.run(Step("good", 20, python(code), report=report, headline=headline))
+    suite.run(Step("partly", 20, python(code + "raise SystemExit(3)"), report=report, headline=headline))
+    suite.run(Step("odd", 20, python(code), report=report, headline=lambda figures: figures["ms"]))
+    said = capsys.readouterr().out
+    good, partly, odd = (said[said.index(f"-- {n}") :].split("-- ")[1] for n in ("good", "partly", "odd"))
+    assert "== good: ok (7 us" in good
+    assert "noise" not in good
+    assert "== partly: failed (status 3; 7 us" in partly
+    assert "noise" in partly
+    assert "no headline: KeyError: 'ms'" in odd
+    assert suite.table().splitlines()[1].strip() == "and more"
+
+
+def test_a_suite_that_is_told_to_end_keeps_what_it_has(tmp_path):
+    program = f"""
+import signal, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+from pathlib import Path
+from step_runner import Step, Suite
+suite = Suite(Path("work"), Path("out"), "gpu_card_part1", Path("."), 60, {{}}, grace_s=0.5)
+def end(number, _):
+    suite.interrupt()
+    raise SystemExit(128 + number)
+signal.signal(signal.SIGTERM, end)
+suite.run(Step("first", 20, [sys.executable, "-c", "print(1)"]))
+suite.run(Step("second", 50, [sys.executable, "-c", "import time; time.sleep(50)"]))
+"""
+    process = subprocess.Popen([sys.executable, "-u", "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "second" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    steps = json.loads((tmp_path / "out" / FILES[0]).read_text())["steps"]
+    assert [(s["step"], s["result"]) for s in steps] == [("first", "ok"), ("suite", "interrupted")]
 
 
 def test_a_report_of_an_earlier_run_is_not_taken_for_this_one(suite, tmp_path):
@@ -101,33 +156,73 @@ def test_a_report_of_an_earlier_run_is_not_taken_for_this_one(suite, tmp_path):
     assert "report" not in suite.rows[0]
 
 
-def test_what_is_missing_is_named_at_once_with_the_pip_command(tmp_path):
-    """Before anything runs, and in one go: without pydantic and tqdm."""
-    for name in ("pydantic", "tqdm"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu_suite.sh", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}, timeout=120,
+def suite_script(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), *arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path}, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert "lacks" in last
-    assert {"pydantic,", "tqdm"} <= set(last.replace("(", " ").split())
-    assert "pip install " in last
-    assert "'pydantic>=2.6,<3'" in last
-    assert "torch: " in done.stdout
-    assert not (tmp_path / "out").exists()
 
 
-def test_the_steps_name_files_and_tests_that_exist():
-    steps = gpu_suite.make_steps(sys.executable, "sm_90")
-    names = [step.name for step in steps]
-    assert names[:2] == ["gpu_tests", "block_search"]
-    assert all(name.startswith(("memcheck", "racecheck")) for name in names[-4:])
+@pytest.mark.skipif(gpu_steps.shutil.which("nvidia-smi") is not None, reason="says what a machine without a GPU says")
+def test_a_dry_run_works_anywhere_and_names_what_each_step_lacks():
+    done = suite_script("--part", "1", "--dry-run")
+    assert done.returncode == 1, done.stderr
+    for step in gpu_steps.make_steps(1, sys.executable):
+        assert f"{step.name:<24} {step.limit_s:>5.0f} s" in done.stdout
+    assert "GPU: none that the torch of" in done.stdout
+    run = suite_script("--part", "2")
+    assert run.returncode == 2
+    assert "error: nothing can run here" in run.stderr
+
+
+def test_help_and_dry_run_need_nothing_but_python():
+    """-S: no site-packages, so neither torch nor pydantic."""
+    command = [sys.executable, "-S", str(ROOT / "benchmarks" / "gpu_suite.py")]
+    assert subprocess.run([*command, "--help"], capture_output=True, check=True).stdout.startswith(b"usage:")
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "lacks torch, numpy, pydantic, tqdm, cuda.core" in done.stdout
+    assert "(pip install 'torch>=2.6' 'numpy' 'pydantic>=2.6,<3'" in done.stdout
+
+
+def test_an_unknown_step_is_named():
+    done = suite_script("--part", "2", "--steps", "ncu", "serch")
+    assert done.returncode == 2
+    assert "part 2 has no step serch (it has real_engine," in done.stderr
+
+
+@pytest.mark.parametrize("part", gpu_steps.PARTS)
+def test_the_limits_of_a_part_fit_its_time_and_its_steps_name_files_that_exist(part):
+    steps = gpu_steps.make_steps(part, sys.executable)
+    assert sum(step.limit_s for step in steps) <= gpu_steps.SECONDS_A_PART - gpu_steps.HELD_BACK_S
+    assert len({step.name for step in steps}) == len(steps)
     for step in steps:
-        for part in step.command:
-            if part.endswith((".py", ".jsonl")):
-                assert (ROOT / part).is_file(), part
-    sanitized = next(step for step in steps if step.name == "memcheck_nvrtc").command
-    test, word = sanitized[sanitized.index("-k") - 1], sanitized[-1]
+        for argument in step.command:
+            if argument.endswith((".py", ".jsonl")) or argument.startswith("tests/"):
+                assert (ROOT / argument).exists(), argument
+        if step.report is not None:
+            assert step.headline is not None
+
+
+def test_the_most_wanted_figures_come_first():
+    first, second = (gpu_steps.make_steps(part, sys.executable) for part in gpu_steps.PARTS)
+    search = first[0].command
+    assert search[search.index("--dtypes") + 1 : search.index("--pairs") + 2] == ["bfloat16", "--pairs", "64"]
+    assert [step.name for step in second[:2]] == ["real_engine", "real_model_pressure"]
+    sanitized = next(step for step in first if step.name == "memcheck").command
+    test, word = sanitized[sanitized.index("-k") - 1], sanitized[sanitized.index("-k") + 1]
     assert re.search(rf"def test_\w*{word}", (ROOT / test).read_text())
+
+
+def test_headlines_of_the_reports_that_the_benchmarks_write():
+    rows = [{"dtype": "bfloat16", "pairs": 64, "kernel_us": 88.04, "share_of_copy_bandwidth": 0.887,
+             "kernel_relative_error": 2e-7, "compiled_us": 512.3}, {"dtype": "int8", "pairs": 1}]  # fmt: skip
+    line = gpu_steps.search_headline({"rows": rows, "tokens_per_block": 32, "copy_gb_s": 2954.0})
+    assert line == ("bfloat16 64 pairs of 32: 88.0 us, 89% of a copy, compiled 512 us; copy 2.95 TB/s, error 2e-07")
+    variants = {"off": {"step_ms_mean": 12.3, "over_off": None}, "shadow": {"step_ms_mean": 12.4, "over_off": 0.008}}
+    line = gpu_steps.replay_headline(
+        {"variants": variants, "batch_size": 128, "output_tokens": 256, "decode_attention": "Triton"}
+    )
+    assert line == "128 x 256: off 12.30 ms, shadow 12.40 ms (+0.8%); Triton"
+    report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    assert gpu_steps.throughput_headline(report).startswith("requests/s: full ")

@@ -42,7 +42,7 @@ def test_every_cell_is_what_its_report_holds():
 
 
 def test_blocks_in_phase_are_what_the_count_found():
-    report = json.loads((ROOT / "benchmarks/results/in_phase.json").read_text())
+    report = json.loads((ROOT / "benchmarks/studies/in_phase/results/in_phase.json").read_text())
     table = PAGE.partition("| texts | tokens per block |")[2].partition("\n\n")[0].splitlines()[2:]
     expected = [
         [f"`{r['texts']}`", str(r["tokens_per_block"])]
@@ -53,7 +53,7 @@ def test_blocks_in_phase_are_what_the_count_found():
 
 
 def test_samples_where_memory_binds():
-    report = json.loads((ROOT / "benchmarks/results/sweep_samples.json").read_text())
+    report = json.loads((ROOT / "benchmarks/studies/sweeps/results/sweep_samples.json").read_text())
     full, request, group = report["rows"]
     assert full["accuracy"] == request["accuracy"] == group["accuracy"]
     text = (

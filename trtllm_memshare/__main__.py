@@ -11,7 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-serve with MemShare and the settings that it needs"),
     "doctor": ("trtllm_memshare.report.doctor", "what is installed, what can run here, what would fix the rest"),
     "bench": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-bench with MemShare, its report merged with ours"),
-    "calibrate": ("trtllm_memshare.fidelity.calibrate", "find the most aggressive setting within an accuracy budget"),
+    "calibrate": ("trtllm_memshare.evaluation.calibrate", "find the most aggressive setting within an accuracy budget"),
     "explain": ("trtllm_memshare.report.explain", "one answer as a web page: what became of each block of its memory"),
 }
 """Module whose ``main(command, arguments)`` runs it, and what it does; modules are imported when they are asked for."""

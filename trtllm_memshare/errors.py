@@ -3,33 +3,80 @@
 from __future__ import annotations
 
 import difflib
-import json
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
+
+MAX_QUOTED = 200  # characters of a user's value that an error repeats
+_MAX_MESSAGE = 2000  # characters; the last defence of a terminal and a log
+_LONGEST_NAME = 100  # characters; a longer one is no misspelling, and comparing it would take quadratic time
 
 
 class UserError(ValueError):
     """Input that cannot be used. The message is one sentence: what, got, expected, what to do."""
 
+    def __init__(self, message: str) -> None:
+        # A lone surrogate cannot be printed.
+        readable = message.encode("utf-8", "backslashreplace").decode("utf-8")
+        super().__init__(_middle_cut(readable, _MAX_MESSAGE))
+
+
+def quote(value: object) -> str:
+    """``repr`` of a user's value for an error, at most ``MAX_QUOTED`` characters long.
+
+    Never raises and never takes long: large containers are cut before they are written out, and an integer of more
+    digits than Python prints is named by its size.
+    """
+    if isinstance(value, str) and len(value) <= MAX_QUOTED:
+        return _middle_cut(repr(value), MAX_QUOTED)
+    return _middle_cut(_SHORT.repr(value), MAX_QUOTED)
+
+
+def shorten(text: str) -> str:
+    """A name that a user gave, as it is, at most ``MAX_QUOTED`` characters long."""
+    return _middle_cut(text, MAX_QUOTED)
+
+
+def _middle_cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    head = (most - 5) // 2
+    return f"{text[:head]} ... {text[len(text) - (most - 5 - head) :]}"
+
+
+class _ShortRepr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = MAX_QUOTED
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 8
+        self.maxlevel = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        if abs(value).bit_length() > 256:
+            return f"an integer of {abs(value).bit_length()} bits"
+        return repr(value)
+
+
+_SHORT = _ShortRepr()
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Text that names the known name nearest to ``name``, or lists all of them."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= _LONGEST_NAME else []
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
 
 
 def describe_validation_error(error: ValidationError, known: Iterable[str], where: str) -> str:
     """The first problem of a pydantic error as one sentence; an unknown key gets the nearest known one."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = shorten(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"{where} has an unknown key {key} ({nearest(key, known)})"
-    return f"{where}: {key} {first['msg'].lower()}, got {first['input']!r}" if key else f"{where}: {first['msg']}"
+    return f"{where}: {key} {first['msg'].lower()}, got {quote(first['input'])}" if key else f"{where}: {first['msg']}"
 
 
 def read_text(path: Path, what: str) -> str:
@@ -37,28 +84,25 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{what} cannot be read: {path}: {error.strerror}") from error
+        raise UserError(f"{what} cannot be read: {shorten(str(path))}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} is not UTF-8 text: {path}: {error.reason} at byte {error.start}") from error
 
 
-def parse_json_line(line: str, where: str) -> dict[str, Any]:
-    """One object of a JSON-lines file; ``where`` names file and line. Raises UserError if it is not one."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno} (one object per line)") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} must be a JSON object, got {type(row).__name__}")
-    return row
-
-
 def run_command_line(main: Callable[[], None]) -> None:
-    """Runs ``main``; a ``UserError`` becomes one line on stderr and exit code 2."""
+    """Runs ``main``; a ``UserError``, or a file that the system refuses, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output went away, as ``| head`` does
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {shorten(str(error.filename))}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

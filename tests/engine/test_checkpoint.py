@@ -50,8 +50,7 @@ def test_every_family_is_read(family_checkpoint):
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": ...}, "rope_theta", 1e6),
         ({"rope_parameters": ..., "rope_theta": 5e5}, "rope_theta", 5e5),
         ({"rope_parameters": ..., "rope_theta": ...}, "rope_theta", 10000.0),
-        ({"head_dim": None}, "head_dim", 8),
-        ({"num_key_value_heads": None}, "num_kv_heads", 4),
+        ({"head_dim": ...}, "head_dim", 8),
         ({"dtype": ..., "torch_dtype": "bfloat16"}, "dtype", "bfloat16"),
         ({"dtype": ..., "torch_dtype": ...}, "dtype", "float32"),
         ({"layer_types": ["full_attention"] * 2, "sliding_window": 4096}, "num_layers", 2),
@@ -106,6 +105,11 @@ def _cut_a_shard(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def _write_index(checkpoint: Path, text: str) -> None:
+    shard(checkpoint)
+    (checkpoint / INDEX).write_text(text)
+
+
 def _name_a_tensor_too_many(checkpoint: Path) -> None:
     shard(checkpoint)
     index = json.loads((checkpoint / INDEX).read_text())
@@ -126,8 +130,9 @@ def _name_a_tensor_too_many(checkpoint: Path) -> None:
         (_lose_a_shard, r"lacks model-00002-of-00002.safetensors named in model.safetensors.index.json"),
         (_cut_a_shard, r"model-00002-of-00002.safetensors is half-written"),
         (_name_a_tensor_too_many, r"names lost.weight, which is not in its weight file"),
-        (lambda c: (c / INDEX).write_text("{}"), r"index.json is damaged: expected a weight_map"),
-        (lambda c: (c / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), r"index.json is damaged"),
+        (lambda c: _write_index(c, "{}"), r"index.json is damaged: expected a weight_map"),
+        (lambda c: _write_index(c, '{"weight_map": {"a": "../b.safetensors"}}'), r"index.json is damaged"),
+        (lambda c: _write_index(c, '{"weight_map": {"a": "%s"}}' % ("a" * 300)), r"index.json is damaged"),
         (lambda c: (c / "config.json").unlink(), r"the checkpoint is missing .*config.json \(give --model-dir"),
         (lambda c: (c / "config.json").write_text('{"a"'), r"config.json is damaged: not JSON"),
         (lambda c: (c / "config.json").write_bytes(b"\xff\xfe"), r"config.json is damaged: not JSON"),
@@ -148,8 +153,14 @@ def test_missing_and_half_written_files(own_checkpoint, damage, message):
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, r"is an encoder-decoder \(T5"),
         ({"architectures": ["GPT2LMHeadModel"]}, r"architecture GPT2LMHeadModel, expected one of .* rotary embeddings"),
         ({"architectures": None}, r"architecture none"),
-        ({"use_sliding_window": True}, r"uses a sliding window"),
-        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}, r"uses a sliding window"),
+        (
+            {"use_sliding_window": True, "layer_types": ..., "max_window_layers": 1, "sliding_window": 9},
+            r"uses a sliding window",
+        ),
+        (
+            {"use_sliding_window": True, "layer_types": ..., "max_window_layers": 0, "sliding_window": 9},
+            r"uses a sliding window",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"uses a sliding window"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, r"uses a sliding window"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": ...}, r"uses a sliding window"),

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoTokenizer
 from trtllm_memshare.engine import engine_dir as engine_dir_module
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import read_checkpoint
-from trtllm_memshare.engine.engine_dir import Engine, load_engine, replace_memshare, write_engine
+from trtllm_memshare.engine.engine_dir import Engine, write_engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine, replace_memshare
 from trtllm_memshare.search.config import make_config
 
 

@@ -11,8 +11,8 @@ import torch
 from engine.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.engine import smollm2
-from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.gguf import checkpoint_of_gguf, convert_gguf
 from trtllm_memshare.errors import UserError

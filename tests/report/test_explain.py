@@ -10,13 +10,13 @@ from html.parser import HTMLParser
 import pytest
 
 from trtllm_memshare.__main__ import main
-from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.story import BlockStory, Fate, Story
 from trtllm_memshare.report.explain import explain
 from trtllm_memshare.report.explain_page import render
 from trtllm_memshare.search.config import make_config
-from trtllm_memshare.serving.story import BlockStory, Fate, Story
 
 PROMPT = "Q: 372 + 323 + 6 + 19 = ?\n"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

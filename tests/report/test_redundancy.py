@@ -7,8 +7,9 @@ import json
 import pytest
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.report.redundancy import read_texts, redundancy_table
-from trtllm_memshare.search.redundancy import measure
+from trtllm_memshare.evaluation.redundancy import measure
+from trtllm_memshare.evaluation.texts import read_texts
+from trtllm_memshare.report.redundancy import redundancy_table
 
 
 def test_known_fields_are_found_and_others_are_named(tmp_path):

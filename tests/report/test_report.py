@@ -10,8 +10,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from trtllm_memshare.evaluation.machine import describe_machine, one_line
 from trtllm_memshare.report import plots
-from trtllm_memshare.report.machine import describe_machine, one_line
 from trtllm_memshare.report.plots import plot_report
 from trtllm_memshare.report.tables import COLUMNS, variants_table
 
@@ -143,7 +143,7 @@ def test_the_picture_has_three_panels_with_a_line_per_variant(report, tmp_path, 
 
 
 def test_every_variant_has_its_own_colour():
-    from trtllm_memshare.serving.variants import VARIANTS
+    from trtllm_memshare.evaluation.variants import VARIANTS
 
     assert len(set(plots.COLOURS)) == len(plots.COLOURS) >= len(VARIANTS)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from build_scripts.tiny_reasoner.tokenizer import encode_fast
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.tiny_reasoner.tokenizer import encode_fast
 
 PIECES = ["So", " x", " =", " 3", ".", "5", "\n\n", "Wait", " The", " ", ".\n"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
 
 ROOT = Path(__file__).resolve().parents[2]

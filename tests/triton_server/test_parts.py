@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
+from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.tiny_reasoner.tokenizer import build_tokenizer
 from trtllm_memshare.triton import server as triton_server
 from trtllm_memshare.triton.client import ServiceClient, ServiceLostError
 from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from triton_server.conftest import start_triton, stop_triton
 
+from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
-from trtllm_memshare.tiny_reasoner.tokenizer import build_tokenizer
 from trtllm_memshare.triton.metrics import GAUGES
 
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"

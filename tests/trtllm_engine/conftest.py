@@ -13,10 +13,10 @@ import trtllm_memshare.runners.tensorrt.open as open_module
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.engine_dir import copy_small_files, trtllm_config
+from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE, file_sha256
 from trtllm_memshare.runners.tensorrt.runner import TensorRTRunner
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.rotary import rotary_inv_freq
-from trtllm_memshare.trtllm.engine.record import PLUGIN_FILE, SEARCH_ENGINE_FILE, file_sha256
 from trtllm_memshare.trtllm.engine.spec import engine_spec
 
 SIZES = {"tokens_per_block": 16, "max_batch_size": 8, "max_num_tokens": 256, "max_seq_len": 1024}

@@ -11,14 +11,14 @@ from fakes.host_device import HostDevice
 
 import trtllm_memshare.runners.tensorrt.open as open_module
 import trtllm_memshare.runners.tensorrt.parallel as parallel_module
-from trtllm_memshare.engine.engine_dir import load_engine
+from build_scripts.tiny_reasoner.tokenizer import VOCAB_SIZE, build_tokenizer
+from trtllm_memshare.ranks.torch_communicator import TorchCommunicator
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.request import SamplingParams
-from trtllm_memshare.serving.torch_ranks import TorchCommunicator
-from trtllm_memshare.tiny_reasoner.tokenizer import VOCAB_SIZE, build_tokenizer
 
 SETTINGS = {"protected_tokens": 16, "protected_steps": 0, "search_interval": 3, "max_distance": 0.2}
 NUM_BLOCKS, NEW_TOKENS = 50, 210

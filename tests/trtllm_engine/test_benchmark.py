@@ -7,11 +7,12 @@ import json
 import pytest
 from trtllm_engine.conftest import SIZES, write_engine_dir
 
-from trtllm_memshare.engine.build import BuildOptions, build_engine, plan_build
-from trtllm_memshare.engine.engine_dir import load_engine
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
+from trtllm_memshare.evaluation.benchmark_run import run_benchmark
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.torch.runner import load_model
-from trtllm_memshare.serving.benchmark_report import BenchmarkOptions, run_benchmark
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton.token_model import make_executor
 

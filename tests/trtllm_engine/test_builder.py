@@ -18,9 +18,10 @@ from fakes.fake_network import LayerType
 
 import trtllm_memshare.trtllm.engine.builder as builder_module
 from trtllm_memshare.__main__ import main
-from trtllm_memshare.engine.build import BuildOptions, build_engine, describe_plan, plan_build, summarize
-from trtllm_memshare.engine.engine_dir import load_engine
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.engine.tensorrt_record import file_sha256
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
@@ -30,7 +31,6 @@ from trtllm_memshare.trtllm.engine.build_plan import describe
 from trtllm_memshare.trtllm.engine.builder import make_build_config
 from trtllm_memshare.trtllm.engine.directory import spec_of
 from trtllm_memshare.trtllm.engine.io_table import DISTANCES
-from trtllm_memshare.trtllm.engine.record import file_sha256
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL, check_signatures
 
 ROOT = Path(__file__).parents[2]

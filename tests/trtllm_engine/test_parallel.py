@@ -14,8 +14,8 @@ from trtllm_engine.conftest import write_engine_dir
 from trtllm_memshare.cache.offsets import encode_block_offsets
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.engine.checkpoint import read_checkpoint
-from trtllm_memshare.engine.engine_dir import load_engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.runners.protocol import StepBatch
 from trtllm_memshare.runners.tensorrt.parallel import _all_reduce_workspace, aligned_copy

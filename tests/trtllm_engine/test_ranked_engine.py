@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from serving.test_ranks import run_ranks
+from ranks.test_ranks import run_ranks
 from trtllm_engine.conftest import write_engine_dir
 from trtllm_engine.ranked_engine import NEW_TOKENS, NUM_BLOCKS, SETTINGS, serve_engine
 

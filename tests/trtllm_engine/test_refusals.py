@@ -16,15 +16,15 @@ from fakes.host_device import HostDevice
 from trtllm_engine.conftest import SIZES, write_engine_dir
 
 import trtllm_memshare.runners.tensorrt.open as open_module
-from trtllm_memshare.engine.engine_dir import load_engine
+from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.trtllm.engine.installed import check_tensorrt, import_tensorrt, import_tensorrt_llm
 from trtllm_memshare.trtllm.engine.plugins import load_memshare_plugin, load_trtllm_plugins
-from trtllm_memshare.trtllm.engine.record import PLUGIN_FILE
 
 
 @pytest.fixture

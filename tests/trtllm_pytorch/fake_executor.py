@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
+from trtllm_pytorch.fake_v2 import FakeKVCacheV2Scheduler
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, MAX_SEQ_LEN = 2, 1, 2, 256
 
@@ -22,13 +23,14 @@ def make_mapping(**changes):
 
 
 def make_cache_config(num_blocks, tokens_per_block, **changes):
-    values = {"max_attention_window": None, "enable_block_reuse": False, "host_cache_size": 0}
+    values = {"max_attention_window": None, "enable_block_reuse": False, "host_cache_size": None}
     return SimpleNamespace(**{**values, "max_tokens": num_blocks * tokens_per_block, **changes})
 
 
-def make_manager(manager_class, num_blocks, tokens_per_block, max_batch_size=8, reuse=False, **arguments):
+def make_manager(manager_class, num_blocks, tokens_per_block, max_batch_size=8, reuse=False, config=None, **arguments):
     return manager_class(
-        make_cache_config(num_blocks, tokens_per_block, enable_block_reuse=reuse), "SELF", num_layers=NUM_LAYERS,
+        make_cache_config(num_blocks, tokens_per_block, enable_block_reuse=reuse, **(config or {})), "SELF",
+        num_layers=NUM_LAYERS,
         num_kv_heads=NUM_HEADS, head_dim=HEAD_DIM, tokens_per_block=tokens_per_block, max_seq_len=MAX_SEQ_LEN,
         max_batch_size=max_batch_size, mapping=make_mapping(), **arguments,
     )  # fmt: skip
@@ -49,9 +51,17 @@ class FakeExecutor:
     def __init__(self, manager, overlap: bool, metadata=None) -> None:
         self.manager, self.overlap, self.metadata = manager, overlap, metadata
         self.pool = self._pool()
-        self.table = torch.full((1, manager.max_batch_size + 1, 2, manager.max_blocks_per_seq), -7, dtype=torch.int32)
-        if metadata is not None:
-            metadata.kv_cache_block_offsets = self.table
+        # One tensor for good: CUDA graphs hold its address.
+        self.table = (
+            torch.full((1, manager.max_batch_size + 1, 2, manager.max_blocks_per_seq), -7, dtype=torch.int32)
+            if metadata is None
+            else metadata.kv_cache_block_offsets
+        )
+        self.scheduler = (
+            FakeKVCacheV2Scheduler(manager, manager.max_batch_size)
+            if hasattr(manager, "try_allocate_generation")
+            else None
+        )
         self.active: list[FakeLlmRequest] = []
         self.requests: list[FakeLlmRequest] = []
         self.scripts: dict[int, list[int]] = {}
@@ -59,11 +69,16 @@ class FakeExecutor:
         self.previous: ScheduledRequests | None = None
         self.tables: list[torch.Tensor] = []
         self.num_pauses = 0
+        self.rejected: list[FakeLlmRequest] = []
         self._prefix_ids: dict[tuple[int, int], int] = {}
         self._prefixes: dict[int, list[int]] = {}
 
-    def submit(self, request_id: int, prompt: list[int], output: list[int]) -> FakeLlmRequest:
-        request = FakeLlmRequest(request_id, prompt)
+    def submit(self, request_id: int, prompt: list[int], output: list[int], max_new_tokens: int = 0) -> FakeLlmRequest:
+        request = FakeLlmRequest(request_id, prompt, max_new_tokens=max_new_tokens or len(output))
+        budget = getattr(self.manager, "get_request_kv_block_budget", lambda request: None)(request)
+        if budget is not None and budget[0] > budget[1]:  # main refuses what can never fit
+            self.rejected.append(request)
+            return request
         self.scripts[request_id] = prompt + output
         self.requests.append(request)
         number, numbers = 0, self._prefixes.setdefault(request_id, [])
@@ -77,6 +92,11 @@ class FakeExecutor:
         """Takes effect where responses are handled."""
         self.scripts[request_id] = self.scripts[request_id][: self.request(request_id).max_beam_num_tokens]
 
+    def _own_pages(self, request_id: int) -> list[int]:
+        """Pages of the pool that the manager lists for a request; V2's lists count layers."""
+        pages = list(self.manager.get_batch_cache_indices([request_id])[0])
+        return [p // NUM_LAYERS for p in pages] if hasattr(self.manager, "kv_cache_map") else pages
+
     def request(self, request_id: int) -> FakeLlmRequest:
         return next(r for r in self.active if r.py_request_id == request_id)
 
@@ -88,6 +108,8 @@ class FakeExecutor:
             self.processed.pop(request.py_request_id)
         self.manager.prepare_resources(batch)
         self._forward(batch)
+        if self.scheduler is not None:
+            self.manager.update_context_resources(batch)
         if self.overlap:
             finished, self.previous = self.previous, batch
         else:
@@ -119,7 +141,11 @@ class FakeExecutor:
 
     def _schedule(self) -> tuple[ScheduledRequests, list[FakeLlmRequest]]:
         """MAX_UTILIZATION: running requests go on, the youngest give way: V1 frees and recomputes, V2 suspends."""
-        size, free = self.manager.tokens_per_block, self.manager.get_num_free_blocks()
+        if self.scheduler is not None:
+            batch = ScheduledRequests(*self.scheduler.schedule_request(self.active))
+            self.num_pauses = self.scheduler.num_suspended
+            return batch, []
+        size, free = self.manager.tokens_per_block, self._num_free()
         running = [r for r in self.active if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
         caches = getattr(self.manager, "kv_cache_map", None)
         suspended = [r for r in running if caches is not None and not caches[r.py_request_id].is_active]
@@ -132,11 +158,11 @@ class FakeExecutor:
                 paused.append(victim)
                 free += self._pages(victim)
             else:
-                caches[victim.py_request_id].suspend()
-                free = self.manager.get_num_free_blocks()
+                self.manager.suspend_request(victim)
+                free = self._num_free()
         free -= sum(map(self._needs_block, running))
         for request in suspended:
-            if self._pages(request) + 1 <= free and caches[request.py_request_id].resume(None):
+            if self._pages(request) + 1 <= free and self.manager.resume_request(request):
                 free -= self._pages(request) + 1
                 running.append(request)
         context = []
@@ -149,6 +175,12 @@ class FakeExecutor:
             free -= blocks
             context.append(request)
         return ScheduledRequests(context, running), paused
+
+    def _num_free(self) -> int:
+        """What a scheduler of each generation asks: V1 the manager, V2 its storage."""
+        if hasattr(self.manager, "kv_cache_map"):
+            return self.manager.impl.num_available
+        return self.manager.get_num_free_blocks()
 
     def _pages(self, request: FakeLlmRequest) -> int:
         """Pages that come free for certain; with block reuse some may be held by others."""
@@ -190,6 +222,12 @@ class FakeExecutor:
             return  # the extra pass of a request whose end the host does not know yet
         page = int(self.row(request_id)[position // size])
         entries = [int(e) for e in self.row(request_id)[: position // size + 1]]
+        assert page in self._own_pages(request_id), f"request {request_id} writes page {page}, which is not its own"
+        shared = getattr(self.manager, "memshare", None)
+        if self.request(request_id).state is LlmRequestState.GENERATION_COMPLETE or (
+            shared is not None and request_id in shared._lost
+        ):
+            return  # failed alone, or about to: what it computes is thrown away, but must not harm anybody
         assert entries.count(page) == 1, f"page {page} of request {request_id} is written while shared: {entries}"
         self.pool[page, :, :, :, position % size] = self.content(request_id, position)
 

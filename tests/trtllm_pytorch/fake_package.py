@@ -7,9 +7,9 @@ from pathlib import Path
 
 UTIL = """
     class KVCacheManager:
-        def prepare_resources(self): ...
-        free_resources = update_resources = get_batch_cache_indices = shutdown = prepare_resources
-        get_unique_primary_pool = copy_batch_block_offsets = prepare_resources
+        def prepare_resources(self, **arguments): ...
+        free_resources = update_resources = get_batch_cache_indices = shutdown = add_dummy_requests = prepare_resources
+        get_unique_primary_pool = copy_batch_block_offsets = get_num_free_blocks = prepare_resources
 
     def get_kv_cache_manager_cls(model_config):
         return KVCacheManager

@@ -1,4 +1,8 @@
-"""TensorRT-LLM's request and batch, as far as resource managers look at them."""
+"""TensorRT-LLM's request and batch, as far as resource managers look at them.
+
+Mirrors ``_torch/pyexecutor/llm_request.py`` and ``scheduler.py`` of NVIDIA/TensorRT-LLM (1.1 of autumn 2025, February
+2026, which is nearest to 1.2.1, and main of September 2026); names are theirs, bodies are not.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,33 @@ class LlmRequestState(enum.Enum):
     GENERATION_COMPLETE = 3
 
 
+class FinishReason(enum.Enum):
+    NOT_FINISHED = 0
+    END_ID = 1
+    LENGTH = 3
+    TIMED_OUT = 4
+    CANCELLED = 5
+
+
 class FakeLlmRequest:
     """The tokens live in C++: every read through ``get_tokens`` is a fresh copy, as a binding makes it."""
 
-    def __init__(self, request_id: int, prompt: list[int], is_dummy: bool = False) -> None:
+    def __init__(self, request_id: int, prompt: list[int], is_dummy: bool = False, max_new_tokens: int = 10**6) -> None:
         self.py_request_id = self.request_id = request_id
         self._tokens = list(prompt)
-        self.prompt_len = self.orig_prompt_len = len(prompt)
+        self.prompt_len = self.orig_prompt_len = self.py_prompt_len = len(prompt)
+        self.max_new_tokens = self.py_max_new_tokens = max_new_tokens
         self.state = LlmRequestState.CONTEXT_INIT
         self.is_first_context_chunk = True
         self.context_current_position = 0
         self.is_dummy_request = is_dummy
         self.py_rewind_len = 0
+        self.py_decoding_iter = self.decoding_iter = 0
+        self.py_num_compressed_tokens = 0
         self.lora_task_id = None
+        self.py_beam_width = 1
         self.sampling_config = SimpleNamespace(beam_width=1)
+        self.finish_reason = FinishReason.NOT_FINISHED
         self.num_history_reads = 0
         self.num_lives = 1
 
@@ -46,6 +63,11 @@ class FakeLlmRequest:
         assert beam == 0
         self._tokens.append(token)
 
+    def finish_by_reason(self, reason: FinishReason) -> None:
+        """Ends the request; the executor's loop answers and frees it with the next responses, as when cancelled."""
+        self.finish_reason = reason
+        self.state = LlmRequestState.GENERATION_COMPLETE
+
     def pause(self) -> None:
         """What is generated becomes prompt; the request starts again with its context."""
         self.num_lives += 1
@@ -58,6 +80,14 @@ class FakeLlmRequest:
 class ScheduledRequests:
     def __init__(self, context: list[FakeLlmRequest], generation: list[FakeLlmRequest]) -> None:
         self.context_requests, self.generation_requests = context, generation
+
+    @property
+    def context_requests_last_chunk(self) -> list[FakeLlmRequest]:
+        """Chunks that end a prompt: here each prompt is one chunk."""
+        return self.context_requests
+
+    def reset_context_requests(self) -> None:
+        """Main's V1 sorts chunks again after block reuse moved them: nothing to do for whole prompts."""
 
     def all_requests(self) -> list[FakeLlmRequest]:
         return self.context_requests + self.generation_requests

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import logging
 import random
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class
 from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
+from trtllm_pytorch.fake_util import FakeKvCacheCreator, make_util_module
 from trtllm_pytorch.fake_v1 import (
     FakeKVCacheManager,
+    FakeMainKVCacheManager,
     FakeOldAttentionMetadata,
-    FakeOldKVCacheManager,
     FakeReusingKVCacheManager,
 )
-from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeLateKVCacheManagerV2
+from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeMainKVCacheManagerV2
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.trtllm.pytorch.attach import ModelFacts
+from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.probe import install
-from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
-
-
-def make_util_module(v1=FakeKVCacheManager, v2=None) -> ModuleType:
-    """Stands for ``tensorrt_llm._torch.pyexecutor._util``."""
-    module = ModuleType("tensorrt_llm._torch.pyexecutor._util")
-    module.KVCacheManager = v1
-    if v2 is not None:
-        module.KVCacheManagerV2 = v2
-
-    def get_kv_cache_manager_cls(model_config, kv_cache_config=None, is_disagg=False, cache_transceiver_config=None):
-        return v2 if v2 is not None and getattr(kv_cache_config, "use_kv_cache_manager_v2", False) else v1
-
-    module.get_kv_cache_manager_cls = get_kv_cache_manager_cls
-    return module
+from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
 
 @pytest.fixture
@@ -46,25 +33,88 @@ def model_config(bundled_model):
     return SimpleNamespace(pretrained_config=AutoConfig.from_pretrained(bundled_model))
 
 
-@pytest.mark.parametrize(
-    ("v1", "v2", "selected"),
-    [
-        (FakeKVCacheManager, None, FakeKVCacheManager),
-        (FakeOldKVCacheManager, None, FakeOldKVCacheManager),
-        (FakeKVCacheManager, FakeKVCacheManagerV2, FakeKVCacheManagerV2),
-        (FakeKVCacheManager, FakeLateKVCacheManagerV2, FakeLateKVCacheManagerV2),
-    ],
-)
-def test_the_class_that_tensorrt_llm_selects_is_subclassed(v1, v2, selected, model_config):
-    module = make_util_module(v1, v2)
-    metadata = type("Metadata", (FakeOldAttentionMetadata,), {})
+RELEASES = ("1.1", "1.2", "main V1", "main V2")
+
+
+@pytest.fixture
+def release(monkeypatch):
+    """Makes ``_util`` of a release; classes and functions that are wrapped are as before after the test."""
+
+    def make(name: str):
+        module = make_util_module(name)
+        for manager in (module.KVCacheManager, getattr(module, "KVCacheManagerV2", None)):
+            if manager is not None:
+                monkeypatch.setattr(manager, "__init__", manager.__init__)
+        return module
+
+    return make
+
+
+def own_metadata() -> type:
+    """``TrtllmAttentionMetadata`` of 1.1, to be wrapped by one test."""
+    return type("Metadata", (FakeOldAttentionMetadata,), {})
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_managers_share_and_keep_their_type(name, release, model_config):
+    module, metadata = release(name), own_metadata()
     assert install(module, make_settings(), lambda: metadata)
-    config = make_cache_config(40, 8, use_kv_cache_manager_v2=v2 is not None)
-    chosen = module.get_kv_cache_manager_cls(model_config, config)
-    assert issubclass(chosen, selected)
-    manager = make_manager(chosen, 40, 8)
-    assert isinstance(manager.memshare, TailSwap)
-    assert (metadata.prepare is not FakeOldAttentionMetadata.prepare) == (v1 is FakeOldKVCacheManager)
+    creator = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8, use_kv_cache_manager_v2="V2" in name))
+    manager = creator.create()
+    assert isinstance(manager.memshare, Sharing)
+    assert type(manager) in (module.KVCacheManager, getattr(module, "KVCacheManagerV2", None))
+    assert creator.estimated is None or getattr(creator.estimated, "memshare", None) is None
+    assert (metadata.prepare is not FakeOldAttentionMetadata.prepare) == (name == "1.1")
+    manager.shutdown()
+    assert "prepare_resources" not in vars(manager)
+
+
+@pytest.mark.parametrize("arguments", [{"kv_connector_manager": None, "max_beam_width": 2}, {"max_beam_width": 1}])
+def test_the_manager_that_main_falls_back_to_is_seen_as_well(arguments, release, model_config, caplog):
+    """V2 gives way to V1, by the name of the class, for beams and connectors: refused, or shared, but not silent."""
+    module = release("main V2")
+    assert install(module, make_settings(on_unsupported="warn"))
+    creator = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8, use_kv_cache_manager_v2=True))
+    manager = creator.create(**arguments)
+    falls_back = arguments["max_beam_width"] > 1
+    assert type(manager) is (module.KVCacheManager if falls_back else module.KVCacheManagerV2)
+    assert (manager.memshare is None) == falls_back
+    assert ("beam search, got max_beam_width 2" in caplog.text) == falls_back
+
+
+def test_a_request_that_can_never_fit_is_still_refused_at_admission(release, model_config):
+    module = release("main V1")
+    install(module, make_settings())
+    manager = FakeKvCacheCreator(module, model_config, make_cache_config(4, 8)).create(max_seq_len=256)
+    assert type(manager) is FakeMainKVCacheManager
+    assert manager.get_request_kv_block_budget(FakeLlmRequest(1, [1] * 60, max_new_tokens=100)) == (20, 4)
+
+
+def test_a_manager_of_another_geometry_is_no_model_that_was_asked_about(release, model_config, caplog):
+    module = release("1.2")
+    install(module, make_settings(on_unsupported="warn"))
+    manager = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8)).create(num_layers=1)
+    assert manager.memshare is None
+    assert "sharing knows no model of this KV cache's geometry {'num_layers': 1" in caplog.text
+
+
+def test_the_latest_model_of_a_geometry_counts(release, model_config):
+    """A draft model is asked about between the target's question and the making of its cache."""
+    module = release("main V1")
+    install(module, make_settings())
+    config = make_cache_config(40, 8)
+    creator = FakeKvCacheCreator(module, model_config, config)
+    draft = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1, head_dim=4)
+    module.get_kv_cache_manager_cls(SimpleNamespace(pretrained_config=draft), config)
+    assert creator.create().memshare is not None
+
+
+def test_a_compression_method_of_tensorrt_llms_own_excludes_sharing(release, model_config, caplog):
+    module = release("main V2")
+    install(module, make_settings(on_unsupported="warn"))
+    creator = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8, use_kv_cache_manager_v2=True))
+    assert creator.create(compression=SimpleNamespace(algorithm="triattention")).memshare is None
+    assert "sharing excludes KV cache compression" in caplog.text
 
 
 def without(cls: type, name: str) -> type:
@@ -75,7 +125,8 @@ def without(cls: type, name: str) -> type:
 
 @pytest.mark.parametrize("name", ["prepare_resources", "get_batch_cache_indices", "get_unique_primary_pool"])
 def test_a_probe_that_fails_leaves_everything_and_says_why(name, caplog):
-    module = make_util_module(without(FakeKVCacheManager, name))
+    module = make_util_module("1.2")
+    module.KVCacheManager = without(FakeKVCacheManager, name)
     before = dict(vars(module))
     with caplog.at_level(logging.WARNING, logger="trtllm_memshare"):
         assert not install(module, make_settings())
@@ -84,50 +135,68 @@ def test_a_probe_that_fails_leaves_everything_and_says_why(name, caplog):
     assert f"has no {name}" in caplog.text
 
 
+def test_another_parameter_of_a_method_is_found_before_anything_is_changed(caplog):
+    module = make_util_module("1.2")
+    module.KVCacheManager = type(
+        "KVCacheManager", (FakeKVCacheManager,), {"copy_batch_block_offsets": lambda self, table, ids: None}
+    )
+    before = dict(vars(module))
+    assert not install(module, make_settings())
+    assert vars(module) == before
+    assert "KVCacheManager.copy_batch_block_offsets takes no dst_tensor" in caplog.text
+
+
 def test_another_signature_of_the_selector_is_left_alone(caplog):
-    module = make_util_module()
+    module = make_util_module("1.2")
     module.get_kv_cache_manager_cls = lambda llm_args: FakeKVCacheManager
     assert not install(module, make_settings())
     assert "must take model_config first, got llm_args" in caplog.text
 
 
-def test_another_manager_is_refused_or_left_as_it_is(model_config, caplog):
+def test_another_manager_is_refused_or_left_as_it_is(release, model_config, caplog):
     other = type("MambaHybridCacheManager", (FakeKVCacheManager,), {})
     for on_unsupported in ("stop", "warn"):
-        module = make_util_module()
+        module = release("1.2")
         module.get_kv_cache_manager_cls = lambda model_config: other
         assert install(module, make_settings(on_unsupported=on_unsupported))
         if on_unsupported == "stop":
             with pytest.raises(UserError, match="excludes the KV cache manager MambaHybridCacheManager"):
                 module.get_kv_cache_manager_cls(model_config)
         else:
-            assert module.get_kv_cache_manager_cls(model_config) is other
+            chosen = module.get_kv_cache_manager_cls(model_config)
+            assert chosen is other
+            assert not hasattr(make_manager(chosen, 40, 8), "memshare")
             assert "MemShare is off, requests run unshared" in caplog.text
 
 
 @pytest.mark.parametrize("arguments", [{"is_disagg": True}, {"cache_transceiver_config": object()}])
-def test_disaggregated_serving_is_refused(arguments, model_config):
-    module = make_util_module()
+def test_disaggregated_serving_is_refused(arguments, release, model_config):
+    module = release("main V1")
     install(module, make_settings())
     with pytest.raises(UserError, match="disaggregated serving"):
         module.get_kv_cache_manager_cls(model_config, make_cache_config(40, 8), **arguments)
 
 
 @pytest.mark.parametrize("on_unsupported", ["stop", "warn"])
-def test_a_request_of_disaggregated_serving_is_refused_or_runs_unshared(on_unsupported, caplog):
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("llm_request_type", "LLMREQUEST_TYPE_GENERATION_ONLY", "disaggregated serving, got a request of type LLM"),
+        ("py_num_compressed_tokens", 64, "KV cache compression, got a request that was shortened"),
+    ],
+)
+def test_a_request_that_cannot_share_runs_unshared_beside_one_that_does(
+    attribute, value, message, on_unsupported, caplog
+):
+    """What only shows while serving stops no server, whatever the start-up would do."""
     manager = make_manager(make_sharing_class(on_unsupported=on_unsupported), 200, 8)
     executor = FakeExecutor(manager, True)
     text = repetitive_text(random.Random(1), 150)
-    executor.submit(0, text[:5], text).llm_request_type = "LLMREQUEST_TYPE_GENERATION_ONLY"
+    setattr(executor.submit(0, text[:5], text), attribute, value)
     executor.submit(1, text[:6], text)
-    if on_unsupported == "stop":
-        executor.step()  # the prompts
-        with pytest.raises(UserError, match="disaggregated serving, got a request of type LLMREQUEST_TYPE_GENER"):
-            executor.step()
-        return
     while executor.active:
         executor.step()
-    assert "requests run unshared: sharing excludes disaggregated serving" in caplog.text
+    assert f"requests run unshared: sharing excludes {message}" in caplog.text
     assert not hasattr(executor.requests[0], "py_memshare_generated_blocks")
     assert executor.requests[1].py_memshare_retired_blocks > 0
 
@@ -136,7 +205,7 @@ UNSUPPORTED = [
     ({"spec_config": object()}, {}, {}, "speculative decoding"),
     ({"max_beam_width": 4}, {}, {}, "beam search, got max_beam_width 4"),
     ({}, {"max_attention_window": [64]}, {}, r"sliding window, got max_attention_window \[64\]"),
-    ({}, {"host_cache_size": 1 << 30}, {}, "offload to the host"),
+    ({}, {"host_cache_size": 1 << 30}, {}, "offload to the host with KVCacheManager"),
     ({"kv_connector_manager": object()}, {}, {}, "KV cache connector"),
     ({}, {}, {"enable_attention_dp": True}, "attention data parallelism"),
     ({}, {}, {"pp_size": 2}, "pipeline parallelism, got pp_size 2"),
@@ -163,7 +232,7 @@ def test_what_sharing_excludes_stops_the_start_or_runs_unshared(arguments, confi
     assert str(error.value) in caplog.text
     request = FakeLlmRequest(1, [1, 2, 3])
     manager.prepare_resources(ScheduledRequests([request], []))
-    assert manager.get_batch_cache_indices([1]) == [[0]]
+    assert [list(blocks) for blocks in manager.get_batch_cache_indices([1])] == [[0]]
 
 
 def test_mla_is_refused():
@@ -171,18 +240,33 @@ def test_mla_is_refused():
         construct(make_sharing_class(), {"kv_cache_type": "SELFKONLY"}, {}, {})
 
 
+@pytest.mark.parametrize(("host_cache_size", "shares"), [(None, True), (1 << 20, True), (0, False)])
+def test_v2_keeps_its_host_tier(host_cache_size, shares, caplog):
+    """Without one, TensorRT-LLM comes to a standstill when memory is full."""
+    make = make_sharing_class(FakeMainKVCacheManagerV2, on_unsupported="warn")
+    manager = make_manager(make, 40, 8, config={"host_cache_size": host_cache_size})
+    assert (manager.memshare is not None) == shares
+    assert ("KVCacheManagerV2 without a host tier" in caplog.text) == (not shares)
+
+
 @pytest.mark.parametrize("name", ["is_draft", "is_estimating_kv_cache"])
-def test_the_dry_run_and_draft_models_have_no_sharing(name):
-    assert construct(make_sharing_class(), {name: True}, {}, {}).memshare is None
+def test_the_dry_run_and_draft_models_have_no_sharing(name, release, model_config):
+    module = release("1.2")
+    install(module, make_settings())
+    manager = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8)).create(**{name: True})
+    assert not hasattr(manager, "memshare")
 
 
-def test_kv_cache_compression_beside_sharing_is_refused():
-    manager = make_manager(make_sharing_class(FakeLateKVCacheManagerV2), 40, 8)
-    assert manager.kv_compression_manages_history
-    manager.kv_compression_manages_history = False  # a method that keeps lengths
-    assert manager.kv_compression_manages_history
-    with pytest.raises(UserError, match="excludes KV cache compression"):
-        manager.kv_compression_manages_history = True
+@pytest.mark.parametrize(("v2", "has_switch"), [(FakeKVCacheManagerV2, False), (FakeMainKVCacheManagerV2, True)])
+def test_generated_tokens_stay_removable_on_v2(v2, has_switch):
+    manager = make_manager(make_sharing_class(v2), 200, 8)
+    executor = FakeExecutor(manager, True)
+    text = repetitive_text(random.Random(1), 150)
+    executor.submit(0, text[:5], text)
+    for _ in range(100):
+        executor.step()
+    assert manager.kv_cache_map[0].history_length == 5
+    assert getattr(manager, "kv_compression_manages_history", has_switch) is has_switch
 
 
 def test_a_pool_of_another_layout_is_refused(monkeypatch):

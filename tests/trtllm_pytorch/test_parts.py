@@ -202,10 +202,16 @@ def test_the_built_wheel_puts_the_file_into_site_packages(tmp_path):
 def test_options_are_laid_over_the_users_and_conflicts_are_named():
     merged = merge_options({"max_batch_size": 8, "kv_cache_config": {"enable_block_reuse": True, "dtype": "fp8"}})
     assert merged["attn_backend"] == "TRTLLM"
-    assert merged["kv_cache_config"] == {"enable_block_reuse": True, "dtype": "fp8", "host_cache_size": 0}
+    assert merged["kv_cache_config"] == {"enable_block_reuse": True, "dtype": "fp8"}
     assert merged["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
     assert merged["max_batch_size"] == 8
-    assert merge_options({"kv_cache_config": None})["kv_cache_config"]["host_cache_size"] == 0
+    assert merge_options({"kv_cache_config": None})["kv_cache_config"] == {"enable_block_reuse": False}
+    v2 = {"use_kv_cache_manager_v2": True}
+    assert merge_options({"kv_cache_config": {**v2, "host_cache_size": 1 << 30}})
+    with pytest.raises(UserError, match="KVCacheManagerV2 without a host tier"):
+        merge_options({"kv_cache_config": {**v2, "host_cache_size": 0}})
+    with pytest.raises(UserError, match="offload to the host with KVCacheManager"):
+        merge_options({"kv_cache_config": {"use_kv_cache_manager_v2": False, "host_cache_size": 1}})
     with pytest.raises(UserError, match="kv_cache_config must be a mapping of options, got 'fp8'"):
         merge_options({"kv_cache_config": "fp8"})
     with pytest.raises(UserError, match="attn_backend must be TRTLLM to share, got FLASHINFER"):
@@ -224,6 +230,8 @@ def test_the_options_file_goes_behind_the_subcommand():
     ]  # fmt: skip
     with pytest.raises(UserError, match="needs the subcommand throughput or latency"):
         place_option("bench", ["-m", "M", "build", "--eos_id=2"], "F")
+    with pytest.raises(UserError, match="--scheduler_policy must be max_utilization to share, got guaranteed_no_evict"):
+        place_option("bench", ["throughput", "--eos_id", "2", "--scheduler_policy=guaranteed_no_evict"], "F")
     with pytest.raises(UserError, match="bench needs --eos_id"):
         place_option("bench", ["-m", "M", "throughput"], "F")
 

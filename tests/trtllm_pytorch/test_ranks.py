@@ -9,16 +9,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class
+from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
-from trtllm_pytorch.fake_v1 import (
-    FakeKVCacheManager,
-)
+from trtllm_pytorch.fake_requests import FinishReason
+from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+from trtllm_pytorch.test_tail_swap import check_contents
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.serving.ranks import RankAgreement, RankDisagreementError
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.trtllm.pytorch.attach import MpiCommunicator, make_agreement
-from trtllm_memshare.trtllm.pytorch.manager_class import sharing_class
 
 
 def test_all_ranks_share_or_none(caplog, monkeypatch):
@@ -84,24 +83,66 @@ def on_ranks(count, work):
     return results
 
 
-def test_ranks_that_search_different_blocks_stop():
+def serve_two(agreement, rank, at_step, steps=400):
+    """Two requests on a rank, of which the second run disturbs something."""
+    manager = make_manager(make_sharing_class(), 200, 8)
+    manager.memshare._ranks = agreement
+    executor = FakeExecutor(manager, True)
+    text = repetitive_text(random.Random(1), 150)
+    executor.submit(0, text[:5], text)
+    executor.submit(1, text[:6], text)
+    for step in range(steps):
+        at_step(executor, step)
+        executor.step()
+        if step % 3 == 0 and executor.active:
+            check_contents(executor)
+    return executor
+
+
+def test_ranks_that_search_different_blocks_share_nothing_new(caplog):
     """One of them has let a request run on that the other has freed."""
 
     def serve(agreement, rank):
-        manager = make_manager(make_sharing_class(), 200, 8)
-        manager.memshare._agreement = agreement
-        executor = FakeExecutor(manager, True)
-        text = repetitive_text(random.Random(1), 150)
-        executor.submit(0, text[:5], text)
-        executor.submit(1, text[:6], text)
-        for step in range(150):
+        def differ(executor, step):
             if step == 60 and rank == 1:
                 executor.cancel(0)
-            executor.step()
+
+        return serve_two(agreement, rank, differ)
 
     results = on_ranks(2, serve)
-    assert all(isinstance(r, RankDisagreementError) for r in results), results
-    assert "block tables or candidates of ranks [1] differ from those of rank 0" in str(results[0])
+    for executor in results:
+        assert isinstance(executor, FakeExecutor), executor
+        assert executor.manager.memshare.failures.is_off
+        assert not executor.active
+    assert "block tables or candidates of ranks [1] differ from those of rank 0" in caplog.text
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("place", ["take_in", "shrink", "decide"])
+def test_an_error_on_one_rank_stops_sharing_on_all_and_hangs_none(place, failing_rank):
+    def serve(agreement, rank):
+        def fail(executor, step):
+            if step == 60 and rank == failing_rank:
+                shared = executor.manager.memshare
+                owner = {"take_in": shared.requests, "shrink": shared._backend, "decide": shared.policy}[place]
+                setattr(owner, place, lambda *arguments: 1 / 0)
+
+        return serve_two(agreement, rank, fail)
+
+    first, second = on_ranks(2, serve)
+    assert isinstance(first, FakeExecutor), first
+    assert isinstance(second, FakeExecutor), second
+    if place == "decide" and failing_rank == 1:  # the policy of the first rank decides for all
+        assert not first.manager.memshare.failures.is_off
+        return
+    ended = [
+        [r.py_request_id for r in e.requests if r.finish_reason is FinishReason.CANCELLED] for e in (first, second)
+    ]
+    assert ended[0] == ended[1]
+    assert bool(ended[0]) == (place == "shrink")
+    for executor in (first, second):
+        assert executor.manager.memshare.failures.is_off
+        assert not executor.active
 
 
 def test_two_ranks_hold_identical_tables():
@@ -110,7 +151,7 @@ def test_two_ranks_hold_identical_tables():
 
     def serve(agreement, rank):
         manager = make_manager(make_sharing_class(preset="aligned", undo_rope=False, max_distance=0.8), 200, 8)
-        manager.memshare._agreement = agreement
+        manager.memshare._ranks = agreement
 
         class Rank(FakeExecutor):
             def content(self, request_id, position):

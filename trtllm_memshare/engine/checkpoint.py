@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.engine.weights import check_weights
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.engine.rope import check_rope, longest_sequence, rope_settings, rope_theta
+from trtllm_memshare.engine.skeleton import read_skeleton
+from trtllm_memshare.engine.tensors import check_plain, check_tensors
+from trtllm_memshare.engine.weights import main_dtype, stored_tensors, which_files
+from trtllm_memshare.errors import UserError, quote, shorten
+from trtllm_memshare.json_input import read_json
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # rotations that depend on the position alone
+_MAX_LAYERS = 1000  # the largest model served anywhere has 126
+_MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,12 @@ class Checkpoint:
 
     Attributes:
       dtype: element type the model computes in, a key of ``ELEMENT_BYTES``.
-      max_position_embeddings: longest sequence, in tokens.
+      max_position_embeddings: as config.json has it, in tokens.
+      longest_sequence: tokens that the rotations reach; more than the former under some scalings.
       rope_theta: base of the rotary frequencies.
       stop_token_ids: end-of-text tokens, those transformers' ``generate`` stops at.
+      renamed_prefix: what the stored names carry before those of the model, "" = nothing.
+      notes: what a user should know of it, in sentences.
     """
 
     model_dir: Path
@@ -39,6 +46,9 @@ class Checkpoint:
     max_position_embeddings: int
     rope_theta: float
     stop_token_ids: tuple[int, ...]
+    longest_sequence: int
+    renamed_prefix: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
@@ -48,57 +58,71 @@ def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
       with_weights: whether there have to be any; a TensorRT engine holds its own.
 
     Raises:
-      UserError: a missing or half-written file, weights that are not safetensors, or an architecture that the paged
-        cache cannot serve (sliding window, no rotary embedding, encoder-decoder, rotations that change with length).
+      UserError: a missing or half-written file, weights that are not safetensors, not plain or not those of the
+        model, or an architecture that the paged cache cannot serve (sliding window, no rotary embedding,
+        encoder-decoder, rotations that change with length).
     """
-    if not model_dir.is_dir():
+    try:
+        is_there = model_dir.is_dir()
+        if is_there:
+            next(model_dir.iterdir(), None)  # may we read it?
+    except OSError as error:
         raise UserError(
-            f"no checkpoint directory at {model_dir} (give --model-dir a folder with a Hugging Face checkpoint; a name "
-            f"on the hub has to be downloaded first)"
+            f"cannot read the checkpoint directory {shorten(str(model_dir))}: {error.strerror} (give yourself the "
+            f"right to, or another --model-dir)"
+        ) from error
+    if not is_there:
+        raise UserError(
+            f"no checkpoint directory at {shorten(str(model_dir))} (give --model-dir a folder with a Hugging Face "
+            f"checkpoint; a name on the hub has to be downloaded first)"
         )
     config = read_json(model_dir / "config.json", "the checkpoint", "give --model-dir a Hugging Face checkpoint")
-    _check_architecture(config, model_dir)
-    weight_dtype = check_weights(model_dir) if with_weights else None
+    path = model_dir / "config.json"
+    num_layers = _positive(config, "num_hidden_layers", path, most=_MAX_LAYERS)
+    architecture = _check_architecture(config, num_layers, model_dir)
+    check_rope(config, path)
+    theta = rope_theta(config, path)
+    tensors = stored_tensors(model_dir) if with_weights else None
+    if tensors is not None:
+        check_plain(tensors, model_dir)
     _check_tokenizer(model_dir)
     generation = _optional_json(model_dir / "generation_config.json")
-    path = model_dir / "config.json"
     heads, hidden = _positive(config, "num_attention_heads", path), _positive(config, "hidden_size", path)
     kv_heads = _positive(config, "num_key_value_heads", path, heads)
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    positions = _positive(config, "max_position_embeddings", path)
     # transformers takes the weights' own type where the config names none; 4.x wrote the key as torch_dtype.
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or weight_dtype).removeprefix("torch.")
+    named = config.get("dtype") or config.get("torch_dtype") or (main_dtype(tensors) if tensors else None)
+    dtype = str(named).removeprefix("torch.")
     if dtype not in ELEMENT_BYTES:
-        raise UserError(f"{path} has dtype {dtype}, expected one of {', '.join(ELEMENT_BYTES)} (convert the weights)")
+        raise UserError(
+            f"{path} has dtype {shorten(dtype)}, expected one of {', '.join(ELEMENT_BYTES)} (convert the weights)"
+        )
+    _positive(config, "vocab_size", path)
+    stop_token_ids = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")), path)
+    skeleton = read_skeleton(model_dir, architecture)
+    prefix = check_tensors(tensors, skeleton, num_layers, model_dir) if tensors else None
+    notes = [which_files(model_dir)] if tensors else []
+    if prefix is not None:
+        notes.append(f'weights: stored names start with "{prefix.stored}", read as "{prefix.model}"')
     return Checkpoint(
         model_dir=model_dir,
-        architecture=config["architectures"][0],
+        architecture=architecture,
         dtype=dtype,
         hidden_size=hidden,
-        num_layers=_positive(config, "num_hidden_layers", path),
+        num_layers=num_layers,
         num_attention_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=_positive(config, "head_dim", path, hidden // heads),
-        vocab_size=_positive(config, "vocab_size", path),
-        max_position_embeddings=_positive(config, "max_position_embeddings", path),
-        rope_theta=_rope_theta(config, path),
-        stop_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id")), path),
+        num_kv_heads=skeleton.num_kv_heads,
+        head_dim=skeleton.head_dim,
+        vocab_size=skeleton.vocab_size,
+        max_position_embeddings=positions,
+        rope_theta=theta,
+        stop_token_ids=stop_token_ids,
+        longest_sequence=longest_sequence(config, positions),
+        renamed_prefix=prefix.stored if prefix else "",
+        notes=tuple(note for note in notes if note),
     )
-
-
-def read_json(path: Path, whose: str, remedy: str) -> dict[str, Any]:
-    """A JSON object from a file; ``whose`` and ``remedy`` go into the error."""
-    if not path.is_file():
-        raise UserError(f"{whose} is missing {path} ({remedy})")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror} ({remedy})") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path} is damaged: not JSON ({error}) ({remedy})") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(document).__name__} ({remedy})")
-    return document
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +130,7 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
     4.57 does not know ``rope_parameters``: it loads what 5.x saved with base 10000, whatever the file says.
     """
-    rope = _rope_settings(config)
+    rope = rope_settings(config)
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_plain = (scaling.get("rope_type") or scaling.get("type") or "default") == "default"
@@ -118,10 +142,10 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_architecture(config: dict[str, Any], model_dir: Path) -> None:
-    """Refuses what paged attention with shared blocks would compute wrongly."""
+def _check_architecture(config: dict[str, Any], num_layers: int, model_dir: Path) -> str:
+    """Refuses what paged attention with shared blocks would compute wrongly; returns the architecture's name."""
     names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else "none"
+    name = shorten(str(names[0])) if isinstance(names, list) and names else "none"
     if config.get("is_encoder_decoder"):
         raise UserError(f"{model_dir} is an encoder-decoder ({name}), expected one of {', '.join(SUPPORTED)}")
     if name not in SUPPORTED:
@@ -131,24 +155,30 @@ def _check_architecture(config: dict[str, Any], model_dir: Path) -> None:
         )
     if config.get("quantization_config"):
         raise UserError(f"{model_dir} holds quantized weights, expected plain ones (take the unquantized checkpoint)")
-    slides = "sliding_attention" in (config.get("layer_types") or [])
-    if name == "MistralForCausalLM":
-        # A config without the key means 4096: that is transformers' default for Mistral.
-        slides = slides or config.get("sliding_window", 4096) is not None
-    else:
-        slides = slides or bool(config.get("use_sliding_window"))
-    if slides:
+    if _slides(config, name, num_layers, model_dir / "config.json"):
         raise UserError(
             f"{model_dir} uses a sliding window, which rewrites cache slots that sharing relies on (take a model "
             f"without one, or switch it off in config.json if the model was trained for full attention)"
         )
-    rope = _rope_settings(config)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in _ROPE_TYPES:
-        raise UserError(
-            f"{model_dir} has rope_type {kind}, expected one of {', '.join(_ROPE_TYPES)}: K of two positions cannot be "
-            f"compared when rotations change with the length of the text (take a model without it)"
-        )
+    return name
+
+
+def _slides(config: dict[str, Any], architecture: str, num_layers: int, path: Path) -> bool:
+    """Whether any layer attends to a window only, by transformers' rules."""
+    layer_types = config.get("layer_types")
+    if layer_types is not None:
+        if not isinstance(layer_types, list):
+            raise UserError(f"{path}: layer_types must be a list, got {quote(layer_types)} (take the model's own file)")
+        if "sliding_attention" in layer_types:
+            return True
+    if architecture == "MistralForCausalLM":
+        # A config without the key means 4096: that is transformers' default for Mistral.
+        return config.get("sliding_window", 4096) is not None
+    if not config.get("use_sliding_window") or layer_types is not None:
+        return False
+    # The first max_window_layers layers attend to everything, by default 28 of them.
+    full = _positive(config, "max_window_layers", path, 28) if config.get("max_window_layers") != 0 else 0
+    return config.get("sliding_window", 4096) is not None and full < num_layers
 
 
 def _check_tokenizer(model_dir: Path) -> None:
@@ -165,34 +195,21 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path, "the checkpoint", "copy the file again") if path.exists() else {}
 
 
-def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """``rope_scaling`` of transformers 4.x where it is given, as in 5.x too; else ``rope_parameters`` of 5.x."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(config.get(key), dict) and config[key]:
-            return config[key]
-    return {}
-
-
-def _rope_theta(config: dict[str, Any], path: Path) -> float:
-    theta = _rope_settings(config).get("rope_theta", config.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise UserError(f"{path}: rope_theta must be a positive number, got {theta!r} (take the model's own file)")
-    return float(theta)
-
-
-def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
+def _positive(config: dict[str, Any], key: str, path: Path, default: int | None = None, most: int = _MAX_SIZE) -> int:
     """A positive integer of ``config``; a missing or null key means ``default``, where there is one."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
         raise UserError(f"{path} lacks {key} (take the config.json of the model)")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: {key} must be a positive integer, got {value!r} (take the model's own file)")
+        raise UserError(f"{path}: {key} must be a positive integer, got {quote(value)} (take the model's own file)")
+    if value > most:
+        raise UserError(f"{path}: {key} must be at most {most}, got {quote(value)} (take the model's own file)")
     return value
 
 
 def _token_ids(value: Any, path: Path) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"{path}: eos_token_id must be token ids, got {value!r} (take the model's own file)")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= _MAX_SIZE for i in ids):
+        raise UserError(f"{path}: eos_token_id must be token ids, got {quote(value)} (take the model's own file)")
     return tuple(ids)

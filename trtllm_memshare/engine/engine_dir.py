@@ -19,16 +19,15 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
-from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint, read_json
-from trtllm_memshare.engine.weights import weight_files
+from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint
+from trtllm_memshare.engine.tensorrt_record import TensorRTRecord
+from trtllm_memshare.engine.weights import INDEX, SINGLE, weight_files
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig, parse_config
-
-if TYPE_CHECKING:
-    from trtllm_memshare.trtllm.engine.record import TensorRTRecord
 
 FORMAT_VERSION = 1
 TRTLLM_VERSION = "1.2.1"  # whose shape of config.json is written
@@ -81,24 +80,26 @@ class Engine:
         return elements * KV_ELEMENT_BYTES[self.kv_dtype]
 
 
-def load_engine(engine_dir: Path) -> Engine:
-    """Reads and checks an engine directory.
-
-    Raises:
-      UserError: no such directory, a missing or damaged file, unknown keys, another version, or files that disagree.
-    """
+def read_documents(engine_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and memshare.json of an engine directory. Raises UserError if one is missing or damaged."""
     if not engine_dir.is_dir():
         raise UserError(
             f"no engine directory at {engine_dir} (build one: python build_scripts/build_engine.py --memshare)"
         )
     remedy = f"the engine directory is damaged: {REBUILD}"
-    config = read_json(engine_dir / "config.json", f"engine {engine_dir}", remedy)
-    document = read_json(engine_dir / "memshare.json", f"engine {engine_dir}", remedy)
-    path = engine_dir / "memshare.json"
-    if document.get("backend") == "tensorrt":
-        from trtllm_memshare.trtllm.engine.directory import read_tensorrt_engine
+    names = ("config.json", "memshare.json")
+    config, document = (read_json(engine_dir / name, f"engine {engine_dir}", remedy) for name in names)
+    return config, document
 
-        return read_tensorrt_engine(engine_dir, config, document)
+
+def read_torch_engine(engine_dir: Path) -> Engine:
+    """Reads and checks an engine directory of the torch backend; ``runners.engines`` reads those of both.
+
+    Raises:
+      UserError: no such directory, a missing or damaged file, unknown keys, another version, or files that disagree.
+    """
+    config, document = read_documents(engine_dir)
+    remedy, path = f"the engine directory is damaged: {REBUILD}", engine_dir / "memshare.json"
     check_keys(document, ("format_version", "backend", "memshare", "torch"), f"{path}", remedy)
     if document["format_version"] != FORMAT_VERSION:
         raise UserError(
@@ -120,13 +121,37 @@ def load_engine(engine_dir: Path) -> Engine:
 
 
 def write_engine(
-    output_dir: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: MemShareConfig, force: bool
+    output_dir: Path,
+    checkpoint: Checkpoint,
+    build: BuildConfig,
+    memshare: MemShareConfig,
+    force: bool,
+    check: Callable[[Engine], object] | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> Engine:
-    """Writes an engine for the torch backend: all of it, or nothing. Raises UserError: see ``replace_engine``."""
-    return replace_engine(output_dir, force, lambda folder: _fill(folder, checkpoint, build, memshare))
+    """Writes an engine for the torch backend: all of it, or nothing.
+
+    Args:
+      add: puts what else belongs to the engine into the folder it is given.
+
+    Raises:
+      UserError: see ``replace_engine``.
+    """
+
+    def fill(folder: Path) -> None:
+        _fill(folder, checkpoint, build, memshare)
+        add(folder)
+
+    return replace_engine(output_dir, force, fill, read_torch_engine, check)
 
 
-def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) -> Engine:
+def replace_engine(
+    output_dir: Path,
+    force: bool,
+    fill: Callable[[Path], None],
+    read: Callable[[Path], Engine],
+    check: Callable[[Engine], object] | None = None,
+) -> Engine:
     """Writes an engine directory: all of it, or nothing.
 
     Fills a hidden sibling and renames it, so that a reader sees the old engine or the new one.
@@ -135,6 +160,8 @@ def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) 
       output_dir: where the engine goes.
       force: replace an engine that is there.
       fill: makes the folder it is given, with everything in it.
+      read: reads and checks an engine directory of that backend.
+      check: called with the new engine before it takes its place; what it raises leaves the old one there.
 
     Raises:
       UserError: the directory exists and ``force`` is False, it is not an engine directory, or the disk refuses.
@@ -147,7 +174,9 @@ def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fill(staging)
-        load_engine(staging)
+        written = read(staging)
+        if check is not None:
+            check(written)
         if target.exists():
             os.rename(target, retired)
         os.rename(staging, target)
@@ -162,28 +191,7 @@ def replace_engine(output_dir: Path, force: bool, fill: Callable[[Path], None]) 
             with contextlib.suppress(OSError):  # another process may have put something there
                 for parent in made:
                     parent.rmdir()
-    return load_engine(output_dir)
-
-
-def replace_memshare(engine_dir: Path, memshare: MemShareConfig) -> Engine:
-    """Gives an engine other settings: a reader sees the old file or the new one.
-
-    Raises:
-      UserError: the engine cannot be read, or the disk refuses.
-    """
-    load_engine(engine_dir)
-    path = engine_dir / "memshare.json"
-    document = read_json(path, f"engine {engine_dir}", REBUILD)
-    document["memshare"] = memshare.model_dump()
-    staging = path.with_name(f".memshare.{uuid.uuid4().hex}")
-    try:
-        write_json(staging, document)
-        os.replace(staging, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error} (make room, or give yourself the right to write)") from error
-    finally:
-        staging.unlink(missing_ok=True)
-    return load_engine(engine_dir)
+    return read(output_dir)
 
 
 def check_target(output_dir: Path, force: bool) -> None:
@@ -246,18 +254,22 @@ def _fill(folder: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: Me
         "torch": {"kv_cache_dtype": build.kv_cache_dtype},
     }
     write_json(folder / "memshare.json", document)
-    copy_small_files(checkpoint.model_dir, folder / "model")
+    copy_small_files(checkpoint.model_dir, folder / "model", checkpoint.dtype)
     for source in weight_files(checkpoint.model_dir):
         _link_or_copy(source, folder / "model" / source.name)
 
 
-def copy_small_files(model_dir: Path, target: Path) -> None:
+def copy_small_files(model_dir: Path, target: Path, dtype: str) -> None:
     """Copies a checkpoint's settings and tokenizer: an edit of the checkpoint must not change engines built from it."""
     for source in model_dir.iterdir():
-        if source.suffix in _COPIED and source.is_file() and not source.name.endswith(".bin.index.json"):
+        is_unread = source.name.endswith(".bin.index.json") or (
+            source.name == INDEX and (model_dir / SINGLE).is_file()  # see ``weight_files``
+        )
+        if source.suffix in _COPIED and source.is_file() and not is_unread:
             shutil.copy2(source, target / source.name)
     config = read_json(model_dir / "config.json", "the checkpoint", "copy the checkpoint again")
-    write_json(target / "config.json", portable_config(config))
+    # The dtype is written down: transformers would take the first tensor's where the file names none.
+    write_json(target / "config.json", {**portable_config(config), "dtype": dtype})
 
 
 def _is_engine_dir(folder: Path) -> bool:

@@ -1,1 +1,1 @@
-"""Experiments on quality: data sets, variants, controls, replays token by token and masked, curves, calibration."""
+"""Compares: data sets, variants, controls, the benchmark driver, replays token by token and masked, curves."""

@@ -52,6 +52,8 @@ class MaskedPass:
       num_tokens: length of the whole text.
       start: first query; K and V of what lies before it are those of ``prefix``.
       prefix: of each layer K (after RoPE) and V, float32 ``[kv_heads, start or more, head_dim]``.
+      branches: lengths of continuations that follow the text in the pass, in tokens. Each sees what is left of the
+        text at its end, and itself, but no other one.
     """
 
     def __init__(
@@ -60,12 +62,17 @@ class MaskedPass:
         num_tokens: int,
         start: int = 0,
         prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        branches: Sequence[int] = (),
     ) -> None:
         self._start, self._prefix = start, prefix
         self._chunks = [
             _chunk(retirements, first, min(first + _CHUNK_TOKENS, num_tokens), start)
             for first in range(start, num_tokens, _CHUNK_TOKENS)
         ]
+        first = num_tokens
+        for length in branches:
+            self._chunks.append(_branch(retirements, num_tokens, first, length, start))
+            first += length
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See ``LayerPass``."""
@@ -101,6 +108,19 @@ def _chunk(retirements: Retirements, first: int, stop: int, start: int) -> Query
     bias[:, whole] = np.log(weights[:, page[whole]])
     bias[~seen] = _HIDDEN
     return QueryChunk(first - start, stop - start, torch.from_numpy(keys), torch.from_numpy(bias))
+
+
+def _branch(retirements: Retirements, num_tokens: int, first: int, length: int, start: int) -> QueryChunk:
+    """What a continuation sees whose rows are ``[first, first + length)`` of the pass, counted from the text's start.
+
+    It is the text's next query, as far as the text is concerned.
+    """
+    chunk = _chunk(retirements, num_tokens, num_tokens + 1, start)
+    text = chunk.keys < num_tokens
+    keys = torch.cat([chunk.keys[text], torch.arange(first, first + length)])
+    own = torch.full((length, length), _HIDDEN).triu(1)
+    bias = torch.cat([chunk.bias[:, text].expand(length, -1), own], 1)
+    return QueryChunk(first - start, first - start + length, keys, bias)
 
 
 def masked_attention(

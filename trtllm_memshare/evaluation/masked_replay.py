@@ -95,7 +95,7 @@ class MaskedReplay:
         collect = CollectingPass(
             len(ids), config.num_hidden_layers, tokens_per_block, self.model.model.rotary_emb.inv_freq.float()
         )
-        hidden = self._hidden(tokens, 0, collect)
+        hidden = self._hidden(tokens, torch.arange(len(ids)), collect)
         losses, best = np.zeros(len(ids), np.float32), torch.zeros(len(ids), dtype=torch.int64)
         probabilities = torch.empty(len(ids), config.vocab_size, dtype=torch.bfloat16)
         for start in range(0, len(ids), _ROWS):
@@ -116,7 +116,7 @@ class MaskedReplay:
         if first is None or first >= count:
             return change
         arm = MaskedPass(retirements, len(full.ids), first, full.states)
-        moved = self._hidden(full.ids[first:], first, arm) - full.hidden[first:]
+        moved = self._hidden(full.ids[first:], torch.arange(first, count + 1), arm) - full.hidden[first:]
         for start in range(first, count, _ROWS):
             stop = min(start + _ROWS, count)
             # The head is linear: its product with the small difference keeps bfloat16 exact enough.
@@ -133,17 +133,36 @@ class MaskedReplay:
         return change
 
     @torch.inference_mode()
+    def answers(self, full: FullPass, retirements: Retirements, branches: list[list[int]]) -> list[torch.Tensor]:
+        """Logits of continuations of a text, each read after what an arm left of it.
+
+        Args:
+          branches: token ids of each continuation.
+
+        Returns:
+          Of each, float32 ``[len(branch), vocab_size]``; row i is the prediction of what follows token i.
+        """
+        count = len(full.ids)
+        first = count if retirements.first is None else min(retirements.first, count)
+        lengths = [len(branch) for branch in branches]
+        arm = MaskedPass(retirements, count, first, full.states, lengths)
+        tokens = torch.cat([full.ids[first:], *map(torch.tensor, branches)])
+        positions = torch.cat([torch.arange(first, count), *(torch.arange(count, count + n) for n in lengths)])
+        hidden = self._hidden(tokens, positions, arm)[count - first :]
+        return list((hidden @ self._head.T).split(lengths))
+
+    @torch.inference_mode()
     def logits(self, ids: list[int], retirements: Retirements) -> torch.Tensor:
         """An arm's logits at every position, computed from the start: float32 ``[tokens, vocab_size]``."""
         arm = MaskedPass(retirements, len(ids))
-        return self._hidden(torch.tensor(ids), 0, arm) @ self._head.T
+        return self._hidden(torch.tensor(ids), torch.arange(len(ids)), arm) @ self._head.T
 
-    def _hidden(self, tokens: torch.Tensor, start: int, layer_pass: LayerPass) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, layer_pass: LayerPass) -> torch.Tensor:
         """The last layer's output after its norm, float32 ``[tokens, hidden_size]``."""
         with self._autocast():
             result = self.model.model(
                 input_ids=tokens[None],
-                position_ids=torch.arange(start, start + len(tokens))[None],
+                position_ids=positions[None],
                 use_cache=False,
                 memshare_pass=layer_pass,
             )

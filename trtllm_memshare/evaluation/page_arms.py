@@ -27,8 +27,9 @@ class Arm:
     Attributes:
       need: name of the formula in ``search/need.py``.
       compared: what redundancy is measured on: ``k``, ``v`` or ``signature``.
-      seed: of the pages' draws; None = each text has its own.
-      redraw: draw anew each time a page has to go, so that the old have run the risk more often.
+      seed: of the draws, beside the text's own.
+      redraw: draw anew each time a page has to go, as the published control does: the old have run the risk more
+        often. Else each page keeps one number, which thins out old and new pages alike.
     """
 
     need: str
@@ -38,9 +39,8 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "random": Arm("random"),
-    "random-2": Arm("random", seed=1),
-    "random-redrawn": Arm("random", redraw=True),
+    "random": Arm("random", redraw=True),
+    "random-once": Arm("random"),
     "streaming": Arm("age"),
     "snapkv": Arm("attention"),
     "rkv": Arm("recent-attention-redundancy"),
@@ -78,18 +78,16 @@ def retire(
       name: in ``ARMS`` or ``PAIRED``.
       text_seed: of the text, for random draws.
     """
-    choose = _pairs(facts) if name in PAIRED else _ranking(ARMS[name], facts, text_seed)
+    paired = name in PAIRED
+    choose = nearest_earlier(facts.distance, _MAX_ALIASES) if paired else ranking_of(ARMS[name], facts, text_seed)
     retirements = hold_at_floor(
         num_prompt_tokens, num_tokens, facts.tokens_per_block, budget.min_kept, budget.protected_tokens, choose
     )
     return retirements.forgotten() if name == "paper-null" else retirements
 
 
-def _pairs(facts: TextFacts) -> Choice:
-    return nearest_earlier(facts.distance, _MAX_ALIASES)
-
-
-def _ranking(arm: Arm, facts: TextFacts, text_seed: int) -> Choice:
+def ranking_of(arm: Arm, facts: TextFacts, text_seed: int) -> Choice:
+    """How an arm chooses; ``text_seed``: see ``retire``."""
     rng = np.random.default_rng((arm.seed, text_seed))
     draws = rng.random(len(facts.surprisal)).astype(np.float32)
 

@@ -45,14 +45,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def full_row(text: TokenText, full: FullPass, part: str) -> dict[str, Any]:
+def full_row(text: TokenText, full: FullPass) -> dict[str, Any]:
     """What the full cache makes of a text."""
     generated = full.losses[text.num_prompt_tokens :]
     return {
         "text": text.trace.name,
         "arm": "full",
         "tokens": len(text.ids),
-        "part": part,
         "model": text.trace.model,
         "problem": text.trace.problem[:120],
         "prompt_tokens": text.num_prompt_tokens,

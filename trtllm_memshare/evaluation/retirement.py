@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ import numpy as np
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.pressure import PressureView, choose_pages, floor_room
 
 NEVER = np.iinfo(np.int64).max
 NO_DONOR = -1
@@ -88,7 +88,9 @@ def lowest_need(ranking: Callable[[Moment], np.ndarray]) -> Choice:
     """The pages with the lowest need, forgotten; ``ranking`` gives the need of each page of ``may_go``."""
 
     def choose(moment: Moment, room: int) -> tuple[np.ndarray, np.ndarray]:
-        pages = moment.may_go[np.argsort(ranking(moment), kind="stable")[:room]]
+        none_repeated = np.zeros(len(moment.may_go), bool)
+        view = PressureView(0, moment.may_go.astype(np.int32), ranking(moment), none_repeated, room)
+        pages = np.concatenate([np.zeros(0, np.int32), *(pages for _, pages in choose_pages([view], room))])
         return pages, np.full(len(pages), NO_DONOR)
 
     return choose
@@ -137,7 +139,8 @@ def hold_at_floor(
     prompt, never one of the last ``protected_tokens`` tokens.
     """
     num_pages = num_tokens // tokens_per_block
-    manager = KVCacheManager(num_pages + 1, 1, tokens_per_block, num_pages + 1, 1, make_config("off"))
+    config = make_config("off", retired_becomes="dropped")
+    manager = KVCacheManager(num_pages + 1, 1, tokens_per_block, num_pages + 1, 1, config)
     manager.add_sequence(0, np.zeros(num_prompt_tokens, np.int32))
     retired_at = np.full(num_pages, NEVER, np.int64)
     donor = np.full(num_pages, NO_DONOR, np.int32)
@@ -156,12 +159,7 @@ def hold_at_floor(
         if room <= 0 or not len(may_go):
             continue
         pages, donors = choose(Moment(computed, resident, may_go), room)
-        manager.evict_blocks(0, pages)
+        manager.retire(0, pages)
         retired_at[pages], donor[pages] = computed, donors
     manager.check_integrity()
     return Retirements(tokens_per_block, retired_at, donor)
-
-
-def floor_room(num_generated_pages: int, num_retired: int, min_kept: float) -> int:
-    """Pages that a request may still give up before it holds ``min_kept`` of its generated pages."""
-    return max(0, num_generated_pages - num_retired - math.ceil(min_kept * num_generated_pages))

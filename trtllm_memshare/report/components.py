@@ -15,12 +15,12 @@ from typing import Any
 
 from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION
 from trtllm_memshare.engine.plugin_build import LIBRARY_NAME
+from trtllm_memshare.engine.tensorrt_record import file_sha256
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.report.machine import describe_machine
+from trtllm_memshare.evaluation.machine import describe_machine
 from trtllm_memshare.search.kernel_compiler import import_cuda_core
 from trtllm_memshare.triton.server import find_server
 from trtllm_memshare.trtllm.engine.installed import INSTALL, check_tensorrt
-from trtllm_memshare.trtllm.engine.record import file_sha256
 
 _OLDEST_DRIVER = {"12": 525, "13": 580}
 """By CUDA's major version; from NVIDIA's CUDA Compatibility, minor version compatibility."""

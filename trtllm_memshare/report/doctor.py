@@ -13,6 +13,7 @@ from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.report.components import Component, find_components, has_engine_backend
 from trtllm_memshare.trtllm.engine.installed import INSTALL, import_tensorrt_llm
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL, compare_signatures
+from trtllm_memshare.trtllm.pytorch.contracts import missing_names
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Surface:
     try_it: str
 
 
+NAMES = "take a release that docs/pytorch_backend.md lists; sharing stays off with this one, and serving goes on"
 _TORCH = ("Python", "torch", "transformers")
 SURFACES = (
     Surface("torch", "embedded default: torch runner", _TORCH, "make demo"),
@@ -70,6 +72,8 @@ def diagnose(components: list[Component]) -> list[Diagnosis]:
         if surface.name == "engine" and trtllm.found and not has_engine_backend(trtllm):
             detail = f"{trtllm.detail} has no engine backend that this project knows"
             lacks.append(Component("TensorRT-LLM", False, detail, INSTALL))
+        if surface.name == "pytorch" and trtllm.found:
+            lacks += [Component(what, False, "looked up in TensorRT-LLM's modules", NAMES) for what in missing_names()]
         found.append(Diagnosis(surface, lacks))
     return found
 

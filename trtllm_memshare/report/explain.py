@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from trtllm_memshare.engine.engine_dir import Engine, load_engine
+from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.benchmark_options import parse_setting
+from trtllm_memshare.evaluation.story import Story, tell_story
+from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.report.explain_page import render
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import PRESETS, MemShareConfig
-from trtllm_memshare.serving.benchmark_report import parse_setting
-from trtllm_memshare.serving.story import Story, tell_story
-from trtllm_memshare.serving.variants import make_variant
 
 
 def main(command: str, arguments: list[str]) -> None:

@@ -7,9 +7,9 @@ from html import escape
 from importlib import resources
 from itertools import pairwise
 
-from trtllm_memshare.engine.build import describe_sharing
+from trtllm_memshare.builder.build_engine import describe_sharing
+from trtllm_memshare.evaluation.story import BlockStory, Fate, Story
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.serving.story import BlockStory, Fate, Story
 
 MEANING = {
     Fate.PROMPT: ("prompt", "holds part of the question: never given back"),

@@ -97,7 +97,7 @@ def plot_pressure(document: dict[str, Any], path: Path) -> None:
     """Writes a PNG: requests per second against the size of the pool, and the ratio beside its ceiling.
 
     Args:
-      document: as ``benchmarks/pressure_curve.py`` writes it.
+      document: as ``benchmarks/studies/sweeps/pools.py`` writes it.
       path: file to write.
     """
     points = document["points"]

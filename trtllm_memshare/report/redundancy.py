@@ -1,36 +1,10 @@
-"""Reads texts from JSON lines and shows how much they repeat themselves, one column per file."""
+"""Shows how much texts repeat themselves, one column per file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from trtllm_memshare.errors import UserError, nearest, parse_json_line
-from trtllm_memshare.search.redundancy import Redundancy
-
-TEXT_FIELDS = ("reasoning", "text")
-"""Names tried when none is given: that of the committed traces, and that of generated outputs."""
-
-
-def read_texts(path: Path, field: str | None = None) -> list[str]:
-    """Reads one text from each line of a JSON-lines file.
-
-    Args:
-      field: name of the text's field, None = the first of ``TEXT_FIELDS`` that the line has.
-
-    Raises:
-      UserError: no such file, no lines, or a line that is not JSON or has no text there, with its number.
-    """
-    if not path.is_file():
-        raise UserError(f"no texts at {path} (give JSON lines with a field {' or '.join(TEXT_FIELDS)})")
-    texts = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                texts.append(_text_of(line, field, f"{path} line {number}"))
-    if not texts:
-        raise UserError(f"{path} has no texts (give JSON lines with a field {' or '.join(TEXT_FIELDS)})")
-    return texts
+from trtllm_memshare.evaluation.redundancy import Redundancy
 
 
 def redundancy_table(columns: dict[str, Redundancy]) -> str:
@@ -50,16 +24,6 @@ def redundancy_table(columns: dict[str, Redundancy]) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, "", _LEGEND])
-
-
-def _text_of(line: str, field: str | None, where: str) -> str:
-    row = parse_json_line(line, where)
-    name = field or next((known for known in TEXT_FIELDS if known in row), TEXT_FIELDS[0])
-    if name not in row:
-        raise UserError(f"{where} has no field {name} (set --field; {nearest(name, row)})")
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise UserError(f"{where}: {name} must be text of at least one word, got {row[name]!r}")
-    return str(row[name])
 
 
 def _percent(value: float, digits: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trtllm_memshare.report.machine import one_line
+from trtllm_memshare.evaluation.machine import one_line
 
 _Column = tuple[str, Callable[[dict[str, Any]], str]]
 

@@ -48,13 +48,21 @@ class SharingPolicy:
         self.num_candidates = 0
 
     def layer_vote(self, sums: np.ndarray) -> np.ndarray:
-        """The distance that a quorum of layers stays within, float32 ``[pairs]``; NaN if any sum is NaN.
+        """The distance that a quorum of layers stays within, float32 ``[pairs]``.
+
+        NaN if any sum is not finite or any layer's |K_new|^2 or |V_new|^2 is 0: keys and values are not all zero, so
+        those sums were never computed (a kernel that did not run leaves zeros, which would read as no distance).
 
         A layer's distance is the larger of its K's and its V's, or that of one of them by ``compared``. With 4 layers
         and a quorum of 0.75 the result is the third smallest of the four: it is within a threshold exactly if three
         layers are. The vote ``mean`` takes the mean of the layers instead. With ``pool_layers`` it is one Euclidean
         distance over all of them, relative to the newer block.
         """
+        unknown = ~np.isfinite(sums).all((1, 2)) | (sums[..., [K_NEW, V_NEW]] <= 0).any((1, 2))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(unknown, np.nan, self._vote(sums))
+
+    def _vote(self, sums: np.ndarray) -> np.ndarray:
         if self._config.pool_layers:
             total = sums.sum(1)
             return np.sqrt((total[:, DK] + total[:, DV]) / (total[:, K_NEW] + total[:, V_NEW]))
@@ -62,19 +70,25 @@ class SharingPolicy:
         choices = {"k-and-v": fields.max(-1), "k": fields[..., 0], "v": fields[..., 1]}
         per_layer = choices[self._config.compared]
         if self._config.layer_vote == "mean":
-            return np.where(np.isnan(sums).any((1, 2)), np.nan, per_layer.mean(1))
+            return per_layer.mean(1)
         rank = math.ceil(self._config.layer_quorum * per_layer.shape[1] - 1e-9)
-        vote = np.sort(per_layer, axis=1)[:, rank - 1]
-        return np.where(np.isnan(sums).any((1, 2)), np.nan, vote)
+        return np.sort(per_layer, axis=1)[:, rank - 1]
 
     def decide(self, candidates: list[Candidate], sums: np.ndarray | None) -> list[Decision]:
         """Decisions for candidates, at most one for a block: the nearest of its choices.
 
         Args:
-          sums: float32 ``[len(candidates), num_layers, 4]``, or None with ``accept_all``.
+          sums: float32 ``[len(candidates), num_layers, 4]``; None with ``accept_all``, and otherwise where the runner
+            gave none: every candidate is then refused.
         """
         self.num_candidates += len(candidates)
-        distances = np.zeros(len(candidates)) if self._config.accept_all or sums is None else self.layer_vote(sums)
+        if self._config.accept_all:
+            distances = np.zeros(len(candidates))
+        elif sums is None:  # nothing was compared, so nothing is known to be near
+            self.rejected["not_compared"] += len(candidates)
+            return []
+        else:
+            distances = self.layer_vote(sums)
         best: dict[tuple[int, int], Decision] = {}
         for candidate, distance in zip(candidates, distances.tolist(), strict=True):
             if not distance <= self._config.max_distance and not self._config.accept_all:

@@ -14,13 +14,14 @@ import torch
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import ComparingRunner, Runner, StepBatch
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.serving.ranks import RankAgreement
+from trtllm_memshare.serving.null_entries import settle_null_entries
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -31,7 +32,7 @@ from trtllm_memshare.serving.request import (
 )
 from trtllm_memshare.serving.sampling import Sampler, token_log_probs
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
-from trtllm_memshare.serving.sharing import Sharing
+from trtllm_memshare.serving.sharing import MakeControl, Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
 
 
@@ -51,13 +52,14 @@ class Executor:
       scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
       sampler: chooses next tokens; None = as each request's parameters say.
       agreement: with other ranks, see ``Sharing``.
+      make_control: for experiments: makes the control that ``config`` names.
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
       has_failed: a step of the loop raised; the loop has ended.
 
     Raises:
-      UserError: unknown policy.
+      UserError: unknown policy, or a control in the settings without ``make_control``.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class Executor:
         scheduler_policy: str = MAX_UTILIZATION,
         sampler: Sampler | None = None,
         agreement: RankAgreement | None = None,
+        make_control: MakeControl | None = None,
     ) -> None:
         if scheduler_policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
         self._runner = runner
         self._max_seq_len = max_seq_len
-        self.config = config
+        self.config, null_pages = settle_null_entries(config, runner)
+        config = self.config
         self.manager = KVCacheManager(
             runner.num_blocks,
             runner.num_layers,
@@ -85,11 +89,13 @@ class Executor:
             max_batch_size,
             config,
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
+            null_pages,
         )
         self._scheduler = Scheduler(
             self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
         )
-        self.sharing = Sharing(self.manager, config, runner, agreement)
+        control = make_control(self.manager, config, runner) if make_control is not None else None
+        self.sharing = Sharing(self.manager, config, agreement, control)
         # Set: stage 1 runs while the device computes the step, and its pairs are compared behind it.
         self._compare: Callable[[PairBatch], Distances] | None = (
             runner.compare if isinstance(runner, ComparingRunner) and not self.sharing.evicts else None
@@ -133,7 +139,7 @@ class Executor:
                 f"{params.max_new_tokens} tokens (shorten the prompt, lower max_new_tokens, or build with a larger "
                 f"--max-seq-len)"
             )
-        needed, blocks = self.manager.blocks_for(total), self._runner.num_blocks
+        needed, blocks = self.manager.blocks_for(total), self.manager.pool.num_usable
         if needed > blocks:
             raise UserError(
                 f"the KV pool is too small for one request: {total} tokens need {needed} blocks of "
@@ -270,15 +276,18 @@ class Executor:
         starts = [s.num_computed for s, _ in schedule.contexts] + [len(s.tokens) - 1 for s in schedule.generations]
         spans = list(zip(states, starts, chunks, strict=True))
         pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
+        request_ids, lengths = [s.request_id for s in states], np.array([b + c for _, b, c in spans], np.int32)
+        self.manager.cross_bands(request_ids, lengths)
         batch = StepBatch(
             input_ids=np.fromiter((t for s, b, c in spans for t in s.tokens[b : b + c]), np.int32, sum(chunks)),
             position_ids=np.fromiter((p for _, b, c in spans for p in range(b, b + c)), np.int32, sum(chunks)),
             num_contexts=len(schedule.contexts),
             chunk_lengths=np.array(chunks, np.int32),
-            sequence_lengths=np.array([b + c for _, b, c in spans], np.int32),
-            block_offsets=self.manager.block_offsets([s.request_id for s in states]),
+            sequence_lengths=lengths,
+            block_offsets=self.manager.block_offsets(request_ids),
             pairs=pairs,
             count_aliases=self.config.count_aliases,
+            read_null=self.config.read_null,
             observe_attention=self.sharing.observes_attention,
             context_lengths=np.array(
                 [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32

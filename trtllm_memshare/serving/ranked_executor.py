@@ -5,13 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from trtllm_memshare.ranks.agreement import Communicator, RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.ranks import Communicator, RankAgreement
 from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
-from trtllm_memshare.serving.torch_ranks import RankedSampler
+from trtllm_memshare.serving.sampling import Sampler
+from trtllm_memshare.serving.sharing import MakeControl
+
+
+class RankedSampler(Sampler):
+    """Samples on the rank that has the logits, the last pipeline stage's first, and hands the tokens to all.
+
+    Args:
+      communicator: of all ranks.
+      root: rank that samples: ``(pp_size - 1) * tp_size``.
+    """
+
+    def __init__(self, communicator: Communicator, root: int = 0) -> None:
+        super().__init__()
+        self._communicator, self._root = communicator, root
+
+    def sample(self, logits: torch.Tensor, requests: list[RequestState]) -> list[int]:
+        """Next token of each row; see ``Sampler.sample``."""
+        tokens = super().sample(logits, requests) if self._communicator.rank == self._root else None
+        return list(self._communicator.broadcast(tokens, self._root))
 
 
 @dataclass(frozen=True)
@@ -118,10 +139,10 @@ class Ranks:
         return self.communicator.rank == 0
 
     def executor(self, runner: Runner, config: MemShareConfig, boundaries: BoundaryTokens, max_seq_len: int,
-                 *limits: Any) -> RankedExecutor:  # fmt: skip
+                 *limits: Any, make_control: MakeControl | None = None) -> RankedExecutor:  # fmt: skip
         """This rank's executor; ``limits``: max_batch_size, max_num_tokens, scheduler_policy."""
         names = ("max_batch_size", "max_num_tokens", "scheduler_policy")
-        options = dict(zip(names, limits, strict=True))
+        options = {**dict(zip(names, limits, strict=True)), "make_control": make_control}
         return RankedExecutor(
             runner, config, boundaries, max_seq_len, self.communicator, self.tp_size, self.pp_size, **options
         )

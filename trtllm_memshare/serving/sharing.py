@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
 from trtllm_memshare.search.types import Candidate, Decision, PairBatch
-from trtllm_memshare.serving.controls import RandomDonors, evict_outside_window
-from trtllm_memshare.serving.eviction import BlockEviction
-from trtllm_memshare.serving.ranks import RankAgreement
+
+
+class Control(Protocol):
+    """What an experiment puts in the place of sharing; those that there are stand in ``evaluation.controls``.
+
+    Attributes:
+      evicts: ``evict`` changes block tables in place of a search, so it must come before the step's batch is made.
+      observes_attention: whether steps are to report the attention that blocks receive.
+    """
+
+    evicts: bool
+    observes_attention: bool
+
+    def evict(self) -> None:
+        """Takes blocks from requests, with nothing in their place."""
+
+    def observe(self, attention: np.ndarray) -> None:
+        """Takes one step's attention per block, float32 ``[num_blocks]``."""
+
+    def replace(self, decisions: list[Decision]) -> list[Decision]:
+        """The decisions that are applied in place of stage 2's."""
+
+
+MakeControl = Callable[[KVCacheManager, MemShareConfig, Runner], Control | None]
+"""Makes the control that the settings name, None for ``none``."""
 
 
 class Sharing:
@@ -23,31 +49,37 @@ class Sharing:
     Args:
       manager: the cache.
       config: MemShare's settings.
-      runner: for the controls that score blocks by what the runner computes; others need none.
       agreement: of several ranks, each of which runs its own copy of this; None = there is one rank.
+      control: of an experiment, None when serving.
 
     Attributes:
       seconds: host and device time spent on all of it so far.
       observes_attention: whether steps are to report the attention that blocks receive.
       evicts: whether ``search`` changes block tables, so that it must come before the step's batch is made.
+
+    Raises:
+      UserError: the settings name a control and there is none.
     """
 
     def __init__(
         self,
         manager: KVCacheManager,
         config: MemShareConfig,
-        runner: Runner | None = None,
         agreement: RankAgreement | None = None,
+        control: Control | None = None,
     ) -> None:
+        if config.control != "none" and control is None:
+            raise UserError(
+                f"control {config.control} is an experiment's, got it in settings to serve with (set control to none)"
+            )
         self._agreement = agreement
         self._undecided = False
         self._manager = manager
         self._config = config
         self.policy = SharingPolicy(config)
-        self._random = RandomDonors(manager, config.control_seed) if config.control == "random" else None
-        self._eviction = BlockEviction(manager, config, runner) if config.control in ("snapkv", "rkv") else None
-        self.observes_attention = self._eviction is not None
-        self.evicts = config.control in ("streaming", "snapkv", "rkv")
+        self._control = control
+        self.observes_attention = control is not None and control.observes_attention
+        self.evicts = control is not None and control.evicts
         self._candidates: list[Candidate] = []
         self._decisions: list[Decision] = []
         self.seconds = 0.0
@@ -61,10 +93,8 @@ class Sharing:
             return None  # stage 1 catches up with the tokens when it is asked again
         started = time.perf_counter()
         pairs = None
-        if self._config.control == "streaming":
-            evict_outside_window(self._manager, self._config)
-        elif self._eviction is not None:
-            self._eviction.evict()
+        if self._control is not None and self._control.evicts:
+            self._control.evict()
         else:
             self._candidates = self._manager.candidates()
             # Ranks meet at every search, so that one that found nothing where others did is noticed.
@@ -80,8 +110,8 @@ class Sharing:
 
     def take_attention(self, attention: np.ndarray | None) -> None:
         """Hands a step's attention per block to the control that scores by it."""
-        if self._eviction is not None and attention is not None:
-            self._eviction.observe(attention)
+        if self._control is not None and attention is not None:
+            self._control.observe(attention)
 
     def take_distances(self, distances: Distances | None) -> None:
         """Decides on the pairs of this step."""
@@ -106,8 +136,8 @@ class Sharing:
             return
         started = time.perf_counter()
         decisions, self._decisions = self._decisions, []
-        if self._random is not None:
-            decisions = self._random.replace(decisions)
+        if self._control is not None:
+            decisions = self._control.replace(decisions)
         if self._config.shares:
             self._manager.apply(decisions)
         else:

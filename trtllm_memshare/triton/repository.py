@@ -11,8 +11,9 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from trtllm_memshare.engine.engine_dir import Engine, load_engine
+from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 from trtllm_memshare.triton.tensors import PERF_OUTPUTS
 

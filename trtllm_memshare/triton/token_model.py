@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from trtllm_memshare.engine.engine_dir import Engine, load_engine
+from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor

@@ -21,16 +21,14 @@ from trtllm_memshare.evaluation.real_rows import RowFile, change_row, full_row
 from trtllm_memshare.evaluation.real_texts import TokenText, read_traces, token_texts
 
 TEXT_TOKENS, PAGE_TOKENS = 2048, 16
-CHOOSING_TEXTS = 8
-"""The first texts are those that the best arm is chosen on; the table is made of the others."""
-RANKINGS = (
+MAIN = (
     "random", "attention-redundancy", "redundancy-k", "surprisal-redundancy", "surprisal-redundancy-signature",
-    "attention-surprisal-redundancy",
+    "attention-surprisal-redundancy", "rkv", *PAIRED,
 )  # fmt: skip
-SOME = ("rkv", "snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-redrawn")
-"""On the choosing texts and on every third text after them."""
+SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once")
+"""On every fourth text."""
 AXES = ("random", "attention-redundancy")
-"""On every third text: other shares kept, longer pages."""
+"""On every fourth text: other shares kept, longer pages."""
 
 
 _HALF = Budget()
@@ -47,12 +45,10 @@ class Task:
 
 def tasks_of(index: int) -> list[Task]:
     """The rows of a text by its place in the order."""
-    tasks = [Task(arm) for arm in RANKINGS]
-    if index < CHOOSING_TEXTS:
-        return tasks + [Task(arm) for arm in SOME]
-    tasks += [Task(arm) for arm in PAIRED]
-    if index % 3 == 0:
+    tasks = [Task(arm) for arm in MAIN]
+    if index % 4 == 0:
         tasks += [Task(arm) for arm in SOME]
+    if index % 4 == 2:
         tasks += [Task(arm, Budget(kept)) for arm in AXES for kept in (0.25, 0.75)]
         tasks += [Task(arm, pages_merged=count) for arm in AXES for count in (2, 4)]
     return tasks
@@ -72,10 +68,10 @@ def main() -> None:
     for index, text in enumerate(token_texts(read_traces(), tokenizer, arguments.tokens)):
         if index >= arguments.texts:
             break
-        compute_rows(replay, text, tasks_of(index), rows, "choosing" if index < CHOOSING_TEXTS else "table")
+        compute_rows(replay, text, tasks_of(index), rows)
 
 
-def compute_rows(replay: MaskedReplay, text: TokenText, tasks: list[Task], rows: RowFile, part: str) -> None:
+def compute_rows(replay: MaskedReplay, text: TokenText, tasks: list[Task], rows: RowFile) -> None:
     """Computes the rows of a text that are not there yet."""
     full: FullPass | None = None
     for task in tasks:
@@ -90,12 +86,12 @@ def compute_rows(replay: MaskedReplay, text: TokenText, tasks: list[Task], rows:
             continue
         if full is None:
             full = replay.read(text.ids, PAGE_TOKENS)
-            rows.add(full_row(text, full, part), unless_there=True)
+            rows.add(full_row(text, full), unless_there=True)
         facts = full.facts if task.pages_merged == 1 else full.facts.merged(task.pages_merged)
         seed = zlib.crc32(text.trace.name.encode())
         retirements = retire(task.arm, task.budget, text.num_prompt_tokens, len(text.ids), facts, seed)
         change = replay.change(full, retirements)
-        rows.add({**key, "part": part, **change_row(text, change, retirements)})
+        rows.add({**key, **change_row(text, change, retirements)})
 
 
 if __name__ == "__main__":

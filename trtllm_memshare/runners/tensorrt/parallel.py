@@ -8,10 +8,10 @@ import torch
 
 from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.ranks.agreement import Communicator
 from trtllm_memshare.runners.tensorrt.device import ALIGNMENT
 from trtllm_memshare.runners.tensorrt.open import open_tensorrt_runner
 from trtllm_memshare.runners.tensorrt.runner import TensorRTRunner
-from trtllm_memshare.serving.ranks import Communicator
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt_llm
 from trtllm_memshare.trtllm.engine.signatures import PARALLEL, check_signatures
 

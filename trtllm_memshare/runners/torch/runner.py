@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from trtllm_memshare.engine.weights import weight_files
+from trtllm_memshare.cache.offsets import hide_blocks
+from trtllm_memshare.engine.null_page import NullPageSet
+from trtllm_memshare.engine.rope import longest_sequence
+from trtllm_memshare.engine.tensors import key_mapping
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.null_pages import write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
@@ -48,17 +52,22 @@ def load_model(model_dir: Path, device: str = "cpu") -> Any:
       device: ``cpu`` or a CUDA device.
 
     Raises:
-      UserError: there are no weights, as in the directory of a TensorRT engine.
+      UserError: there are no weights, as in the directory of a TensorRT engine, or not all of the model's.
     """
-    weight_files(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         model_dir,
         dtype="auto",
         attn_implementation=IMPLEMENTATION,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        key_mapping=key_mapping(model_dir),
+        output_loading_info=True,
     )
+    # The build has checked this; a folder that changed since would be served with random numbers.
+    lost = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
+    if lost:
+        raise UserError(f"{model_dir} lacks weights of the model, such as {lost[0]} (build the engine again)")
     return model.to(device).eval()
 
 
@@ -71,6 +80,7 @@ class TorchRunner:
       tokens_per_block: tokens of one block.
       kv_dtype: element type of the pool, None = the model's.
       fold_aliases: see ``plan_step``; FlashInfer reads every alias.
+      null_page_set: null pages to write into the first blocks of the pool, for steps that read them; None = none.
       use_graphs: replay CUDA graphs in pure decode steps where FlashInfer attends.
       flashinfer: a stand-in for the module, for tests; None = the installed one if the pool is on a GPU.
       new_graph: see ``DecodeGraphs``.
@@ -80,7 +90,10 @@ class TorchRunner:
       inv_freq: float32 ``[rotary_dim / 2]``, radians per token.
       search: what computes stage 2 on it.
       decode_description: what attends for generation requests, and why.
+      null_pages: where the null pages are, None = there are none. Steps skip them unless told otherwise.
     """
+
+    skips_entries = True
 
     def __init__(
         self,
@@ -89,6 +102,7 @@ class TorchRunner:
         tokens_per_block: int,
         kv_dtype: torch.dtype | None = None,
         fold_aliases: bool = True,
+        null_page_set: NullPageSet | None = None,
         use_graphs: bool = True,
         flashinfer: Any = None,
         new_graph: Callable[[], Any] | None = None,
@@ -106,6 +120,10 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
+        self.null_pages = None if null_page_set is None else write_null_pages(self.pool, null_page_set)
+        if self.pool.is_cuda:
+            # cuDNN's attention plans each new shape for 23 to 37 ms (torch 2.11, sm_90), and here every step has one.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._fold_aliases = fold_aliases
         self._scaling = float(model.model.layers[0].self_attn.scaling)
         self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()
@@ -119,7 +137,20 @@ class TorchRunner:
             self._use_flashinfer(found, use_graphs, new_graph)
 
     def prepare(self, batch: StepBatch) -> TorchInputs:
-        """Works out addresses on the host. Raises UserError if attention is to be observed where FlashInfer attends."""
+        """Works out addresses on the host.
+
+        Raises:
+          UserError: attention is to be observed where FlashInfer attends, or null pages are to be read and there are
+            none.
+        """
+        if self.null_pages is not None and not batch.read_null:
+            hidden = hide_blocks(batch.block_offsets, self.null_pages.blocks, self.num_layers)
+            batch = replace(batch, block_offsets=hidden)
+        elif batch.read_null and self.null_pages is None:
+            raise UserError(
+                "read_null needs null pages, got a runner without any (build the engine with --memshare and "
+                "retired_becomes null, or leave out read_null)"
+            )
         if batch.observe_attention and self._decode is not None:
             raise UserError("attention weights are not known where FlashInfer attends (run this control on the CPU)")
         grouped = self._decode is None
@@ -172,7 +203,9 @@ class TorchRunner:
         if not use_graphs:
             return
 
-        longest = -(-self.model.config.max_position_embeddings // self.tokens_per_block)
+        config = self.model.config
+        tokens = longest_sequence(config.to_dict(), config.max_position_embeddings)
+        longest = -(-tokens // self.tokens_per_block)
 
         def make_decode(bucket: int) -> FlashInferDecode:
             return FlashInferDecode(flashinfer, self.pool, num_heads, dtype, workspace, bucket, bucket * longest)

@@ -9,16 +9,10 @@ from typing import Any
 
 import torch
 
-from trtllm_memshare.engine.engine_dir import (
-    FORMAT_VERSION,
-    Engine,
-    copy_small_files,
-    load_engine,
-    replace_engine,
-    write_json,
-)
+from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, copy_small_files, replace_engine, write_json
+from trtllm_memshare.engine.null_page_build import add_null_pages
+from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.runners.tensorrt.open import check_rank_engine
 from trtllm_memshare.trtllm.engine.build_plan import (
     CALIBRATED,
     QUANTIZATIONS,
@@ -26,10 +20,10 @@ from trtllm_memshare.trtllm.engine.build_plan import (
     build_settings,
     plugin_settings,
 )
-from trtllm_memshare.trtllm.engine.directory import engine_dtype, spec_of
+from trtllm_memshare.trtllm.engine.directory import engine_dtype, read_tensorrt_engine, spec_of
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt
+from trtllm_memshare.trtllm.engine.plan_check import check_rank_engine
 from trtllm_memshare.trtllm.engine.plugins import load_memshare_plugin, load_trtllm_plugins
-from trtllm_memshare.trtllm.engine.record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
 from trtllm_memshare.trtllm.engine.search_engine import build_search_engine
 from trtllm_memshare.trtllm.engine.search_layer import allow_plugin_v3_layers, memshare_model_class
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, CONVERSION, check_call, check_signatures
@@ -59,7 +53,7 @@ def build_tensorrt_engine(plan: EnginePlan, output_dir: Path, force: bool) -> En
             (folder / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, plan.spec(0), plan.max_pairs))
         write_memshare_files(plan, folder, trt.__version__, capability)
 
-    return replace_engine(output_dir, force, fill)
+    return replace_engine(output_dir, force, fill, read_tensorrt_engine)
 
 
 def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
@@ -80,7 +74,7 @@ def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
     (engine_dir / "model").mkdir(exist_ok=True)
     write_memshare_files(plan, engine_dir, trt.__version__, capability)
     try:
-        engine = load_engine(engine_dir)
+        engine = read_tensorrt_engine(engine_dir)
         load_trtllm_plugins(trt)
         if plan.search_engine != "none":
             load_memshare_plugin(trt, engine_dir / PLUGIN_FILE)
@@ -106,7 +100,7 @@ def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, 
         max_pairs=plan.max_pairs,
         plugin_sha256=file_sha256(folder / PLUGIN_FILE) if has_search else None,
     )
-    copy_small_files(plan.checkpoint.model_dir, folder / "model")
+    copy_small_files(plan.checkpoint.model_dir, folder / "model", plan.checkpoint.dtype)
     document = {
         "format_version": FORMAT_VERSION,
         "backend": "tensorrt",
@@ -114,6 +108,11 @@ def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, 
         "tensorrt": record.model_dump(),
     }
     write_json(folder / "memshare.json", document)
+    # TensorRT-LLM's kernels read every entry: without null pages nothing could be forgotten.
+    kv_dtype = plan.spec(0).kv_dtype
+    add_null_pages(
+        folder, plan.checkpoint.model_dir, plan.spec(0).max_seq_len, kv_dtype, plan.memshare, skips_entries=False
+    )
 
 
 def find_plugin_library(plan: EnginePlan) -> Path:

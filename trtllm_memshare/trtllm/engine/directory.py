@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, read_checkpoint
-from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, check_keys, read_build
+from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, check_keys, read_build, read_documents
+from trtllm_memshare.engine.tensorrt_record import parse_record
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.config import parse_config
-from trtllm_memshare.trtllm.engine.record import parse_record
 from trtllm_memshare.trtllm.engine.refusals import check_engine_config
 from trtllm_memshare.trtllm.engine.spec import EngineSpec, engine_spec
 
@@ -35,18 +35,15 @@ _CHECKED = {  # pretrained_config's name of a fact that the model's own config.j
 }
 
 
-def read_tensorrt_engine(engine_dir: Path, config: dict[str, Any], document: dict[str, Any]) -> Engine:
+def read_tensorrt_engine(engine_dir: Path) -> Engine:
     """Reads and checks an engine directory of the TensorRT backend; needs neither TensorRT nor a GPU.
-
-    Args:
-      config: its config.json.
-      document: its memshare.json.
 
     Raises:
       UserError: unknown keys, another version, files that disagree, or an engine that sharing cannot work with.
     """
     remedy = f"the engine directory is damaged: {REBUILD}"
     where, path = engine_dir / "config.json", engine_dir / "memshare.json"
+    config, document = read_documents(engine_dir)
     check_keys(document, ("format_version", "backend", "memshare", "tensorrt"), str(path), remedy)
     if document["format_version"] != FORMAT_VERSION:
         raise UserError(

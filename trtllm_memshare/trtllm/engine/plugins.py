@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.engine.tensorrt_record import file_sha256
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt_llm
-from trtllm_memshare.trtllm.engine.record import file_sha256
 
 PLUGIN = ("MemShareBlockSearch", "1", "trtllm_memshare")
 ATTENTION = ("GPTAttention", "1", "tensorrt_llm")

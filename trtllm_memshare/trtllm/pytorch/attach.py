@@ -4,92 +4,63 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
-from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.ranks import RankAgreement
 from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
-from trtllm_memshare.trtllm.pytorch.guards import model_reasons, unsupported_features
+from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
+from trtllm_memshare.trtllm.pytorch.failures import Complaints
+from trtllm_memshare.trtllm.pytorch.guards import unsupported_features
+from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
+from trtllm_memshare.trtllm.pytorch.metrics import Reporter
+from trtllm_memshare.trtllm.pytorch.overlay import Overlay
 from trtllm_memshare.trtllm.pytorch.settings import Settings
-from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
 log = logging.getLogger("trtllm_memshare")
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What sharing needs of the model: ``config``, its Hugging Face configuration."""
-
-    config: Any
-
-    @classmethod
-    def of(cls, model_config: Any) -> ModelFacts:
-        """From TensorRT-LLM's ``ModelConfig``; of a model for several kinds of input the part for text."""
-        config = model_config.pretrained_config
-        return cls(config.get_text_config() if hasattr(config, "get_text_config") else config)
-
-    def boundaries(self, tokenizer_dir: str | None) -> BoundaryTokens:
-        """Step boundaries of the model's tokenizer.
-
-        Raises:
-          UserError: there is no tokenizer in the directory.
-        """
-        from transformers import AutoTokenizer
-
-        source = tokenizer_dir or getattr(self.config, "_name_or_path", "")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"no tokenizer in {source!r}: {str(error).splitlines()[0]} (set tokenizer_dir in the settings file)"
-            ) from error
-        return BoundaryTokens.from_tokenizer(tokenizer, self.config.vocab_size)
-
-    def reasons(self) -> list[str]:
-        """Why this model cannot be served with sharing."""
-        return model_reasons(self.config)
-
-    def inv_freq(self) -> torch.Tensor:
-        """float32 ``[rotary_dim / 2]``, radians per token."""
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        return LlamaRotaryEmbedding(config=self.config).inv_freq.float()
-
-
 def attach(
-    manager: Any, kv_cache_config: Any, arguments: dict[str, Any], facts: ModelFacts, settings: Settings
-) -> TailSwap | None:
-    """Sharing for a manager; None where it must stay as TensorRT-LLM made it, which is logged.
+    manager: Any,
+    kv_cache_config: Any,
+    arguments: dict[str, Any],
+    find_model: Callable[[dict[str, Any]], ModelFacts],
+    settings: Settings,
+) -> Sharing | None:
+    """Puts sharing around a manager; None where it must stay as TensorRT-LLM made it, which is logged.
 
     Args:
       manager: constructed, V1 or V2.
       kv_cache_config: TensorRT-LLM's ``KvCacheConfig``.
-      arguments: keyword arguments of the manager's constructor.
+      arguments: keyword arguments of the manager's constructor, and ``is_compressed``: TensorRT-LLM compresses it.
+      find_model: the model that a manager of these arguments serves; may raise UserError.
+      settings: what the user set.
 
     Raises:
       UserError: something sharing excludes is on, and ``on_unsupported`` is stop.
     """
-    if arguments.get("is_draft") or arguments.get("is_estimating_kv_cache"):
-        return None  # the dry run that measures memory, or a draft model's cache
+    manager.memshare = None
     complain = Complaints(settings.options.on_unsupported)
     agreement: RankAgreement | None = None
-    shared: TailSwap | None = None
+    shared: Sharing | None = None
     problem: Exception | None = None
     try:
         agreement = make_agreement(manager.mapping)
-        reasons = unsupported_features(manager, kv_cache_config, arguments) + facts.reasons()
-        if reasons:
+        reasons = unsupported_features(manager, kv_cache_config, arguments)
+        facts = None if reasons else find_model(arguments)
+        reasons = reasons if facts is None else facts.reasons()
+        if reasons or facts is None:
             raise UserError(reasons[0])
         backend = V2Backend(manager) if hasattr(manager, "kv_cache_map") else V1Backend(manager)
         boundaries = facts.boundaries(settings.options.tokenizer_dir)
         search = make_block_search(backend.pool, facts.inv_freq(), min(settings.memshare.max_pairs, MAX_PAIRS))
-        shared = TailSwap(backend, settings.memshare, boundaries, search, agreement, complain)
+        description = f"{type(manager).__name__} of TensorRT-LLM {version()}, preset {settings.memshare.preset}"
+        switch = KillSwitch(settings.off_file)
+        shared = Sharing(backend, settings.memshare, boundaries, search, agreement, complain, description, switch)
     except Exception as error:  # TensorRT-LLM must run as it is, whatever it has that is not expected here
         problem = error
     here = shared is not None
@@ -112,23 +83,18 @@ def attach(
         search.description,
         os.getpid(),
     )
+    Overlay(manager, shared, Reporter(shared, settings) if manager.mapping.rank == 0 else None)
     return shared
 
 
-class Complaints:
-    """What becomes of something that sharing excludes: the process stops, or each thing is said once."""
+def version() -> str:
+    """TensorRT-LLM's, as installed."""
+    from importlib import metadata
 
-    def __init__(self, on_unsupported: str) -> None:
-        self._stops = on_unsupported == "stop"
-        self._said: set[str] = set()
-
-    def __call__(self, message: str) -> None:
-        """Raises UserError, or logs and returns: requests then run unshared."""
-        if self._stops:
-            raise UserError(message)
-        if message not in self._said:
-            self._said.add(message)
-            log.warning("MemShare is off, requests run unshared: %s", message)
+    try:
+        return metadata.version("tensorrt_llm")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 class MpiCommunicator:

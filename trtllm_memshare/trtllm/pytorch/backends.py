@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,11 +11,41 @@ from trtllm_memshare.errors import UserError
 _DTYPES = {"FP8": torch.float8_e4m3fn, "INT8": torch.int8}  # pools that arrive as plain bytes
 
 
+class CacheBackend(Protocol):
+    """The calls that differ between TensorRT-LLM's KV cache managers.
+
+    Attributes:
+      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, the live pool.
+      max_blocks_per_seq: entries of a row of the block table.
+      max_batch_size: most requests at once.
+      protects_prompt_only: False when pages of a resumed request's old tokens may be known to the reuse tree.
+    """
+
+    pool: torch.Tensor
+    max_blocks_per_seq: int
+    max_batch_size: int
+    protects_prompt_only: bool
+
+    def pages(self, request_id: int) -> list[int]:
+        """The request's list: indices into the pool."""
+
+    def shrink(self, request_id: int, num_pages: int) -> None:
+        """Frees the last pages of the list; the manager's token count falls by whole blocks."""
+
+    def num_free_pages(self) -> int:
+        """Pages that the manager could hand out now."""
+
+    def entries(self, request_id: int, count: int) -> torch.Tensor:
+        """What the block table holds for a request's first pages, int32 ``[num_pools, 2, count]``, pool's device.
+
+        Writes no row that the manager owns.
+        """
+
+
 class _Backend:
     """What both have in common. Reads the manager's geometry once."""
 
     protects_prompt_only: bool
-    edits_pinned_rows = False
     pool: torch.Tensor
 
     def __init__(self, manager: Any) -> None:
@@ -45,18 +75,26 @@ class V1Backend(_Backend):
         self.pool = _typed(pool, manager.dtype).view(shape)
 
     def pages(self, request_id: int) -> list[int]:
-        """See ``CacheBackend.pages``."""
-        return self._manager.get_batch_cache_indices([request_id])[0]
+        """See ``CacheBackend.pages``. A vector of C++ until 1.2: it equals no list, so it is copied into one."""
+        return list(self._manager.get_batch_cache_indices([request_id])[0])
 
     def shrink(self, request_id: int, num_pages: int) -> None:
         """See ``CacheBackend.shrink``: as many tokens as the pages hold, so that the phase in a block stays."""
         self._manager.impl.rewind_kv_cache(request_id, num_pages * self._manager.tokens_per_block)
 
+    def num_free_pages(self) -> int:
+        """See ``CacheBackend.num_free_pages``."""
+        return int(self._manager.get_num_free_blocks())
+
+    def entries(self, request_id: int, count: int) -> torch.Tensor:
+        """See ``CacheBackend.entries``: the C++ object fills any host tensor of the table's shape."""
+        host = torch.zeros((self._manager.num_pools, 1, 2, self.max_blocks_per_seq), dtype=torch.int32)
+        self._manager.impl.copy_batch_block_offsets(host, [request_id], 1, 0)
+        return host[:, 0, :, :count].to(self.pool.device)
+
 
 class V2Backend(_Backend):
     """``KVCacheManagerV2``; ``resize`` sets the capacity, never below what counts as history."""
-
-    edits_pinned_rows = True
 
     def __init__(self, manager: Any) -> None:
         super().__init__(manager)
@@ -84,6 +122,23 @@ class V2Backend(_Backend):
         capacity = cache.capacity - num_pages * self._manager.tokens_per_block
         if cache.resize(capacity, None) is False:
             raise RuntimeError(f"request {request_id} could not be cut to {capacity} tokens, it has {cache.capacity}")
+
+    def num_free_pages(self) -> int:
+        """See ``CacheBackend.num_free_pages``. V2 answers ``get_num_free_blocks`` while it is empty only.
+
+        Pages of suspended requests can go to the host, so those that run count alone; pages that two requests share
+        through block reuse count twice.
+        """
+        size = self._manager.tokens_per_block
+        used = sum(-(-c.capacity // size) for c in self._manager.kv_cache_map.values() if c.is_active)
+        return max(0, self.pool.shape[0] - used)
+
+    def entries(self, request_id: int, count: int) -> torch.Tensor:
+        """See ``CacheBackend.entries``: the manager's copy reads its rows and writes the tensor that it is given."""
+        shape = (self._manager.num_pools, 1, 2, self.max_blocks_per_seq)
+        table = torch.zeros(shape, dtype=torch.int32, device=self.pool.device)
+        self._manager.copy_batch_block_offsets(table, [request_id], 1, 0, 1)
+        return table[:, 0, :, :count].clone()
 
 
 def _typed(pool: torch.Tensor, dtype: Any) -> torch.Tensor:

@@ -20,13 +20,15 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
     mapping = manager.mapping
     windows = [w for w in manager.max_attention_window_vec if w is not None and w < manager.max_seq_len]
     heads = set(manager.num_kv_heads_per_layer)
+    host_tier = host_tier_reason(hasattr(manager, "kv_cache_map"), kv_cache_config.host_cache_size)
     found = {
         "speculative decoding (remove speculative_config)": arguments.get("spec_config") is not None,
         f"beam search, got max_beam_width {arguments.get('max_beam_width', 1)} (set it to 1)": (
             arguments.get("max_beam_width", 1) > 1
         ),
         f"a sliding window, got max_attention_window {windows} (remove it, or serve a model without one)": windows,
-        "offload to the host (set kv_cache_config.host_cache_size to 0)": kv_cache_config.host_cache_size,
+        f"{host_tier}": host_tier,
+        "KV cache compression (remove kv_cache_compression_config)": arguments.get("is_compressed"),
         "a KV cache connector (remove kv_connector_config)": arguments.get("kv_connector_manager") is not None,
         "attention data parallelism (set enable_attention_dp to false)": mapping.enable_attention_dp,
         f"pipeline parallelism, got pp_size {mapping.pp_size} (set it to 1, use tp_size)": mapping.pp_size > 1,
@@ -40,6 +42,25 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
         "an NVFP4 cache (set kv_cache_config.dtype to fp8 or auto)": getattr(manager.dtype, "name", "") == "NVFP4",
     }
     return [f"sharing excludes {reason}" for reason, is_on in found.items() if is_on]
+
+
+def host_tier_reason(is_v2: bool | None, host_cache_size: int | None) -> str | None:
+    """What is wrong with the host tier for sharing, None if nothing.
+
+    V1 moves blocks to another pool, where a block's number is no longer its place. V2 suspends requests into its host
+    tier, provisions one by itself, and can do nothing at all once the GPU is full where it has none.
+
+    Args:
+      is_v2: None where it is not known yet which manager TensorRT-LLM will make.
+      host_cache_size: ``kv_cache_config.host_cache_size``, bytes; None = TensorRT-LLM's default.
+    """
+    if host_cache_size is None or is_v2 is None:
+        return None
+    if is_v2 and host_cache_size == 0:
+        return "KVCacheManagerV2 without a host tier: it hangs when memory is full (remove host_cache_size: 0)"
+    if not is_v2 and host_cache_size > 0:
+        return "offload to the host with KVCacheManager (remove kv_cache_config.host_cache_size)"
+    return None
 
 
 def can_free_unregistered(manager: Any) -> bool:

@@ -16,12 +16,12 @@ from prometheus_client.registry import REGISTRY
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.settings import PREFIX, Settings
-from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
 log = logging.getLogger("trtllm_memshare")
 
 
-def totals(shared: TailSwap, bytes_per_block: int) -> dict[str, Any]:
+def totals(shared: Sharing, bytes_per_block: int) -> dict[str, Any]:
     """Counters since the start and gauges as of now, by name.
 
     Args:
@@ -34,12 +34,14 @@ def totals(shared: TailSwap, bytes_per_block: int) -> dict[str, Any]:
         "blocks_shadowed": stats.shadowed,
         "blocks_generated": stats.generated,
         "blocks_retired_of_finished": stats.retired_at_end,
-        "pages_copied": shared.num_copies,
+        "pages_copied": shared.tail.num_copies,
         "saved_bytes": stats.shared * bytes_per_block,
         "aliased_entries": stats.aliased_entries,
         "candidates": shared.policy.num_candidates,
         "rejected": dict(shared.policy.rejected),
         "refused": stats.refused,
+        "errors": shared.failures.num_errors,
+        "requests_failed": shared.failures.num_failed_requests,
         "host_seconds": shared.seconds,
         "search_seconds": shared.search_seconds,
     }
@@ -50,6 +52,8 @@ _COUNTERS = {
     "saved_bytes": "Bytes of KV cache freed by sharing",
     "pages_copied": "Pages moved into the place of a freed one",
     "candidates": "Pairs of blocks compared",
+    "errors": "Errors of sharing that were caught; the first stops new sharing",
+    "requests_failed": "Requests ended alone because their block table could not be vouched for",
     "host_seconds": "Host time spent on sharing",
     "search_seconds": "Time of the comparisons",
 }
@@ -88,7 +92,7 @@ class Reporter:
     TensorRT-LLM shows its own; with ``metrics_port`` they also have an endpoint on loopback.
     """
 
-    def __init__(self, shared: TailSwap, settings: Settings, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, shared: Sharing, settings: Settings, registry: CollectorRegistry = REGISTRY) -> None:
         self._shared, self._settings = shared, settings
         pool = shared.pool
         self._bytes_per_block = pool[0].numel() * pool.element_size()

@@ -2,40 +2,60 @@
 
 Three forms of the block table's copy, two of the manager::
 
-    V1      KVCacheManager.copy_batch_block_offsets exists: the subclass rearranges behind it
+    V1      KVCacheManager.copy_batch_block_offsets exists: rows are rearranged behind it
     V1 old  it does not (1.1): TrtllmAttentionMetadata.prepare copies, and is wrapped
-    V2      KVCacheManagerV2, where the configuration or the model selects it
+    V2      KVCacheManagerV2, where the configuration, the model or the release's default selects it
 
-Newer releases have a framework for KV cache compression. Its managers are told when a step begins, after the KV cache
-manager has added tokens, and TensorRT-LLM shortens sequences by what they report. Sharing keeps a sequence's length and
-wants to free pages before tokens are added, so there too the KV cache manager's subclass is used; of the framework it
-takes the one switch that keeps V2 from declaring generated tokens unremovable (``kv_compression_manages_history``).
+Two places are wrapped. ``_util.get_kv_cache_manager_cls`` is told of each model before its cache is made, and returns
+what TensorRT-LLM's own returns. The managers' ``__init__`` attaches sharing to the instance when it has ended; so a
+manager that TensorRT-LLM falls back to, by naming its class, shares as well, and nothing is ever of another type.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.trtllm.pytorch.attach import ModelFacts
-from trtllm_memshare.trtllm.pytorch.manager_class import SharingMixin, sharing_class
+from trtllm_memshare.trtllm.pytorch.attach import attach
+from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, look_up
+from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
+from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 
 log = logging.getLogger("trtllm_memshare")
 
-_V1_METHODS = ("prepare_resources", "free_resources", "update_resources", "get_batch_cache_indices", "shutdown")
-_V2_METHODS = (*_V1_METHODS, "copy_batch_block_offsets", "get_buffers")
+_FACTORY = "create_kv_cache_compression_manager"
 
 
-class ProbeError(RuntimeError):
-    """TensorRT-LLM lacks something sharing builds on."""
+class Models:
+    """Models that TensorRT-LLM has been asked about, so that a manager finds its own.
+
+    Attributes:
+      is_compressed: a manager of TensorRT-LLM's framework for KV cache compression was made.
+    """
+
+    def __init__(self) -> None:
+        self._facts: list[ModelFacts] = []
+        self.is_compressed = False
+
+    def remember(self, facts: ModelFacts) -> None:
+        self._facts.append(facts)
+
+    def of(self, arguments: dict[str, Any]) -> ModelFacts:
+        """The latest model whose geometry a manager's arguments have. Raises UserError if there is none."""
+        for facts in reversed(self._facts):
+            if facts.fits(arguments):
+                return facts
+        geometry = {name: arguments.get(name) for name in ("num_layers", "num_kv_heads", "head_dim")}
+        raise UserError(f"sharing knows no model of this KV cache's geometry {geometry} (serve a plain decoder model)")
 
 
 def install(util_module: Any, settings: Settings, attention_metadata: Callable[[], type] | None = None) -> bool:
-    """Makes TensorRT-LLM construct managers that share; leaves it exactly as it was if anything is missing.
+    """Makes TensorRT-LLM's managers share; leaves it exactly as it was if anything is missing.
 
     Args:
       util_module: ``tensorrt_llm._torch.pyexecutor._util``, just imported.
@@ -53,21 +73,15 @@ def install(util_module: Any, settings: Settings, attention_metadata: Callable[[
         return False
     if metadata is not None:
         wrap_prepare(metadata)
-    original = util_module.get_kv_cache_manager_cls
-
-    def get_kv_cache_manager_cls(model_config: Any, *arguments: Any, **keywords: Any) -> type:
-        chosen = original(model_config, *arguments, **keywords)
-        known = [util_module.KVCacheManager, getattr(util_module, "KVCacheManagerV2", None)]
-        try:
-            _check_route(chosen, known, arguments, keywords)
-        except UserError as error:
-            if settings.options.on_unsupported == "stop":
-                raise
-            log.warning("MemShare is off, requests run unshared: %s", error)
-            return chosen
-        return sharing_class(chosen, ModelFacts.of(model_config), settings)
-
-    util_module.get_kv_cache_manager_cls = get_kv_cache_manager_cls
+    models = Models()
+    known = [util_module.KVCacheManager]
+    if hasattr(util_module, "KVCacheManagerV2"):
+        known.append(util_module.KVCacheManagerV2)
+    _wrap_selector(util_module, known, models, settings)
+    for manager_class in known:
+        wrap_init(manager_class, models, settings)
+    if hasattr(util_module, _FACTORY):
+        _watch_factory(util_module, models)
     log.info("MemShare found the KV cache manager in its form %s", form)
     return True
 
@@ -81,15 +95,45 @@ def _probe(util_module: Any) -> str:
     if first != "model_config":
         raise ProbeError(f"get_kv_cache_manager_cls must take model_config first, got {first}")
     v1, v2 = util_module.KVCacheManager, getattr(util_module, "KVCacheManagerV2", None)
-    needed = [(v1, (*_V1_METHODS, "get_unique_primary_pool"))] + ([(v2, _V2_METHODS)] if v2 is not None else [])
-    for manager, methods in needed:
-        for method in methods:
-            if not hasattr(manager, method):
-                raise ProbeError(f"{manager.__name__} has no {method}")
-    return "V1" if hasattr(v1, "copy_batch_block_offsets") else "V1 old"
+    form = "V1" if hasattr(v1, "copy_batch_block_offsets") else "V1 old"
+    look_up(v1, names_of("KVCacheManager", form))
+    if v2 is not None:
+        look_up(v2, names_of("KVCacheManagerV2", "V2"))
+    return form
 
 
-def _check_route(chosen: type, known: list[Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _wrap_selector(util_module: Any, known: list[type], models: Models, settings: Settings) -> None:
+    original = util_module.get_kv_cache_manager_cls
+
+    @functools.wraps(original, assigned=("__name__", "__doc__"))
+    def get_kv_cache_manager_cls(model_config: Any, *arguments: Any, **keywords: Any) -> type:
+        chosen = original(model_config, *arguments, **keywords)
+        models.remember(ModelFacts.of(model_config))
+        try:
+            _check_route(chosen, known, arguments, keywords)
+        except UserError as error:
+            if settings.options.on_unsupported == "stop":
+                raise
+            log.warning("MemShare is off, requests run unshared: %s", error)
+        return chosen
+
+    util_module.get_kv_cache_manager_cls = get_kv_cache_manager_cls
+
+
+def wrap_init(manager_class: type, models: Models, settings: Settings) -> None:
+    """Attaches sharing to every instance of exactly this class once it is made; modifies the class."""
+    original = manager_class.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def __init__(self: Any, kv_cache_config: Any, *arguments: Any, **keywords: Any) -> None:
+        original(self, kv_cache_config, *arguments, **keywords)
+        if type(self) is manager_class and not (keywords.get("is_draft") or keywords.get("is_estimating_kv_cache")):
+            attach(self, kv_cache_config, {**keywords, "is_compressed": models.is_compressed}, models.of, settings)
+
+    manager_class.__init__ = __init__  # type: ignore[misc]
+
+
+def _check_route(chosen: type, known: list[type], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     if chosen not in known:
         raise UserError(
             f"sharing excludes the KV cache manager {chosen.__name__} (serve a model with plain attention, without "
@@ -100,26 +144,43 @@ def _check_route(chosen: type, known: list[Any], arguments: tuple[Any, ...], key
         raise UserError("sharing excludes disaggregated serving (serve prompt and generation in one)")
 
 
+def _watch_factory(util_module: Any, models: Models) -> None:
+    """Notices a compression method of TensorRT-LLM's own; main makes it before the KV cache manager."""
+    original = getattr(util_module, _FACTORY)
+
+    @functools.wraps(original)
+    def create(*arguments: Any, **keywords: Any) -> Any:
+        made = original(*arguments, **keywords)
+        models.is_compressed = models.is_compressed or made is not None
+        return made
+
+    setattr(util_module, _FACTORY, create)
+
+
 def _trtllm_attention_metadata() -> type:
     try:
         from tensorrt_llm._torch.attention_backend.trtllm import TrtllmAttentionMetadata
     except ImportError as error:
         raise ProbeError(f"no TrtllmAttentionMetadata: {error}") from error
-    for name in ("prepare", "kv_cache_block_offsets"):
-        if not hasattr(TrtllmAttentionMetadata, name) and name not in TrtllmAttentionMetadata.__annotations__:
-            raise ProbeError(f"TrtllmAttentionMetadata has no {name}")
+    look_up(TrtllmAttentionMetadata, names_of("TrtllmAttentionMetadata", "V1 old"))
     return TrtllmAttentionMetadata
 
 
 def wrap_prepare(metadata: type) -> None:
-    """Rearranges rows behind ``prepare``, in which the old form copies the table; modifies the class."""
+    """Rearranges rows behind ``prepare``, in which the old form copies the table; modifies the class.
+
+    The table is an attribute of the instance that ``__post_init__`` makes, so it is looked for at each call; where it
+    is missing, rows are not counted as ours, and sharing says so once and stays off.
+    """
     original = metadata.prepare  # type: ignore[attr-defined]
 
+    @functools.wraps(original)
     def prepare(self: Any, *arguments: Any, **keywords: Any) -> Any:
         result = original(self, *arguments, **keywords)
-        manager = self.kv_cache_manager
-        if isinstance(manager, SharingMixin) and manager.memshare is not None:
-            manager.memshare.rearrange(self.kv_cache_block_offsets, self.request_ids)
+        shared = getattr(getattr(self, "kv_cache_manager", None), "memshare", None)
+        table = getattr(self, "kv_cache_block_offsets", None)
+        if shared is not None and table is not None:
+            shared.rearrange(table, self.request_ids)
         return result
 
     metadata.prepare = prepare  # type: ignore[attr-defined]

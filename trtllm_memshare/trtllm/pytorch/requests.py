@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,12 @@ class KnownRequest:
     """One request that generates.
 
     Attributes:
+      request: TensorRT-LLM's ``LlmRequest``.
       num_tokens: tokens taken in so far, prompt included.
       is_behind: there was no room for its newest tokens, so it is not searched until there is.
     """
 
+    request: Any
     request_id: int
     num_tokens: int
     pages: PageList = field(default_factory=PageList)
@@ -39,7 +41,7 @@ class KnownRequests:
       max_parked: paused requests whose stage-1 state is kept.
       protects_prompt_only: after a pause TensorRT-LLM counts old generated tokens as prompt; True = they may be shared
         again, False = their pages may belong to the reuse tree, so they may not.
-      complain: told of a request that cannot be served with sharing; raises, or lets it run unshared.
+      complain: told of a request that cannot be served with sharing and runs unshared.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class KnownRequests:
 
     def __getitem__(self, request_id: int) -> KnownRequest:
         return self._known[request_id]
+
+    def __iter__(self) -> Iterator[KnownRequest]:
+        return iter(self._known.values())
 
     def get(self, request_id: int) -> KnownRequest | None:
         """None for a request that is not known, or runs unshared."""
@@ -110,6 +115,9 @@ class KnownRequests:
         if kind is not None:
             self._complain(f"sharing excludes disaggregated serving, got a request of type {kind}")
             return None
+        if getattr(request, "py_num_compressed_tokens", 0):
+            self._complain("sharing excludes KV cache compression, got a request that was shortened")
+            return None
         request_id = request.py_request_id
         token_ids = list(request.get_tokens(_BEAM))
         seen = self._parked.pop(request_id, None)
@@ -121,7 +129,7 @@ class KnownRequests:
         if not self._manager.add_sequence(request_id, np.array(token_ids[:first], np.int32), prompt):
             self._manager.forget_paused(request_id)
             return None
-        known = KnownRequest(request_id, first)
+        known = KnownRequest(request, request_id, first)
         self._manager.mark_computed(request_id, first - 1)
         self._append(known, token_ids[first:])
         return known

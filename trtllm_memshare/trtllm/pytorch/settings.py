@@ -20,6 +20,7 @@ VARIABLES = {
     ENABLE: "1 switches sharing on, 0 or nothing leaves TensorRT-LLM as it is",
     PREFIX + "CONFIG": "JSON file with settings",
     PREFIX + "STATS_FILE": "file that rank 0 keeps its totals in, as JSON",
+    PREFIX + "OFF_FILE": "while this file exists nothing new is shared; looked for every 16 iterations",
     PREFIX + "METRICS_PORT": "port of a Prometheus endpoint of rank 0, on loopback",
 }
 
@@ -40,12 +41,13 @@ class AdapterOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that was set. ``stats_file`` and ``metrics_port`` are None where not given."""
+    """Everything that was set. ``stats_file``, ``metrics_port``, ``off_file``: None where not given."""
 
     memshare: MemShareConfig
     options: AdapterOptions
     stats_file: Path | None = None
     metrics_port: int | None = None
+    off_file: Path | None = None
 
 
 def is_enabled(environment: Mapping[str, str]) -> bool:
@@ -95,7 +97,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         adapter = AdapterOptions.model_validate(options)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, AdapterOptions.model_fields, str(path))) from error
-    return Settings(memshare, adapter, _stats_file(environment), _port(environment))
+    return Settings(memshare, adapter, _stats_file(environment), _port(environment), _off_file(environment))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -124,3 +126,8 @@ def _port(environment: Mapping[str, str]) -> int | None:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise UserError(f"{PREFIX}METRICS_PORT must be a port between 1 and 65535, got {text!r}")
     return int(text)
+
+
+def _off_file(environment: Mapping[str, str]) -> Path | None:
+    text = environment.get(PREFIX + "OFF_FILE")
+    return Path(text) if text else None

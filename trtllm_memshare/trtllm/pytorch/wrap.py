@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from trtllm_memshare.errors import UserError, read_text
+from trtllm_memshare.trtllm.pytorch.guards import host_tier_reason
 from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings
 
 _PROGRAMS = {"serve": "trtllm-serve", "bench": "trtllm-bench"}
@@ -28,7 +29,6 @@ _FILE_OPTIONS = ("--config", "--extra_llm_api_options")  # two names of one opti
 _NEEDED: dict[tuple[str, ...], Any] = {
     ("attn_backend",): "TRTLLM",
     ("kv_cache_config", "enable_block_reuse"): False,
-    ("kv_cache_config", "host_cache_size"): 0,
     # Freed blocks turn into more requests in flight under this policy only: the other counts them as still needed.
     ("scheduler_config", "capacity_scheduler_policy"): "MAX_UTILIZATION",
     ("enable_iter_perf_stats",): True,
@@ -90,6 +90,11 @@ def merge_options(user: dict[str, Any]) -> dict[str, Any]:
         got = section.setdefault(path[-1], value)
         if got != value and path not in _MAY_DIFFER:
             raise UserError(f"{'.'.join(path)} must be {value} to share, got {got} (remove it from your options)")
+    cache = merged["kv_cache_config"]
+    is_v2 = {True: True, False: False}.get(cache.get("use_kv_cache_manager_v2"))  # "auto" and nothing: not known yet
+    reason = host_tier_reason(is_v2, cache.get("host_cache_size"))
+    if reason is not None:
+        raise UserError(f"sharing excludes {reason}")
     return merged
 
 
@@ -107,11 +112,17 @@ def place_option(command: str, arguments: Sequence[str], options_file: str) -> l
             "bench needs --eos_id with the model's end token: without it trtllm-bench runs every answer to its full "
             "length, and what follows the end is repetition that no user would see"
         )
+    _, policy_asked = _take_option(arguments, ("--scheduler_policy",))  # a flag beats the options file
+    if policy_asked not in (None, "max_utilization"):
+        raise UserError(
+            f"--scheduler_policy must be max_utilization to share, got {policy_asked} (it counts a freed block as "
+            f"still needed)"
+        )
     for subcommand in ("throughput", "latency"):
         if subcommand in arguments:
             place = arguments.index(subcommand) + 1
             policy = ["--scheduler_policy", "max_utilization"] if subcommand == "throughput" else []
-            policy = [] if "--scheduler_policy" in arguments else policy
+            policy = [] if policy_asked else policy
             return [*arguments[:place], *option, *policy, *arguments[place:]]
     raise UserError(f"bench needs the subcommand throughput or latency, got {shlex.join(arguments) or 'nothing'}")
 

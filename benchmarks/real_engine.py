@@ -1,0 +1,36 @@
+"""An engine of a real model in bf16, out of a GGUF file or a checkpoint, for the GPU suite.
+
+bf16 is what attention kernels of a GPU take; ``build_engine.py`` leaves a checkpoint's dtype alone, and GGUF files
+become float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
+from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
+from trtllm_memshare.errors import run_command_line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="GGUF file or checkpoint folder")
+    parser.add_argument("--output-dir", type=Path, required=True, help="the engine; replaced if it is there")
+    options = parser.parse_args()
+    source = checkpoint_of_gguf(options.model) if is_gguf(options.model) else options.model
+    narrow = options.output_dir.with_name(f"{options.output_dir.name}_checkpoint")
+    shutil.rmtree(narrow, ignore_errors=True)
+    shutil.copytree(source, narrow, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).save_pretrained(narrow)
+    build_engine(plan_build(BuildOptions(model_dir=narrow, output_dir=options.output_dir, memshare=True, force=True)))
+    print(f"engine: {options.output_dir}")
+
+
+if __name__ == "__main__":
+    run_command_line(main)

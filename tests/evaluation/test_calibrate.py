@@ -1,0 +1,80 @@
+"""Calibration: the most aggressive setting within the budget, the same each time, written where the engine reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from trtllm_memshare.__main__ import main
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.calibrate import LADDER, calibrate, describe
+from trtllm_memshare.evaluation.session import Session
+from trtllm_memshare.runners.engines import load_engine
+from trtllm_memshare.search.config import make_config
+
+WILD = {"min_run_tokens": 8, "shingle_tokens": 4, "protected_tokens": 0, "protected_steps": 0, "accept_all": True}
+MILD = {**WILD, "protected_tokens": 96}
+NOTHING = {"protected_tokens": 400}
+RUNGS = {"mild": MILD, "wild": WILD, "nothing": NOTHING}
+
+
+@pytest.fixture(scope="module")
+def session(engine_dir, answered) -> Session:
+    return Session(engine_dir, answered, device="cpu")
+
+
+def test_a_wide_budget_takes_the_largest_saving_and_a_narrow_one_climbs_down(session):
+    wide = calibrate(session, 0.999, RUNGS)
+    assert (wide.name, len(wide.tried)) == ("wild", 1)
+    assert wide.config == make_config("aligned", **WILD)
+    assert wide.entry["paired"]["full"]["lost"] > 0
+    lost_share = -wide.entry["paired"]["full"]["change"]
+    narrow = calibrate(session, lost_share / 2, RUNGS)
+    assert narrow.name == "mild"
+    assert len(narrow.tried) == 2
+    assert -narrow.entry["paired"]["full"]["change"] <= lost_share / 2
+    assert calibrate(session, lost_share / 2, RUNGS).entry == narrow.entry
+    assert "2 settings were tried" in describe(narrow, lost_share / 2, 8)
+
+
+def test_no_setting_within_the_budget_is_said(session):
+    with pytest.raises(UserError, match=r"no setting loses at most 0 of accuracy on 8 problems, the mildest one loses"):
+        calibrate(session, 0.0, {"wild": WILD})
+    with pytest.raises(UserError, match="no setting loses"):  # saves nothing: not worth writing
+        calibrate(session, 0.5, {"nothing": NOTHING})
+    with pytest.raises(UserError, match="no setting loses"):  # 8 problems cannot make sure of one point
+        calibrate(session, 0.01, {"mild": MILD}, is_sure=True)
+    with pytest.raises(UserError, match="must be at least 0 and below 1, got 1"):
+        calibrate(session, 1.0, RUNGS)
+
+
+def test_the_command_writes_the_engine_s_settings(engine_dir, answered, tmp_path, capsys, monkeypatch):
+    engine = Path(shutil.copytree(engine_dir, tmp_path / "engine"))
+    report = tmp_path / "report.json"
+    monkeypatch.setattr("trtllm_memshare.evaluation.calibrate.LADDER", {"wild": WILD})
+    base = ["calibrate", "--engine-dir", str(engine), "--dataset", str(answered), "--device", "cpu"]
+    base += ["--num-problems", "4", "--max-accuracy-drop", "0.99"]
+    main([*base, "--dry-run"])
+    assert load_engine(engine).memshare == make_config("aligned")
+    main([*base, "--output-json", str(report)])
+    document = json.loads(report.read_text())
+    assert load_engine(engine).memshare == make_config("aligned", **WILD)
+    assert document["settings"] == load_engine(engine).memshare.model_dump()
+    assert document["command"].startswith("python -m trtllm_memshare calibrate --engine-dir")
+    assert "95 % interval of the change" in capsys.readouterr().out
+    assert not [p for p in engine.iterdir() if p.name.startswith(".memshare")]
+
+
+def test_answers_are_needed(engine_dir, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text('{"task_id": 0, "prompt": "Q: 1 + 2 = ?\\n", "output_tokens": 8}\n')
+    with pytest.raises(UserError, match="calibration needs an answer in every line"):
+        calibrate(Session(engine_dir, path, device="cpu"), 0.1)
+
+
+def test_every_rung_is_a_valid_setting():
+    for settings in LADDER.values():
+        assert make_config("aligned", **settings).preset == "aligned"

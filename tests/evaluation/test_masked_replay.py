@@ -1,0 +1,162 @@
+"""Masked replay against the executor that goes token by token, and against transformers: same decisions and logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation.step_by_step import step_by_step
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trtllm_memshare.evaluation.masked_replay import MaskedReplay, nothing_retired
+from trtllm_memshare.evaluation.page_arms import ARMS, Budget, ranking_of, retire
+from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+from trtllm_memshare.evaluation.retirement import NEVER, Retirements, hold_at_floor, nearest_earlier
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.search.steps import BoundaryTokens
+
+ROOT = Path(__file__).parents[2]
+SMOLLM2 = ROOT / "models" / "smollm2"
+SIZE, TOKENS, PROMPT = 8, 203, 11
+PROTECTED = 24
+IDS = (np.random.default_rng(5).integers(4, 60, TOKENS - 90).tolist() * 2)[:TOKENS]
+
+
+@pytest.fixture(scope="module")
+def replay(tiny_checkpoint) -> MaskedReplay:
+    return MaskedReplay(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def full(replay):
+    return replay.read(IDS, SIZE)
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_checkpoint) -> TorchRunner:
+    return TorchRunner(load_model(tiny_checkpoint), 40, SIZE)
+
+
+@pytest.fixture(scope="module")
+def plain(runner) -> BoundaryTokens:
+    return BoundaryTokens.from_texts([f"t{i}" for i in range(runner.vocab_size)])
+
+
+@pytest.mark.parametrize(
+    ("name", "min_kept"),
+    [*((name, 0.5) for name in [*ARMS, "paper-alias"]), ("attention-redundancy", 0.25), ("paper-alias", 0.25)],
+)
+def test_decisions_and_logits_are_those_of_the_executor(replay, full, runner, plain, name, min_kept):
+    budget = Budget(min_kept, PROTECTED)
+    masked = retire(name, budget, PROMPT, TOKENS, full.facts, 3)
+    paper = name == "paper-alias"
+    become = "alias" if paper else "dropped"
+    choose = nearest_earlier(full.facts.distance, 8) if paper else ranking_of(ARMS[name], full.facts, 3)
+    stepped, logits = step_by_step(runner, plain, IDS, PROMPT, choose, min_kept, PROTECTED, become)
+    assert (masked.retired_at < NEVER).sum() >= 8
+    assert np.array_equal(masked.retired_at, stepped.retired_at)
+    assert np.array_equal(masked.donor, stepped.donor)
+    torch.testing.assert_close(replay.logits(IDS, masked)[PROMPT - 1 : -1], logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_full_pass_is_the_models_own(replay, full, tiny_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    with torch.inference_mode():
+        log_p = model(torch.tensor([IDS])).logits[0].log_softmax(-1)
+    expected = -log_p[torch.arange(TOKENS - 1), torch.tensor(IDS[1:])]
+    torch.testing.assert_close(torch.from_numpy(full.losses[1:]), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(replay.logits(IDS, nothing_retired(TOKENS, SIZE)).log_softmax(-1), log_p)
+    assert torch.equal(full.best, log_p.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["redundancy-k", "paper-alias"])
+def test_changes_are_those_of_the_logits_and_nothing_changes_before_the_first_retirement(replay, full, name):
+    retirements = retire(name, Budget(0.5, PROTECTED), PROMPT, TOKENS, full.facts, 0)
+    change = replay.change(full, retirements)
+    arm = replay.logits(IDS, retirements)[:-1].double().log_softmax(-1)
+    whole = replay.logits(IDS, nothing_retired(TOKENS, SIZE))[:-1].double().log_softmax(-1)
+    targets = torch.tensor(IDS[1:])[:, None]
+    loss = (whole - arm).gather(1, targets)[:, 0]
+    divergence = (whole.exp() * (whole - arm)).sum(-1)
+    first = retirements.first
+    assert first is not None
+    assert change.loss[:first].any() == change.divergence[:first].any() == False  # noqa: E712
+    assert np.abs(change.loss[first:]).max() > 0.01
+    np.testing.assert_allclose(change.loss, loss, atol=2e-3)
+    np.testing.assert_allclose(change.divergence, divergence, atol=2e-3)
+    assert np.array_equal(change.agrees, (whole.argmax(-1) == arm.argmax(-1)).numpy())
+
+
+def test_no_retirement_changes_nothing(replay, full):
+    change = replay.change(full, nothing_retired(TOKENS, SIZE))
+    assert not change.loss.any()
+    assert not change.divergence.any()
+    assert change.agrees.all()
+
+
+def test_branches_read_what_is_left_of_the_text_and_not_each_other(replay, full):
+    retirements = retire("streaming", Budget(0.5, PROTECTED), PROMPT, TOKENS, full.facts, 0)
+    branches = [[7, 8, 9, 10], [30, 31]]
+    together = replay.answers(full, retirements, branches)
+    for branch, logits in zip(branches, together, strict=True):
+        alone = replay.logits(IDS + branch, retirements)[TOKENS:]
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
+    nothing = replay.answers(full, nothing_retired(TOKENS, SIZE), branches)
+    assert (nothing[0] - together[0]).abs().max() > 1e-2
+
+
+def test_bfloat16_products_agree_with_float32(replay, full, tiny_checkpoint):
+    fast = MaskedReplay(tiny_checkpoint, "bfloat16")
+    retirements = retire("random-once", Budget(0.5, PROTECTED), PROMPT, TOKENS, full.facts, 0)
+    exact, quick = replay.change(full, retirements), fast.change(fast.read(IDS, SIZE), retirements)
+    assert abs(float(exact.loss.mean()) - float(quick.loss.mean())) < 0.02 * np.abs(exact.loss).mean()
+
+
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs models/smollm2: run build_scripts/get_smollm2.py")
+def test_smollm2_reads_a_trace_as_the_executor_does():
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    text = next(token_texts(read_traces(ROOT / "benchmarks/data/traces"), tokenizer, 256))
+    replay = MaskedReplay(SMOLLM2)
+    facts = replay.read(text.ids, 16).facts
+    runner = TorchRunner(load_model(SMOLLM2), 20, 16)
+    plain = BoundaryTokens.from_texts([f"t{i}" for i in range(runner.vocab_size)])
+    prompt = text.num_prompt_tokens
+    masked = retire("surprisal-redundancy", Budget(0.5, 32), prompt, 256, facts, 0)
+    choose = ranking_of(ARMS["surprisal-redundancy"], facts, 0)
+    stepped, logits = step_by_step(runner, plain, text.ids, prompt, choose, 0.5, 32)
+    assert (masked.retired_at < NEVER).sum() >= 3
+    assert np.array_equal(masked.retired_at, stepped.retired_at)
+    torch.testing.assert_close(replay.logits(text.ids, masked)[prompt - 1 : -1], logits, rtol=1e-3, atol=1e-3)
+
+
+def test_chains_of_aliases_add_up():
+    never = NEVER
+    retired_at = np.array([never, never, 100, never, never, 200, never, never, never, never])
+    donor = np.array([-1, -1, 5, -1, -1, 9, -1, -1, -1, -1], np.int32)
+    weights = Retirements(16, retired_at, donor).weights(np.array([99, 100, 199, 200, 300]))
+    assert weights[:, 5].tolist() == [1, 2, 2, 2, 2]  # hidden from 200 on
+    assert weights[:, 9].tolist() == [1, 1, 1, 3, 3]
+    assert (np.delete(weights, [5, 9], 1) == 1).all()
+    assert (Retirements(16, retired_at, donor).forgotten().weights(np.array([300])) == 1).all()
+
+
+def test_the_floor_is_held_and_the_prompt_and_recent_pages_stay():
+    retirements = hold_at_floor(20, 320, 16, 0.5, 64, ranking_of(ARMS["streaming"], _no_facts(20), 0))
+    for page in range(2, 20):  # page - 1 pages are generated, at least half of them are there
+        assert (retirements.retired_at[2:] <= 16 * (page + 1)).sum() <= (page - 1) / 2
+    assert (retirements.retired_at[:2] == NEVER).all()
+    assert (retirements.retired_at[-4:] == NEVER).all()
+    gone = np.flatnonzero(retirements.retired_at < NEVER)
+    assert gone.tolist() == list(range(2, 2 + len(gone)))  # the oldest went
+    assert len(gone) == 9
+    assert 0.5 <= retirements.memory_share(2) < 0.62
+
+
+def _no_facts(pages: int):
+    from trtllm_memshare.evaluation.page_facts import TextFacts
+
+    zeros = np.zeros((pages, pages), np.float32)
+    cosines = {"k": np.zeros((pages * 16, pages), np.float32)}
+    return TextFacts(16, zeros, cosines, np.zeros(pages, np.float32), zeros)

@@ -1,0 +1,140 @@
+"""Nothing that goes wrong in sharing ends the server: it stops new sharing, is said once, harms no other request."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trtllm_pytorch.conftest import make_sharing_class
+from trtllm_pytorch.fake_cpp import FakeCppKVCacheManager
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, repetitive_text
+from trtllm_pytorch.fake_requests import FinishReason
+from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_SCHEDULES, check_contents, check_pages, drive, run
+
+from trtllm_memshare.trtllm.pytorch.sharing import Sharing
+
+
+class Fault(Exception):
+    """What a bug of ours might raise."""
+
+
+def failing(original, after: int):
+    """A function that raises at one call and works before and after."""
+    calls = iter(range(10**9))
+
+    def call(*arguments, **keywords):
+        if next(calls) == after:
+            raise Fault("made up")
+        return original(*arguments, **keywords)
+
+    return call
+
+
+PLACES = {
+    "tokens": lambda shared: (shared.requests, "take_in"),
+    "candidates": lambda shared: (shared.manager, "candidates"),
+    "decisions": lambda shared: (shared.policy, "decide"),
+    "remaps": lambda shared: (shared.manager, "apply"),
+    "page lists": lambda shared: (shared._backend, "pages"),
+    "cuts": lambda shared: (shared._backend, "shrink"),
+    "waits": lambda shared: (shared.tail, "_wait_for_table"),
+    "rows": lambda shared: (shared._rows, "gather"),
+    "new rows": lambda shared: (shared._rows, "_flush"),
+    "the end of a request": lambda shared: (shared.requests, "forget"),
+}
+
+
+@pytest.mark.parametrize("kind", ["V1", "V2 main"])
+@pytest.mark.parametrize("place", PLACES)
+@settings(max_examples=max(1, NUM_SCHEDULES // 60), deadline=None)
+@given(seed=st.integers(0, 10**6), after=st.integers(0, 12))
+def test_an_error_anywhere_stops_new_sharing_and_harms_nobody_else(place, kind, seed, after):
+    class Broken(FakeExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            owner, name = PLACES[place](self.manager.memshare)
+            setattr(owner, name, failing(getattr(owner, name), after))
+
+    def check(executor, step):
+        if step % 3 == 0:
+            check_contents(executor)
+
+    executor = drive(make_sharing_class(MANAGERS[kind]), random.Random(seed), kind, True, False, check, Broken)
+    failures = executor.manager.memshare.failures
+    ended = [r for r in executor.requests if r.finish_reason is FinishReason.CANCELLED]
+    assert failures.num_errors <= 1
+    assert len(ended) == failures.num_failed_requests <= (8 if place in ("rows", "new rows") else 1)
+    assert failures.is_off == bool(failures.num_errors)
+
+
+def test_a_list_that_changed_behind_our_back_ends_its_request_alone(monkeypatch, caplog):
+    original = FakeCppKVCacheManager.rewind_kv_cache
+    monkeypatch.setattr(
+        FakeCppKVCacheManager, "rewind_kv_cache", lambda self, i, n: original(self, i, n - self.tokens_per_block)
+    )
+    executor = drive(make_sharing_class(), random.Random(5), "V1", True, False)
+    ended = [r for r in executor.requests if r.finish_reason is FinishReason.CANCELLED]
+    assert len(ended) == 1
+    assert len(executor.requests) > 1
+    assert caplog.text.count("shares nothing new from now on") == 1
+    assert "dropped from the end, but the KV cache manager now lists" in caplog.text
+    assert "Please report this line with: FakeKVCacheManager of TensorRT-LLM" in caplog.text
+    assert f"request {ended[0].py_request_id} is ended alone" in caplog.text
+
+
+def test_rows_that_exist_when_sharing_stops_stay_right():
+    """Requests that share already go on reading what they share, to their end."""
+
+    def check(executor, step):
+        shared = executor.manager.memshare
+        if shared.manager.stats().shared >= 4:
+            shared.failures.is_off = True
+        check_contents(executor)
+
+    executor = drive(make_sharing_class(), random.Random(5), "V1", True, False, check)
+    assert (
+        4
+        <= executor.manager.memshare.manager.stats().shared
+        < run("V1", 5, True).manager.memshare.manager.stats().shared
+    )
+
+
+@pytest.mark.parametrize("on_unsupported", ["stop", "warn"])
+def test_an_attention_backend_that_fills_its_own_table_is_said_and_nothing_shared(monkeypatch, caplog, on_unsupported):
+    monkeypatch.setattr(Sharing, "rearrange", lambda self, table, request_ids: None)
+    executor = run("V1", 5, overlap=True, on_unsupported=on_unsupported)
+    assert executor.manager.memshare.failures.is_off
+    assert executor.manager.memshare.manager.stats().shared == 0
+    assert caplog.text.count("set attn_backend: TRTLLM") == 1
+
+
+def test_a_file_stops_new_sharing_for_as_long_as_it_exists(tmp_path, caplog):
+    switch = tmp_path / "off"
+    text = repetitive_text(random.Random(1), 200)
+
+    def shared_after(exists: bool) -> int:
+        for _ in range(60):
+            executor.step()
+            check_contents(executor)
+            check_pages(executor)
+        assert switch.exists() == exists
+        return manager.memshare.manager.stats().shared
+
+    with caplog.at_level(logging.WARNING, logger="trtllm_memshare"):
+        manager = make_manager(make_sharing_class(off_file=switch), 200, 8)
+        executor = FakeExecutor(manager, True)
+        executor.submit(0, text[:5], text)
+        before = shared_after(False)
+        switch.touch()
+        executor.step()
+        for _ in range(16):
+            executor.step()
+        stopped = manager.memshare.manager.stats().shared
+        assert shared_after(True) == stopped >= before > 0
+        switch.unlink()
+        assert shared_after(False) > stopped
+    assert f"shares nothing new: {switch} exists" in caplog.text
+    assert f"shares again: {switch} is gone" in caplog.text

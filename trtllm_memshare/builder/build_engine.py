@@ -1,0 +1,296 @@
+"""From options to an engine: settles every setting, picks the backend, says what will be built."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trtllm_memshare
+from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
+from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint
+from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION, Engine, check_target, trtllm_config, write_engine
+from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
+from trtllm_memshare.engine.tokenizer_check import check_tokenizer
+from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.json_input import read_json
+from trtllm_memshare.search.config import MemShareConfig, make_config
+
+if TYPE_CHECKING:
+    from trtllm_memshare.trtllm.engine.build_plan import EnginePlan
+
+DEFAULT_MODEL_DIR = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
+_GIB = 2**30
+_WHO_RUNS = {
+    True: "runs with: this project's executor and its Triton model; TensorRT-LLM's own executor and Triton's stock "
+    "tensorrtllm backend know neither its extra inputs nor how to share",
+    False: "runs with: this project's executor and its Triton model; the model's engine is as TensorRT-LLM builds it, "
+    "but its own executor does not share",
+}
+"""By whether the search is inside the engine."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a command line asks for; ``None`` = not given.
+
+    Attributes:
+      model_dir: a checkpoint directory, or a GGUF file: ``x.gguf`` is dequantized to a checkpoint ``x/`` beside it.
+      memshare: whether the engine shares; without it the preset is ``off``.
+      preset: name in ``PRESETS``; ``aligned`` if neither it nor the file gives one.
+      build: fields of ``BuildConfig`` as given, None = not given.
+      config_file: JSON ``{"build": {...}, "memshare": {...}}``; the command line wins over it.
+      search_engine: where a TensorRT engine's search runs: embedded (default) or separate; needs ``memshare``.
+      plugin_library: the built plugin library of a TensorRT engine with a search.
+      adopt: add memshare.json to an engine that TensorRT-LLM left in ``output_dir`` instead of building one.
+    """
+
+    model_dir: Path = DEFAULT_MODEL_DIR
+    output_dir: Path = Path("engines/tiny_reasoner")
+    memshare: bool = False
+    preset: str | None = None
+    shadow: bool = False
+    backend: str = "auto"
+    build: dict[str, Any] | None = None
+    config_file: Path | None = None
+    force: bool = False
+    search_engine: str | None = None
+    plugin_library: Path = Path("build/plugins/libtrtllm_memshare_plugin.so")
+    adopt: bool = False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """An engine that can be written.
+
+    Attributes:
+      engine: as it will be; its checkpoint is still the source.
+      backend_reason: which backend was chosen and why, in words.
+      tensorrt: what TensorRT-LLM will be asked for, None on the torch backend.
+      adopt: see ``BuildOptions``.
+    """
+
+    engine: Engine
+    backend_reason: str
+    force: bool
+    tensorrt: EnginePlan | None = None
+    adopt: bool = False
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Settles all settings and checks all input; writes nothing but the checkpoint beside a GGUF file.
+
+    Raises:
+      UserError: a setting, checkpoint or output directory that cannot be used.
+    """
+    backend, reason = _choose_backend(options.backend)
+    file = _read_config_file(options.config_file)
+    memshare = _settle_memshare(options, file["memshare"])
+    given = {key: value for key, value in (options.build or {}).items() if value is not None}
+    asked = {**file["build"], **given}
+    # What needs no model is checked before one is read, which takes seconds.
+    parse_build_config(asked, "build settings").check_backend(backend)
+    if not options.adopt:
+        check_target(options.output_dir, options.force)
+    model_dir = checkpoint_of_gguf(options.model_dir) if is_gguf(options.model_dir) else options.model_dir
+    checkpoint = read_checkpoint(model_dir)
+    build = parse_build_config({"max_seq_len": checkpoint.max_position_embeddings, **asked}, "build settings")
+    if build.max_seq_len > checkpoint.longest_sequence:
+        is_scaled = checkpoint.longest_sequence > checkpoint.max_position_embeddings
+        limit = "longest sequence" if is_scaled else "max_position_embeddings"
+        raise UserError(
+            f"max_seq_len must be at most the model's {limit} {checkpoint.longest_sequence}, got {build.max_seq_len} "
+            f"(lower --max-seq-len)"
+        )
+    if options.adopt and backend != "tensorrt":
+        raise UserError(f"--adopt is for engines of TensorRT-LLM, got backend {backend} (add --backend tensorrt)")
+    notes = [*checkpoint.notes, *check_tokenizer(model_dir, checkpoint.vocab_size)]
+    checkpoint = replace(checkpoint, notes=tuple(notes))
+    tensorrt = None
+    if backend == "tensorrt":
+        if checkpoint.renamed_prefix:
+            raise UserError(
+                f'{options.model_dir} stores its tensors as "{checkpoint.renamed_prefix}...", which TensorRT-LLM does '
+                f"not read (load and save it once with transformers)"
+            )
+        tensorrt = _plan_tensorrt(options, checkpoint, build, memshare)
+        checkpoint = replace(checkpoint, dtype=tensorrt.spec(0).dtype)
+    elif options.search_engine is not None:
+        raise UserError(
+            f"--search-engine is for the tensorrt backend, got {options.search_engine} on {backend} (leave it out, or "
+            f"add --backend tensorrt)"
+        )
+    engine = Engine(options.output_dir, backend, checkpoint, build, memshare)
+    return BuildPlan(engine, reason, options.force, tensorrt, options.adopt)
+
+
+def build_engine(plan: BuildPlan, check: Callable[[Engine], object] | None = None) -> Engine:
+    """Writes the engine directory and reads it back.
+
+    Args:
+      check: called with the engine of the torch backend before it takes its place; what it raises stops the build.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    engine = plan.engine
+    if plan.tensorrt is not None:
+        from trtllm_memshare.trtllm.engine.builder import adopt_engine, build_tensorrt_engine
+
+        if plan.adopt:
+            return adopt_engine(plan.tensorrt, engine.engine_dir)
+        return build_tensorrt_engine(plan.tensorrt, engine.engine_dir, plan.force)
+
+    def add(folder: Path) -> None:
+        from trtllm_memshare.engine.null_page_build import add_null_pages
+
+        sizes = engine.build.max_seq_len, engine.kv_dtype
+        add_null_pages(folder, folder / "model", *sizes, engine.memshare, skips_entries=True)
+
+    return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force, check, add)
+
+
+def describe_plan(plan: BuildPlan) -> str:
+    """The plan as JSON, for ``--dry-run``."""
+    engine = plan.engine
+    document = {
+        "backend": engine.backend,
+        "model_dir": str(engine.model_dir),
+        "output_dir": str(engine.engine_dir),
+        **trtllm_config(engine.checkpoint, engine.build),
+        "memshare": engine.memshare.model_dump(),
+        "summary": summarize(engine, None if plan.tensorrt is None else plan.tensorrt.search_engine).splitlines(),
+    }
+    if plan.tensorrt is not None:
+        from trtllm_memshare.trtllm.engine.build_plan import describe
+
+        document = {**document, "tensorrt": describe(plan.tensorrt)}
+        del document["version"], document["pretrained_config"], document["build_config"]
+    return json.dumps(document, indent=2)
+
+
+def summarize(engine: Engine, search_engine: str | None = None) -> str:
+    """What the engine is, in words and figures: KV block size, what a GiB holds, what MemShare will do.
+
+    ``search_engine``: where a TensorRT engine's search will run; None = as its record says.
+    """
+    where = search_engine or (engine.record.search_engine if engine.record is not None else None)
+    size, tokens = engine.bytes_per_block, engine.build.tokens_per_block
+    per_gib = _GIB // size
+    return "\n".join(
+        [
+            f"engine: {engine.engine_dir} ({engine.checkpoint.architecture}, backend {engine.backend})",
+            f"KV cache: {size:,} bytes per block of {tokens} tokens ({engine.kv_dtype}), {per_gib:,} blocks or "
+            f"{per_gib * tokens:,} tokens per GiB",
+            f"MemShare: {describe_sharing(engine.memshare)}",
+            *_null_page_lines(engine),
+            *engine.checkpoint.notes,
+            *([_WHO_RUNS[where == "embedded"]] if engine.backend == "tensorrt" and engine.memshare.searches else []),
+        ]
+    )
+
+
+def _null_page_lines(engine: Engine) -> list[str]:
+    """What retired pages become, where that is the null page."""
+    if not engine.memshare.searches or engine.memshare.retired_becomes != "null":
+        return []
+    if engine.backend == "torch" and engine.model_dir != engine.engine_dir / "model":
+        return ["null pages: will be calibrated with the build"]
+    from trtllm_memshare.engine.null_page_files import describe_null_pages
+
+    return [f"null pages: {describe_null_pages(engine.engine_dir)}"]
+
+
+def describe_sharing(config: MemShareConfig) -> str:
+    """One sentence on what a server with these settings does."""
+    if config.preset == "off":
+        return "off, every request keeps all of its blocks"
+    what = "reports repeats but shares nothing (shadow)" if config.shadow else "shares the blocks of repeats"
+    if config.matcher == "runs":
+        where = f"runs of at least {config.min_run_tokens} matching tokens at any shift"
+    else:
+        where = f"similar steps (cosine at least {config.min_step_cosine:g}), block by block"
+    kept = "the newer copy stays" if config.direction == "keep-latest" else "the older copy stays"
+    if config.accept_all:
+        check = "no KV comparison"
+    else:
+        rotation = "without its rotation" if config.undo_rope else "as stored"
+        layers = "every layer" if config.layer_quorum == 1 else f"{config.layer_quorum:.0%} of the layers"
+        fields = {"k-and-v": "K and V", "k": "K", "v": "V"}[config.compared]
+        if config.layer_vote == "mean":
+            layers = "the mean of the layers"
+        check = f"{fields} within a relative distance of {config.max_distance:g} in {layers}, K compared {rotation}"
+    if not config.count_aliases:
+        kept += " and counts once in attention"
+    return (
+        f"preset {config.preset} {what}: {where}, {check}; {kept}, one block serves at most {config.max_aliases} "
+        f"places; the prompt, the last {config.protected_tokens} tokens and the last {config.protected_steps} steps "
+        f"are never given up"
+    )
+
+
+def _settle_memshare(options: BuildOptions, settings: dict[str, Any]) -> MemShareConfig:
+    if not options.memshare:
+        for name, given in (
+            ("--preset", options.preset is not None),
+            ("--shadow", options.shadow),
+            (f"memshare in {options.config_file}", bool(settings)),
+        ):
+            if given:
+                raise UserError(f"{name} needs --memshare, got it without (add --memshare)")
+        return make_config("off")
+    settings = dict(settings)
+    in_file = settings.pop("preset", "aligned")
+    if options.shadow:
+        settings["shadow"] = True
+    return make_config(str(options.preset or in_file), **settings)
+
+
+def _choose_backend(asked: str) -> tuple[str, str]:
+    """Returns the backend's name, and what was chosen and why."""
+    if asked != "auto":
+        return asked, f"{asked} (asked for)"
+    try:
+        version = importlib.metadata.version("tensorrt_llm")
+    except importlib.metadata.PackageNotFoundError:
+        return "torch", "torch (tensorrt_llm is not installed)"
+    if version != TRTLLM_VERSION:
+        return "torch", f"torch (tensorrt_llm is {version}; engines need {TRTLLM_VERSION})"
+    return "tensorrt", f"tensorrt (tensorrt_llm {version} is installed)"
+
+
+def _plan_tensorrt(
+    options: BuildOptions, checkpoint: Checkpoint, build: BuildConfig, memshare: MemShareConfig
+) -> EnginePlan:
+    from trtllm_memshare.trtllm.engine.build_plan import SEARCH_ENGINES, EnginePlan, check_plan
+
+    where = options.search_engine or "embedded"
+    if where not in SEARCH_ENGINES:
+        raise UserError(f"unknown search engine {where} ({nearest(where, SEARCH_ENGINES)})")
+    if options.search_engine is not None and not memshare.searches:
+        raise UserError("--search-engine needs --memshare, got it without (add --memshare)")
+    has_search = memshare.searches and not memshare.accept_all
+    plan = EnginePlan(
+        checkpoint,
+        build,
+        memshare,
+        where if has_search else "none",
+        options.plugin_library.resolve() if has_search else None,
+    )
+    check_plan(plan)
+    return plan
+
+
+def _read_config_file(path: Path | None) -> dict[str, dict[str, Any]]:
+    if path is None:
+        return {"build": {}, "memshare": {}}
+    document = read_json(path, "the command", 'give --config a file like {"build": {}, "memshare": {}}')
+    for key, value in document.items():
+        if key not in ("build", "memshare"):
+            raise UserError(f"{path} has an unknown key {key} ({nearest(key, ('build', 'memshare'))})")
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key} must be an object, got {type(value).__name__} (see --help)")
+    return {"build": document.get("build", {}), "memshare": document.get("memshare", {})}

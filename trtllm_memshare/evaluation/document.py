@@ -1,0 +1,37 @@
+"""The report that a benchmark leaves: its figures with the command, the date and the machine that made them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.evaluation.machine import describe_machine, one_line
+
+
+def make_report(figures: dict[str, Any], command: str | None = None) -> dict[str, Any]:
+    """``figures`` behind the command (default: this process's), today's date and this machine."""
+    return {
+        "command": command or " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(),
+        **figures,
+    }
+
+
+def publish(report: dict[str, Any], output_json: Path | None) -> None:
+    """Prints the machine and, as the last line, the report in JSON; writes it to ``output_json`` if that is given."""
+    print(one_line(report["machine"]))
+    if output_json is not None:
+        write_report(report, output_json)
+    print(json.dumps(report))
+
+
+def write_report(report: dict[str, Any], output_json: Path) -> None:
+    """Writes the report; at once or not at all, since a long benchmark writes it again after every row."""
+    output_json.parent.mkdir(parents=True, exist_ok=True)
+    partial = output_json.with_name(output_json.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(output_json)

@@ -1,0 +1,215 @@
+"""What became of each block of one request: generates an answer and writes down every remap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.evaluation.controls import make_control
+from trtllm_memshare.runners.protocol import Runner
+from trtllm_memshare.search.config import MemShareConfig, make_config
+from trtllm_memshare.search.matchers import make_matcher_factory
+from trtllm_memshare.search.matching import TokenHistory
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.search.types import Decision
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.request import RequestResult, SamplingParams
+from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer
+
+
+class Fate(Enum):
+    """What became of a block, at the end of the request."""
+
+    PROMPT = "prompt"
+    OWN = "own"
+    SHARED = "shared"
+    DONOR = "donor"
+    PROTECTED = "protected"
+
+
+@dataclass(frozen=True)
+class BlockStory:
+    """One logical block.
+
+    Attributes:
+      pieces: text of each of its tokens; some are empty where a character takes several tokens.
+      step_starts: which of its tokens start a step.
+      donor: the logical block that it reads at the end, None = its own memory.
+      readers: logical blocks that read this one at the end, itself left out.
+      distance: relative KV distance of the pair when the block was given up; None = not given up, or not compared.
+      shared_at: tokens in the cache when it was given up.
+    """
+
+    index: int
+    fate: Fate
+    pieces: tuple[str, ...]
+    step_starts: tuple[bool, ...]
+    donor: int | None = None
+    readers: tuple[int, ...] = ()
+    distance: float | None = None
+    shared_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Story:
+    """One request from its prompt to its end.
+
+    Attributes:
+      memory: (tokens in the cache, blocks held, blocks the full cache would hold), one per decode step.
+      same_text: whether the full cache gave the same tokens.
+      rejected, refused: pairs that stage 2, then the cache, turned down, by reason.
+    """
+
+    prompt: str
+    blocks: tuple[BlockStory, ...]
+    tokens_per_block: int
+    memory: tuple[tuple[int, int, int], ...]
+    finish_reason: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    same_text: bool
+    rejected: dict[str, int]
+    refused: dict[str, int]
+
+    @property
+    def filled(self) -> int:
+        """Blocks that generation filled or began: those without prompt tokens."""
+        return sum(b.fate is not Fate.PROMPT for b in self.blocks)
+
+    @property
+    def freed(self) -> int:
+        """Blocks given up."""
+        return sum(b.fate is Fate.SHARED for b in self.blocks)
+
+
+@dataclass
+class _Remaps:
+    """Remaps of one request by logical block."""
+
+    manager: KVCacheManager
+    donors: dict[int, int] = field(default_factory=dict)
+    distances: dict[int, float] = field(default_factory=dict)
+    times: dict[int, int] = field(default_factory=dict)
+    now: int = 0
+
+    def note(self, decision: Decision) -> None:
+        block, size = decision.candidate.logical, self.manager.tokens_per_block
+        donor = int(self.manager.pool.origin_position[decision.candidate.donor]) // size
+        self.donors[block], self.distances[block], self.times[block] = donor, decision.distance, self.now
+
+    def final_donor(self, block: int) -> int | None:
+        """Where the entry of ``block`` points in the end: a donor may have been given up in its turn."""
+        if block not in self.donors:
+            return None
+        while block in self.donors:
+            block = self.donors[block]
+        return block
+
+
+def tell_story(
+    runner: Runner,
+    config: MemShareConfig,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    max_seq_len: int,
+    stop_token_ids: tuple[int, ...] = (),
+) -> Story:
+    """Generates greedily, with sharing and without, and says what became of each block.
+
+    Args:
+      runner: its pool has to hold the request unshared.
+      tokenizer: a transformers tokenizer.
+
+    Raises:
+      UserError: an empty prompt, or one that does not fit.
+    """
+    ids = list(tokenizer(prompt)["input_ids"])
+    boundaries = BoundaryTokens.from_tokenizer(tokenizer, runner.vocab_size)
+    params = SamplingParams(max_new_tokens, stop_token_ids=stop_token_ids)
+    executor = Executor(runner, config, boundaries, max_seq_len, 1, make_control=make_control)
+    remaps = _Remaps(executor.manager)
+    executor.manager.watch_remaps(remaps.note)
+    handle, memory = executor.submit(ids, params), list[tuple[int, int, int]]()
+    while executor.has_work:
+        remaps.now = len(ids) + len(memory)
+        executor.step()
+        if executor.has_work:  # after the last step the request's blocks are gone
+            held, logical = executor.manager.pool.num_used, executor.manager.logical_blocks(handle.request_id)
+            memory.append((len(ids) + len(memory), held, logical))
+    result = handle.result()
+    # The last token is never fed back, so it has no place in the cache.
+    tokens = np.array([*ids, *result.token_ids][:-1], np.int32)
+    return Story(
+        prompt,
+        _blocks(runner.tokens_per_block, config, boundaries, tokenizer, tokens, len(ids), remaps),
+        runner.tokens_per_block,
+        tuple(memory),
+        result.finish_reason,
+        len(ids),
+        len(result.token_ids),
+        _run_full(runner, boundaries, ids, params, max_seq_len).token_ids == result.token_ids,
+        executor.rejected,
+        executor.manager.stats().refused,
+    )
+
+
+def _blocks(
+    size: int,
+    config: MemShareConfig,
+    boundaries: BoundaryTokens,
+    tokenizer: Any,
+    tokens: np.ndarray,
+    num_prompt_tokens: int,
+    remaps: _Remaps,
+) -> tuple[BlockStory, ...]:
+    history = TokenHistory(boundaries)
+    history.append(tokens)
+    history.segment()
+    starts = {p for p in history.step_starts if p >= num_prompt_tokens} | {num_prompt_tokens}
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    pieces = [detokenizer.push([t], last=i == len(tokens) - 1) for i, t in enumerate(tokens.tolist())]
+    matcher = make_matcher_factory(config, size, boundaries)(num_prompt_tokens)
+    matcher.append(tokens)
+    matcher.ready_blocks()
+    protected = matcher.protected_from()
+    donors = {index: remaps.final_donor(index) for index in remaps.donors}
+    blocks = []
+    for index in range(-(-len(tokens) // size)):
+        span = range(index * size, min((index + 1) * size, len(tokens)))
+        readers = tuple(sorted(other for other, donor in donors.items() if donor == index))
+        if span.start < num_prompt_tokens:
+            fate = Fate.PROMPT
+        elif index in donors:
+            fate = Fate.SHARED
+        elif readers:
+            fate = Fate.DONOR
+        else:
+            fate = Fate.PROTECTED if span.stop > protected else Fate.OWN
+        blocks.append(
+            BlockStory(
+                index,
+                fate,
+                tuple(pieces[p] for p in span),
+                tuple(p in starts for p in span),
+                donors.get(index),
+                readers,
+                None if config.accept_all else remaps.distances.get(index),
+                remaps.times.get(index),
+            )
+        )
+    return tuple(blocks)
+
+
+def _run_full(
+    runner: Runner, boundaries: BoundaryTokens, ids: list[int], params: SamplingParams, max_seq_len: int
+) -> RequestResult:
+    """The same request with the full cache."""
+    executor = Executor(runner, make_config("off"), boundaries, max_seq_len, 1)
+    handle = executor.submit(ids, params)
+    executor.run_until_idle()
+    return handle.result()

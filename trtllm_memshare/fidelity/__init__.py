@@ -1,1 +1,0 @@
-"""What sharing costs in answers and next-token distributions against memory, what it can reach, and calibration."""

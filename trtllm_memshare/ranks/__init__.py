@@ -1,0 +1,1 @@
+"""Agreement between the processes of one engine, and how they reach each other."""

@@ -1,1 +1,0 @@
-"""The bundled model: its task, its tokenizer and its training."""

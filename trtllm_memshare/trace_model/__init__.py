@@ -1,1 +1,0 @@
-"""A small language model of real reasoning text: the committed traces, their split, and its training."""
