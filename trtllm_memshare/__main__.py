@@ -9,6 +9,7 @@ from trtllm_memshare.errors import UserError, nearest, run_command_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-serve with MemShare and the settings that it needs"),
+    "vllm": ("trtllm_memshare.vllm.commands", "vLLM with memory pressure: vllm serve, vllm bench, vllm calibrate"),
     "doctor": ("trtllm_memshare.report.doctor", "what is installed, what can run here, what would fix the rest"),
     "bench": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-bench with MemShare, its report merged with ours"),
     "calibrate": ("trtllm_memshare.evaluation.calibrate", "find the most aggressive setting within an accuracy budget"),

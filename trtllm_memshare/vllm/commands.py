@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
+from trtllm_memshare.engine.null_page_files import save_null_pages
 from trtllm_memshare.errors import UserError, nearest, parse_json_line
 from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
@@ -86,16 +88,17 @@ def _wrap(arguments: list[str]) -> None:
 
 
 def _calibrate(arguments: list[str]) -> None:
-    from trtllm_memshare.vllm.calibrate import calibrate
-
     parser = argparse.ArgumentParser(prog="vllm calibrate", description="Makes a model's null pages, once.")
     parser.add_argument("model", help="folder of a Hugging Face checkpoint")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--text", required=True, help="text file; a few thousand tokens of any prose")
-    parser.add_argument("--max-model-len", type=int, help="positions that need a page, in tokens; default: the model's")
-    parser.add_argument("--dtype", default="float32", help="element type of the KV cache (default %(default)s)")
+    parser.add_argument("--max-model-len", type=int, required=True, help="positions that need a page, in tokens")
+    parser.add_argument("--dtype", default="bfloat16", help="element type of the KV cache (default %(default)s)")
     options = parser.parse_args(arguments[1:])
-    print(calibrate(Path(options.model), Path(options.output), Path(options.text), options.max_model_len, options.dtype))
+    pages = calibrate_checkpoint(Path(options.model), options.max_model_len, options.dtype)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_null_pages(folder, pages)
+    print(f"null pages: {pages.describe()}")
 
 
 def _take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:

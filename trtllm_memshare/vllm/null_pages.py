@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from trtllm_memshare.engine.null_page_files import KEYS_FILE
 from trtllm_memshare.errors import UserError
 
-FILE_NAME = "null_pages.safetensors"
 
 
 def load_bands(folder: str, max_tokens: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: in
       runner: vLLM's model runner, KV cache in place; its cache is modified.
       folder: where the calibration is.
       block_ids: a block for each band, from the scheduler.
-      tp_rank, tp_size: this worker's share of the KV heads. With more ranks than KV heads vLLM repeats heads.
+      tp_rank, tp_size: this worker's share of the KV heads; with more ranks than KV heads each has a copy of one.
 
     Raises:
       UserError: the calibration is of a model of another shape.
@@ -51,13 +51,13 @@ def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: in
     keys = tensors["keys"]  # [num_bands, num_layers, num_kv_heads, head_dim]
     layers = attention_layers(runner)
     num_heads, head_dim = layers[0].num_kv_heads, layers[0].head_size
-    total = max(num_heads * tp_size if tp_size <= keys.shape[2] else keys.shape[2], num_heads)
+    total = keys.shape[2] if tp_size > keys.shape[2] else num_heads * tp_size
     if keys.shape[1:] != (len(layers), total, head_dim):
         raise UserError(
             f"{_path(folder)} is of a model with {keys.shape[1]} layers, {keys.shape[2]} KV heads of {keys.shape[3]}, "
             f"the served one has {len(layers)}, {total} of {head_dim} (calibrate this model)"
         )
-    first = tp_rank * num_heads if tp_size <= total else tp_rank * total // tp_size
+    first = tp_rank * num_heads if tp_size <= total else tp_rank * total // tp_size  # as vLLM deals heads out
     block_size = runner.cache_config.block_size
     for band, block_id in enumerate(block_ids):
         slots = torch.arange(block_id * block_size, (block_id + 1) * block_size, dtype=torch.int64, device=runner.device)
@@ -79,7 +79,7 @@ def _layer_index(name: str) -> int:
 
 
 def _path(folder: str) -> Path:
-    path = Path(folder) / FILE_NAME
+    path = Path(folder) / KEYS_FILE
     if not path.is_file():
-        raise UserError(f"null_pages must name a folder with {FILE_NAME}, got {folder} (calibrate the model first)")
+        raise UserError(f"null_pages must name a folder with {KEYS_FILE}, got {folder} (calibrate the model first)")
     return path
