@@ -10,11 +10,13 @@ import numpy as np
 
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.candidates import find_candidates
+from trtllm_memshare.cache.givable import GivablePages, givable_pages
 from trtllm_memshare.cache.group_candidates import GroupCandidates
 from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks, is_null
 from trtllm_memshare.cache.offsets import NO_BLOCK, encode_block_offsets
 from trtllm_memshare.cache.remap import Remapper
-from trtllm_memshare.cache.sequence import CacheStats, Sequence, SharingRecord
+from trtllm_memshare.cache.resume import blocks_at_return, pages_to_retire, retired_pages
+from trtllm_memshare.cache.sequence import CacheStats, Parked, Sequence, SharingRecord
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate, Decision, Matcher
 
@@ -56,7 +58,7 @@ class KVCacheManager:
         self._tables = np.full((max_batch_size, max_blocks_per_seq), NO_BLOCK, np.int32)
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
         self._sequences: dict[int, Sequence] = {}
-        self._parked: dict[int, tuple[Matcher | None, int]] = {}  # paused requests: stage 1's state and the next epoch
+        self._parked: dict[int, Parked] = {}  # paused requests
         self._groups: dict[tuple[int, bytes], GroupCandidates] = {}
         self._remapper = Remapper(self.pool, self._tables, config, null_pages)
         self._stats = CacheStats(num_blocks=num_blocks)
@@ -73,10 +75,23 @@ class KVCacheManager:
         """Table entries of a sequence, shared or not."""
         return self._sequences[request_id].num_blocks
 
+    def blocks_to_add(self, request_id: int, num_tokens: int) -> int:
+        """Blocks that ``add_sequence`` takes for a request of so many tokens; one that was paused comes back shared."""
+        parked = self._parked.get(request_id)
+        return blocks_at_return(num_tokens, 0 if parked is None else len(parked.retired), self.tokens_per_block)
+
     def add_sequence(
-        self, request_id: int, token_ids: np.ndarray, num_prompt_tokens: int | None = None, group: int | None = None
+        self,
+        request_id: int,
+        token_ids: np.ndarray,
+        num_prompt_tokens: int | None = None,
+        group: int | None = None,
+        shares: bool = True,
     ) -> bool:
         """Takes blocks for all of ``token_ids``, unshared; False if the pool or the batch has no room now.
+
+        A request that was paused under pressure takes those of the pages it had not given up, see ``cache.resume``:
+        ``room_for_chunk`` says how far they reach.
 
         Args:
           request_id: a new request, or one that was paused.
@@ -84,25 +99,30 @@ class KVCacheManager:
           num_prompt_tokens: how many of them are prompt (default: all); blocks with prompt tokens are never retired.
           group: a number that samples of one prompt carry, who may share with each other under ``scope: group``;
             other prompts with the same number stay apart. None = shares with nobody.
+          shares: False keeps the request's cache whole.
 
         Raises:
           ValueError: the request is in the cache already, or longer than the block table.
         """
         num_tokens = len(token_ids)
-        num_blocks = self.blocks_for(num_tokens)
+        num_blocks = self.blocks_to_add(request_id, num_tokens)
         if request_id in self._sequences:
             raise ValueError(f"request {request_id} is in the cache already")
-        if num_blocks > self.max_blocks_per_seq:
-            raise ValueError(f"request {request_id} needs {num_blocks} blocks, a table has {self.max_blocks_per_seq}")
+        if self.blocks_for(num_tokens) > self.max_blocks_per_seq:
+            raise ValueError(
+                f"request {request_id} needs {self.blocks_for(num_tokens)} blocks, a table has "
+                f"{self.max_blocks_per_seq}"
+            )
         if not self._free_slots or num_blocks > self.pool.num_free:
             return False
         num_prompt_tokens = num_tokens if num_prompt_tokens is None else num_prompt_tokens
-        matcher, epoch = self._parked.pop(request_id, (None, 0))
+        parked = self._parked.pop(request_id, None) or Parked(None, 0, np.zeros(0, np.int64))
+        matcher = parked.matcher
         if matcher is not None:
             matcher.reopen()
             # The token sampled last had no room when the request was paused, so stage 1 has not seen it.
             matcher.append(token_ids[matcher.num_tokens :])
-        elif self._make_matcher is not None:
+        elif self._make_matcher is not None and shares:
             matcher = self._make_matcher(num_prompt_tokens)
             matcher.append(token_ids)
         sequence = Sequence(
@@ -113,13 +133,16 @@ class KVCacheManager:
             first_generated_block=self.blocks_for(num_prompt_tokens),
             token_rows=np.full(self.max_blocks_per_seq * self.tokens_per_block, -1, np.int32),
             retired=np.zeros(self.max_blocks_per_seq, bool),
+            to_retire=np.zeros(self.max_blocks_per_seq, bool),
             matcher=matcher,
-            epoch=epoch,
+            epoch=parked.epoch,
+            num_context_tokens=num_tokens,
         )
+        sequence.to_retire[parked.retired] = True
         self._sequences[request_id] = sequence
         if self.config.scope == "group" and sequence.group is not None and matcher is not None:
             self._groups.setdefault(sequence.group, GroupCandidates(self.pool, self._tables, self.config))
-        self._extend(sequence, num_tokens)
+        self._extend(sequence, min(num_tokens, num_blocks * self.tokens_per_block))
         return True
 
     def append_tokens(self, request_id: int, token_ids: Seq[int]) -> bool:
@@ -138,6 +161,44 @@ class KVCacheManager:
         if last > first:
             self.pool.is_full[self._tables[sequence.slot, first:last]] = True
         sequence.num_computed = num_computed
+        if sequence.to_retire.any():
+            self._retire_again(sequence)
+
+    def room_for_chunk(self, request_id: int) -> int:
+        """Tokens that the next context chunk of a request may have at most.
+
+        All that are left, but for a request that came back with pages given up: what its blocks have room for, and not
+        beyond the band of positions that its null entries serve.
+        """
+        sequence = self._sequences[request_id]
+        end = sequence.num_tokens
+        if self.null_pages is not None and sequence.retired.any():
+            end = min(end, self.null_pages.end_of_band(sequence.num_computed))
+        return end - sequence.num_computed
+
+    def fills_last_block(self, request_id: int) -> bool:
+        """Whether the next token of a request takes a block."""
+        return self._sequences[request_id].num_tokens % self.tokens_per_block == 0
+
+    def page_counts(self, request_id: int) -> tuple[int, int]:
+        """Full pages of generated tokens, and how many of them were given up; zeros for a request in its context."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not sequence.is_generating:
+            return 0, 0
+        first, full = sequence.first_generated_block, sequence.num_computed // self.tokens_per_block
+        return max(0, full - first), int(sequence.retired[first : max(first, full)].sum())
+
+    def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
+        """The first page of generated tokens, the end of the full ones, and the request's row of the block table."""
+        sequence = self._sequences[request_id]
+        full = max(sequence.first_generated_block, sequence.num_computed // self.tokens_per_block)
+        return sequence.first_generated_block, full, self._tables[sequence.slot, : sequence.num_blocks].copy()
+
+    def givable_pages(self, request_id: int, find_repeats: bool = True) -> GivablePages:
+        """What a request could give up now, see ``GivablePages``; nothing while its context is computed."""
+        sequence = self._sequences[request_id]
+        self._feed(sequence)
+        return givable_pages(sequence, self._tables[sequence.slot], self.pool, find_repeats)
 
     def match(self, request_id: int) -> None:
         """Lets stage 1 look at a request's new tokens now, so that ``candidates`` finds less to do at once."""
@@ -150,7 +211,7 @@ class KVCacheManager:
         """Blocks that could be retired now, at most ``max_pairs``, over sequences that are past their prompt."""
         found: list[Candidate] = []
         for sequence in self._sequences.values():
-            if sequence.matcher is None or sequence.num_computed < sequence.num_tokens - 1:
+            if sequence.matcher is None or not sequence.is_generating:
                 continue
             room = self.config.max_pairs - len(found)
             if room <= 0:
@@ -257,9 +318,7 @@ class KVCacheManager:
     def generating_sequences(self) -> list[tuple[int, int, int]]:
         """(request id, first generated block, tokens computed) of each sequence that is past its prompt."""
         return [
-            (s.request_id, s.first_generated_block, s.num_computed)
-            for s in self._sequences.values()
-            if s.num_computed >= s.num_tokens - 1
+            (s.request_id, s.first_generated_block, s.num_computed) for s in self._sequences.values() if s.is_generating
         ]
 
     def evict_blocks(self, request_id: int, logical_blocks: np.ndarray) -> None:
@@ -290,7 +349,8 @@ class KVCacheManager:
         """Drops all references but keeps stage 1's state; ``add_sequence`` with the same id resumes it."""
         sequence = self._drop(request_id)
         self._feed(sequence)
-        self._parked[request_id] = (sequence.matcher, sequence.epoch + 1)
+        retired = retired_pages(sequence) if self.config.pressure else np.zeros(0, np.int64)
+        self._parked[request_id] = Parked(sequence.matcher, sequence.epoch + 1, retired)
 
     def forget_paused(self, request_id: int) -> None:
         """Lets go of a paused request that will not come back."""
@@ -334,10 +394,11 @@ class KVCacheManager:
                 )
             if sequence.matcher is not None:
                 matched = sequence.matcher.num_tokens + len(sequence.unmatched)
-                if matched != sequence.num_tokens:
+                known = max(sequence.num_tokens, sequence.num_context_tokens)
+                if matched != known:
                     raise RuntimeError(
-                        f"stage 1 of request {sequence.request_id} has {matched} tokens, the cache "
-                        f"{sequence.num_tokens}: its positions would name other tokens"
+                        f"stage 1 of request {sequence.request_id} has {matched} tokens, the cache {known}: its "
+                        f"positions would name other tokens"
                     )
         self.pool.check_integrity(references)
 
@@ -347,6 +408,14 @@ class KVCacheManager:
         if sequence.matcher is not None and sequence.unmatched:
             sequence.matcher.append(np.array(sequence.unmatched, np.int32))
             sequence.unmatched.clear()
+
+    def _retire_again(self, sequence: Sequence) -> None:
+        """Gives up what a request that came back had given up, and lets the blocks carry its next pages at once."""
+        pages = pages_to_retire(sequence, self.tokens_per_block)
+        blocks = sequence.num_blocks + (self.retire(sequence.request_id, pages) if len(pages) else 0)
+        self._extend(
+            sequence, max(sequence.num_tokens, min(sequence.num_context_tokens, blocks * self.tokens_per_block))
+        )
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         start, stop = sequence.num_blocks, self.blocks_for(num_tokens)

@@ -29,6 +29,8 @@ class Sequence:
         nothing does: not written yet, or forgotten.
       retired: bool ``[max_blocks_per_seq]``, logical blocks that were given up: another one of the request stands in
         for them, or they are forgotten.
+      to_retire: bool ``[max_blocks_per_seq]``, blocks that were given up before a pause and go again once computed.
+      num_context_tokens: tokens that came as context in this life; all have room at once unless it came back.
       num_retired: blocks that were freed when the request gave up its references.
       num_offered_to_group: first logical blocks that the samples of its group have been shown.
       unmatched: tokens that stage 1 has not been given yet.
@@ -41,14 +43,36 @@ class Sequence:
     first_generated_block: int
     token_rows: np.ndarray
     retired: np.ndarray
+    to_retire: np.ndarray
     matcher: Matcher | None
     epoch: int = 0
+    num_context_tokens: int = 0
     num_tokens: int = 0
     num_computed: int = 0
     num_blocks: int = 0
     num_retired: int = 0
     num_offered_to_group: int = 0
     unmatched: list[int] = field(default_factory=list)
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether all that came as context is computed, and at most one token is not."""
+        return self.num_computed >= max(self.num_tokens - 1, self.num_context_tokens)
+
+
+@dataclass(frozen=True)
+class Parked:
+    """What outlives a pause.
+
+    Attributes:
+      matcher: stage 1's state.
+      epoch: of the next life.
+      retired: int ``[n]``, pages to give up again.
+    """
+
+    matcher: Matcher | None
+    epoch: int
+    retired: np.ndarray
 
 
 @dataclass(frozen=True)

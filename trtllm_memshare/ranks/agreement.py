@@ -81,6 +81,14 @@ class RankAgreement:
         answers = self._communicator.gather(holds)
         return bool(self._communicator.broadcast(answers is not None and all(answers)))
 
+    def same_choice(self, choice: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+        """Rank 0's choice of pages to give up, on every rank; each rank asks at the same points of its schedule.
+
+        Each rank ranks pages by its own layers and heads; the rooms that bound the choice are the same everywhere.
+        """
+        chosen: list[tuple[int, np.ndarray]] = self._communicator.broadcast(choice)
+        return chosen
+
     def decide(
         self,
         candidates: Sequence[Candidate],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest
+from trtllm_memshare.search.pressure import Spread
 
 MAX_PAIRS = 4096
 """Most pairs that buffers are made for."""
@@ -17,7 +18,7 @@ class MemShareConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: Literal["off", "paper", "aligned", "lexical", "drop-duplicate"] = "aligned"
+    preset: Literal["off", "pressure", "paper", "aligned", "lexical", "drop-duplicate"] = "aligned"
     shadow: bool = Field(False, description="search and report, share nothing")
 
     direction: Literal["keep-latest", "keep-earliest"] = Field(
@@ -47,6 +48,9 @@ class MemShareConfig(BaseModel):
 
     protected_tokens: int = Field(64, ge=0, description="most recent tokens that are never retired")
     protected_steps: int = Field(2, ge=0, description="most recent whole steps that are never retired")
+    max_protected_tokens: int = Field(
+        256, ge=0, description="most tokens that protected_steps protect: a step that never ends must not hold memory"
+    )
     settled_tokens: int = Field(
         0, ge=0, description="tokens written after a copy before the block it replaces is given up"
     )
@@ -60,12 +64,29 @@ class MemShareConfig(BaseModel):
         description="entry of a retired page: the null page (forgotten), the page that stands in for it (as in the "
         "paper), or nothing (runners that skip entries)",
     )
-    read_null: bool = Field(
-        False, description="read null entries where the runner could skip them: the same result for more work"
-    )
     scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
     search_interval: int = Field(6, ge=1, description="decode steps between two searches")
     max_pairs: int = Field(64, ge=1, le=MAX_PAIRS, description="most candidate pairs compared in one search")
+
+    pressure: bool = Field(
+        False, description="give pages up when the pool runs short, before a request is paused; nothing before that"
+    )
+    high_watermark: float = Field(0.97, gt=0, le=1, description="pool use that the next step must not pass")
+    low_watermark: float = Field(0.92, gt=0, le=1, description="pool use down to which pages are given up then")
+    min_kept: float = Field(0.5, ge=0, le=1, description="share of its generated pages that a request keeps at least")
+    need: Literal[
+        "redundancy",
+        "attention-redundancy",
+        "surprisal-redundancy",
+        "attention-surprisal-redundancy",
+        "attention",
+        "surprisal",
+        "age",
+        "random",
+    ] = Field("redundancy", description="how pages are ranked once exact repeats have gone")
+    spread: Spread = Field(
+        "need", description="who gives first: whose page is needed least, the longest request, or all equally"
+    )
 
     control: Literal["none", "random", "streaming", "snapkv", "rkv"] = Field(
         "none", description="an experiment's control in place of sharing; never meant for serving"
@@ -80,6 +101,25 @@ class MemShareConfig(BaseModel):
     observation_tokens: int = Field(8, ge=1, le=128, description="controls snapkv and rkv: recent queries that score")
     control_seed: int = 0
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> MemShareConfig:
+        """Settings of which one alone says too little."""
+        if self.low_watermark > self.high_watermark:
+            raise ValueError(
+                f"low_watermark must not be above high_watermark, got {self.low_watermark} and {self.high_watermark}"
+            )
+        if self.pressure != (self.preset == "pressure"):
+            raise ValueError(
+                f"pressure belongs to the preset pressure, got pressure {self.pressure} with preset {self.preset} "
+                f"(choose --preset pressure)"
+            )
+        if self.pressure and self.retired_becomes == "alias":
+            raise ValueError(
+                "pages that are given up under pressure have no page to stand in for them, got retired_becomes alias "
+                "(choose null or dropped)"
+            )
+        return self
+
     @property
     def shares(self) -> bool:
         """True when decisions change block tables."""
@@ -87,11 +127,25 @@ class MemShareConfig(BaseModel):
 
     @property
     def searches(self) -> bool:
+        """True when pairs of blocks are looked for while there is room in the pool."""
+        return self.preset not in ("off", "pressure")
+
+    @property
+    def matches(self) -> bool:
+        """True when stage 1 keeps the tokens of each request."""
         return self.preset != "off"
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {"preset": "off"},
+    # The last 128 tokens stay, as in the study of what real models can do without (docs/pressure.md).
+    "pressure": {
+        "preset": "pressure",
+        "pressure": True,
+        "retired_becomes": "null",
+        "protected_tokens": 128,
+        "protected_steps": 0,
+    },
     # Our reconstruction: the paper's thresholds and alignment are not public (DESIGN section 4).
     "paper": {
         "preset": "paper",

@@ -77,10 +77,13 @@ class BlockMatcher(ABC):
     def protected_from(self) -> int:
         """First protected position: the start of the last whole ``protected_steps`` steps or tokens.
 
-        Steps are known up to the last ``_advance``: one that started since then protects a little more, never less.
+        Steps protect ``max_protected_tokens`` at most: text in which none ends, such as one word for ever, is where
+        memory has to stay flat. They are known up to the last ``_advance``: one that started since then protects a
+        little more, never less.
         """
         starts, back = self._history.step_starts, self._config.protected_steps
         by_steps = self._history.num_tokens if back == 0 else starts[-back - 1] if len(starts) > back else 0
+        by_steps = max(by_steps, self._history.num_tokens - self._config.max_protected_tokens)
         return min(by_steps, self._history.num_tokens - self._config.protected_tokens)
 
     def settle(self, logical_block: int) -> None:

@@ -21,7 +21,7 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.serving.null_entries import settle_null_entries
+from trtllm_memshare.serving.pressure import find_null_pages, open_pressure
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -56,6 +56,7 @@ class Executor:
 
     Attributes:
       last_batch: of the last step that ran the model, None before the first.
+      pressure: gives up pages when the pool runs short; None where the settings ask for none.
       has_failed: a step of the loop raised; the loop has ended.
 
     Raises:
@@ -79,8 +80,7 @@ class Executor:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
         self._runner = runner
         self._max_seq_len = max_seq_len
-        self.config, null_pages = settle_null_entries(config, runner)
-        config = self.config
+        self.config = config
         self.manager = KVCacheManager(
             runner.num_blocks,
             runner.num_layers,
@@ -88,11 +88,17 @@ class Executor:
             -(-max_seq_len // runner.tokens_per_block),
             max_batch_size,
             config,
-            make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.searches else None,
-            null_pages,
+            make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.matches else None,
+            find_null_pages(config, runner),
         )
+        self.pressure = open_pressure(self.manager, config, runner, agreement)
         self._scheduler = Scheduler(
-            self.manager, scheduler_policy, max_batch_size, max_num_tokens, getattr(runner, "chunk_unit_size", 1)
+            self.manager,
+            scheduler_policy,
+            max_batch_size,
+            max_num_tokens,
+            getattr(runner, "chunk_unit_size", 1),
+            self.pressure,
         )
         control = make_control(self.manager, config, runner) if make_control is not None else None
         self.sharing = Sharing(self.manager, config, agreement, control)
@@ -175,13 +181,14 @@ class Executor:
             num_paused=sum(s.num_pauses > 0 for s in list(self._scheduler.waiting)),
             num_steps=self.stats.num_steps,
             num_finished=self.stats.num_finished,
-            max_blocks=self._runner.num_blocks,
+            max_blocks=pool.num_usable,
             used_blocks=pool.num_used,
             tokens_per_block=self._runner.tokens_per_block,
             shared_blocks=self.manager.stats().shared,
             search_seconds=self.stats.search_seconds,
             num_candidates=self.sharing.policy.num_candidates,
             refused={**self.rejected, **self.manager.stats().refused},
+            pressure=None if self.pressure is None else self.pressure.status(running),
         )
 
     @property
@@ -208,9 +215,11 @@ class Executor:
         self._advance(schedule, states, output.logits)  # waits for the device
         self.sharing.take_distances(distances)
         self.sharing.take_attention(output.block_attention)
-        self.stats.record_step(
-            started, time.perf_counter(), self.manager.pool.num_used, len(states), self.sharing.seconds
-        )
+        seconds = self.sharing.seconds
+        if self.pressure is not None:
+            self.pressure.observe_attention(output.block_attention)
+            seconds += self.pressure.seconds
+        self.stats.record_step(started, time.perf_counter(), self.manager.pool.num_used, len(states), seconds)
 
     def run_until_idle(self) -> None:
         """Steps until every request has ended."""
@@ -276,19 +285,19 @@ class Executor:
         starts = [s.num_computed for s, _ in schedule.contexts] + [len(s.tokens) - 1 for s in schedule.generations]
         spans = list(zip(states, starts, chunks, strict=True))
         pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
-        request_ids, lengths = [s.request_id for s in states], np.array([b + c for _, b, c in spans], np.int32)
+        request_ids, lengths = [s.request_id for s in states], [b + c for _, b, c in spans]
         self.manager.cross_bands(request_ids, lengths)
+        observes = self.sharing.observes_attention or (self.pressure is not None and self.pressure.observes_attention)
         batch = StepBatch(
             input_ids=np.fromiter((t for s, b, c in spans for t in s.tokens[b : b + c]), np.int32, sum(chunks)),
             position_ids=np.fromiter((p for _, b, c in spans for p in range(b, b + c)), np.int32, sum(chunks)),
             num_contexts=len(schedule.contexts),
             chunk_lengths=np.array(chunks, np.int32),
-            sequence_lengths=lengths,
+            sequence_lengths=np.array(lengths, np.int32),
             block_offsets=self.manager.block_offsets(request_ids),
             pairs=pairs,
             count_aliases=self.config.count_aliases,
-            read_null=self.config.read_null,
-            observe_attention=self.sharing.observes_attention,
+            observe_attention=observes,
             context_lengths=np.array(
                 [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32
             ),
@@ -307,6 +316,8 @@ class Executor:
         rows = [i for i, s in enumerate(states) if s.num_computed == len(s.tokens)]
         chosen = logits if len(rows) == len(states) else logits[rows]
         sampled = self._sampler.sample(chosen, [states[i] for i in rows])
+        if self.pressure is not None:
+            self.pressure.observe_tokens(chosen, [states[i] for i in rows], sampled)
         wanted = any(states[i].params.log_probs for i in rows)
         log_probs: Sequence[float | None] = token_log_probs(chosen, sampled) if wanted else [None] * len(rows)
         now = time.perf_counter()
@@ -328,6 +339,8 @@ class Executor:
         now = time.perf_counter()
         record = self.manager.remove_sequence(state.request_id) if in_cache else SharingRecord(0, 0)
         self._sampler.forget(state.request_id)
+        if self.pressure is not None:
+            self.pressure.forget(state.request_id)
         first = state.first_token_at if state.first_token_at is not None else now
         stats = RequestStats(
             first - state.submitted_at,

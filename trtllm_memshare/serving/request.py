@@ -18,6 +18,8 @@ class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those off.
 
     ``stop_sequences``: token sequences that end the request once generated; ``bad_words``: ones never generated.
+    ``min_kept``: share of its generated pages, in [0, 1], that this request keeps under pressure; None = as configured.
+    ``memshare``: False keeps this request's cache whole, whatever the settings.
     ``min_new_tokens``: stop tokens are not chosen before. ``repetition_penalty`` divides the positive logits of tokens
     that have occurred, prompt included, and multiplies their negative ones; ``presence_penalty`` is subtracted from
     them, ``frequency_penalty`` once for each occurrence. ``log_probs``: keep each token's, see ``token_log_probs``.
@@ -31,6 +33,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    min_kept: float | None = None
+    memshare: bool = True
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

@@ -9,7 +9,9 @@ frees admit requests under both; TensorRT-LLM's own scheduler gains under ``MAX_
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +31,22 @@ class Schedule:
     generations: list[RequestState] = field(default_factory=list)
 
 
+class Relief(Protocol):
+    """What frees blocks before anybody is paused or left waiting: ``serving.pressure``."""
+
+    def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
+        """Makes room for the next token of the running requests."""
+
+    def free_for_running(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
+        """Frees blocks for a request that goes on; False if there are no more to be had."""
+
+    def free_for_waiting(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
+        """Frees blocks for a request to be admitted: all of them, or none and False."""
+
+    def least_blocks(self, state: RequestState) -> int:
+        """Blocks with which a request can reach its longest possible end."""
+
+
 class Scheduler:
     """Owns the order of requests; the manager owns the blocks.
 
@@ -38,6 +56,7 @@ class Scheduler:
       max_batch_size: most requests in flight.
       max_num_tokens: most tokens of one step, which bounds the context chunks.
       chunk_unit_size: context chunks but the last are a multiple of it; TensorRT-LLM's name and rule.
+      relief: frees blocks under pressure; None = a request that finds none is paused.
     """
 
     def __init__(
@@ -47,7 +66,9 @@ class Scheduler:
         max_batch_size: int,
         max_num_tokens: int,
         chunk_unit_size: int = 1,
+        relief: Relief | None = None,
     ) -> None:
+        self._relief = relief
         self._chunk_unit_size = chunk_unit_size
         self._manager = manager
         self._policy = policy
@@ -62,6 +83,8 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Makes room for the next token of running requests, admits waiting ones, and cuts context chunks."""
+        if self._relief is not None:
+            self._relief.before_step(self.running, len(self.waiting))
         self._extend_generations()
         self._admit()
         step = Schedule()
@@ -69,7 +92,7 @@ class Scheduler:
         budget = self._max_num_tokens - len(step.generations)
         for state in self.running:
             if state.phase is Phase.CONTEXT and budget > 0:
-                remaining = len(state.tokens) - state.num_computed
+                remaining = self._manager.room_for_chunk(state.request_id)
                 chunk = remaining if remaining <= budget else budget - budget % self._chunk_unit_size
                 if chunk == 0:
                     break  # what is left of the step is less than a unit
@@ -87,6 +110,8 @@ class Scheduler:
             state = self.running[index]
             if state.phase is Phase.GENERATION:
                 while not self._manager.append_tokens(state.request_id, state.tokens[-1:]):
+                    if self._relief is not None and self._relief.free_for_running(1, self.running):
+                        continue
                     victim = self.running[-1]
                     self._pause(victim)
                     if victim is state:
@@ -105,7 +130,11 @@ class Scheduler:
         while self.waiting and len(self.running) < self._max_batch_size and self._has_room(self.waiting[0]):
             state = self.waiting.popleft()
             added = self._manager.add_sequence(
-                state.request_id, np.asarray(state.tokens, np.int32), len(state.prompt), state.group
+                state.request_id,
+                np.asarray(state.tokens, np.int32),
+                len(state.prompt),
+                state.group if state.params.memshare else None,
+                state.params.memshare,
             )
             if not added:
                 self.waiting.appendleft(state)
@@ -114,10 +143,21 @@ class Scheduler:
             self.running.append(state)
 
     def _has_room(self, state: RequestState) -> bool:
-        manager, free = self._manager, self._manager.num_free_blocks
+        """Whether a request can be admitted now; under pressure, after others have given up pages for it."""
+        manager, relief, running = self._manager, self._relief, self.running
         if self._policy == GUARANTEED_NO_EVICT:
-            owed = sum(manager.blocks_for(s.max_tokens) - manager.logical_blocks(s.request_id) for s in self.running)
-            return manager.blocks_for(state.max_tokens) + owed <= free
-        # One block of headroom for each running request: all of them, and the new one, then get at least a block's
-        # worth of tokens further before anybody is paused again.
-        return manager.blocks_for(len(state.tokens) + 1) + len(self.running) <= free
+            if relief is not None:
+                # Every request can be brought down to its floor, so that is what it holds in the end.
+                owed = sum(relief.least_blocks(s) for s in running)
+                if relief.least_blocks(state) + owed > manager.pool.num_usable:
+                    return False
+                needed = manager.blocks_to_add(state.request_id, len(state.tokens))
+            else:
+                owed = sum(manager.blocks_for(s.max_tokens) - manager.logical_blocks(s.request_id) for s in running)
+                needed = manager.blocks_for(state.max_tokens) + owed
+        else:
+            # One block of headroom for each running request: all of them, and the new one, then get at least a
+            # block's worth of tokens further before anybody is paused again.
+            needed = manager.blocks_to_add(state.request_id, len(state.tokens) + 1) + len(running)
+        short = needed - manager.num_free_blocks
+        return short <= 0 or (relief is not None and relief.free_for_waiting(short, running))

@@ -60,6 +60,7 @@ class ExecutorStatus:
       num_context_tokens: tokens of requests still in their context phase.
       num_pauses, num_steps, num_finished, shared_blocks, num_candidates: totals.
       refused: total candidates and decisions turned down, by reason.
+      pressure: what was given up and why; None where the settings ask for none.
     """
 
     num_active: int
@@ -78,3 +79,29 @@ class ExecutorStatus:
     search_seconds: float
     num_candidates: int
     refused: dict[str, int]
+    pressure: PressureStatus | None = None
+
+
+@dataclass(frozen=True)
+class PressureStatus:
+    """Pressure at this moment, and totals since the start.
+
+    Attributes:
+      is_active: pages were given up, and use has not fallen to the low watermark by itself since.
+      retired_pages: total pages given up, by reason: ``repeated`` or ``needed_least``.
+      num_episodes: times that pressure began.
+      num_pauses_avoided: times that running requests got pages without a pause because others were given up.
+      num_admitted: times that a waiting request was let in on pages that others gave up.
+      num_at_floor: running requests that may give up nothing more at present.
+      retired_now: pages that the running requests do without.
+      bytes_saved_now: memory of these.
+    """
+
+    is_active: bool
+    retired_pages: dict[str, int]
+    num_episodes: int
+    num_pauses_avoided: int
+    num_admitted: int
+    num_at_floor: int
+    retired_now: int
+    bytes_saved_now: int

@@ -1,0 +1,245 @@
+"""Pressure on the bundled model and on a runner without one: room, floors, admission, statistics, settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
+
+from trtllm_memshare.cache.null_pages import NullPages
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.need import find_need
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.page_facts import PageLedger
+from trtllm_memshare.serving.redundancy_source import ValueRedundancy
+from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT, MAX_UTILIZATION
+
+SIZE = 8
+TEXTS = BoundaryTokens.from_texts(["a", "b", "\n", ". ", *(f"w{i}" for i in range(VOCAB_SIZE - 4))])
+QUICK = {"need": "age", "retired_becomes": "dropped", "protected_tokens": 16, "min_run_tokens": 500}
+
+
+def make_executor(num_blocks, policy=MAX_UTILIZATION, most=8, depends_on_reads=False, **changes):
+    runner = ReadingRunner(num_blocks, SIZE, depends_on_reads)
+    executor = Executor(runner, make_config("pressure", **{**QUICK, **changes}), TEXTS, 320, most, 64, policy)
+    runner.manager = executor.manager
+    return executor
+
+
+def submit(executor, count, new_tokens=200, prompt_tokens=16, **params):
+    prompts = [[first, *repeating_text(first + 1000)[1:prompt_tokens]] for first in range(4, 4 + count)]
+    return [executor.submit(p, SamplingParams(new_tokens, **params)) for p in prompts]
+
+
+def test_with_room_tokens_are_those_of_the_full_cache():
+    outputs = []
+    for preset, changes in (("off", {}), ("pressure", QUICK)):
+        runner = ReadingRunner(400, SIZE, depends_on_reads=True)
+        executor = Executor(runner, make_config(preset, **changes), TEXTS, 320, 8, 64)
+        handles = submit(executor, 6)
+        executor.run_until_idle()
+        outputs.append([h.result(0).token_ids for h in handles])
+    assert outputs[0] == outputs[1]
+    assert executor.pressure.stats.num_episodes == 0
+    assert executor.pressure.stats.retired_pages == {"repeated": 0, "needed_least": 0}
+
+
+def test_nobody_is_paused_where_floors_fit(caplog):
+    """Six requests of 27 blocks over 90: the full cache pauses, pressure ends with all of them at 15 or so."""
+    full = Executor(ReadingRunner(110, SIZE), make_config("off"), TEXTS, 320, 8, 64)
+    submit(full, 6)
+    full.run_until_idle()
+    assert full.stats.num_pauses > 0
+    executor = make_executor(110)
+    handles = submit(executor, 6)
+    saved = []
+    with caplog.at_level(logging.INFO, "trtllm_memshare.pressure"):
+        while executor.has_work:
+            executor.step()
+            executor.manager.check_integrity()
+            saved.append(executor.status().pressure)
+    assert executor.stats.num_pauses == 0
+    for handle, first in zip(handles, range(4, 10), strict=True):
+        assert handle.result(0).token_ids == repeating_text(first)[16:216]
+        record = handle.result(0).stats.sharing
+        assert 0 < record.retired_blocks <= record.generated_blocks / 2
+    assert max(s.retired_now for s in saved) > 20
+    assert saved[-1].retired_now == 0
+    assert saved[-1].retired_pages["needed_least"] == sum(h.result(0).stats.sharing.retired_blocks for h in handles)
+    events = [json.loads(r.message)["event"] for r in caplog.records]
+    assert events[0] == "pressure_begins"
+    assert events == ["pressure_begins", "pressure_ends"] * (len(events) // 2)
+    assert saved[-1].num_episodes == len(events) // 2
+
+
+def test_guaranteed_no_evict_admits_by_floors_and_pauses_nobody():
+    in_flight = {}
+    for kept in (1.0, 0.5, 0.25):
+        executor = make_executor(110, GUARANTEED_NO_EVICT, min_kept=kept)
+        submit(executor, 8)
+        in_flight[kept] = 0
+        while executor.has_work:
+            executor.step()
+            executor.manager.check_integrity()
+            in_flight[kept] = max(in_flight[kept], executor.status().num_active)
+        assert executor.stats.num_pauses == 0
+    assert in_flight[1.0] < in_flight[0.5] < in_flight[0.25]
+
+
+def test_a_waiting_request_is_admitted_on_pages_that_others_give_up():
+    executor = make_executor(60, high_watermark=1.0, low_watermark=1.0)
+    first = submit(executor, 2, new_tokens=250)
+    for _ in range(150):
+        executor.step()
+    assert executor.pressure.stats.num_episodes == 0
+    waiting = submit(executor, 2, new_tokens=40, prompt_tokens=96)
+    while not executor.pressure.stats.num_admitted and executor.has_work:
+        executor.step()
+    executor.run_until_idle()
+    assert executor.pressure.stats.num_admitted >= 1
+    assert executor.stats.num_pauses == 0
+    assert all(len(h.result(0).token_ids) for h in [*first, *waiting])
+
+
+@pytest.mark.parametrize("own", [{"min_kept": 1.0}, {"memshare": False}])
+def test_a_request_can_keep_all_of_its_pages(own):
+    executor = make_executor(110)
+    handles = submit(executor, 5)
+    [whole] = submit(executor, 1, **own)
+    executor.run_until_idle()
+    assert whole.result(0).stats.sharing.retired_blocks == 0
+    assert sum(h.result(0).stats.sharing.retired_blocks for h in handles) > 0
+
+
+def test_a_request_may_keep_less_than_the_others():
+    executor = make_executor(110, min_kept=0.9)
+    handles = submit(executor, 5)
+    [small] = submit(executor, 1, min_kept=0.2)
+    executor.run_until_idle()
+    assert small.result(0).stats.sharing.retired_blocks > max(h.result(0).stats.sharing.retired_blocks for h in handles)
+
+
+def test_exact_repeats_go_first():
+    executor = make_executor(110, min_run_tokens=8, shingle_tokens=4)
+    watched = []
+    executor.pressure.watch = watched.append
+    submit(executor, 6)
+    executor.run_until_idle()
+    assert watched[0].repeated.all()
+    stats = executor.pressure.stats.retired_pages
+    assert stats["repeated"] > 0
+    assert sum(int(r.repeated.sum()) for r in watched) == stats["repeated"]
+
+
+def test_a_request_that_comes_back_takes_what_it_held():
+    executor = make_executor(110)
+    submit(executor, 6)
+    while executor.status().pressure.retired_now < 20:
+        executor.step()
+    scheduler, manager = executor._scheduler, executor.manager
+    state = max(scheduler.running, key=lambda s: manager.page_counts(s.request_id)[1])
+    held, free = manager.logical_blocks(state.request_id), manager.num_free_blocks
+    retired = manager.page_counts(state.request_id)[1]
+    assert retired > 0
+    scheduler._pause(state)
+    assert manager.num_free_blocks == free + held - retired
+    assert manager.blocks_to_add(state.request_id, len(state.tokens)) <= held - retired + 1
+    executor.run_until_idle()
+
+
+def test_the_bundled_model_answers_with_less_memory(bundled_model, boundaries, prompts):
+    model, answers = load_model(bundled_model), []
+    for preset, changes in (("off", {}), ("pressure", {"retired_becomes": "dropped", "protected_tokens": 64})):
+        runner = TorchRunner(model, 100, 16)
+        executor = Executor(runner, make_config(preset, **changes), boundaries, 2304)
+        handles = [executor.submit(p, SamplingParams(800, stop_token_ids=(1,))) for p in prompts[:4]]
+        executor.run_until_idle()
+        answers.append([h.result(0).token_ids[-8:] for h in handles])
+        pauses = executor.stats.num_pauses
+        if preset == "off":
+            assert pauses > 0
+    assert pauses == 0
+    assert sum(executor.pressure.stats.retired_pages.values()) > 20
+    assert sum(a == b for a, b in zip(*answers, strict=True)) >= 3
+
+
+class Manager:
+    """The pages of one request, as ``ValueRedundancy`` asks for them."""
+
+    tokens_per_block = 4
+
+    def __init__(self, blocks, first):
+        self.blocks, self.first = np.array(blocks), first
+
+    def generated_pages(self, request_id):
+        return self.first, len(self.blocks), self.blocks
+
+
+def test_redundancy_is_the_largest_cosine_with_a_later_token():
+    torch.manual_seed(0)
+    pool = torch.randn(9, 3, 2, 2, 4, 8)
+    pool[6, :, 1] = pool[2, :, 1]  # page 4 repeats page 1, K apart
+    pool[4, :, 1, :, 1] = pool[5, :, 1, :, 0] * 3  # one token of page 2 points where one of page 3 does
+    manager = Manager([1, 2, 4, 5, 6, 7], 1)
+    source = ValueRedundancy(manager, pool)
+    manager.blocks = manager.blocks[:3]
+    source.catch_up([7])
+    manager.blocks = np.array([1, 2, 4, 5, 6, 7])
+    source.catch_up([7])
+    found = source.redundancy(7, np.arange(1, 6))
+    assert found[0] == pytest.approx(1.0, abs=1e-5)
+    assert found[1] > found[2]
+    assert (found[1:] < 0.95).all()
+    values = torch.cat([pool[[2, 4, 5, 6, 7]][:, layer, 1] for layer in range(3)], 1).permute(0, 2, 1, 3).flatten(2)
+    signatures = torch.nn.functional.normalize((values.flatten(0, 1) @ source._projection), dim=-1)
+    cosines = (signatures @ signatures.T).masked_fill(torch.ones(20, 20).tril().bool(), -1.0)
+    np.testing.assert_allclose(found, cosines.amax(1).view(5, 4).mean(1), atol=1e-5)
+    source.forget(7)
+    assert not source._requests
+
+
+def test_surprisal_of_a_page_adds_up_over_its_tokens():
+    ledger = PageLedger(find_need("surprisal"), 4, 8, 0, None)
+
+    class State:
+        request_id, tokens = 3, [0] * 6
+
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
+    for token in (0, 1, 1):
+        ledger.observe_tokens(logits, [State], [token])
+        State.tokens = [*State.tokens, token]
+    facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]))
+    np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
+
+
+def test_attention_starts_anew_in_a_block_that_was_freed():
+    ledger = PageLedger(find_need("attention-redundancy"), 4, 3, 0, None)
+    generations = np.zeros(3, np.int32)
+    ledger.observe_attention(np.array([0.5, 0.1, 0.0], np.float32), generations)
+    generations[0] = 1
+    ledger.observe_attention(np.array([0.2, 0.3, 0.0], np.float32), generations)
+    facts = ledger.facts(0, np.array([5, 6]), np.array([0, 1]))
+    np.testing.assert_allclose(facts.attention, [0.2, 0.2], rtol=1e-6)
+
+
+def test_what_cannot_be_served_is_refused():
+    runner = ReadingRunner(60, SIZE)
+    with pytest.raises(UserError, match="null pages, got an engine that has none"):
+        Executor(runner, make_config("pressure", need="age"), TEXTS, 320)
+    runner.null_pages = NullPages([0], [0, 320])
+    with pytest.raises(UserError, match="does not show its pool"):
+        Executor(runner, make_config("pressure"), TEXTS, 320)
+    with pytest.raises(UserError, match="low_watermark must not be above"):
+        make_config("pressure", high_watermark=0.5)
+    with pytest.raises(UserError, match="preset pressure"):
+        make_config("aligned", pressure=True)
+    with pytest.raises(UserError, match="retired_becomes alias"):
+        make_config("pressure", retired_becomes="alias")

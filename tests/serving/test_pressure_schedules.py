@@ -1,0 +1,238 @@
+"""Random schedules of the whole executor under pressure: floors, null entries, watermarks and resumes hold throughout.
+
+About 5,000 operations in an ordinary run; ``MEMSHARE_SCHEDULE_OPERATIONS=100000`` for a long one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+from fakes.reading_runner import MAX_TOKENS, PHRASES, VOCAB_SIZE, ReadingRunner, repeating_text
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from trtllm_memshare.cache.null_pages import NullPages
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.request import Phase, SamplingParams
+from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT, POLICIES
+
+SIZE = 8
+MAX_LEN = 40 * SIZE
+BOUNDARIES = BoundaryTokens.from_texts(["a", "b", "\n", ". ", *(f"w{i}" for i in range(VOCAB_SIZE - 4))])
+OPERATIONS = int(os.environ.get("MEMSHARE_SCHEDULE_OPERATIONS", "5000"))
+MOST_REQUESTS = 8
+OPERATIONS_AN_EXAMPLE = 500
+"""Steps of the executor, for the most part: every request is followed to its end."""
+
+
+class PressureMachine(RuleBasedStateMachine):
+    """Submits, steps, cancels and pauses in any order, over pools of any tightness."""
+
+    @initialize(data=st.data())
+    def start(self, data):
+        def draw(*choices):
+            return data.draw(st.sampled_from(choices))
+
+        self.becomes = draw("null", "null", "dropped")
+        high = draw(0.7, 0.9, 1.0, 1.0)
+        self.config = make_config(
+            "pressure",
+            retired_becomes=self.becomes,
+            need=draw("age", "random", "surprisal"),
+            spread=draw("need", "longest", "equal"),
+            min_kept=draw(0.0, 0.25, 0.5, 0.5, 0.75, 1.0),
+            high_watermark=high,
+            low_watermark=min(high, draw(0.5, 0.7, 0.9)),
+            protected_tokens=draw(0, 4, 16),
+            protected_steps=draw(0, 2),
+            max_protected_tokens=draw(16, 48),
+            min_run_tokens=draw(4, 8),
+            shingle_tokens=4,
+        )
+        unit, most = draw(1, 1, SIZE), data.draw(st.integers(2, 6))
+        num_blocks = data.draw(st.integers(42, 70))
+        runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit)
+        if self.becomes == "null":
+            runner.null_pages = NullPages([0, 1], [0, MAX_LEN // 2, MAX_LEN])
+        self.policy = draw(*POLICIES)
+        self.executor = Executor(
+            runner, self.config, BOUNDARIES, MAX_LEN, most, data.draw(st.integers(max(most, 2 * unit), 40)), self.policy
+        )
+        self.manager = runner.manager = self.executor.manager
+        self.pressure = self.executor.pressure
+        self.scheduler = self.executor._scheduler
+        self.requests, self.held_at_pause, self.retired_at_pause = {}, {}, {}
+        self.is_forced = False
+        self.pressure.watch = self.check_retirement
+        self._watch_pauses()
+
+    def _watch_pauses(self):
+        pause = self.scheduler._pause
+
+        def watched(state):
+            if not self.is_forced:
+                assert self.policy != GUARANTEED_NO_EVICT, "paused although its floor was reserved"
+                for other in self.scheduler.running:
+                    assert not self.pages_above_floor(other), "paused while a request was above its floor"
+            sequence = self.manager._sequences[state.request_id]
+            self.held_at_pause[state.request_id] = self.blocks_held(state.request_id)
+            self.retired_at_pause[state.request_id] = set(
+                np.flatnonzero(sequence.retired | sequence.to_retire).tolist()
+            )
+            pause(state)
+
+        self.scheduler._pause = watched
+
+    # What the rules of the method say, worked out anew from the tables.
+
+    def min_kept(self, state):
+        if not state.params.memshare:
+            return 1.0
+        return self.config.min_kept if state.params.min_kept is None else state.params.min_kept
+
+    def blocks_held(self, request_id):
+        table = self.manager.block_table(request_id)
+        return int(((table >= 0) & ~self.manager.pool.is_null[table]).sum())
+
+    def floor(self, state, num_generated):
+        return math.ceil(self.min_kept(state) * num_generated - 1e-9)
+
+    def pages_above_floor(self, state):
+        """How many pages a request could give up by the method's rules."""
+        if state.phase is not Phase.GENERATION or not state.params.memshare:
+            return 0
+        sequence = self.manager._sequences[state.request_id]
+        first, full = sequence.first_generated_block, sequence.num_computed // SIZE
+        kept = [p for p in range(first, full) if not sequence.retired[p]]
+        self.manager.match(state.request_id)
+        end = min(sequence.matcher.protected_from(), sequence.num_computed) // SIZE
+        return max(0, min(len([p for p in kept if p < end]), len(kept) - self.floor(state, max(0, full - first))))
+
+    def check_retirement(self, retirement):
+        state = self.requests[retirement.request_id][0]
+        sequence = self.manager._sequences[retirement.request_id]
+        assert state.params.memshare
+        assert state.phase is Phase.GENERATION
+        first, full = sequence.first_generated_block, sequence.num_computed // SIZE
+        assert retirement.pages.min() >= first, "a prompt page went"
+        recent = sequence.num_computed + 1 - self.config.protected_tokens
+        assert (retirement.pages.max() + 1) * SIZE <= max(recent, first * SIZE), "a protected page went"
+        kept = int((~sequence.retired[first:full]).sum())
+        assert kept >= self.floor(state, full - first), "a request is below its floor"
+        assert self.manager.pool.num_free > 0
+
+    # Rules.
+
+    @precondition(lambda self: len(self.requests) < MOST_REQUESTS)
+    @rule(data=st.data(), min_kept=st.sampled_from([None, None, 0.9, 0.1]), shares=st.sampled_from([True, True, False]))
+    def submit(self, data, min_kept, shares):
+        first = data.draw(st.integers(4, 12))
+        prompt = [first, *repeating_text(first + 1000)[1 : data.draw(st.integers(1, 60))]]
+        new = data.draw(st.sampled_from([1, 60, 200, MAX_LEN, MAX_LEN]))
+        stop = data.draw(st.sampled_from([(), (), (PHRASES[3][3],)]))
+        params = SamplingParams(
+            min(new, MAX_LEN - len(prompt)), stop_token_ids=stop, min_kept=min_kept, memshare=shares
+        )
+        try:
+            handle = self.executor.submit(prompt, params)
+        except UserError:
+            assert len(prompt) + params.max_new_tokens > self.manager.pool.num_usable * SIZE - 2 * SIZE
+            return
+        self.requests[handle.request_id] = (self.executor._submitted[-1], prompt, handle)
+
+    @rule(count=st.integers(1, 15))
+    def step(self, count):
+        for _ in range(count):
+            self.executor.step()
+            self.check()
+
+    @precondition(lambda self: len(self.requests) < MOST_REQUESTS)
+    @rule(count=st.integers(1, 4))
+    def burst(self, count):
+        for first in range(4, 4 + count):
+            prompt = [first, *repeating_text(first + 1000)[1:20]]
+            handle = self.executor.submit(prompt, SamplingParams(MAX_LEN - 20))
+            self.requests[handle.request_id] = (self.executor._submitted[-1], prompt, handle)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.requests[data.draw(st.sampled_from(sorted(self.requests)))][2].cancel()
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def pause(self, data):
+        state = data.draw(st.sampled_from(range(len(self.scheduler.running))))
+        self.is_forced = True
+        self.scheduler._pause(self.scheduler.running[state])
+        self.is_forced = False
+        self.check()
+
+    def check(self):
+        manager, pool = self.manager, self.manager.pool
+        manager.check_integrity()
+        assert {s.request_id for s in self.scheduler.running} == set(manager._sequences)
+        for state in self.scheduler.running:
+            sequence = manager._sequences[state.request_id]
+            seen = sequence.matcher.num_tokens + len(sequence.unmatched) if sequence.matcher else None
+            known = max(sequence.num_tokens, sequence.num_context_tokens)
+            assert seen is None or seen == known
+            if sequence.matcher:
+                stage_1 = sequence.matcher.tokens(0, sequence.matcher.num_tokens).tolist() + sequence.unmatched
+                assert stage_1 == state.tokens[:known]
+            table = manager.block_table(state.request_id)
+            gone = (table < 0) | pool.is_null[table]
+            assert not gone[: sequence.first_generated_block].any(), "a prompt page is gone"
+            assert (gone == sequence.retired[: len(table)]).all()
+            full = max(sequence.first_generated_block, sequence.num_computed // SIZE)
+            kept = int((~sequence.retired[sequence.first_generated_block : full]).sum())
+            if sequence.is_generating:
+                assert kept >= self.floor(state, full - sequence.first_generated_block), "below the floor"
+            if state.request_id in self.held_at_pause:
+                self.check_return(state, sequence)
+
+    def check_return(self, state, sequence):
+        """A request that came back: as large as it was, and what it had given up is gone once it is computed."""
+        held, retired = self.held_at_pause[state.request_id], self.retired_at_pause[state.request_id]
+        if sequence.num_computed < sequence.num_context_tokens:
+            # The token that had no room, and a block that was taken for it.
+            assert self.blocks_held(state.request_id) <= held + 1
+        elif sequence.num_context_tokens:
+            assert retired <= set(np.flatnonzero(sequence.retired).tolist())
+            del self.held_at_pause[state.request_id], self.retired_at_pause[state.request_id]
+
+    def teardown(self):
+        if not hasattr(self, "executor"):
+            return
+        progress, idle = None, 0
+        while self.executor.has_work:
+            states = [*self.scheduler.running, *self.scheduler.waiting]
+            now = sum(len(s.tokens) for s in states), self.executor.stats.num_finished
+            idle = idle + 1 if now == progress else 0
+            progress = now
+            assert idle < 400, "no progress for 400 steps"
+            self.executor.step()
+            self.check()
+        assert self.manager.pool.num_used == 0
+        assert not self.manager._parked
+        for state, prompt, handle in self.requests.values():
+            result = handle.result(0)
+            text = repeating_text(prompt[0])
+            assert result.token_ids == text[len(prompt) : len(prompt) + len(result.token_ids)]
+            assert len(state.tokens) <= MAX_TOKENS
+
+
+PressureMachine.TestCase.settings = settings(
+    max_examples=max(1, OPERATIONS // OPERATIONS_AN_EXAMPLE),
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+TestPressureMachine = PressureMachine.TestCase

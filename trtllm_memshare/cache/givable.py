@@ -1,0 +1,73 @@
+"""What a request could give up now: the cache's side of pressure, before anybody ranks anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trtllm_memshare.cache.block_pool import BlockPool
+from trtllm_memshare.cache.sequence import Sequence
+
+_HOPS = 16
+"""How far copies of copies are followed: a page counts as repeated as long as one of these is resident."""
+
+
+@dataclass(frozen=True)
+class GivablePages:
+    """Pages of one request that may go, and the counts that its floor is worked out from.
+
+    Attributes:
+      pages: int32 ``[n]``, ascending logical pages: full, generated, not protected, referred to by nobody else, and
+        not given up before.
+      repeated: bool ``[n]``, whether every token of the page stands once more, later, in what the request keeps.
+      num_generated: full pages of generated tokens, those given up included.
+      num_retired: how many of them were given up.
+    """
+
+    pages: np.ndarray
+    repeated: np.ndarray
+    num_generated: int
+    num_retired: int
+
+
+def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_repeats: bool) -> GivablePages:
+    """Looks at a request that is past its context.
+
+    Args:
+      sequence: its matcher has seen all of its tokens.
+      table: int32 ``[max_blocks_per_seq]``, its row of the block table; read only.
+      pool: read only.
+      find_repeats: ask stage 1 for exact repeats; it must match runs of tokens then.
+    """
+    size, first = pool.tokens_per_block, sequence.first_generated_block
+    full = max(first, sequence.num_computed // size)
+    num_retired = int(sequence.retired[first:full].sum())
+    if sequence.matcher is None:  # memory-sharing is off for this request
+        return GivablePages(np.zeros(0, np.int32), np.zeros(0, bool), full - first, num_retired)
+    end = min(sequence.matcher.protected_from(), sequence.num_computed) // size
+    pages = np.arange(first, max(first, end), dtype=np.int32)
+    pages = pages[~sequence.retired[pages]]
+    blocks = table[pages]
+    pages = pages[(pool.ref_count[blocks] == 1) & pool.is_full[blocks]]
+    repeated = np.zeros(len(pages), bool)
+    if find_repeats and len(pages):
+        ready = set(sequence.matcher.ready_blocks())
+        repeated = np.array([p in ready and _stands_again(sequence, p, size) for p in pages.tolist()], bool)
+    return GivablePages(pages, repeated, full - first, num_retired)
+
+
+def _stands_again(sequence: Sequence, page: int, size: int) -> bool:
+    """Whether each token of a page has an equal one that is kept; copies that went are followed to theirs."""
+    assert sequence.matcher is not None
+    positions = np.asarray(sequence.matcher.counterparts(page)[0]).copy()
+    for _ in range(_HOPS):
+        if (positions < 0).any() or (positions >= sequence.num_computed).any():
+            return False
+        gone = sequence.token_rows[positions] < 0
+        if not gone.any():
+            return not bool((positions // size == page).any())
+        for other in np.unique(positions[gone] // size).tolist():
+            there = gone & (positions // size == other)
+            positions[there] = np.asarray(sequence.matcher.counterparts(other)[0])[positions[there] % size]
+    return False

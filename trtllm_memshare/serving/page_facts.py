@@ -1,0 +1,128 @@
+"""Collects what the chosen need reads of each page: surprisal, attention, redundancy, age, or a draw.
+
+Only what the formula names is collected. Redundancy is worked out when pressure asks for it, so that a pool with room
+costs nothing; surprisal and attention have to be taken while tokens are generated.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.need import Need, PageFacts
+from trtllm_memshare.serving.request import RequestState
+from trtllm_memshare.serving.sampling import token_log_probs
+
+_MEASURED = ("position", "draw", "surprisal", "attention", "redundancy")
+
+
+class RedundancySource(Protocol):
+    """Knows how much of each page the request repeats later."""
+
+    def catch_up(self, request_ids: list[int]) -> None:
+        """Looks at the pages of requests that were filled since the last call, while all of them are resident."""
+
+    def redundancy(self, request_id: int, pages: np.ndarray) -> np.ndarray:
+        """float32 ``[len(pages)]``, the mean over a page's tokens of the largest cosine with a later token."""
+
+    def forget(self, request_id: int) -> None:
+        """Drops what is known of a request that ended."""
+
+
+class PageLedger:
+    """Facts about the pages of the requests in flight.
+
+    Args:
+      need: the formula that will be asked for.
+      tokens_per_block: tokens of a page.
+      num_blocks: of the pool.
+      seed: of the draws.
+      redundancy: where redundancy comes from; None if the formula does not read it.
+
+    Raises:
+      UserError: the formula reads a fact that serving does not measure.
+    """
+
+    def __init__(
+        self, need: Need, tokens_per_block: int, num_blocks: int, seed: int, redundancy: RedundancySource | None
+    ) -> None:
+        unknown = [fact for fact in need.facts if fact not in _MEASURED]
+        if unknown:
+            raise UserError(
+                f"serving does not measure {', '.join(unknown)} of a page, which this need reads (choose one over "
+                f"{', '.join(_MEASURED)})"
+            )
+        self._facts, self._size, self._seed = need.facts, tokens_per_block, seed
+        self._redundancy = redundancy
+        self.observes_attention = "attention" in need.facts
+        self.observes_tokens = "surprisal" in need.facts
+        self._surprisal: dict[int, np.ndarray] = {}
+        self._attention = np.zeros(num_blocks, np.float64)
+        self._queries = np.zeros(num_blocks, np.int64)
+        self._generation = np.zeros(num_blocks, np.int32)
+
+    def observe_tokens(self, logits: torch.Tensor, states: list[RequestState], tokens: list[int]) -> None:
+        """Takes the surprisal of the tokens that were just chosen, before they are appended to their requests.
+
+        Args:
+          logits: float32 ``[batch, vocab_size]``.
+          states, tokens: one per row.
+        """
+        if not self.observes_tokens or not states:
+            return
+        for state, log_prob in zip(states, token_log_probs(logits, tokens), strict=True):
+            page = len(state.tokens) // self._size
+            kept = self._surprisal.setdefault(state.request_id, np.zeros(64, np.float32))
+            if page >= len(kept):
+                kept = np.concatenate([kept, np.zeros(page, np.float32)])
+                self._surprisal[state.request_id] = kept
+            kept[page] -= log_prob
+
+    def observe_attention(self, attention: np.ndarray | None, generations: np.ndarray) -> None:
+        """Takes one step's attention.
+
+        Args:
+          attention: float32 ``[num_blocks]``, see ``StepOutput``; None = nothing was observed.
+          generations: int32 ``[num_blocks]``, the pool's: a block that was freed since starts anew.
+        """
+        if attention is None or not self.observes_attention:
+            return
+        anew = generations != self._generation
+        self._attention[anew], self._queries[anew] = 0.0, 0
+        self._generation[anew] = generations[anew]
+        self._attention += attention
+        self._queries += 1
+
+    def catch_up(self, request_ids: list[int]) -> None:
+        """Brings what is worked out on demand up to date; all requests at once cost less than one by one."""
+        if self._redundancy is not None:
+            self._redundancy.catch_up(request_ids)
+
+    def facts(self, request_id: int, pages: np.ndarray, blocks: np.ndarray) -> PageFacts:
+        """What is known of pages of one request.
+
+        Args:
+          pages: int32 ``[n]``, logical pages.
+          blocks: int32 ``[n]``, their physical blocks.
+        """
+        read = self._facts
+        last = int(pages.max(initial=0))
+        surprisal = attention = redundancy = draw = None
+        if "surprisal" in read:
+            surprisal = self._surprisal.get(request_id, np.zeros(last + 1, np.float32))[pages]
+        if "attention" in read:
+            attention = (self._attention[blocks] / np.maximum(self._queries[blocks], 1)).astype(np.float32)
+        if "redundancy" in read and self._redundancy is not None:
+            redundancy = self._redundancy.redundancy(request_id, pages)
+        if "draw" in read:
+            draw = np.random.default_rng([self._seed, request_id]).random(last + 1, np.float32)[pages]
+        return PageFacts(pages, redundancy, attention, None, surprisal, draw)
+
+    def forget(self, request_id: int) -> None:
+        """Drops what is known of a request that ended."""
+        self._surprisal.pop(request_id, None)
+        if self._redundancy is not None:
+            self._redundancy.forget(request_id)

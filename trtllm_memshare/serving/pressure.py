@@ -1,0 +1,286 @@
+"""Gives up pages when the pool runs short, so that nobody is paused who still holds more than its floor.
+
+The scheduler asks at three points: before every step, whether the next one would pass the high watermark; when a
+running request finds no block; and when the next waiting request does not fit. With room in the pool nothing is given
+up, nothing is searched, and tokens are those of the full cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from trtllm_memshare.cache.givable import GivablePages
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.cache.null_pages import NullPages
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.ranks.agreement import RankAgreement
+from trtllm_memshare.runners.protocol import Runner
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.need import find_need, page_need
+from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.serving.page_facts import PageLedger
+from trtllm_memshare.serving.redundancy_source import open_redundancy
+from trtllm_memshare.serving.request import Phase, RequestState
+from trtllm_memshare.serving.statistics import PressureStatus
+
+log = logging.getLogger("trtllm_memshare.pressure")
+
+Choice = list[tuple[int, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Retirement:
+    """Pages that one request gave up at one time, for whoever watches. ``need`` is NaN where it was not asked for."""
+
+    request_id: int
+    pages: np.ndarray
+    repeated: np.ndarray
+    need: np.ndarray
+
+
+@dataclass
+class PressureStats:
+    """Totals since the start.
+
+    Attributes:
+      retired_pages: pages given up, by reason: ``repeated`` or ``needed_least``.
+      num_episodes: times that pressure began.
+      num_pauses_avoided: times that running requests needed pages which were not free, and got them without a pause.
+      num_admitted: times that a waiting request was let in on pages that others gave up.
+    """
+
+    retired_pages: dict[str, int] = field(default_factory=lambda: {"repeated": 0, "needed_least": 0})
+    num_episodes: int = 0
+    num_pauses_avoided: int = 0
+    num_admitted: int = 0
+
+
+class Pressure:
+    """Retires pages over all running requests.
+
+    Args:
+      manager: the cache.
+      config: watermarks, floor, need, spread.
+      ledger: facts about pages.
+      bytes_per_block: memory of one block over all layers, for the statistics.
+      agree: with several ranks, gives every rank the choice of the first one; every rank calls it at the same points.
+
+    Attributes:
+      stats: totals.
+      is_active: pages were given up, and use has not fallen to the low watermark by itself since.
+      seconds: time spent on all of it so far.
+      observes_attention: whether steps are to report the attention that blocks receive.
+      watch: called with every retirement, or None.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        config: MemShareConfig,
+        ledger: PageLedger,
+        bytes_per_block: int = 0,
+        agree: Callable[[Choice], Choice] | None = None,
+    ) -> None:
+        self._manager, self._config, self._ledger = manager, config, ledger
+        self._agree, self._bytes_per_block = agree, bytes_per_block
+        self._marks = Watermarks(config.high_watermark, config.low_watermark)
+        self.stats = PressureStats()
+        self.is_active = False
+        self.seconds = 0.0
+        self.observes_attention = ledger.observes_attention
+        self.watch: Callable[[Retirement], None] | None = None
+        self._is_exhausted = False  # the last relief did not reach the low watermark
+        self._retired_before = 0  # when the present episode began
+
+    def min_kept(self, state: RequestState) -> float:
+        """Share of its generated pages that a request keeps; 1 where it shares nothing."""
+        if not state.params.memshare:
+            return 1.0
+        return self._config.min_kept if state.params.min_kept is None else state.params.min_kept
+
+    def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
+        """Keeps the next step of the running requests below the high watermark, or brings use to the low one."""
+        with self._timed():
+            manager, pool = self._manager, self._manager.pool
+            wanted = sum(s.phase is Phase.GENERATION and manager.fills_last_block(s.request_id) for s in running)
+            if self.is_active and not num_waiting and pool.num_used + wanted <= self._low():
+                self._end()
+            count = self._marks.pages_to_free(pool.num_used, wanted, pool.num_usable)
+            if not count:
+                self._is_exhausted = False
+                return
+            is_short = wanted > pool.num_free
+            # With all requests at their floors a page here and there would be had at every step: then only for need.
+            if self._is_exhausted and not is_short:
+                return
+            self._is_exhausted = self._retire(count, running) < count
+            self.stats.num_pauses_avoided += is_short and wanted <= pool.num_free
+
+    def free_for_running(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
+        """Frees blocks that a running request has not found; False if all are at their floors."""
+        with self._timed():
+            freed = self._retire(num_blocks, running) >= num_blocks
+        self.stats.num_pauses_avoided += freed
+        return freed
+
+    def free_for_waiting(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
+        """Frees blocks to admit a request, all of them or none."""
+        with self._timed():
+            freed = self._retire(num_blocks, running, all_or_none=True) >= num_blocks
+        self.stats.num_admitted += freed
+        return freed
+
+    def observe_tokens(self, logits: torch.Tensor, states: list[RequestState], tokens: list[int]) -> None:
+        """Takes what was just chosen, see ``PageLedger.observe_tokens``."""
+        with self._timed():
+            self._ledger.observe_tokens(logits, states, tokens)
+
+    def observe_attention(self, attention: np.ndarray | None) -> None:
+        """Takes one step's attention per block, float32 ``[num_blocks]``, or None."""
+        with self._timed():
+            self._ledger.observe_attention(attention, self._manager.pool.generation)
+
+    def least_blocks(self, state: RequestState) -> int:
+        """Blocks with which a request can go on to its longest possible end, when it gives up all that it may."""
+        manager, config = self._manager, self._config
+        size, end = manager.tokens_per_block, state.max_tokens
+        if not state.params.memshare:
+            return manager.blocks_for(end)
+        prompt = manager.blocks_for(len(state.prompt))
+        protected = config.max_protected_tokens if config.protected_steps else config.protected_tokens
+        generated = max(0, end // size - prompt)
+        # A block more than the protected tokens fill, since the protection need not begin with a block, and the one
+        # that is being written.
+        kept = max(math.ceil(self.min_kept(state) * generated), min(generated, manager.blocks_for(protected) + 1))
+        return min(manager.blocks_for(end), prompt + kept + 1)
+
+    def status(self, running: Sequence[RequestState]) -> PressureStatus:
+        """Counts of this moment; safe from any thread, since it only reads."""
+        at_floor = retired_now = 0
+        for state in running:
+            generated, retired = self._manager.page_counts(state.request_id)
+            retired_now += retired
+            at_floor += retired > 0 and floor_room(generated, retired, self.min_kept(state)) == 0
+        stats = self.stats
+        return PressureStatus(
+            is_active=self.is_active,
+            retired_pages=dict(stats.retired_pages),
+            num_episodes=stats.num_episodes,
+            num_pauses_avoided=stats.num_pauses_avoided,
+            num_admitted=stats.num_admitted,
+            num_at_floor=at_floor,
+            retired_now=retired_now,
+            bytes_saved_now=retired_now * self._bytes_per_block,
+        )
+
+    def forget(self, request_id: int) -> None:
+        """Drops what is known of a request that ended."""
+        self._ledger.forget(request_id)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+    def _low(self) -> int:
+        return math.floor(self._config.low_watermark * self._manager.pool.num_usable)
+
+    def _retire(self, num_blocks: int, running: Sequence[RequestState], all_or_none: bool = False) -> int:
+        """Gives up pages of running requests, at most ``num_blocks``; returns how many blocks that freed."""
+        manager = self._manager
+        givable: dict[int, GivablePages] = {}
+        rooms: dict[int, int] = {}
+        for state in running:
+            if state.phase is not Phase.GENERATION or not state.params.memshare:
+                continue
+            pages = manager.givable_pages(state.request_id)
+            room = min(floor_room(pages.num_generated, pages.num_retired, self.min_kept(state)), len(pages.pages))
+            if room:
+                givable[state.request_id], rooms[state.request_id] = pages, room
+        if not rooms or (all_or_none and sum(rooms.values()) < num_blocks):
+            return 0
+        self._ledger.catch_up(list(rooms))
+        views = []
+        for request_id, pages in givable.items():
+            facts = self._ledger.facts(request_id, pages.pages, manager.block_table(request_id)[pages.pages])
+            need = page_need(self._config.need, facts)
+            views.append(PressureView(request_id, pages.pages, need, pages.repeated, rooms[request_id]))
+        choice = choose_pages(views, num_blocks, self._config.spread)
+        if self._agree is not None:
+            choice = self._agree(choice)
+        if not self.is_active:
+            self._begin(len(running))
+        return self._carry_out(choice, {v.request_id: v for v in views})
+
+    def _carry_out(self, choice: Choice, views: dict[int, PressureView]) -> int:
+        freed = 0
+        for request_id, pages in choice:
+            freed += self._manager.retire(request_id, pages)
+            view = views[request_id]
+            chosen = np.searchsorted(view.pages, pages)
+            repeated = view.repeated[chosen]
+            self.stats.retired_pages["repeated"] += int(repeated.sum())
+            self.stats.retired_pages["needed_least"] += int((~repeated).sum())
+            if self.watch is not None:
+                self.watch(Retirement(request_id, pages, repeated, view.need[chosen]))
+        return freed
+
+    def _begin(self, num_running: int) -> None:
+        self.is_active = True
+        self.stats.num_episodes += 1
+        self._retired_before = sum(self.stats.retired_pages.values())
+        pool = self._manager.pool
+        _log_line("pressure_begins", used_blocks=pool.num_used, max_blocks=pool.num_usable, running=num_running)
+
+    def _end(self) -> None:
+        self.is_active = False
+        pool, retired = self._manager.pool, sum(self.stats.retired_pages.values()) - self._retired_before
+        _log_line("pressure_ends", used_blocks=pool.num_used, max_blocks=pool.num_usable, retired_pages=retired)
+
+
+def _log_line(event: str, **numbers: int) -> None:
+    """One line of JSON, for whoever collects logs."""
+    log.info(json.dumps({"event": event, **numbers}))
+
+
+def open_pressure(
+    manager: KVCacheManager, config: MemShareConfig, runner: Runner, agreement: RankAgreement | None = None
+) -> Pressure | None:
+    """Pressure as the settings ask for it, or None.
+
+    Raises:
+      UserError: need reads what cannot be known here.
+    """
+    if not config.pressure:
+        return None
+    need = find_need(config.need)
+    redundancy = open_redundancy(manager, runner) if "redundancy" in need.facts else None
+    ledger = PageLedger(need, manager.tokens_per_block, manager.pool.num_blocks, config.control_seed, redundancy)
+    pool = getattr(runner, "pool", None)
+    bytes_per_block = int(pool[0].nbytes) if isinstance(pool, torch.Tensor) else 0
+    return Pressure(manager, config, ledger, bytes_per_block, None if agreement is None else agreement.same_choice)
+
+
+def find_null_pages(config: MemShareConfig, runner: Runner) -> NullPages | None:
+    """The null pages that a runner has written into its pool, None where it has none and none are asked for.
+
+    Raises:
+      UserError: retired pages are to become null pages and there are none.
+    """
+    null_pages: NullPages | None = getattr(runner, "null_pages", None)
+    if config.shares and config.retired_becomes == "null" and null_pages is None:
+        raise UserError(
+            "retired pages are to become null pages, got an engine that has none (build it again with --memshare; "
+            "where the runner skips table entries, as the torch runner does, set retired_becomes=dropped)"
+        )
+    return null_pages
