@@ -1,0 +1,150 @@
+"""Signatures of tokens, and the index that keeps the redundancy of pages: against definitions written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from trtllm_memshare.search.block_distance import rotate
+from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+
+LAYERS, HEADS, SIZE, DIM = 6, 2, 8, 16
+INV_FREQ = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
+
+
+def make_pool(blocks=5, dtype=torch.float32, seed=0) -> torch.Tensor:
+    return torch.randn(blocks, LAYERS, 2, HEADS, SIZE, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def by_hand(pool, block, position, projection) -> list[list[float]]:
+    """Token by token, layer by layer, head by head, number by number."""
+    signatures = []
+    for slot in range(SIZE):
+        sums = [0.0] * projection.width
+        for index, layer in enumerate(projection.layers.tolist()):
+            for head in range(HEADS):
+                row = pool[block, layer, projection.field, head, slot].double().tolist()
+                if projection.field == K:
+                    half = len(INV_FREQ)
+                    angles = [-(position + slot) * w for w in INV_FREQ.double().tolist()]
+                    first = [row[i] * math.cos(a) - row[i + half] * math.sin(a) for i, a in enumerate(angles)]
+                    second = [row[i + half] * math.cos(a) + row[i] * math.sin(a) for i, a in enumerate(angles)]
+                    row = first + second
+                length = math.sqrt(sum(x * x for x in row))
+                for i, x in enumerate(row):
+                    for j in range(projection.width):
+                        sums[j] += x / length * float(projection.matrix[index, head, i, j])
+        length = math.sqrt(sum(x * x for x in sums))
+        signatures.append([x / length for x in sums])
+    return signatures
+
+
+@pytest.mark.parametrize("field", [K, V])
+def test_signatures_by_hand(field):
+    pool, projection = make_pool(), make_projection(LAYERS, HEADS, DIM, 4, field)
+    assert projection.layers.tolist() == [1, 3, 5]
+    found = page_signatures(pool, torch.tensor([3, 1]), INV_FREQ, torch.tensor([40, 8]), projection)
+    assert found.shape == (2, SIZE, 4)
+    for index, (block, position) in enumerate(((3, 40), (1, 8))):
+        torch.testing.assert_close(found[index], torch.tensor(by_hand(pool, block, position, projection)))
+
+
+def test_the_projection_is_the_same_everywhere_and_takes_what_layers_there_are():
+    first, again = (make_projection(30, 3, 64) for _ in range(2))
+    assert first.layers.tolist() == [5, 15, 25]
+    assert torch.equal(first.matrix, again.matrix)
+    np.testing.assert_allclose(first.matrix[0, 0, 0, :3], [0.718607, 1.2122552, 0.3600815], rtol=1e-6)
+    assert make_projection(1, 1, 8).layers.tolist() == [0]
+    assert make_projection(2, 1, 8).layers.tolist() == [0, 1]
+
+
+def test_equal_text_at_another_place_has_the_same_signature_of_k():
+    pool, projection = make_pool(), make_projection(LAYERS, HEADS, DIM, field=K)
+    pool[4] = pool[0]
+    rows = pool[0, :, 0].permute(2, 0, 1, 3)[None]
+    pool[4, :, 0] = rotate(rows, torch.full((1, SIZE), 320), INV_FREQ)[0].permute(1, 2, 0, 3)
+    found = page_signatures(pool, torch.tensor([0, 4]), INV_FREQ, torch.tensor([16, 336]), projection)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    as_stored = page_signatures(pool, torch.tensor([0, 4]), INV_FREQ[:0], torch.tensor([16, 336]), projection)
+    assert (as_stored[0] - as_stored[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_other_pools_are_read_as_the_numbers_that_they_hold(dtype):
+    pool, projection = make_pool() * 20, make_projection(LAYERS, HEADS, DIM)
+    held = pool.to(dtype)
+    blocks, positions = torch.arange(5), torch.arange(5) * SIZE
+    found = page_signatures(held, blocks, INV_FREQ, positions, projection)
+    assert torch.equal(found, page_signatures(held.float(), blocks, INV_FREQ, positions, projection))
+    scaled = page_signatures(held.float() * 0.01, blocks, INV_FREQ, positions, projection)
+    torch.testing.assert_close(found, scaled, rtol=1e-4, atol=1e-5)
+
+
+def test_no_blocks_and_empty_rows_and_what_does_not_fit():
+    pool, projection = make_pool(), make_projection(LAYERS, HEADS, DIM)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert page_signatures(pool, none, INV_FREQ, none, projection).shape == (0, SIZE, 64)
+    zeros = page_signatures(torch.zeros_like(pool), torch.tensor([1]), INV_FREQ, torch.tensor([0]), projection)
+    assert not zeros.any()
+    for block in (-1, 5):
+        with pytest.raises(ValueError, match=rf"blocks must lie in \[0, 5\), got {block}"):
+            page_signatures(pool, torch.tensor([block]), INV_FREQ, torch.tensor([0]), projection)
+    with pytest.raises(ValueError, match="the projection is for layers"):
+        page_signatures(pool, none, INV_FREQ, none, make_projection(30, HEADS, DIM))
+
+
+def cosines_by_definition(pages: dict[int, np.ndarray]) -> dict[int, float]:
+    """Redundancy of each page, from scratch."""
+    result = {}
+    for page, rows in pages.items():
+        later = [pages[p] for p in pages if p > page]
+        result[page] = float((rows @ np.concatenate(later).T).max(1).mean()) if later else -1.0
+    return result
+
+
+def unit_rows(rng, width: int) -> np.ndarray:
+    rows = rng.standard_normal((SIZE, width)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_index_follows_appends_and_losses_in_any_order(seed):
+    """First page at 3, as after a prompt; more pages than the first arrays hold; a page goes now and then."""
+    rng, index, resident, page = np.random.default_rng(seed), SignatureIndex(SIZE, 5), {}, 3
+    for _ in range(180):
+        if resident and rng.random() < 0.35:
+            gone = rng.choice(list(resident), size=min(len(resident), int(rng.integers(1, 4))), replace=False)
+            index.forget(np.append(gone, [0, page + 5]))  # and some that it does not know
+            resident = {p: rows for p, rows in resident.items() if p not in gone}
+        else:
+            rows = unit_rows(rng, 5)
+            if resident and rng.random() < 0.3:
+                rows[: SIZE // 2] = resident[int(rng.choice(list(resident)))][: SIZE // 2]
+            index.append(page, rows)
+            index.append(page, -rows)  # again, as after a pause: nothing changes
+            resident[page] = rows
+            page += 1
+        expected = np.full(page, np.nan, np.float32)
+        for p, value in cosines_by_definition(resident).items():
+            expected[p] = value
+        np.testing.assert_allclose(index.redundancy(), expected if index.num_pages else expected[:0], atol=1e-5)
+
+
+def test_an_index_that_outgrows_its_first_arrays():
+    rng, index, resident = np.random.default_rng(0), SignatureIndex(SIZE, 4), {}
+    for page in range(150):
+        resident[page] = unit_rows(rng, 4)
+        index.append(page, resident[page])
+    expected = cosines_by_definition(resident)
+    np.testing.assert_allclose(index.redundancy(), [expected[p] for p in range(150)], atol=1e-5)
+
+
+def test_an_empty_index_and_signatures_of_another_shape():
+    index = SignatureIndex(SIZE, 4)
+    assert index.redundancy().shape == (0,)
+    index.forget(np.array([1]))
+    with pytest.raises(ValueError, match=r"page 2 needs signatures \[8, 4\], got \[8, 5\]"):
+        index.append(2, np.zeros((8, 5), np.float32))
