@@ -70,6 +70,11 @@ class VllmBlocks:
         blocks = self._group.req_to_blocks.get(request_id, [])
         return [i for i in range(first, min(last, len(blocks))) if blocks[i].ref_cnt == 1 and not blocks[i].is_null]
 
+    def held(self, request_id: str, first: int, last: int) -> list[int]:
+        """Logical blocks in ``[first, last)`` that are not retired."""
+        blocks = self._group.req_to_blocks.get(request_id, [])
+        return [i for i in range(first, min(last, len(blocks))) if not blocks[i].is_null]
+
     def retire(self, request_id: str, logical_blocks: Iterable[int], band: int) -> None:
         """Gives blocks back to the pool, the band's null page in their place; modifies the request's list.
 

@@ -19,6 +19,7 @@ class RequestPages:
       retired: logical blocks that were given up, in order of retirement.
       to_retire_again: those that were given up before the request was preempted.
       band: index of the null page that retired entries point at.
+      num_asked: pages before this one were asked about, or need not be.
       exhausted_at: how many full pages there were when it had none to give; no use asking before there are more.
     """
 
@@ -29,6 +30,7 @@ class RequestPages:
         self.retired: list[int] = []
         self.to_retire_again: list[int] = []
         self.band = 0
+        self.num_asked = 0
         self.exhausted_at = -1
         self._block_size = block_size
         self._matcher = matcher
@@ -99,4 +101,3 @@ class RequestPages:
         self.to_retire_again = sorted({*self.retired, *self.to_retire_again})
         self.retired = []
         self.band = 0
-        self._redundancy = np.zeros(0, np.float32)

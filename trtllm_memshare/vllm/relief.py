@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.search.need import page_need
+from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
 from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.blocks import VllmBlocks
@@ -23,6 +23,7 @@ from trtllm_memshare.vllm.pages import RequestPages
 from trtllm_memshare.vllm.request_options import RequestOptions
 from trtllm_memshare.vllm.update import MemShareUpdate
 
+_ASKED_EARLIER = 0.8  # of the high watermark
 _QUIET_STEPS = 200  # without a retirement, until pressure counts as over: it comes and goes with every request
 log = logging.getLogger("vllm.memshare")  # under vLLM's own logger, whose handlers show it
 
@@ -70,6 +71,9 @@ class Relief:
         self._bands = bands
         self._make_matcher = make_matcher
         self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
+        self._asks = "redundancy" in find_need(config.need).facts
+        # Answers come one or two steps late, so workers are asked before the high watermark is reached.
+        self._ask_below = (1 - _ASKED_EARLIER * config.high_watermark) * blocks.num_blocks
         self._pages: dict[str, RequestPages] = {}
         self._retired_before = 0
         self._quiet_steps = 0
@@ -109,6 +113,9 @@ class Relief:
             if pages.to_retire_again:
                 self._retire_again(request, pages, update)
         size = self._blocks.block_size
+        if self._asks and self._blocks.num_free < self._ask_below:
+            for request in running:
+                self._ask(request, update)
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
         self.make_room(running, wanted, update, force=False)
         self._tell_end()
@@ -196,6 +203,17 @@ class Relief:
             self._note(request.request_id, pages, pages.retired, band, update)
         self._note(request.request_id, pages, logical_blocks, band, update)
         pages.retired.extend(logical_blocks)
+
+    def _ask(self, request: HostRequest, update: MemShareUpdate) -> None:
+        pages = self._pages[request.request_id]
+        full = pages.first_generated + pages.num_full(request.num_computed_tokens)
+        if pages.options.memshare and full > pages.num_asked:
+            first = max(pages.first_generated, pages.num_asked)
+            # Entries that are null at this point have nothing to say.
+            owned = self._blocks.held(request.request_id, first, full)
+            if owned:
+                update.asked[request.request_id] = owned
+            pages.num_asked = full
 
     def _retire_again(self, request: HostRequest, pages: RequestPages, update: MemShareUpdate) -> None:
         full = pages.first_generated + pages.num_full(request.num_computed_tokens)

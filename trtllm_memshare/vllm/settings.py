@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
 from trtllm_memshare.search.config import PRESETS, MemShareConfig, parse_config
+from trtllm_memshare.search.need import find_need
 
 CONFIG_VARIABLE = "VLLM_MEMSHARE_CONFIG"
 """Environment variable with the path of a JSON file; vLLM hands variables that start with VLLM on to its workers."""
@@ -79,6 +80,12 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     if config.retired_becomes != "null":
         raise UserError(
             f"retired_becomes must be null with vLLM, got {config.retired_becomes} (its kernels read every entry)"
+        )
+    facts = find_need(config.need).facts
+    if "attention" in facts or "recent_attention" in facts:
+        raise UserError(
+            f"need must be one that vLLM can tell, got {config.need} (take redundancy, surprisal-redundancy, surprisal, "
+            f"age or random: its kernels do not report attention)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})

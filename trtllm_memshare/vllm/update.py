@@ -24,10 +24,12 @@ class MemShareUpdate:
       null_blocks: the null pages' block ids by band, with the first step only: the workers write them.
       null_entries: request id -> logical block -> block id of a null page; the last word on each entry only, since
         model runner V2 writes all entries of a step at once.
+      asked: request id -> full generated pages whose redundancy the scheduler wants to know, new ones only.
     """
 
     null_blocks: list[int] | None = None
     null_entries: dict[str, dict[int, int]] = field(default_factory=dict)
+    asked: dict[str, list[int]] = field(default_factory=dict)
 
     def set(self, request_id: str, logical_block: int, block_id: int) -> None:
         """The entry points at this null page from this step on."""
@@ -36,6 +38,7 @@ class MemShareUpdate:
     def keep_only(self, request_ids: Container[str]) -> None:
         """Forgets requests that lost all their blocks later in the same step."""
         self.null_entries = {r: e for r, e in self.null_entries.items() if r in request_ids}
+        self.asked = {r: pages for r, pages in self.asked.items() if r in request_ids}
 
 
 def apply_to_v1_runner(runner: Any, update: MemShareUpdate) -> None:
