@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.cache.offsets import NO_BLOCK, decode_block_offsets
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 
@@ -45,9 +46,10 @@ class ReadingRunner:
 
     Attributes:
       manager: the cache whose pool this is, to hold the step against; set once it is made.
+      null_pages: see ``ForgettingRunner``.
     """
 
-    num_layers, vocab_size = 2, VOCAB_SIZE
+    num_layers, vocab_size, skips_entries = 2, VOCAB_SIZE, True
 
     def __init__(
         self, num_blocks: int, tokens_per_block: int, depends_on_reads: bool = False, chunk_unit_size: int = 1
@@ -58,6 +60,7 @@ class ReadingRunner:
         self._tokens = np.full(num_blocks * tokens_per_block, -1, np.int64)
         self._positions = np.full(num_blocks * tokens_per_block, -1, np.int64)
         self.manager: KVCacheManager | None = None
+        self.null_pages: NullPages | None = None
 
     def prepare(self, batch: StepBatch) -> StepBatch:
         return batch

@@ -10,7 +10,6 @@ import pytest
 import torch
 from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
 
-from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
@@ -232,9 +231,6 @@ def test_attention_starts_anew_in_a_block_that_was_freed():
 
 def test_what_cannot_be_served_is_refused():
     runner = ReadingRunner(60, SIZE)
-    with pytest.raises(UserError, match="null pages, got an engine that has none"):
-        Executor(runner, make_config("pressure", need="age"), TEXTS, 320)
-    runner.null_pages = NullPages([0], [0, 320])
     with pytest.raises(UserError, match="does not show its pool"):
         Executor(runner, make_config("pressure"), TEXTS, 320)
     with pytest.raises(UserError, match="low_watermark must not be above"):

@@ -143,7 +143,14 @@ def build_engine(plan: BuildPlan, check: Callable[[Engine], object] | None = Non
         if plan.adopt:
             return adopt_engine(plan.tensorrt, engine.engine_dir)
         return build_tensorrt_engine(plan.tensorrt, engine.engine_dir, plan.force)
-    return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force, check)
+
+    def add(folder: Path) -> None:
+        from trtllm_memshare.engine.null_page_build import add_null_pages
+
+        sizes = engine.build.max_seq_len, engine.kv_dtype
+        add_null_pages(folder, folder / "model", *sizes, engine.memshare, skips_entries=True)
+
+    return write_engine(engine.engine_dir, engine.checkpoint, engine.build, engine.memshare, plan.force, check, add)
 
 
 def describe_plan(plan: BuildPlan) -> str:
@@ -179,10 +186,22 @@ def summarize(engine: Engine, search_engine: str | None = None) -> str:
             f"KV cache: {size:,} bytes per block of {tokens} tokens ({engine.kv_dtype}), {per_gib:,} blocks or "
             f"{per_gib * tokens:,} tokens per GiB",
             f"MemShare: {describe_sharing(engine.memshare)}",
+            *_null_page_lines(engine),
             *engine.checkpoint.notes,
             *([_WHO_RUNS[where == "embedded"]] if engine.backend == "tensorrt" and engine.memshare.searches else []),
         ]
     )
+
+
+def _null_page_lines(engine: Engine) -> list[str]:
+    """What retired pages become, where that is the null page."""
+    if not engine.memshare.searches or engine.memshare.retired_becomes != "null":
+        return []
+    if engine.backend == "torch" and engine.model_dir != engine.engine_dir / "model":
+        return ["null pages: will be calibrated with the build"]
+    from trtllm_memshare.engine.null_page_files import describe_null_pages
+
+    return [f"null pages: {describe_null_pages(engine.engine_dir)}"]
 
 
 def describe_sharing(config: MemShareConfig) -> str:

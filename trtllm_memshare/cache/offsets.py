@@ -33,3 +33,18 @@ def decode_block_offsets(offsets: np.ndarray, num_layers: int) -> np.ndarray:
     """Inverse of ``encode_block_offsets``: int32 ``[batch, max_blocks_per_seq]`` physical block ids."""
     keys = offsets[0, :, 0]
     return np.where(keys == NULL_OFFSET, np.int32(NO_BLOCK), keys // (num_layers * 2))
+
+
+def hide_blocks(offsets: np.ndarray, blocks: list[int], num_layers: int) -> np.ndarray:
+    """A block table without the entries of some blocks, for runners that skip what is not there.
+
+    Args:
+      offsets: int32 ``[1, batch, 2, max_blocks_per_seq]``, as ``encode_block_offsets`` makes them.
+      blocks: physical blocks, e.g. null pages.
+      num_layers: layers of the pool.
+
+    Returns:
+      The same shape, ``NULL_OFFSET`` in place of those entries.
+    """
+    hidden = np.isin(offsets[:, :, :1], np.array(blocks, np.int32) * (num_layers * 2))
+    return np.where(hidden, np.int32(NULL_OFFSET), offsets)

@@ -127,11 +127,22 @@ def write_engine(
     memshare: MemShareConfig,
     force: bool,
     check: Callable[[Engine], object] | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> Engine:
-    """Writes an engine for the torch backend: all of it, or nothing. Raises UserError: see ``replace_engine``."""
-    return replace_engine(
-        output_dir, force, lambda folder: _fill(folder, checkpoint, build, memshare), read_torch_engine, check
-    )
+    """Writes an engine for the torch backend: all of it, or nothing.
+
+    Args:
+      add: puts what else belongs to the engine into the folder it is given.
+
+    Raises:
+      UserError: see ``replace_engine``.
+    """
+
+    def fill(folder: Path) -> None:
+        _fill(folder, checkpoint, build, memshare)
+        add(folder)
+
+    return replace_engine(output_dir, force, fill, read_torch_engine, check)
 
 
 def replace_engine(

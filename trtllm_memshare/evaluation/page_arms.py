@@ -50,6 +50,7 @@ ARMS: dict[str, Arm] = {
     "redundancy-signature": Arm("redundancy", "signature"),
     "surprisal-redundancy": Arm("surprisal-redundancy"),
     "surprisal-redundancy-signature": Arm("surprisal-redundancy", "signature"),
+    "surprisal-led-signature": Arm("surprisal-led-redundancy", "signature"),
     "attention-redundancy-signature": Arm("attention-redundancy", "signature"),
     "attention-surprisal-redundancy": Arm("attention-surprisal-redundancy"),
 }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtllm_memshare.engine.engine_dir import Engine
+from trtllm_memshare.engine.null_page_files import load_null_pages
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
 
@@ -52,8 +53,10 @@ def open_runner(
         return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs)
     from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
+    null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
     model = load_model(engine.model_dir, choose_device(device))
-    return TorchRunner(model, num_blocks, engine.build.tokens_per_block, getattr(torch, engine.kv_dtype), fold_aliases)
+    kv_dtype = getattr(torch, engine.kv_dtype)
+    return TorchRunner(model, num_blocks, engine.build.tokens_per_block, kv_dtype, fold_aliases, null_pages)
 
 
 def num_ranks(engine: Engine) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.types import PairBatch
 
@@ -28,6 +29,7 @@ class StepBatch:
       pairs: rows to compare after the last layer, or None.
       count_aliases: whether a block that a table names m times counts m times in attention, as the table says; False:
         once, as if the duplicate had been dropped.
+      read_null: whether null entries are read like any other, or skipped where the runner can; the result is the same.
       observe_attention: whether the step reports how much attention blocks receive.
       context_lengths: int32 ``[batch]``, TensorRT-LLM's input of that name: the chunk of a context request, all that a
         generation request brought as context, so after a pause what it had generated too. None where nobody asks.
@@ -41,6 +43,7 @@ class StepBatch:
     block_offsets: np.ndarray
     pairs: PairBatch | None = None
     count_aliases: bool = True
+    read_null: bool = False
     context_lengths: np.ndarray | None = None
     observe_attention: bool = False
 
@@ -94,6 +97,19 @@ class ComparingRunner(Runner, Protocol):
 
     def compare(self, pairs: PairBatch) -> Distances:
         """Starts the comparison of the pool's rows as the last step leaves them."""
+
+
+@runtime_checkable
+class ForgettingRunner(Runner, Protocol):
+    """A runner over whose pool pages can be forgotten.
+
+    Attributes:
+      null_pages: blocks of the pool that it has written so that no query attends to them, or None.
+      skips_entries: whether it passes over entries without a block, so that it needs no null pages to forget.
+    """
+
+    null_pages: NullPages | None
+    skips_entries: bool
 
 
 class BenchmarkedRunner(Runner, Protocol):

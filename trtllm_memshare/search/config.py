@@ -64,6 +64,9 @@ class MemShareConfig(BaseModel):
         description="entry of a retired page: the null page (forgotten), the page that stands in for it (as in the "
         "paper), or nothing (runners that skip entries)",
     )
+    read_null: bool = Field(
+        False, description="read null entries where the runner could skip them: the same result for more work"
+    )
     scope: Literal["request", "group"] = Field("request", description="group: donors of other samples of one prompt")
     search_interval: int = Field(6, ge=1, description="decode steps between two searches")
     max_pairs: int = Field(64, ge=1, le=MAX_PAIRS, description="most candidate pairs compared in one search")
@@ -78,6 +81,7 @@ class MemShareConfig(BaseModel):
         "redundancy",
         "attention-redundancy",
         "surprisal-redundancy",
+        "surprisal-led-redundancy",
         "attention-surprisal-redundancy",
         "attention",
         "surprisal",

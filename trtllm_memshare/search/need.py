@@ -18,6 +18,9 @@ import numpy as np
 from trtllm_memshare.errors import UserError, nearest
 
 IMPORTANCE_WEIGHT = 0.1  # lambda of R-KV
+LED_WEIGHT = 0.25
+"""Of surprisal against redundancy from signatures, whose cosines spread wider than those of whole keys. Chosen on ten
+texts that are in no table: they keep 0.97 of the pages of facts stated once, 0.91 with a tenth."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,12 @@ def _relative(importance: np.ndarray) -> np.ndarray:
     return importance / top if top > 0 else np.zeros_like(importance)
 
 
-def _with_redundancy(importance: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
-    return IMPORTANCE_WEIGHT * _relative(importance) - (1 - IMPORTANCE_WEIGHT) * redundancy
+def _with_redundancy(importance: np.ndarray, redundancy: np.ndarray, weight: float = IMPORTANCE_WEIGHT) -> np.ndarray:
+    return weight * _relative(importance) - (1 - weight) * redundancy
+
+
+def _led_by_surprisal(surprisal: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
+    return _with_redundancy(surprisal, redundancy, LED_WEIGHT)
 
 
 def _both_with_redundancy(attention: np.ndarray, surprisal: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
@@ -94,5 +101,6 @@ NEEDS: dict[str, Need] = {
     "recent-attention-redundancy": Need(("recent_attention", "redundancy"), _with_redundancy),  # R-KV, by page
     "attention-redundancy": Need(("attention", "redundancy"), _with_redundancy),
     "surprisal-redundancy": Need(("surprisal", "redundancy"), _with_redundancy),
+    "surprisal-led-redundancy": Need(("surprisal", "redundancy"), _led_by_surprisal),
     "attention-surprisal-redundancy": Need(("attention", "surprisal", "redundancy"), _both_with_redundancy),
 }

@@ -21,7 +21,8 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.serving.pressure import find_null_pages, open_pressure
+from trtllm_memshare.serving.null_entries import settle_null_entries
+from trtllm_memshare.serving.pressure import open_pressure
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
@@ -80,7 +81,8 @@ class Executor:
             raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
         self._runner = runner
         self._max_seq_len = max_seq_len
-        self.config = config
+        self.config, null_pages = settle_null_entries(config, runner)
+        config = self.config
         self.manager = KVCacheManager(
             runner.num_blocks,
             runner.num_layers,
@@ -89,7 +91,7 @@ class Executor:
             max_batch_size,
             config,
             make_matcher_factory(config, runner.tokens_per_block, boundaries) if config.matches else None,
-            find_null_pages(config, runner),
+            null_pages,
         )
         self.pressure = open_pressure(self.manager, config, runner, agreement)
         self._scheduler = Scheduler(
@@ -285,7 +287,7 @@ class Executor:
         starts = [s.num_computed for s, _ in schedule.contexts] + [len(s.tokens) - 1 for s in schedule.generations]
         spans = list(zip(states, starts, chunks, strict=True))
         pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
-        request_ids, lengths = [s.request_id for s in states], [b + c for _, b, c in spans]
+        request_ids, lengths = [s.request_id for s in states], np.array([b + c for _, b, c in spans], np.int32)
         self.manager.cross_bands(request_ids, lengths)
         observes = self.sharing.observes_attention or (self.pressure is not None and self.pressure.observes_attention)
         batch = StepBatch(
@@ -293,10 +295,11 @@ class Executor:
             position_ids=np.fromiter((p for _, b, c in spans for p in range(b, b + c)), np.int32, sum(chunks)),
             num_contexts=len(schedule.contexts),
             chunk_lengths=np.array(chunks, np.int32),
-            sequence_lengths=np.array(lengths, np.int32),
+            sequence_lengths=lengths,
             block_offsets=self.manager.block_offsets(request_ids),
             pairs=pairs,
             count_aliases=self.config.count_aliases,
+            read_null=self.config.read_null,
             observe_attention=observes,
             context_lengths=np.array(
                 [c for _, c in schedule.contexts] + [s.context_length for s in schedule.generations], np.int32

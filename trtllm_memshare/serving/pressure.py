@@ -20,8 +20,6 @@ import torch
 
 from trtllm_memshare.cache.givable import GivablePages
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
-from trtllm_memshare.cache.null_pages import NullPages
-from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
@@ -269,18 +267,3 @@ def open_pressure(
     pool = getattr(runner, "pool", None)
     bytes_per_block = int(pool[0].nbytes) if isinstance(pool, torch.Tensor) else 0
     return Pressure(manager, config, ledger, bytes_per_block, None if agreement is None else agreement.same_choice)
-
-
-def find_null_pages(config: MemShareConfig, runner: Runner) -> NullPages | None:
-    """The null pages that a runner has written into its pool, None where it has none and none are asked for.
-
-    Raises:
-      UserError: retired pages are to become null pages and there are none.
-    """
-    null_pages: NullPages | None = getattr(runner, "null_pages", None)
-    if config.shares and config.retired_becomes == "null" and null_pages is None:
-        raise UserError(
-            "retired pages are to become null pages, got an engine that has none (build it again with --memshare; "
-            "where the runner skips table entries, as the torch runner does, set retired_becomes=dropped)"
-        )
-    return null_pages

@@ -23,7 +23,7 @@ from trtllm_memshare.evaluation.stated_facts import AskedText, make_asked_text
 TEXT_TOKENS, SOURCE_TOKENS, PAGE_TOKENS = 1280, 1500, 16
 ARMS = (
     "full", "random", "redundancy-k", "redundancy-signature", "attention-redundancy", "surprisal-redundancy",
-    "surprisal-redundancy-signature", "attention-surprisal-redundancy", "rkv", "streaming", "paper-null", "paper-alias",
+    "surprisal-led-signature", "attention-surprisal-redundancy", "rkv", "streaming", "paper-null", "paper-alias",
 )  # fmt: skip
 
 

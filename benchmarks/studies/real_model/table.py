@@ -22,7 +22,7 @@ from trtllm_memshare.evaluation.real_texts import TokenText, read_traces, token_
 
 TEXT_TOKENS, PAGE_TOKENS = 2048, 16
 MAIN = (
-    "random", "attention-redundancy", "redundancy-k", "surprisal-redundancy", "surprisal-redundancy-signature",
+    "random", "attention-redundancy", "redundancy-k", "surprisal-redundancy", "surprisal-led-signature",
     "attention-surprisal-redundancy", "rkv", *PAIRED,
 )  # fmt: skip
 SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once")

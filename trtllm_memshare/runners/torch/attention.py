@@ -26,7 +26,7 @@ class DeviceGroup:
 
 @dataclass(frozen=True)
 class DeviceContext:
-    """``ContextChunk`` on the device. ``mask``: bool ``[chunk, past + chunk]``, None when there is no past."""
+    """``ContextChunk`` on the device. ``mask``: bool ``[chunk, keys]``, None when there is no past."""
 
     start: int
     stop: int
@@ -95,10 +95,10 @@ class PagedStep:
 
     @staticmethod
     def _context(chunk: Any, device: torch.device) -> DeviceContext:
-        if chunk.head_units is None:
+        if chunk.head_units is None or chunk.key_positions is None:
             return DeviceContext(chunk.start, chunk.stop, None, None)
         queries = torch.arange(chunk.past, chunk.past + chunk.stop - chunk.start, device=device)
-        keys = torch.arange(chunk.past + chunk.stop - chunk.start, device=device)
+        keys = torch.from_numpy(chunk.key_positions).to(device)
         return DeviceContext(
             chunk.start, chunk.stop, torch.from_numpy(chunk.head_units).to(device), keys <= queries[:, None]
         )

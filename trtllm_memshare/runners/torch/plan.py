@@ -41,13 +41,16 @@ class DecodeGroup:
 class ContextChunk:
     """A chunk of one context request: ``[start, stop)`` of the packed tokens, ``past`` tokens before it.
 
-    ``head_units``: int64 ``[2, heads, blocks]`` as in ``DecodeGroup``, or None where the chunk is the whole context.
+    Attributes:
+      head_units: int64 ``[2, heads, blocks]`` as in ``DecodeGroup``, or None where the chunk is the whole context.
+      key_positions: int64 ``[keys]``, position of each token read; some of the past may have been forgotten.
     """
 
     start: int
     stop: int
     past: int
     head_units: np.ndarray | None
+    key_positions: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,15 @@ def plan_step(
     last_tokens = np.cumsum(chunks, dtype=np.int64) - 1
     contexts = []
     for index in range(batch.num_contexts):
-        stop, past = int(last_tokens[index]) + 1, int(lengths[index] - chunks[index])
-        blocks = -(-int(lengths[index]) // tokens_per_block)
-        read = offsets[index, :, None, :blocks] * num_kv_heads + heads[:, None] if past else None
-        contexts.append(ContextChunk(stop - int(chunks[index]), stop, past, read))
+        stop, length = int(last_tokens[index]) + 1, int(lengths[index])
+        start, past = stop - int(chunks[index]), int(length - chunks[index])
+        if not past:
+            contexts.append(ContextChunk(start, stop, past, None, None))
+            continue
+        blocks = np.flatnonzero(offsets[index, 0, : -(-length // tokens_per_block)] != NULL_OFFSET)
+        read = offsets[index, :, None, blocks].transpose(1, 2, 0) * num_kv_heads + heads[:, None]
+        there = (blocks[:, None] * tokens_per_block + np.arange(tokens_per_block)).ravel()
+        contexts.append(ContextChunk(start, stop, past, read, there[there < length]))
     first = batch.num_contexts
     groups = []
     if group_decode and first < len(chunks):

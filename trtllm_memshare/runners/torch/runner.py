@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from trtllm_memshare.cache.offsets import hide_blocks
+from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.rope import longest_sequence
 from trtllm_memshare.engine.tensors import key_mapping
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.null_pages import write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
@@ -77,6 +80,7 @@ class TorchRunner:
       tokens_per_block: tokens of one block.
       kv_dtype: element type of the pool, None = the model's.
       fold_aliases: see ``plan_step``; FlashInfer reads every alias.
+      null_page_set: null pages to write into the first blocks of the pool, for steps that read them; None = none.
       use_graphs: replay CUDA graphs in pure decode steps where FlashInfer attends.
       flashinfer: a stand-in for the module, for tests; None = the installed one if the pool is on a GPU.
       new_graph: see ``DecodeGraphs``.
@@ -86,7 +90,10 @@ class TorchRunner:
       inv_freq: float32 ``[rotary_dim / 2]``, radians per token.
       search: what computes stage 2 on it.
       decode_description: what attends for generation requests, and why.
+      null_pages: where the null pages are, None = there are none. Steps skip them unless told otherwise.
     """
+
+    skips_entries = True
 
     def __init__(
         self,
@@ -95,6 +102,7 @@ class TorchRunner:
         tokens_per_block: int,
         kv_dtype: torch.dtype | None = None,
         fold_aliases: bool = True,
+        null_page_set: NullPageSet | None = None,
         use_graphs: bool = True,
         flashinfer: Any = None,
         new_graph: Callable[[], Any] | None = None,
@@ -112,6 +120,7 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
+        self.null_pages = None if null_page_set is None else write_null_pages(self.pool, null_page_set)
         if self.pool.is_cuda:
             # cuDNN's attention plans each new shape for 23 to 37 ms (torch 2.11, sm_90), and here every step has one.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -128,7 +137,20 @@ class TorchRunner:
             self._use_flashinfer(found, use_graphs, new_graph)
 
     def prepare(self, batch: StepBatch) -> TorchInputs:
-        """Works out addresses on the host. Raises UserError if attention is to be observed where FlashInfer attends."""
+        """Works out addresses on the host.
+
+        Raises:
+          UserError: attention is to be observed where FlashInfer attends, or null pages are to be read and there are
+            none.
+        """
+        if self.null_pages is not None and not batch.read_null:
+            hidden = hide_blocks(batch.block_offsets, self.null_pages.blocks, self.num_layers)
+            batch = replace(batch, block_offsets=hidden)
+        elif batch.read_null and self.null_pages is None:
+            raise UserError(
+                "read_null needs null pages, got a runner without any (build the engine with --memshare and "
+                "retired_becomes null, or leave out read_null)"
+            )
         if batch.observe_attention and self._decode is not None:
             raise UserError("attention weights are not known where FlashInfer attends (run this control on the CPU)")
         grouped = self._decode is None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, copy_small_files, replace_engine, write_json
+from trtllm_memshare.engine.null_page_build import add_null_pages
 from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.engine.build_plan import (
@@ -107,6 +108,11 @@ def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, 
         "tensorrt": record.model_dump(),
     }
     write_json(folder / "memshare.json", document)
+    # TensorRT-LLM's kernels read every entry: without null pages nothing could be forgotten.
+    kv_dtype = plan.spec(0).kv_dtype
+    add_null_pages(
+        folder, plan.checkpoint.model_dir, plan.spec(0).max_seq_len, kv_dtype, plan.memshare, skips_entries=False
+    )
 
 
 def find_plugin_library(plan: EnginePlan) -> Path:

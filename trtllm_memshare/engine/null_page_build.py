@@ -1,0 +1,71 @@
+"""The null pages' part of a build: loads the model, reads the text to it, and says what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
+from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_pages, save_refusal
+from trtllm_memshare.engine.tensors import key_mapping
+from trtllm_memshare.search.config import MemShareConfig
+
+_POOL_TYPES = {"fp8": torch.float8_e4m3fn}
+"""Names of pool types that torch calls otherwise."""
+
+
+def add_null_pages(
+    folder: Path, model_dir: Path, max_seq_len: int, kv_dtype: str, memshare: MemShareConfig, skips_entries: bool
+) -> None:
+    """Calibrates null pages and writes them into an engine directory, if retired pages are to become null.
+
+    Args:
+      folder: the engine directory; modified.
+      model_dir: the checkpoint, with weights.
+      skips_entries: whether the engine's runner forgets entries without a block, so that a model that has no null page
+        is served all the same. The reason is then written down in place of the pages.
+
+    Raises:
+      NullPageRefused: no null page is found and the runner needs one.
+    """
+    if not memshare.searches or memshare.retired_becomes != "null":
+        return
+    try:
+        pages = calibrate_checkpoint(model_dir, max_seq_len, kv_dtype)
+    except NullPageRefused as refusal:
+        if not skips_entries or memshare.read_null:
+            raise
+        save_refusal(folder, str(refusal))
+    else:
+        save_null_pages(folder, pages)
+
+
+def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> NullPageSet:
+    """Null pages of a checkpoint, for positions below ``max_seq_len``.
+
+    Runs on a GPU if there is one, in the checkpoint's own precision; products and sums are float32.
+
+    Args:
+      kv_dtype: element type of the pool by its name in the build settings, e.g. "bfloat16" or "fp8".
+
+    Raises:
+      NullPageRefused: see ``calibrate_null_pages``.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        key_mapping=key_mapping(model_dir),
+    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    longest = int(model.config.max_position_embeddings)
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in calibration_texts(model_dir)]
+    dtype = _POOL_TYPES.get(kv_dtype) or getattr(torch, kv_dtype)
+    return calibrate_null_pages(model, texts, max_seq_len, dtype)

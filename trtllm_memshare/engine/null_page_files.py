@@ -1,0 +1,124 @@
+"""Null pages on disk: the keys, the report for people, and the text that they are calibrated on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import trtllm_memshare
+from trtllm_memshare.engine.checkpoint import Checkpoint, read_json
+from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageSet
+from trtllm_memshare.errors import UserError
+
+KEYS_FILE = "null_pages.safetensors"
+REPORT_FILE = "null_pages.json"
+TEXT_FILE = "calibration.txt"
+"""Beside a checkpoint: text of the kind that it reads and writes, in place of the text that comes with the package."""
+
+_BUNDLED_TEXT = Path(trtllm_memshare.__file__).parent / "assets" / TEXT_FILE
+_REBUILD = "build the engine again with --force"
+
+
+def calibration_texts(model_dir: Path) -> list[str]:
+    """Texts to calibrate a checkpoint on: those of its own ``calibration.txt``, or neutral English ones.
+
+    Texts are parted by lines that hold nothing but ``---``.
+    """
+    own = model_dir / TEXT_FILE
+    text = (own if own.is_file() else _BUNDLED_TEXT).read_text(encoding="utf-8")
+    return [part.strip("\n") for part in text.split("\n---\n")]
+
+
+def save_null_pages(folder: Path, pages: NullPageSet) -> None:
+    """Writes the keys and the report into an engine directory."""
+    from safetensors.torch import save_file
+
+    tensors = {"keys": pages.keys.contiguous(), "gaps": pages.gaps.contiguous(), "bands": torch.from_numpy(pages.bands)}
+    save_file(tensors, folder / KEYS_FILE)
+    (folder / REPORT_FILE).write_text(json.dumps(report(pages), indent=1) + "\n", encoding="utf-8")
+
+
+def save_refusal(folder: Path, reason: str) -> None:
+    """Notes in an engine directory that the model has no null page, and why."""
+    (folder / REPORT_FILE).write_text(json.dumps({"refused": reason}, indent=1) + "\n", encoding="utf-8")
+
+
+def report(pages: NullPageSet) -> dict[str, Any]:
+    """The set's figures by layer, head and band; gaps in nats, lengths in units of K."""
+    gaps, lengths = pages.gaps.permute(1, 2, 0), pages.lengths.permute(1, 2, 0)  # band last
+    heads_each = gaps.shape[1] // lengths.shape[1]
+    return {
+        "summary": pages.describe(),
+        "bands": pages.bands.tolist(),
+        "target_gap": TARGET_GAP,
+        "worst_gap": round(float(gaps.max()), 2),
+        "median_length": round(float(lengths.median()), 1),
+        "longest": round(float(lengths.max()), 1),
+        "num_queries": pages.num_queries,
+        "num_turned": pages.num_turned,
+        "num_lengthened": pages.num_lengthened,
+        "layers": [
+            {
+                "layer": layer,
+                "kv_heads": [
+                    {
+                        "kv_head": group,
+                        "lengths": _rounded(lengths[layer, group]),
+                        "gaps_by_head": {
+                            str(head): _rounded(gaps[layer, head])
+                            for head in range(group * heads_each, (group + 1) * heads_each)
+                        },
+                    }
+                    for group in range(lengths.shape[1])
+                ],
+            }
+            for layer in range(len(gaps))
+        ],
+    }
+
+
+def load_null_pages(engine_dir: Path, checkpoint: Checkpoint, max_seq_len: int) -> NullPageSet | None:
+    """The null pages of an engine; None if it has none.
+
+    Args:
+      checkpoint: the model that they have to fit.
+      max_seq_len: positions that they have to cover.
+
+    Raises:
+      UserError: a damaged file, or pages of another model or for shorter texts.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = engine_dir / KEYS_FILE
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        keys, gaps, bands = tensors["keys"].float(), tensors["gaps"].float(), tensors["bands"].numpy()
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error} ({_REBUILD})") from error
+    shape = (len(bands) - 1, checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_dim)
+    if tuple(keys.shape) != shape or not torch.isfinite(keys).all():
+        raise UserError(f"{path} should hold finite keys of shape {list(shape)}, got {list(keys.shape)} ({_REBUILD})")
+    if (np.diff(bands) <= 0).any() or bands[0] != 0 or bands[-1] < max_seq_len:
+        raise UserError(f"{path} covers positions {bands.tolist()}, expected 0 to {max_seq_len} ({_REBUILD})")
+    return NullPageSet(keys, bands.astype(np.int32), gaps)
+
+
+def describe_null_pages(engine_dir: Path) -> str:
+    """One line on the null pages of an engine directory: bands and worst gap, or why there are none."""
+    path = engine_dir / REPORT_FILE
+    if not path.is_file():
+        return "none"
+    document = read_json(path, f"engine {engine_dir}", _REBUILD)
+    refused = document.get("refused")
+    return str(document.get("summary", "none")) if refused is None else f"none: {refused}"
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(v, 2) for v in values.tolist()]
