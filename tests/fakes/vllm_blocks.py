@@ -1,7 +1,8 @@
 """Stand-ins for the parts of vLLM that the plugin's pure half touches, as read in vLLM 0.32.0 on 26 November 2026.
 
 Sources: ``v1/core/block_pool.py`` (BlockPool), ``v1/core/kv_cache_utils.py`` (KVCacheBlock),
-``v1/core/single_type_kv_cache_manager.py`` (the group). ``test_stand_ins.py`` holds them against vLLM where it is there.
+``v1/core/single_type_kv_cache_manager.py`` (the group). ``tests/vllm_plugin/test_stand_ins.py`` holds
+them against vLLM where it is installed.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ class Request:
 class Host:
     """A pool with relief over it and requests that grow, in place of vLLM's scheduler."""
 
-    def __init__(self, num_gpu_blocks: int, bands: tuple[int, ...] = (0, 1000), longest: int = 40, **config: Any) -> None:
+    def __init__(
+        self, num_gpu_blocks: int, bands: tuple[int, ...] = (0, 1000), longest: int = 40, **config: Any
+    ) -> None:
         self.manager = cache_manager(num_gpu_blocks)
         self.blocks = VllmBlocks(self.manager, len(bands) - 1, longest)
         self.config = make_config(

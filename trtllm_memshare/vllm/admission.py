@@ -142,7 +142,9 @@ class Admission:
     def _outlook(self, request: Any, relief: Relief) -> Outlook:
         pages = relief.pages(request.request_id)
         generated = request.num_output_tokens
-        final = request.max_tokens if self._rule == "max-tokens" else self.lengths.expected(generated, request.max_tokens)
+        final = (
+            request.max_tokens if self._rule == "max-tokens" else self.lengths.expected(generated, request.max_tokens)
+        )
         return Outlook(
             num_prompt_tokens=request.num_prompt_tokens,
             num_tokens=request.num_tokens,

@@ -7,7 +7,8 @@ Who owns what, before and after block 7 of a request is retired into null page 3
     prefix cache    hash(15, 7) -> 7   ->  -                nobody may hit a block that is given away
 
 vLLM does not count references to blocks with ``is_null``; it has one of its own, block 0, which stands for what a
-sliding window has left behind. That one is never written, and padding reads it, so null pages are blocks of their own.
+sliding window has left behind. That one is never written, and padding reads it, so null pages are blocks
+of their own.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class VllmBlocks:
         usable = self._pool.num_gpu_blocks - 1 - num_null_pages
         if usable < longest:
             raise UserError(
-                f"the KV pool must hold one request of max_model_len {longest_request_tokens}, {longest} blocks, beside "
-                f"{num_null_pages} null pages, got {usable} (raise the KV memory or lower --max-model-len)"
+                f"the KV pool must hold one request of max_model_len {longest_request_tokens}, {longest} blocks, "
+                f"beside {num_null_pages} null pages, got {usable} (raise the KV memory or lower --max-model-len)"
             )
         self._null_pages = self._pool.get_new_blocks(num_null_pages)
         for block in self._null_pages:

@@ -19,7 +19,8 @@ from typing import Any
 
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import save_null_pages
-from trtllm_memshare.errors import UserError, nearest, parse_json_line
+from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.json_input import parse_json
 from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
@@ -61,7 +62,9 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
     if "null_pages" not in settings:
         raise UserError("vllm needs --null-pages FOLDER, got none (make it with vllm calibrate MODEL --output FOLDER)")
     parse_settings(settings, path or "the command line")
-    user: dict[str, Any] = parse_json_line(values["--additional-config"] or "{}", "--additional-config")
+    user: Any = parse_json(values["--additional-config"] or "{}", "--additional-config")
+    if not isinstance(user, dict):
+        raise UserError(f"--additional-config must be a JSON object, got {type(user).__name__}")
     if ADDITIONAL_CONFIG_KEY in user:
         raise UserError(f"--additional-config has {ADDITIONAL_CONFIG_KEY} already (use --memshare-config FILE instead)")
     additional = json.dumps({**user, ADDITIONAL_CONFIG_KEY: settings})

@@ -1,7 +1,7 @@
 """Counters beside vLLM's own, in the process of the scheduler.
 
-vLLM's metrics live in the API server's process. ``memshare vllm serve`` sets PROMETHEUS_MULTIPROC_DIR, so both processes
-write into one folder and ``/metrics`` shows both; inside one process both are in the same registry anyway.
+vLLM's metrics live in the API server's process. ``memshare vllm serve`` sets PROMETHEUS_MULTIPROC_DIR, so both
+processes write into one folder and ``/metrics`` shows both; inside one process both are in the same registry anyway.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def _registered(registry: CollectorRegistry) -> _Registered:
     """Once for a process: a second engine in it counts on."""
     return _Registered(
         {name: Counter(f"memshare_{name}", text, registry=registry) for name, text in _COUNTERS.items()},
-        Gauge("memshare_null_entries", "Block table entries at a null page", registry=registry, multiprocess_mode="sum"),
+        Gauge(
+            "memshare_null_entries", "Block table entries at a null page", registry=registry, multiprocess_mode="sum"
+        ),
         Gauge("memshare_pressure", "1 while there is pressure", registry=registry, multiprocess_mode="max"),
     )
 

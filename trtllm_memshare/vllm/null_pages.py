@@ -14,7 +14,6 @@ from trtllm_memshare.engine.null_page_files import KEYS_FILE
 from trtllm_memshare.errors import UserError
 
 
-
 def load_bands(folder: str, max_tokens: int) -> np.ndarray:
     """First position of each band that a request of ``max_tokens`` can reach, and the last one's end.
 
@@ -60,7 +59,9 @@ def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: in
     first = tp_rank * num_heads if tp_size <= total else tp_rank * total // tp_size  # as vLLM deals heads out
     block_size = runner.cache_config.block_size
     for band, block_id in enumerate(block_ids):
-        slots = torch.arange(block_id * block_size, (block_id + 1) * block_size, dtype=torch.int64, device=runner.device)
+        slots = torch.arange(
+            block_id * block_size, (block_id + 1) * block_size, dtype=torch.int64, device=runner.device
+        )
         for index, layer in enumerate(layers):
             key = keys[band, index, first : first + num_heads].to(runner.device, runner.kv_cache_dtype)
             rows = key[None].expand(block_size, -1, -1).contiguous()

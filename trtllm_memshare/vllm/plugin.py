@@ -37,7 +37,9 @@ def choose_classes(engine_args: type) -> None:
     fields = getattr(engine_args, "__dataclass_fields__", {})
     original = getattr(engine_args, "create_engine_config", None)
     if original is None or not {"scheduler_cls", "worker_cls"} <= set(fields):
-        raise UserError("this vLLM's EngineArgs has no scheduler_cls and worker_cls (MemShare was written for vLLM 0.32)")
+        raise UserError(
+            "this vLLM's EngineArgs has no scheduler_cls and worker_cls (MemShare was written for vLLM 0.32)"
+        )
     if getattr(original, "chooses_memshare", False):
         return
 
@@ -46,7 +48,8 @@ def choose_classes(engine_args: type) -> None:
         chosen = (self.scheduler_cls, self.worker_cls)
         if chosen not in ((None, "auto"), (SCHEDULER_CLASS, WORKER_CLASS)):
             raise UserError(
-                f"{CONFIG_VARIABLE} asks for MemShare, got scheduler_cls {chosen[0]} and worker_cls {chosen[1]} (unset one)"
+                f"{CONFIG_VARIABLE} asks for MemShare, got scheduler_cls {chosen[0]} and worker_cls {chosen[1]} "
+                f"(unset one)"
             )
         self.scheduler_cls, self.worker_cls = SCHEDULER_CLASS, WORKER_CLASS
         return original(self, *arguments, **keywords)

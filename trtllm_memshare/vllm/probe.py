@@ -7,7 +7,14 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 
-_SCHEDULER_METHODS = ("schedule", "add_request", "update_from_output", "_preempt_request", "_free_request", "make_stats")
+_SCHEDULER_METHODS = (
+    "schedule",
+    "add_request",
+    "update_from_output",
+    "_preempt_request",
+    "_free_request",
+    "make_stats",
+)
 _POOL_METHODS = ("get_new_blocks", "free_blocks", "evict_blocks", "get_num_free_blocks")
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
 

@@ -1,8 +1,8 @@
 """vLLM's scheduler with pressure: pages are retired before anybody would be preempted.
 
-``--scheduler-cls`` names ``MemShareScheduler``; with async scheduling it makes a ``MemShareAsyncScheduler``. What changes
-against vLLM's own: relief before each step and where an allocation fails, admission, and what the workers are told.
-Everything else, order, budgets and preemption as the last resort, is vLLM's.
+``--scheduler-cls`` names ``MemShareScheduler``; with async scheduling it makes a ``MemShareAsyncScheduler``. What
+changes against vLLM's own: relief before each step and where an allocation fails, admission, and what the workers
+are told. Everything else, order, budgets and preemption as the last resort, is vLLM's.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     facts = find_need(config.need).facts
     if "attention" in facts or "recent_attention" in facts:
         raise UserError(
-            f"need must be one that vLLM can tell, got {config.need} (take redundancy, surprisal-redundancy, surprisal, "
-            f"age or random: its kernels do not report attention)"
+            f"need must be one that vLLM can tell, got {config.need} (take redundancy, surprisal-redundancy, "
+            f"surprisal, age or random: its kernels do not report attention)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})

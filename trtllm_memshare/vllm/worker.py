@@ -66,7 +66,7 @@ class MemShareWorker(PlatformWorker):
         return self._answered(super().sample_tokens(grammar_output))
 
     def _answered(self, output: Any) -> Any:
-        """The step's output with the redundancy that was asked for; async outputs are asked for it when they are read."""
+        """The step's output with the redundancy that was asked for; an async one gets it when it is read."""
         if output is None or not self._answers:
             return output
         answers, self._answers = self._answers, None
@@ -90,8 +90,8 @@ class MemShareWorker(PlatformWorker):
             return
         if form != "V1":
             raise UserError(
-                f"need {settings.memshare.need} reads redundancy, which MemShare tells with vLLM's model runner V1 only, "
-                f"got {form} (set VLLM_USE_V2_MODEL_RUNNER=0, or need age)"
+                f"need {settings.memshare.need} reads redundancy, which MemShare tells with vLLM's model runner V1 "
+                f"only, got {form} (set VLLM_USE_V2_MODEL_RUNNER=0, or need age)"
             )
         cache = self.model_runner.kv_cache_config
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size

@@ -19,10 +19,10 @@ os.environ.update(
 )  # fmt: skip
 
 import torch
-from masked_forward import log_probabilities
 from safetensors.torch import load_file
-from shadow import Shadow
 from vllm import LLM, SamplingParams
+from vllm_plugin.masked_forward import log_probabilities
+from vllm_plugin.shadow import Shadow
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 
@@ -73,10 +73,8 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
 
     scheduler.relief._retire = watched
     prompts = texts(3, 8, 40)
-    # One of them is switched off, one has a floor of its own.
     outputs = generate(llm, prompts[:6], [300 + 10 * i for i in range(6)], logprobs=0)
     retired_before = scheduler.relief.totals.retired
-    assert not any(events.get(o.request_id) is None and False for o in outputs)
     off = generate(llm, prompts[6:], [300, 300], logprobs=0, extra_args={"memshare": False})
     scheduler.relief._retire = retire
     from transformers import AutoModelForCausalLM
@@ -88,11 +86,11 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
         answer = output.outputs[0]
         tokens = prompt + list(answer.token_ids)
         retired_from = torch.full((len(tokens),), 10**9)
-        name = next((n for n in events if n == output.request_id or n.startswith(output.request_id + "-")), None)
+        name = next((n for n in events if _is(output.request_id, n)), None)
         for position, logical in events.get(name, []):
             for page in logical:
                 retired_from[page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE] = position
-        said = torch.tensor([list(step.values())[0].logprob for step in answer.logprobs])
+        said = torch.tensor([next(iter(step.values())).logprob for step in answer.logprobs])
         for arm, gone in (("null", retired_from), ("ignoring", torch.full_like(retired_from, 10**9))):
             with torch.no_grad():
                 all_logs = log_probabilities(reference, tokens, gone, pages["keys"], pages["bands"].long())
@@ -101,10 +99,15 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
     return {
         "difference": worst["null"], "difference_if_nothing_were_retired": worst["ignoring"],
         "retired": retired_before, "requests_retired_from": len(events),
-        "off_retired": any(o.request_id in n for o in off for n in events),
+        "off_retired": any(_is(o.request_id, n) for o in off for n in events),
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         "band_moves": scheduler.relief.totals.band_moves,
     }  # fmt: skip
+
+
+def _is(outside: str, inside: str) -> bool:
+    """Whether the engine's name of a request is that of its caller; vLLM appends characters of its own."""
+    return inside == outside or inside.startswith(f"{outside}-")
 
 
 def schedules(llm: LLM, count: int) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def schedules(llm: LLM, count: int) -> dict[str, Any]:
         live: dict[str, list[int]] = {}
         for step in range(draw.randint(150, 300)):
             chance = draw.random()
-            if chance < 0.15 and len(live) < 16:
+            if chance < 0.3 and len(live) < 16:
                 prompt = [draw.randrange(2, 70) for _ in range(draw.randint(1, 100))]
                 if answers and draw.random() < 0.6:
                     prompt = draw.choice(answers)[: draw.randint(1, 200)] + prompt[: draw.choice([0, 20])]
@@ -151,11 +154,11 @@ def schedules(llm: LLM, count: int) -> dict[str, Any]:
                 name = f"s{seed}-{step}"
                 engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
                 live[name] = prompt
-            elif chance < 0.16 and live:
+            elif chance < 0.31 and live:
                 name = draw.choice(sorted(live))
                 engine.abort_request([name])
                 del live[name]
-            elif chance < 0.165:
+            elif chance < 0.314:
                 engine.reset_prefix_cache(reset_running_requests=True)
             else:
                 _take(engine, live, answers)

@@ -15,8 +15,8 @@ from trtllm_memshare.vllm.commands import engine_arguments, main
 def test_vllms_arguments_get_classes_and_settings(tmp_path):
     (tmp_path / "m.json").write_text('{"min_kept": 0.75}')
     line = engine_arguments(
-        ["serve", "model", "--memshare-config", str(tmp_path / "m.json"), f"--null-pages={tmp_path}", "--additional-config",
-         '{"x": 1}', "--port", "1"]
+        ["serve", "model", "--memshare-config", str(tmp_path / "m.json"), f"--null-pages={tmp_path}",
+         "--additional-config", '{"x": 1}', "--port", "1"]
     )  # fmt: skip
     assert line[:4] == ["serve", "model", "--port", "1"]
     options = dict(zip(line[4::2], line[5::2], strict=True))

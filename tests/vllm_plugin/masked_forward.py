@@ -18,7 +18,7 @@ def log_probabilities(
 
     Args:
       model: a Hugging Face causal model.
-      retired_from: int64 ``[tokens]``, the first query position that sees token ``j`` as retired; beyond the text: never.
+      retired_from: int64 ``[tokens]``, first query that sees token ``j`` as retired; beyond the text: never.
       null_keys: float32 ``[bands, layers, kv_heads, head_dim]``; None leaves retired keys out.
       bands: int64 ``[bands + 1]``, first positions.
     """

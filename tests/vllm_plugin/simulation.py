@@ -13,7 +13,7 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
-from shadow import Shadow
+import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -22,24 +22,27 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
-
-import torch
+from vllm_plugin.shadow import Shadow
 
 from trtllm_memshare.vllm.scheduler import MemShareScheduler
-from trtllm_memshare.vllm.update import ATTRIBUTE, apply_to_v1_runner
+from trtllm_memshare.vllm.update import ATTRIBUTE, MemShareUpdate, apply_to_v1_runner
 
 VOCABULARY = range(2, 60)
 
 
-def make_scheduler(engine_args: EngineArgs, num_blocks: int, async_scheduling: bool, kind: type = MemShareScheduler) -> Any:
+def make_scheduler(
+    engine_args: EngineArgs, num_blocks: int, async_scheduling: bool, kind: type = MemShareScheduler
+) -> Any:
     """A scheduler as vLLM's engine core makes it, for a model of one layer."""
     config = engine_args.create_engine_config()
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.num_gpu_blocks = num_blocks
     size = config.cache_config.block_size
     spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    cache = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    return kind(
+    cache = KVCacheConfig(
+        num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    return (Scheduler if kind is None else MemShareScheduler)(
         vllm_config=config,
         kv_cache_config=cache,
         structured_output_manager=StructuredOutputManager(config),
@@ -54,7 +57,8 @@ class Simulation:
     def __init__(self, scheduler: Any, seed: int) -> None:
         self.scheduler = scheduler
         self.draw = random.Random(seed)
-        self.shadow = Shadow(scheduler.blocks.block_size, scheduler.blocks.null_block_ids)
+        self.size = scheduler.block_size
+        self.shadow = Shadow(self.size, scheduler.blocks.null_block_ids if hasattr(scheduler, "blocks") else [])
         self.worker = SimpleNamespace(requests={}, input_batch=SimpleNamespace(
             req_id_to_index={}, block_table=[SimpleNamespace(block_table=SimpleNamespace(np=None))]))  # fmt: skip
         self.sampled: dict[str, dict[int, int]] = {}
@@ -62,7 +66,7 @@ class Simulation:
         self.prompts: list[list[int]] = []
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
         self.num_submitted = 0
-        self._hash = get_request_block_hasher(scheduler.blocks.block_size, hash_function)
+        self._hash = get_request_block_hasher(self.size, hash_function)
 
     def submit(self) -> None:
         draw = self.draw
@@ -75,10 +79,14 @@ class Simulation:
             prompt = draw.choice(self.prompts)  # the same answer again, with other pages retired
         self.prompts.append(prompt)
         extra = draw.choice([None, None, {"min_kept": 0.0}, {"min_kept": 0.8}, {"memshare": False}])
-        sampling = SamplingParams(temperature=0, max_tokens=draw.randint(1, 180), ignore_eos=True, extra_args=extra)
-        sampling.update_from_generation_config({}, 1)
         name = f"r{self.num_submitted}"
         self.num_submitted += 1
+        self.add(name, prompt, draw.randint(1, 180), extra)
+
+    def add(self, name: str, prompt: list[int], max_tokens: int, extra: dict[str, Any] | None) -> None:
+        """Submits one request."""
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+        sampling.update_from_generation_config({}, 1)
         request = Request(
             request_id=name, prompt_token_ids=prompt, sampling_params=sampling, pooling_params=None,
             block_hasher=self._hash if self.scheduler.cache_config.enable_prefix_caching else None,
@@ -114,13 +122,17 @@ class Simulation:
         request = self.scheduler.requests[name]
         stop = request.num_computed_tokens  # advanced by the step that was just scheduled
         return SimpleNamespace(
-            name=name, start=stop - count, stop=stop, tokens=list(request.all_token_ids), partial=request.is_prefill_chunk,
-            retired=set(self.scheduler.relief.pages(name).retired),
+            name=name, start=stop - count, stop=stop, tokens=list(request.all_token_ids),
+            partial=request.is_prefill_chunk, retired=self._retired(name),
         )  # fmt: skip
+
+    def _retired(self, name: str) -> set[int]:
+        relief = getattr(self.scheduler, "relief", None)  # vLLM's own scheduler has none
+        return set() if relief is None else set(relief.pages(name).retired)
 
     def _execute(self, output: Any, facts: list[Any]) -> ModelRunnerOutput:
         requests = self.worker.requests
-        apply_to_v1_runner(self.worker, getattr(output, ATTRIBUTE))
+        apply_to_v1_runner(self.worker, getattr(output, ATTRIBUTE, MemShareUpdate()))
         for name in output.finished_req_ids:
             requests.pop(name, None)
         for new in output.scheduled_new_reqs:
@@ -140,13 +152,26 @@ class Simulation:
             table = requests[fact.name].block_ids[0]
             self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired)
             names.append(fact.name)
-            token = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]  # greedy: by the text alone
+            # Greedy: by the text alone.
+            token = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]
             if not fact.partial:
                 made[fact.stop] = token
             sampled.append([] if fact.partial else [token])
         return ModelRunnerOutput(
             req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
         )  # fmt: skip
+
+    def plain_steps(self, count: int) -> list[dict[str, int]]:
+        """What is scheduled in ``count`` steps, one request joining before each of the first ten."""
+        steps = []
+        for index in range(count):
+            if index < 10:
+                self.submit()
+            output = self.scheduler.schedule()
+            steps.append(dict(output.num_scheduled_tokens))
+            self.in_flight.append((output, [self._facts(n, c) for n, c in output.num_scheduled_tokens.items()]))
+            self.drain(1)
+        return steps
 
     def finish(self) -> None:
         """Runs to the end and checks that nothing is left."""

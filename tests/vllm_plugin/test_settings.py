@@ -45,6 +45,10 @@ def test_a_request_may_switch_off_or_choose_its_floor():
     assert parse_request_options(None, 0.5) == RequestOptions(True, 0.5)
     assert parse_request_options({"min_kept": 0.75, "other": "x"}, 0.5) == RequestOptions(True, 0.75)
     assert parse_request_options({"memshare": 0}, 0.5) == RequestOptions(False, 0.5)
-    for extra, message in (({"min_kept": 1.5}, "got 1.5"), ({"memshare": "no"}, "got 'no'"), ({"min_kept": True}, "True")):
+    for extra, message in (
+        ({"min_kept": 1.5}, "got 1.5"),
+        ({"memshare": "no"}, "got 'no'"),
+        ({"min_kept": True}, "True"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_request_options(extra, 0.5)
