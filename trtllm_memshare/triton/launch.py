@@ -12,23 +12,23 @@ from trtllm_memshare.triton.repository import flavour_of
 from trtllm_memshare.triton.server import Ports, find_server, server_command, server_environment
 
 
-def main() -> None:
-    """The command line of ``build_scripts/launch_triton.py`` and ``python -m trtllm_memshare.triton.launch``."""
+def main(command: str | None = None, arguments: list[str] | None = None) -> None:
+    """The command line of ``memshare triton launch`` and ``build_scripts/launch_triton.py``."""
     defaults = Ports()
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=command, description=__doc__, allow_abbrev=False)
     parser.add_argument("model_repository", type=Path)
     parser.add_argument("--tritonserver", type=Path, help="the executable (default: on PATH, else nvidia-pytriton's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     for name in ("http", "grpc", "metrics"):
         parser.add_argument(f"--{name}-port", type=int, default=getattr(defaults, name), help="default: %(default)s")
-    options, extra = parser.parse_known_args()
+    options, extra = parser.parse_known_args(arguments)
     server = find_server(options.tritonserver)
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
-    command = server_command(server, options.model_repository, ports, options.host, extra)
+    to_run = server_command(server, options.model_repository, ports, options.host, extra)
     environment = server_environment(server, options.model_repository)
     print(f"tritonserver: {server.origin}; flavour: {flavour_of(options.model_repository)}")
-    print(f"+ {shlex.join(command)}", flush=True)
-    os.execve(command[0], command, environment)
+    print(f"+ {shlex.join(to_run)}", flush=True)
+    os.execve(to_run[0], to_run, environment)
 
 
 if __name__ == "__main__":
