@@ -281,8 +281,8 @@ class KVCacheManager:
         """Calls ``listener`` with each decision right after it was applied: its donor holds the references then."""
         self._remapper.on_remap = listener
 
-    def count_shadow(self, decisions: list[Decision]) -> None:
-        """Counts what would have been shared, for shadow mode; changes nothing else."""
+    def count_shadow(self, decisions: Seq[object]) -> None:
+        """Counts what would have been shared or given up, for shadow mode; changes nothing else."""
         self._stats.shadowed += len(decisions)
 
     def resident_full_blocks(self, request_id: int) -> np.ndarray:
