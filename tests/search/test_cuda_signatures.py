@@ -53,9 +53,7 @@ def on_gpu(dtype: torch.dtype, field: int, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=str
-)
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in ELEMENT_TYPES], ids=str)
 @pytest.mark.parametrize("field", [K, V])
 def test_signatures_against_the_specification(dtype, field, tmp_path):
     pool, projection, signatures = on_gpu(dtype, field, tmp_path)
