@@ -36,6 +36,7 @@ class BenchmarkOptions:
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
+    replay: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> BenchmarkOptions:

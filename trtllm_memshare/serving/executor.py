@@ -343,7 +343,7 @@ class Executor:
         record = self.manager.remove_sequence(state.request_id) if in_cache else SharingRecord(0, 0)
         self._sampler.forget(state.request_id)
         if self.pressure is not None:
-            self.pressure.forget(state.request_id)
+            self.pressure.end(state, reason)
         first = state.first_token_at if state.first_token_at is not None else now
         stats = RequestStats(
             first - state.submitted_at,
@@ -355,6 +355,7 @@ class Executor:
         )
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
+        self.stats.num_recomputed_tokens = self._scheduler.num_recomputed_tokens
         state.handle.finish(
             RequestResult(
                 state.request_id, state.tokens[len(state.prompt) :], reason, stats, tuple(state.handle.log_probs)
