@@ -10,8 +10,8 @@ recompute); the adapter on top is the real one. The duration of an iteration com
     others   a fixed time for launches and host; with sharing its measured host cost, taken as proportional to the
              requests and not hidden behind the GPU, and reads and copies of pages
 
-Text is scripted: answers of the bundled model, or real DeepSeek-R1 traces. Scripted text has no K and V, so that stage 2
-is left out (preset `lexical`; it would refuse some of what is shared here), and preset `pressure` gives up the oldest
+Text is scripted: answers of the bundled model, or real DeepSeek-R1 traces. Scripted text has no K and V, so that stage
+2 is left out (preset `lexical`; it would refuse some of what is shared here), and preset `pressure` gives up the oldest
 pages: how many go and when does not depend on which. The last line is JSON.
 """
 

@@ -1,8 +1,8 @@
 """TensorRT-LLM's framework for KV cache compression, and the executor loop with a method of it.
 
 Mirrors ``KVCacheCompressionManager`` of ``pyexecutor/resource_manager.py`` and the developer guide, main of September
-2026: three callbacks of a resource manager become five hooks; it is called after the KV cache manager; the runtime reads
-``py_num_compressed_tokens`` when it prepares a step.
+2026: three callbacks of a resource manager become five hooks; it is called after the KV cache manager; the runtime
+reads ``py_num_compressed_tokens`` when it prepares a step.
 """
 
 from __future__ import annotations

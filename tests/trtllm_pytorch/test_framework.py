@@ -1,4 +1,4 @@
-"""The second route: pages are dropped through TensorRT-LLM's own framework, and what is left is what an oracle keeps."""
+"""The second route: pages are dropped through TensorRT-LLM's own framework, and the rest is what an oracle keeps."""
 
 from __future__ import annotations
 

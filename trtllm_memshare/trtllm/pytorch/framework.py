@@ -2,13 +2,13 @@
 
 TensorRT-LLM calls a ``KVCacheCompressionManager`` by five hooks and lets it shorten sequences: it moves what is kept to
 the front of a sequence's pages, publishes by how much the sequence is shorter (``py_num_compressed_tokens``), and cuts
-the capacity in ``KVCacheManagerV2``. The same pages go as on the other route, at the same watermarks. What the framework
-cannot express is a second name for a page: no entry of a block table can be pointed at another page. So nothing is
-shared here, and there are no null pages; a page that goes is dropped.
+the capacity in ``KVCacheManagerV2``. The same pages go as on the other route, at the same watermarks. What the
+framework cannot express is a second name for a page: no entry of a block table can be pointed at another page. So
+nothing is shared here, and there are no null pages; a page that goes is dropped.
 
-Its rules, and how they are kept: the prompt stays where it is; completion is published before a resize (moves, length and
-resize are in one hook, on one stream, with an event for the manager's); nothing is calibrated while serving; there is one
-method for an LLM, so the other route is off.
+Its rules, and how they are kept: the prompt stays where it is; completion is published before a resize (moves, length
+and resize are in one hook, on one stream, with an event for the manager's); nothing is calibrated while serving; there
+is one method for an LLM, so the other route is off.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_compression_manager(base: type, config: Any, settings: Settings, **keyw
     """
     taken = inspect.signature(base).parameters
 
-    class MemShareCompressionManager(base):  # type: ignore[misc,valid-type]
+    class MemShareCompressionManager(base):
         """Drops the pages that are needed least by shortening sequences."""
 
         def bind_kv_cache_managers(self, target: Any, draft: Any = None) -> None:

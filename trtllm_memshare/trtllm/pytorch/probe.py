@@ -94,8 +94,8 @@ def _install_framework(util_module: Any, settings: Settings) -> bool:
     base, original = getattr(util_module, "KVCacheCompressionManager", None), getattr(util_module, _FACTORY, None)
     if base is None or original is None:
         log.warning(
-            "MemShare is off, TensorRT-LLM runs as it is: route framework needs KVCacheCompressionManager and %s, which "
-            "come with 1.4 (take route overlay)",
+            "MemShare is off, TensorRT-LLM runs as it is: route framework needs KVCacheCompressionManager and %s, "
+            "which come with 1.4 (take route overlay)",
             _FACTORY,
         )
         return False

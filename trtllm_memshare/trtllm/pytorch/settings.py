@@ -116,8 +116,8 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
             )
     elif adapter.route == "framework":
         raise UserError(
-            f"route framework drops pages and shares none, got preset {memshare.preset} (take preset pressure, or route "
-            f"overlay)"
+            f"route framework drops pages and shares none, got preset {memshare.preset} (take preset pressure, or "
+            f"route overlay)"
         )
     return Settings(memshare, adapter, _stats_file(environment), _port(environment), _off_file(environment))
 
