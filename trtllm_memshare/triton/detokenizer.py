@@ -65,6 +65,8 @@ def special_stop_tokens(tokenizer: Any, words: list[str]) -> tuple[int, ...]:
 
     They never appear in the text, which leaves special tokens out, so the executor has to stop at their ids.
     """
+    if not words:
+        return ()
     known = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     known.update({text: i for text, i in tokenizer.get_added_vocab().items() if text in words and text not in known})
     return tuple(int(known[word]) for word in words if word in known)
