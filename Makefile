@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test lint demo figures clean
+.PHONY: venv test lint demo real figures clean
 
 BIN := .venv/bin
 
@@ -25,6 +25,9 @@ demo: venv
 	  --dataset benchmarks/data/demo.jsonl --kv-cache-share 0.5 \
 	  --variants full paper aligned lexical shadow drop-duplicate random streaming \
 	  --output-json demo/report.json --plot demo/report.png
+
+real: venv
+	$(BIN)/python benchmarks/real_model.py
 
 figures: venv
 	bash benchmarks/figures.sh $(BIN)/python

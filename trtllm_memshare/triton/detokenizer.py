@@ -58,11 +58,11 @@ class StopWords:
         if places:
             self.found = True
             return self._held[: min(places)]
-        keep = 0 if last else max((_overlap(self._held, w) for w in self._words), default=0)
+        keep = 0 if last else max((overlap(self._held, w) for w in self._words), default=0)
         given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return given
 
 
-def _overlap(text: str, word: str) -> int:
+def overlap(text: str, word: str) -> int:
     """Length of the longest proper beginning of ``word`` that ``text`` ends with."""
     return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
