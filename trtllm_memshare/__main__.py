@@ -19,8 +19,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "trtllm_memshare.report.doctor",
         "what is installed, what can run here, what would fix the rest",
     ),
-    "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "a server: trtllm-serve with MemShare and the settings it needs"),
+    "serve": (
+        "trtllm_memshare.commands.serve",
+        "an OpenAI-compatible server: of an engine with --engine-dir, else trtllm-serve with MemShare",
+    ),
     "triton": ("trtllm_memshare.commands.triton", "a Triton model repository over an engine, and the server over it"),
+    "vllm": ("trtllm_memshare.vllm.commands", "vLLM with memory pressure: vllm serve, vllm bench, vllm calibrate"),
 }
 """Module whose ``main(command, arguments)`` runs it, and what comes out; imported when it is asked for."""
 

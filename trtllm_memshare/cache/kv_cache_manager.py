@@ -341,7 +341,8 @@ class KVCacheManager:
         """Drops all references of a finished or cancelled request; co-owners keep theirs."""
         sequence = self._drop(request_id)
         full_blocks = sequence.num_computed // self.tokens_per_block
-        record = SharingRecord(sequence.num_retired, max(0, full_blocks - sequence.first_generated_block))
+        generated_blocks = max(0, full_blocks - sequence.first_generated_block)
+        record = SharingRecord(sequence.num_retired, generated_blocks, sequence.peak_blocks)
         self._stats.retired_at_end += record.retired_blocks
         self._stats.generated += record.generated_blocks
         return record
@@ -439,6 +440,7 @@ class KVCacheManager:
             rows = blocks[:, None] * size + np.arange(size, dtype=np.int32)
             sequence.token_rows[start * size : stop * size] = rows.ravel()
             sequence.num_blocks = stop
+            sequence.peak_blocks = max(sequence.peak_blocks, stop - sequence.num_retired)
             self._stats.peak_used_blocks = max(self._stats.peak_used_blocks, self.pool.num_used)
         sequence.num_tokens = num_tokens
         return True

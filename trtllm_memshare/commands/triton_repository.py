@@ -8,6 +8,7 @@ from pathlib import Path
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.scheduler import POLICIES
 from trtllm_memshare.triton.llmapi_repository import LlmapiOptions, write_llmapi_repository
+from trtllm_memshare.triton.model_configs import MODELS
 from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
 
 
@@ -20,7 +21,13 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--flavour", choices=("engine", "llmapi"), default="engine", help="default: %(default)s")
     parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="replace a repository that is there")
-    engine = parser.add_argument_group("flavour engine: models ensemble and tensorrt_llm of this project")
+    parser.add_argument(
+        "--decoupled",
+        action=argparse.BooleanOptionalAction,
+        help="several responses to a request, which streaming needs; without, Triton's plain infer works (default: "
+        "--decoupled)",
+    )
+    engine = parser.add_argument_group("flavour engine: this project's models under TensorRT-LLM's names")
     engine.add_argument("--engine-dir", type=Path, help=f"default: {defaults.engine_dir}")
     engine.add_argument("--kv-cache-blocks", type=int, help="blocks of the KV pool (default: for a full batch)")
     engine.add_argument("--max-prompt-tokens", type=int, help="limit (default: what max_seq_len allows)")
@@ -34,6 +41,7 @@ def main(command: str, arguments: list[str]) -> None:
         action="store_false",
         help="repeat the prompt in answers to requests that do not say",
     )
+    engine.add_argument("--max-prompt-bytes", type=int, help="limit before tokenizing (default: 16 for each token)")
     for name in ("max_queue_size", "cancellation_check_period_ms", "stats_check_period_ms"):
         option = f"--{name.replace('_', '-')}"
         engine.add_argument(option, type=int, help=f"default: {getattr(defaults, name)}")
@@ -58,10 +66,7 @@ def main(command: str, arguments: list[str]) -> None:
     else:
         given.setdefault("engine_dir", defaults.engine_dir)
         parameters = write_repository(RepositoryOptions(**given))
-        print(
-            f"model repository: {given['output_dir']} (models ensemble and tensorrt_llm over "
-            f"{parameters['engine_dir']})"
-        )
+        print(f"model repository: {given['output_dir']} (models {', '.join(MODELS)} over {parameters['engine_dir']})")
         print(
             f"limits: {parameters['max_prompt_tokens']} prompt tokens, {parameters['max_output_tokens']} output "
             f"tokens, {parameters['max_requests']} requests in the system; KV pool of "

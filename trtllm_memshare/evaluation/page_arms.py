@@ -45,6 +45,7 @@ ARMS: dict[str, Arm] = {
     "snapkv": Arm("attention"),
     "rkv": Arm("recent-attention-redundancy"),
     "attention-redundancy": Arm("attention-redundancy"),
+    "attention-redundancy-recency": Arm("attention-redundancy-recency"),
     "redundancy-k": Arm("redundancy"),
     "redundancy-v": Arm("redundancy", "v"),
     "redundancy-signature": Arm("redundancy", "signature"),

@@ -80,6 +80,7 @@ class MemShareConfig(BaseModel):
     need: Literal[
         "redundancy",
         "attention-redundancy",
+        "attention-redundancy-recency",
         "surprisal-redundancy",
         "surprisal-led-redundancy",
         "attention-surprisal-redundancy",

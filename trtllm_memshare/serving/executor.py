@@ -299,6 +299,7 @@ class Executor(ExecutorLoop):
             state.num_generated,
             state.num_pauses,
             record,
+            (state.scheduled_at if state.scheduled_at is not None else now) - state.submitted_at,
         )
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses

@@ -7,7 +7,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from trtllm_memshare.cache.sequence import SharingRecord
@@ -42,6 +42,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     log_probs: bool = False
 
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with another seed."""
+        return replace(self, seed=seed)
+
     @property
     def penalizes(self) -> bool:
         """Whether tokens that have occurred are treated differently."""
@@ -55,7 +59,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """Times in seconds since submission; counts of tokens, pauses and blocks."""
+    """Times in seconds since submission; counts of tokens, pauses and blocks.
+
+    ``queue_s``: until the request first had a place in the batch; all of it if it never had.
+    """
 
     ttft_s: float
     latency_s: float
@@ -63,6 +70,7 @@ class RequestStats:
     num_output_tokens: int
     num_pauses: int
     sharing: SharingRecord
+    queue_s: float = 0.0
 
     @property
     def tpot_s(self) -> float:
@@ -111,6 +119,7 @@ class RequestState:
     context_length: int = 0
     num_pauses: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
+    scheduled_at: float | None = None
     first_token_at: float | None = None
 
     @property

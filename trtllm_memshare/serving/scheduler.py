@@ -8,6 +8,7 @@ frees admit requests under both; TensorRT-LLM's own scheduler gains under ``MAX_
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -154,6 +155,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             state.phase = Phase.CONTEXT
+            if state.scheduled_at is None:
+                state.scheduled_at = time.perf_counter()
             self.running.append(state)
 
     def _has_room(self, state: RequestState) -> bool:
