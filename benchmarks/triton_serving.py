@@ -36,7 +36,7 @@ from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
-from trtllm_memshare.triton.server import Ports, find_server, server_command, server_environment
+from trtllm_memshare.triton.server import Ports, find_server
 from trtllm_memshare.triton.token_model import make_executor
 
 _START_TIMEOUT_S = 120
@@ -52,13 +52,11 @@ class Server:
         self._ports = Ports(*(s.getsockname()[1] for s in sockets))
         for s in sockets:
             s.close()
-        server = find_server()
-        command = server_command(server, folder / "repository", self._ports, "127.0.0.1", [])
+        command = [sys.executable, "-m", "trtllm_memshare.triton.launch", str(folder / "repository")]
+        command += [f"--{name}-port={getattr(self._ports, name)}" for name in ("http", "grpc", "metrics")]
         with (folder / "triton.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=server_environment(server)
-            )
-        self.origin = server.origin
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        self.origin = find_server().origin
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -77,9 +75,11 @@ class Server:
         return next(float(line.split()[-1]) for line in lines if 'kv_cache_block_type="used"' in line)
 
     def processes(self) -> dict[str, psutil.Process]:
-        """The server and its two model processes by name."""
-        found = {"tritonserver": psutil.Process(self.process.pid)}
-        for child in found["tritonserver"].children(recursive=True):
+        """The server and the two model processes that work for every request, by name."""
+        found = dict[str, psutil.Process]()
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if child.name() == "tritonserver":
+                found["tritonserver"] = child
             for model in ("ensemble", "tensorrt_llm"):
                 if f"/{model}/1/model.py" in " ".join(child.cmdline()):
                     found[model] = child

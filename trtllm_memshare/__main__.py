@@ -1,4 +1,4 @@
-"""``python -m trtllm_memshare COMMAND``: one entry for what has no script of its own."""
+"""``memshare COMMAND``, or ``python -m trtllm_memshare COMMAND``: one entry for everything that the project does."""
 
 from __future__ import annotations
 
@@ -8,32 +8,64 @@ from importlib import import_module
 from trtllm_memshare.errors import UserError, nearest, run_command_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "serve": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-serve with MemShare and the settings that it needs"),
-    "doctor": ("trtllm_memshare.report.doctor", "what is installed, what can run here, what would fix the rest"),
-    "bench": ("trtllm_memshare.trtllm.pytorch.wrap", "trtllm-bench with MemShare, its report merged with ours"),
-    "calibrate": ("trtllm_memshare.evaluation.calibrate", "find the most aggressive setting within an accuracy budget"),
-    "explain": ("trtllm_memshare.report.explain", "one answer as a web page: what became of each block of its memory"),
+    "build": (
+        "trtllm_memshare.commands.build",
+        "an engine from a checkpoint, with --memshare one that shares",
+    ),
+    "bench": ("trtllm_memshare.commands.bench", "a table of throughput, latency and memory, with and without sharing"),
+    "explain": ("trtllm_memshare.report.explain", "a web page: what became of each block of one answer's memory"),
+    "calibrate": ("trtllm_memshare.evaluation.calibrate", "the most aggressive setting within an accuracy budget"),
+    "doctor": (
+        "trtllm_memshare.report.doctor",
+        "what is installed, what can run here, what would fix the rest",
+    ),
+    "serve": (
+        "trtllm_memshare.commands.serve",
+        "an OpenAI-compatible server: of an engine with --engine-dir, else trtllm-serve with MemShare",
+    ),
+    "triton": ("trtllm_memshare.commands.triton", "a Triton model repository over an engine, and the server over it"),
+    "vllm": ("trtllm_memshare.vllm.commands", "vLLM with memory pressure: vllm serve, vllm bench, vllm calibrate"),
 }
-"""Module whose ``main(command, arguments)`` runs it, and what it does; modules are imported when they are asked for."""
+"""Module whose ``main(command, arguments)`` runs it, and what comes out; imported when it is asked for."""
+
+_EXTRAS = {"torch": "torch", "transformers": "torch", "safetensors": "torch", "tokenizers": "torch",
+           "matplotlib": "report", "cuda": "cuda", "tritonclient": "triton", "yaml": "trtllm", "fastapi": "serve",
+           "uvicorn": "serve", "gguf": "real"}  # fmt: skip
+"""The extra of pyproject.toml that brings a package."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command.
 
     Raises:
-      UserError: no such command.
+      UserError: no such command, or a package that it needs is not installed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m trtllm_memshare COMMAND ...\n")
+        print("usage: memshare COMMAND ...  (memshare COMMAND --help says more)\n")
         for name, (_, purpose) in COMMANDS.items():
             print(f"  {name:<10} {purpose}")
         return
     command, *rest = arguments
     if command not in COMMANDS:
         raise UserError(f"unknown command {command} ({nearest(command, COMMANDS)})")
-    import_module(COMMANDS[command][0]).main(command, rest)
+    try:
+        module = COMMANDS[command][0]
+        import_module(module).main(f"memshare {command}" if ".commands." in module else command, rest)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        raise UserError(
+            f"memshare {command} needs the package {package}, which {sys.executable} does not have "
+            f"(pip install 'trtllm-memshare[{_EXTRAS[package]}]', or take .venv/bin/python after make venv)"
+        ) from error
+
+
+def console() -> None:
+    """The console script ``memshare``."""
+    run_command_line(main)
 
 
 if __name__ == "__main__":
-    run_command_line(main)
+    console()

@@ -162,7 +162,7 @@ def test_no_engine_at_all(tmp_path):
         load_engine(tmp_path / "none")
 
 
-@pytest.mark.parametrize("step", ["copy2", "load_engine"])
+@pytest.mark.parametrize("step", ["copy2", "read_torch_engine"])
 def test_a_failed_write_leaves_the_old_engine_and_nothing_else(engine_dir, own_checkpoint, tmp_path, monkeypatch, step):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")

@@ -14,7 +14,8 @@ from tolerances import SAME_LOGITS
 from trtllm_memshare.cache.offsets import NULL_OFFSET
 from trtllm_memshare.runners.protocol import StepBatch
 from trtllm_memshare.runners.torch.decode_graph import BUCKETS
-from trtllm_memshare.runners.torch.flashinfer_decode import PageLists, find_flashinfer, list_pages
+from trtllm_memshare.runners.torch.flashinfer_decode import find_flashinfer
+from trtllm_memshare.runners.torch.page_lists import PageLists, list_pages
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
@@ -126,9 +127,9 @@ def test_a_graph_is_captured_once_for_a_bucket_and_replayed(bundled_model, promp
 
 
 def test_why_flashinfer_is_not_used_is_said(runners):
-    assert find_flashinfer(runners[0].pool, torch.float32) == (None, "PyTorch (the pool is on cpu)")
+    assert find_flashinfer(runners[0].pool, torch.float32) == (None, "the pool is on cpu")
     assert runners[0].decode_description == "PyTorch (the pool is on cpu)"
     assert runners[1].decode_description == "a stand-in for FlashInfer"
     assert runners[2].decode_description.endswith("CUDA graphs for pure decode steps")
     pool = dataclasses.make_dataclass("Pool", ["is_cuda", "shape", "device"])(True, (1, 1, 2, 2, 8, 32), "cuda:0")
-    assert find_flashinfer(pool, torch.bfloat16)[1].endswith("head_dim (64, 128, 256), got bfloat16, 32)")
+    assert find_flashinfer(pool, torch.bfloat16)[1].endswith("head_dim (64, 128, 256), got bfloat16, 32")

@@ -33,7 +33,9 @@ ALL = facts(
         ("redundancy", [0, 1, 2]),  # equal redundancy: the older page first
         ("recent-attention-redundancy", [0, 1, 2]),
         ("attention-redundancy", [0, 1, 2]),
+        ("attention-redundancy-recency", [0, 1, 2]),
         ("surprisal-redundancy", [0, 2, 1]),
+        ("surprisal-led-redundancy", [0, 2, 1]),
         ("attention-surprisal-redundancy", [0, 1, 2]),
     ],
 )
@@ -44,7 +46,7 @@ def test_who_goes_first(name, order):
 
 
 def test_every_formula_is_tested_above_and_takes_no_pages():
-    assert len(NEEDS) == 9
+    assert len(NEEDS) == 11
     empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(5)))
     assert all(len(page_need(name, empty)) == 0 for name in NEEDS)
 

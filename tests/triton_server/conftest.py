@@ -35,19 +35,19 @@ class Triton:
     metrics_port: int
     log: Path
 
-    def generate(self, timeout: float = 60, **inputs) -> dict:
-        """One call of ``ensemble``'s generate endpoint; raises ``urllib.error.HTTPError`` for an error."""
-        with self.open("generate", timeout, **inputs) as response:
+    def generate(self, timeout: float = 60, model: str = "ensemble", **inputs) -> dict:
+        """One call of a generate endpoint; raises ``urllib.error.HTTPError`` for an error."""
+        with self.open("generate", timeout, model, **inputs) as response:
             return json.load(response)
 
-    def stream(self, timeout: float = 60, **inputs) -> list[dict]:
+    def stream(self, timeout: float = 60, model: str = "ensemble", **inputs) -> list[dict]:
         """All events of a generate_stream call."""
-        with self.open("generate_stream", timeout, stream=True, **inputs) as response:
+        with self.open("generate_stream", timeout, model, **{"stream": True, **inputs}) as response:
             return [json.loads(line[5:]) for line in response if line.startswith(b"data:")]
 
-    def open(self, endpoint: str, timeout: float, **inputs):
-        """The open response of an endpoint of ``ensemble``."""
-        url = f"http://127.0.0.1:{self.http}/v2/models/ensemble/{endpoint}"
+    def open(self, endpoint: str, timeout: float, model: str = "ensemble", **inputs):
+        """The open response of an endpoint of a model."""
+        url = f"http://127.0.0.1:{self.http}/v2/models/{model}/{endpoint}"
         return urllib.request.urlopen(urllib.request.Request(url, json.dumps(inputs).encode()), timeout=timeout)
 
     def metrics(self) -> dict[str, float]:
@@ -61,6 +61,10 @@ class Triton:
         found = [v for k, v in self.metrics().items() if 'kv_cache_block_type="used"' in k]
         assert len(found) == 1
         return found[0]
+
+    def server_process(self) -> psutil.Process:
+        """The server itself, child of the launcher."""
+        return next(c for c in psutil.Process(self.process.pid).children() if c.name() == "tritonserver")
 
     def model_process(self, model: str) -> psutil.Process:
         """The python process of a model."""
@@ -93,10 +97,19 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start_triton(folder: Path, engine_dir: Path, **options) -> Triton:
-    """Writes a repository and starts the server through ``launch_triton.py``."""
+def start_triton(folder: Path, engine_dir: Path, with_whole: bool = False, **options) -> Triton:
+    """Writes a repository and starts the server through ``launch_triton.py``.
+
+    ``with_whole``: a further model ``whole``, which is `ensemble` as a repository without decoupled models has it.
+    """
     repository = folder / "model_repository"
-    write_repository(RepositoryOptions(engine_dir, repository, cancellation_check_period_ms=50, **options))
+    options = {"cancellation_check_period_ms": 50, "stats_check_period_ms": 50, **options}
+    write_repository(RepositoryOptions(engine_dir, repository, **options))
+    if with_whole:
+        write_repository(RepositoryOptions(engine_dir, folder / "other", decoupled=False, **options))
+        (folder / "other" / "ensemble").rename(repository / "whole")
+        config = repository / "whole" / "config.pbtxt"
+        config.write_text(config.read_text().replace('name: "ensemble"', 'name: "whole"'))
     http, grpc, metrics = free_ports(3)
     command = [sys.executable, str(ROOT / "build_scripts" / "launch_triton.py"), str(repository),
                f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]  # fmt: skip
@@ -134,6 +147,7 @@ def served_engine(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def triton(served_engine, tmp_path_factory) -> Iterator[Triton]:
     """One server for the tests that leave it as it was."""
-    server = start_triton(tmp_path_factory.mktemp("server"), served_engine, kv_cache_blocks=2000, max_prompt_tokens=100)
+    server = start_triton(tmp_path_factory.mktemp("server"), served_engine, with_whole=True, kv_cache_blocks=2000,
+                          max_prompt_tokens=100, max_prompt_bytes=1000)  # fmt: skip
     yield server
     stop_triton(server)

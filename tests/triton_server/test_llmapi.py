@@ -111,7 +111,7 @@ def test_the_llm_options_hold_what_sharing_needs(stock_model, tmp_path):
     document = yaml.safe_load((target / "tensorrt_llm/1/model.yaml").read_text())
     assert document["model"] == "/m"
     assert document["tensor_parallel_size"] == 2
-    assert document["kv_cache_config"] == {"dtype": "fp8", "enable_block_reuse": False, "host_cache_size": 0}
+    assert document["kv_cache_config"] == {"dtype": "fp8", "enable_block_reuse": False}
     assert document["triton_config"] == {"max_batch_size": 0, "decoupled": True}
     environment = llmapi_environment(target)
     assert json.loads(Path(environment["TRTLLM_MEMSHARE_CONFIG"]).read_text()) == {"max_aliases": 3}

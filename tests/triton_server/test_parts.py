@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
@@ -17,12 +18,16 @@ from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.triton import server as triton_server
-from trtllm_memshare.triton.client import ServiceClient, ServiceLostError
+from trtllm_memshare.triton.client import ServiceClient
 from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords
+from trtllm_memshare.triton.events import QueueFullError, ServiceLostError
 from trtllm_memshare.triton.reply import Reply
 from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
+from trtllm_memshare.triton.request_metrics import RequestMetrics
+from trtllm_memshare.triton.runtime import private_dir
 from trtllm_memshare.triton.server import Ports, find_server, server_command, server_environment
-from trtllm_memshare.triton.service import ExecutorService, QueueFullError, SocketServer
+from trtllm_memshare.triton.service import ExecutorService
+from trtllm_memshare.triton.socket_server import SocketServer
 from trtllm_memshare.triton.tensors import RequestTensors
 from trtllm_memshare.triton.token_requests import Limits, parse_token_request
 
@@ -48,7 +53,10 @@ def test_defaults_are_greedy_and_the_model_s_stop_token():
 
 def test_every_input_reaches_its_parameter():
     request = parse(
-        input_lengths=[[2]], end_id=[[9]], temperature=[[0.5]], runtime_top_k=[[3]], runtime_top_p=[[0.9]],
+        input_lengths=[[2]], end_id=[[9]], min_tokens=[[3]], repetition_penalty=[[1.5]],
+        presence_penalty=[[0.5]],
+        frequency_penalty=[[0.25]], num_return_sequences=[[2]], return_log_probs=[[True]],
+        temperature=[[0.5]], runtime_top_k=[[3]], runtime_top_p=[[0.9]],
         seed=[[2**40]], stop_words_list=[[[7, 8, 9], [2, 3, -1]]], bad_words_list=[[[5], [1]]], streaming=[[True]],
         exclude_input_in_output=[[False]], memshare_group=[[7]],
     )  # fmt: skip
@@ -58,10 +66,31 @@ def test_every_input_reaches_its_parameter():
     assert params.top_p == pytest.approx(0.9)
     assert params.stop_sequences == ((7, 8), (9,))
     assert params.bad_words == ((5,),)
+    assert (params.min_new_tokens, params.repetition_penalty, params.presence_penalty) == (3, 1.5, 0.5)
+    assert (params.frequency_penalty, params.log_probs, request.num_sequences) == (0.25, True, 2)
     assert request.streaming
     assert request.echo_input
+    assert (params.min_kept, params.memshare) == (None, True)
+    own = parse(memshare_min_kept=[[0.75]], memshare_off=[[True]]).params
+    assert (own.min_kept, own.memshare) == (0.75, False)
     assert (request.group, parse().group, parse(memshare_group=[[0]]).group) == (7, None, 0)
-    assert parse(temperature=[[1.0]], runtime_top_k=[[1]]).params.temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "temperature", "top_k", "top_p"),
+    [
+        ({"temperature": [[0.7]]}, 0.0, 0, 1.0),  # greedy: neither top_k nor top_p
+        ({"temperature": [[0.7]], "runtime_top_p": [[0.0]]}, 0.0, 0, 1.0),
+        ({"runtime_top_k": [[50]]}, 1.0, 50, 1.0),
+        ({"runtime_top_k": [[50]], "runtime_top_p": [[0.0]]}, 1.0, 50, 1.0),
+        ({"runtime_top_p": [[1.0]]}, 1.0, 0, 1.0),
+        ({"temperature": [[1.0]], "runtime_top_k": [[1]]}, 0.0, 1, 1.0),
+        ({"temperature": [[0.0]], "runtime_top_k": [[50]]}, 0.0, 50, 1.0),
+    ],
+)
+def test_sampling_follows_tensorrt_llm_s_rules(arrays, temperature, top_k, top_p):
+    params = parse(**arrays).params
+    assert (params.temperature, params.top_k, params.top_p) == (temperature, top_k, top_p)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +104,9 @@ def test_every_input_reaches_its_parameter():
         ({"request_output_len": [[101]]}, "the limit max_output_tokens 100, got 101"),
         ({"temperature": [[np.nan]]}, "temperature must be between 0 and 100, got nan"),
         ({"runtime_top_p": [[1.5]]}, "runtime_top_p must be between 0 and 1, got 1.5"),
-        ({"seed": [[1, 2]]}, r"seed must be one value, got shape \[1, 2\]"),
-        ({"memshare_group": [[-2]]}, "memshare_group must be between -1 and"),
+        ({"seed": [[1, 2]]}, r"seed must be one value for each prompt, got shape \[1, 2\]"),
+        ({"memshare_group": [[-2]]}, "memshare_group must be at least -1"),
+        ({"memshare_min_kept": [[1.5]]}, "memshare_min_kept must be between 0 and 1, got 1.5"),
         ({"end_id": [[80]]}, "end_id must be between -1 and 79, got 80"),
     ],
 )
@@ -146,11 +176,15 @@ def test_an_ended_reply_is_neither_asked_nor_written_again():
     assert sender.sent == ["a", "b"]
 
 
+def service_over(executor: Executor) -> ExecutorService:
+    return ExecutorService(executor, LIMITS, (), 8, True, RequestMetrics(CollectorRegistry()))
+
+
 @pytest.fixture
 def service(tiny_checkpoint, boundaries):
     executor = Executor(TorchRunner(load_model(tiny_checkpoint), 60, 8), make_config("off"), boundaries, 120, 2)
     with executor:
-        yield ExecutorService(executor, LIMITS, (), 8, True), executor
+        yield service_over(executor), executor
 
 
 INPUTS = {"input_ids": [4, 5, 6], "request_output_len": 20, "streaming": True}
@@ -160,10 +194,9 @@ def over_socket(service, tmp_path, use):
     """Runs ``use(client)`` against a server on a socket."""
 
     async def run():
-        path = tmp_path / "private" / "executor.sock"
+        path = private_dir(tmp_path / "private") / "executor.sock"
         server = SocketServer(service, path)
         await server.start()
-        assert path.parent.stat().st_mode & 0o777 == 0o700
         client = ServiceClient(path)
         result = await use(client)
         await client.close()
@@ -189,8 +222,8 @@ def test_requests_over_the_socket_get_the_executor_s_tokens(service, tmp_path):
     assert all(tokens == first for tokens, _ in others)
     assert [e.finish_reason for e in events if e.finish_reason] == ["length"]
     (last,) = others[-1][1]
-    assert last.perf["num_output_tokens"] == 20
-    assert last.perf["kv_cache_alloc_total_blocks"] == 3
+    assert last.figures["num_output_tokens"] == 20
+    assert last.figures["kv_cache_alloc_total_blocks"] == 3
 
 
 @pytest.mark.parametrize(("groups", "shares"), [((1, 1), True), ((1, 2), False)])
@@ -204,7 +237,7 @@ def test_samples_with_one_group_share_over_the_socket(tiny_checkpoint, boundarie
         return await asyncio.gather(*(collect(client, {**inputs, "memshare_group": g}) for g in groups))
 
     with executor:
-        (first, _), (second, _) = over_socket(ExecutorService(executor, LIMITS, (), 8, True), tmp_path, use)
+        (first, _), (second, _) = over_socket(service_over(executor), tmp_path, use)
     assert first == second
     assert (executor.manager.stats().shared > 5) == shares
 
@@ -215,6 +248,32 @@ def test_a_group_needs_an_engine_of_that_scope(service, tmp_path):
             await collect(client, {**INPUTS, "memshare_group": 1})
 
     over_socket(service[0], tmp_path, use)
+
+
+def test_a_share_to_keep_needs_an_engine_with_pressure(service, tmp_path):
+    async def use(client):
+        with pytest.raises(UserError, match=r"memshare_min_kept needs an engine .* preset pressure, got preset off"):
+            await collect(client, {**INPUTS, "memshare_min_kept": 0.5})
+
+    over_socket(service[0], tmp_path, use)
+
+
+def test_requests_choose_their_share_under_pressure_and_hear_what_they_gave_up(tiny_checkpoint, boundaries, tmp_path):
+    config = make_config("pressure", retired_becomes="dropped", need="age", min_kept=0.2, protected_tokens=8)
+    executor = Executor(TorchRunner(load_model(tiny_checkpoint), 20, 8), config, boundaries, 120, 4)
+
+    async def use(client):
+        asked = {**INPUTS, "request_output_len": 90, "streaming": False, "return_perf_metrics": True}
+        each = ({"memshare_off": True}, {"memshare_min_kept": 0.3}, {})
+        return await asyncio.gather(*(collect(client, {**asked, **own}) for own in each))
+
+    with executor:
+        whole, half, default = (e[-1].figures for _, e in over_socket(service_over(executor), tmp_path, use))
+    assert whole["memshare_retired_pages"] == 0
+    assert whole["memshare_peak_pages"] == 12  # 93 tokens in pages of 8
+    assert half["memshare_retired_pages"] + default["memshare_retired_pages"] > 0
+    assert min(half["memshare_peak_pages"], default["memshare_peak_pages"]) < 12
+    assert "memshare_num_pauses" in default
 
 
 def test_refusals_keep_their_kind_over_the_socket(service, tmp_path):
@@ -242,7 +301,7 @@ def test_a_reader_that_goes_away_frees_the_request(service, tmp_path, way):
         await anext(events)
         assert executor.status().used_blocks > 0
         if way == "cancel":
-            call.cancel()
+            call.cancel(0)
             reasons = [e.finish_reason async for e in events]
             assert reasons[-1] == "cancelled"
         elif way == "leave":
@@ -285,9 +344,7 @@ def test_a_repository_is_written_whole_or_not_at_all(engine_dir, tmp_path):
     with pytest.raises(UserError, match=r"there is a model repository at .* already \(add --force"):
         write_repository(options)
     write_repository(RepositoryOptions(engine_dir, target, max_queue_size=5, force=True))
-    assert (
-        'key: "max_queue_size" value: { string_value: "5" }' in (target / "tensorrt_llm" / "config.pbtxt").read_text()
-    )
+    assert 'key: "max_requests" value: { string_value: "9" }' in (target / "ensemble" / "config.pbtxt").read_text()
     assert os.listdir(tmp_path) == ["repository"]
 
 
@@ -298,6 +355,8 @@ def test_a_repository_is_written_whole_or_not_at_all(engine_dir, tmp_path):
         ({"max_prompt_tokens": 128}, "--max-prompt-tokens must be between 1 and 127, got 128"),
         ({"max_output_tokens": 0}, "--max-output-tokens must be between 1 and 127, got 0"),
         ({"max_queue_size": -1}, "--max-queue-size must not be negative, got -1"),
+        ({"max_prompt_bytes": 0}, "--max-prompt-bytes must be at least 1, got 0"),
+        ({"cancellation_check_period_ms": 0}, "--cancellation-check-period-ms must be between 10 and 60000, got 0"),
     ],
 )
 def test_limits_that_cannot_hold_leave_nothing_behind(engine_dir, tmp_path, options, message):
@@ -317,14 +376,18 @@ def test_the_server_listens_on_loopback_unless_told_otherwise(tmp_path):
     executable = tmp_path / "tritonserver"
     executable.touch()
     server = find_server(executable)
-    command = server_command(server, tmp_path, Ports(1, 2, 3), "127.0.0.1", ["--log-verbose=1"])
+    runtime = tmp_path / "runtime"
+    command = server_command(server, tmp_path, Ports(1, 2, 3), "127.0.0.1", runtime, 90, ["--log-verbose=1"])
     assert [a for a in command if "address" in a] == [f"--{n}-address=127.0.0.1" for n in ("http", "grpc", "metrics")]
     assert command[-1] == "--log-verbose=1"
-    assert any(a.startswith("--http-restricted-api=model-repository:") for a in command)
-    environment = server_environment(server)
+    assert "--exit-timeout-secs=90" in command
+    assert not any("restricted" in a or "control-mode" in a for a in command)  # no key, and nothing to lock
+    environment = server_environment(server, tmp_path, runtime)
     assert environment["PATH"].split(":")[0] == str(Path(os.sys.executable).parent)
     with pytest.raises(UserError, match=r"no model repository at .*/nothing"):
-        server_command(server, tmp_path / "nothing", Ports(), "127.0.0.1", [])
+        server_command(server, tmp_path / "nothing", Ports(), "127.0.0.1", runtime, 90, [])
+    with pytest.raises(UserError, match="--model-control-mode belongs to the launcher"):
+        server_command(server, tmp_path, Ports(), "127.0.0.1", runtime, 90, ["--model-control-mode=explicit"])
 
 
 def test_a_missing_server_is_named(tmp_path, monkeypatch):

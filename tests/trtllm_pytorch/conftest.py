@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
@@ -33,10 +35,14 @@ class TextlessFacts(ModelFacts):
         return torch.tensor([0.5])
 
 
-def make_settings(preset="lexical", on_unsupported="stop", off_file=None, **config):
+def make_settings(preset="lexical", on_unsupported="stop", off_file=None, null_pages=None, route="overlay", **config):
     values = {"shingle_tokens": 4, "min_run_tokens": 8, "protected_tokens": 8, "protected_steps": 0}
     memshare = make_config(preset, **{**values, "search_interval": 2, **config})
-    return Settings(memshare, AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000), off_file=off_file)
+    return Settings(
+        memshare,
+        AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000, null_pages=null_pages, route=route),
+        off_file=off_file,
+    )
 
 
 def sharing_class(manager_class, facts, settings):
@@ -52,6 +58,20 @@ def sharing_class(manager_class, facts, settings):
 
 def make_sharing_class(manager_class=FakeKVCacheManager, **settings):
     return sharing_class(manager_class, TextlessFacts(SimpleNamespace()), make_settings(**settings))
+
+
+def write_null_pages(folder, bands, num_layers=2, num_kv_heads=1, head_dim=2):
+    """Null pages as calibration writes them; keys that name their band, layer and head."""
+    keys = torch.arange(1.0, 1 + (len(bands) - 1) * num_layers * num_kv_heads * head_dim)
+    keys = -keys.view(len(bands) - 1, num_layers, num_kv_heads, head_dim)
+    save_file({"keys": keys, "bands": torch.tensor(bands, dtype=torch.int32)}, Path(folder) / "null_pages.safetensors")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def null_pages(tmp_path_factory):
+    """A folder with null pages for 256 positions in bands of 40."""
+    return write_null_pages(tmp_path_factory.mktemp("null"), [0, 40, 80, 120, 160, 200, 240, 280])
 
 
 @pytest.fixture(autouse=True)

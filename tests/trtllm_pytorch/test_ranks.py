@@ -13,11 +13,13 @@ from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_c
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+from trtllm_pytorch.test_pressure import PRESSURE
 from trtllm_pytorch.test_tail_swap import check_contents
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.trtllm.pytorch.attach import MpiCommunicator, make_agreement
+from trtllm_memshare.trtllm.pytorch.rank_meetings import RankMeetings
 
 
 def test_all_ranks_share_or_none(caplog, monkeypatch):
@@ -86,7 +88,7 @@ def on_ranks(count, work):
 def serve_two(agreement, rank, at_step, steps=400):
     """Two requests on a rank, of which the second run disturbs something."""
     manager = make_manager(make_sharing_class(), 200, 8)
-    manager.memshare._ranks = agreement
+    manager.memshare._meetings = RankMeetings(agreement, 2)
     executor = FakeExecutor(manager, True)
     text = repetitive_text(random.Random(1), 150)
     executor.submit(0, text[:5], text)
@@ -151,7 +153,7 @@ def test_two_ranks_hold_identical_tables():
 
     def serve(agreement, rank):
         manager = make_manager(make_sharing_class(preset="aligned", undo_rope=False, max_distance=0.8), 200, 8)
-        manager.memshare._ranks = agreement
+        manager.memshare._meetings = RankMeetings(agreement, 2)
 
         class Rank(FakeExecutor):
             def content(self, request_id, position):
@@ -171,6 +173,36 @@ def test_two_ranks_hold_identical_tables():
     assert shared == other_shared > 0
     assert rejected["distance"] > 0
     assert all(torch.equal(a, b) for a, b in zip(tables, other, strict=True))
+
+
+@pytest.mark.parametrize("failing_rank", [None, 0, 1])
+def test_two_ranks_give_up_the_same_pages(null_pages, failing_rank, caplog):
+    """Each rank alone would rank its pages differently: the first one's choice counts."""
+    text = repetitive_text(random.Random(4), 180)
+
+    def serve(agreement, rank):
+        make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "control_seed": rank})
+        manager = make_manager(make, 52, 8)
+        manager.memshare._meetings = RankMeetings(agreement, 2)
+        executor = FakeExecutor(manager, True)
+        for request_id in range(3):
+            executor.submit(request_id, text[: 5 + request_id], text[request_id:])
+        for step in range(600):
+            if step == 120 and rank == failing_rank:
+                manager.memshare.pressure.choose = lambda *arguments: 1 / 0
+            executor.step()
+            check_contents(executor)
+        return executor
+
+    first, second = on_ranks(2, serve)
+    assert isinstance(first, FakeExecutor), first
+    assert isinstance(second, FakeExecutor), second
+    assert not first.active
+    stats = [e.manager.memshare.manager.stats().forgotten for e in (first, second)]
+    assert stats[0] == stats[1] > 0
+    assert all(torch.equal(a, b) for a, b in zip(first.tables, second.tables, strict=True))
+    # Only the first rank chooses; where it fails, both go on without.
+    assert [e.manager.memshare.failures.is_off for e in (first, second)] == [failing_rank == 0] * 2
 
 
 def test_several_ranks_need_mpi(monkeypatch):

@@ -36,6 +36,7 @@ from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeMainKVCacheManagerV
 from trtllm_pytorch.fake_v2_storage import FakeKVCacheV2
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST
 from trtllm_memshare.trtllm.pytorch.probe import wrap_prepare
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
@@ -51,7 +52,10 @@ MANAGERS = {
 
 
 def check_contents(executor: FakeExecutor) -> None:
-    """Every computed position reads what it or its counterpart wrote, and both are the same token."""
+    """Every computed position reads what it or its counterpart wrote, and both are the same token.
+
+    Of what was given up for need, entries name the null page of the band that the newest query was in.
+    """
     shared, size = executor.manager.memshare, executor.manager.tokens_per_block
     active = {r.py_request_id for r in executor.active}
     for request_id in active & set(executor._ids) & set(executor.processed):
@@ -59,24 +63,43 @@ def check_contents(executor: FakeExecutor) -> None:
         count = min(executor.processed[request_id], len(script))
         pages = executor.row(request_id)[: -(-count // size)].numpy()
         positions, entries = np.arange(count), np.arange(len(pages))
+        is_null = np.zeros(len(pages), bool)
         if request_id in shared.requests._known and (request_id in shared._rows or not shared.failures.is_off):
             sequence, pool = shared.manager._sequences[request_id], shared.manager.pool
+            table = shared.manager.block_table(request_id)[: len(pages)]
+            is_null[: len(table)] = pool.is_null[table]
             rows = sequence.token_rows[: min(count, sequence.num_tokens)]
-            positions[: len(rows)] = pool.origin_position[rows // size] + rows % size
-            table = shared.manager.origin_blocks(request_id)[: len(pages)]
-            entries[: len(table)] = table
-        assert (script[positions] == script[:count]).all()
+            positions[: len(rows)] = np.where(rows < 0, -1, pool.origin_position[rows // size] + rows % size)
+            entries[: len(table)] = shared.manager.origin_blocks(request_id)[: len(pages)]
+        if is_null.any():
+            assert (pages[is_null] == null_page_at(executor, request_id, count)).all()
+        readable = positions >= 0
+        assert (is_null[np.arange(count) // size] == ~readable).all()
+        assert (script[positions[readable]] == script[:count][readable]).all()
         page_of = np.full(len(pages), -1)
-        page_of[entries] = pages  # origin block -> a page that some entry of this request names
-        held = executor.pool[:, 0, 0, 0, :, 0].numpy()[page_of[positions // size], positions % size]
-        assert held.tolist() == [executor.prefix_id(request_id, p) for p in positions.tolist()]
+        page_of[entries[~is_null]] = pages[~is_null]  # origin block -> a page that some entry of this request names
+        where = positions[readable]
+        held = executor.pool[:, 0, 0, 0, :, 0].numpy()[page_of[where // size], where % size]
+        assert held.tolist() == [executor.prefix_id(request_id, p) for p in where.tolist()]
+
+
+def null_page_at(executor: FakeExecutor, request_id: int, count: int) -> int:
+    """The page that serves the newest query; a token's width from a border either neighbour does."""
+    pages, bands = resident_pages(executor.manager, NULL_REQUEST), executor.manager.memshare._rows._null.pages.bands
+    newest = count - 1
+    here = {pages[int(np.searchsorted(bands, p, side="right")) - 1] for p in (newest, newest + 1) if p < bands[-1]}
+    used = set(executor.row(request_id)[: -(-count // executor.manager.tokens_per_block)].tolist()) & set(pages)
+    assert len(used) == 1
+    assert used <= here
+    return used.pop()
 
 
 def check_pages(executor: FakeExecutor) -> None:
     """No page is leaked or owned twice, and prompts are where they were."""
     manager = executor.manager
     caches = getattr(manager, "kv_cache_map", None)
-    held = [p for i in executor.processed for p in resident_pages(manager, i)]
+    owners = [*executor.processed, *([NULL_REQUEST] if takes_null_pages(manager) else [])]
+    held = [p for i in owners for p in resident_pages(manager, i)]
     if not manager.enable_block_reuse:
         assert len(held) == len(set(held))
         free = manager.impl.free if caches is not None else range(manager.get_num_free_blocks())
@@ -97,6 +120,11 @@ def resident_pages(manager, request_id: int) -> list[int]:
     return list(manager.get_batch_cache_indices([request_id])[0])
 
 
+def takes_null_pages(manager) -> bool:
+    shared = getattr(manager, "memshare", None)
+    return shared is not None and shared._rows._map.null_entries is not None
+
+
 def run(kind: str, seed: int, overlap: bool, reuse: bool = False, **config) -> FakeExecutor:
     """A schedule drawn from a seed, checked as it goes."""
 
@@ -105,14 +133,18 @@ def run(kind: str, seed: int, overlap: bool, reuse: bool = False, **config) -> F
             check_contents(executor)
         check_pages(executor)
 
-    return drive(make_sharing_class(MANAGERS[kind], **config), random.Random(seed), kind, overlap, reuse, check)
+    make = make_sharing_class(MANAGERS[kind], **config)
+    num_null = 7 if config.get("preset") == "pressure" else 0
+    return drive(make, random.Random(seed), kind, overlap, reuse, check, num_null=num_null)
 
 
-def drive(manager_class, rng, kind, overlap, reuse, check=None, executor_class=FakeExecutor) -> FakeExecutor:
+def drive(
+    manager_class, rng, kind, overlap, reuse, check=None, executor_class=FakeExecutor, num_null=0
+) -> FakeExecutor:
     """Arrivals, lengths, pool size and cancellations as ``rng`` draws them, to the end of the last request."""
     size = rng.choice([4, 8])
     # Just enough for one request of any length, or for all of them.
-    num_blocks = 212 // size + 2 + rng.randrange(12) if rng.random() < 0.7 else 400
+    num_blocks = 212 // size + 2 + rng.randrange(12) + num_null if rng.random() < 0.7 else 400
     # V2's host tier holds every request; with less of it, TensorRT-LLM alone can come to a standstill.
     host = {"host_cache_size": 1 << 30} if kind.startswith("V2") else {}
     manager = make_manager(manager_class, num_blocks, size, reuse=reuse, config=host)
@@ -137,7 +169,7 @@ def drive(manager_class, rng, kind, overlap, reuse, check=None, executor_class=F
             break
     assert not executor.active, "the schedule did not end"
     if not reuse:
-        assert executor._num_free() == num_blocks
+        assert executor._num_free() == num_blocks - (num_null if takes_null_pages(manager) else 0)
     return executor
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import trtllm_memshare
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import Checkpoint, read_checkpoint
-from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION, Engine, check_target, trtllm_config, write_engine
+from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION, Engine, trtllm_config, write_engine
 from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
+from trtllm_memshare.engine.replacement import check_target
 from trtllm_memshare.engine.tokenizer_check import check_tokenizer
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import read_json

@@ -127,7 +127,7 @@ class KVCacheManager:
             matcher.append(token_ids)
         sequence = Sequence(
             request_id=request_id,
-            slot=self._free_slots.pop(),
+            slot=self._free_slots[-1],
             group=None if group is None else (group, token_ids[:num_prompt_tokens].tobytes()),
             num_prompt_tokens=num_prompt_tokens,
             first_generated_block=self.blocks_for(num_prompt_tokens),
@@ -139,6 +139,7 @@ class KVCacheManager:
             num_context_tokens=num_tokens,
         )
         sequence.to_retire[parked.retired] = True
+        self._free_slots.pop()  # nothing that could fail stands between this line and the next
         self._sequences[request_id] = sequence
         if self.config.scope == "group" and sequence.group is not None and matcher is not None:
             self._groups.setdefault(sequence.group, GroupCandidates(self.pool, self._tables, self.config))
@@ -280,8 +281,8 @@ class KVCacheManager:
         """Calls ``listener`` with each decision right after it was applied: its donor holds the references then."""
         self._remapper.on_remap = listener
 
-    def count_shadow(self, decisions: list[Decision]) -> None:
-        """Counts what would have been shared, for shadow mode; changes nothing else."""
+    def count_shadow(self, decisions: Seq[object]) -> None:
+        """Counts what would have been shared or given up, for shadow mode; changes nothing else."""
         self._stats.shadowed += len(decisions)
 
     def resident_full_blocks(self, request_id: int) -> np.ndarray:
@@ -340,7 +341,8 @@ class KVCacheManager:
         """Drops all references of a finished or cancelled request; co-owners keep theirs."""
         sequence = self._drop(request_id)
         full_blocks = sequence.num_computed // self.tokens_per_block
-        record = SharingRecord(sequence.num_retired, max(0, full_blocks - sequence.first_generated_block))
+        generated_blocks = max(0, full_blocks - sequence.first_generated_block)
+        record = SharingRecord(sequence.num_retired, generated_blocks, sequence.peak_blocks)
         self._stats.retired_at_end += record.retired_blocks
         self._stats.generated += record.generated_blocks
         return record
@@ -355,6 +357,12 @@ class KVCacheManager:
     def forget_paused(self, request_id: int) -> None:
         """Lets go of a paused request that will not come back."""
         self._parked.pop(request_id, None)
+
+    def abandon(self, request_id: int) -> None:
+        """Takes back whatever a call of ``add_sequence`` that raised has left."""
+        if request_id in self._sequences:
+            self._drop(request_id)
+        self.forget_paused(request_id)
 
     def stats(self) -> CacheStats:
         """Counters and gauges as of now."""
@@ -432,6 +440,7 @@ class KVCacheManager:
             rows = blocks[:, None] * size + np.arange(size, dtype=np.int32)
             sequence.token_rows[start * size : stop * size] = rows.ravel()
             sequence.num_blocks = stop
+            sequence.peak_blocks = max(sequence.peak_blocks, stop - sequence.num_retired)
             self._stats.peak_used_blocks = max(self._stats.peak_used_blocks, self.pool.num_used)
         sequence.num_tokens = num_tokens
         return True

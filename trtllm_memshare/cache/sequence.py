@@ -32,6 +32,7 @@ class Sequence:
       to_retire: bool ``[max_blocks_per_seq]``, blocks that were given up before a pause and go again once computed.
       num_context_tokens: tokens that came as context in this life; all have room at once unless it came back.
       num_retired: blocks that were freed when the request gave up its references.
+      peak_blocks: most blocks that it held at once, those given up left out.
       num_offered_to_group: first logical blocks that the samples of its group have been shown.
       unmatched: tokens that stage 1 has not been given yet.
     """
@@ -51,6 +52,7 @@ class Sequence:
     num_computed: int = 0
     num_blocks: int = 0
     num_retired: int = 0
+    peak_blocks: int = 0
     num_offered_to_group: int = 0
     unmatched: list[int] = field(default_factory=list)
 
@@ -77,10 +79,11 @@ class Parked:
 
 @dataclass(frozen=True)
 class SharingRecord:
-    """What sharing did for one request in its last life: counts of blocks."""
+    """What sharing did for one request in its last life: counts of blocks. ``peak_blocks``: most held at once."""
 
     retired_blocks: int
     generated_blocks: int
+    peak_blocks: int = 0
 
 
 @dataclass

@@ -11,11 +11,9 @@ The layout::
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint
+from trtllm_memshare.engine.replacement import find_retired, replace_engine
 from trtllm_memshare.engine.tensorrt_record import TensorRTRecord
 from trtllm_memshare.engine.weights import INDEX, SINGLE, weight_files
 from trtllm_memshare.errors import UserError, nearest
@@ -83,6 +82,11 @@ class Engine:
 def read_documents(engine_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and memshare.json of an engine directory. Raises UserError if one is missing or damaged."""
     if not engine_dir.is_dir():
+        if (retired := find_retired(engine_dir)) is not None:
+            raise UserError(
+                f"no engine directory at {engine_dir}: a build was killed while it replaced it (move {retired} back, "
+                f"or {REBUILD})"
+            )
         raise UserError(
             f"no engine directory at {engine_dir} (build one: python build_scripts/build_engine.py --memshare)"
         )
@@ -143,65 +147,6 @@ def write_engine(
         add(folder)
 
     return replace_engine(output_dir, force, fill, read_torch_engine, check)
-
-
-def replace_engine(
-    output_dir: Path,
-    force: bool,
-    fill: Callable[[Path], None],
-    read: Callable[[Path], Engine],
-    check: Callable[[Engine], object] | None = None,
-) -> Engine:
-    """Writes an engine directory: all of it, or nothing.
-
-    Fills a hidden sibling and renames it, so that a reader sees the old engine or the new one.
-
-    Args:
-      output_dir: where the engine goes.
-      force: replace an engine that is there.
-      fill: makes the folder it is given, with everything in it.
-      read: reads and checks an engine directory of that backend.
-      check: called with the new engine before it takes its place; what it raises leaves the old one there.
-
-    Raises:
-      UserError: the directory exists and ``force`` is False, it is not an engine directory, or the disk refuses.
-    """
-    check_target(output_dir, force)
-    target = output_dir.resolve()
-    made = [parent for parent in target.parents if not parent.exists()]  # nearest first
-    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    retired = staging.with_suffix(".old")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fill(staging)
-        written = read(staging)
-        if check is not None:
-            check(written)
-        if target.exists():
-            os.rename(target, retired)
-        os.rename(staging, target)
-    except OSError as error:
-        raise UserError(f"cannot write {output_dir}: {error} (choose another --output-dir, or make room)") from error
-    finally:
-        if retired.exists() and not target.exists():
-            os.rename(retired, target)
-        for leftover in (staging, retired):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if not target.exists():
-            with contextlib.suppress(OSError):  # another process may have put something there
-                for parent in made:
-                    parent.rmdir()
-    return read(output_dir)
-
-
-def check_target(output_dir: Path, force: bool) -> None:
-    """Refuses an output directory that holds something else, or an engine unless ``force``."""
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not _is_engine_dir(output_dir):
-        raise UserError(f"{output_dir} exists and is no engine directory (choose another --output-dir)")
-    if not force:
-        raise UserError(f"{output_dir} holds an engine already (set --force to replace it, or another --output-dir)")
 
 
 def trtllm_config(checkpoint: Checkpoint, build: BuildConfig) -> dict[str, Any]:
@@ -270,18 +215,6 @@ def copy_small_files(model_dir: Path, target: Path, dtype: str) -> None:
     config = read_json(model_dir / "config.json", "the checkpoint", "copy the checkpoint again")
     # The dtype is written down: transformers would take the first tensor's where the file names none.
     write_json(target / "config.json", {**portable_config(config), "dtype": dtype})
-
-
-def _is_engine_dir(folder: Path) -> bool:
-    """True for an engine, and for one that lost its memshare.json: ``--force`` may mend that too."""
-    if (folder / "memshare.json").is_file():
-        return True
-    if not folder.is_dir() or {entry.name for entry in folder.iterdir()} != {"config.json", "model"}:
-        return False
-    try:
-        return {"pretrained_config", "build_config"} <= set(read_json(folder / "config.json", "", ""))
-    except UserError:
-        return False
 
 
 def read_build(config: dict[str, Any], kv_cache_dtype: Any, path: Path, remedy: str) -> BuildConfig:

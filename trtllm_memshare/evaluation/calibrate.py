@@ -114,7 +114,7 @@ def describe(calibration: Calibration, max_accuracy_drop: float, num_problems: i
 def main(command: str, arguments: list[str]) -> None:
     """``python -m trtllm_memshare calibrate``: calibrates an engine and writes its memshare.json."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m trtllm_memshare {command}",
+        prog=f"memshare {command}",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -45,11 +45,13 @@ ARMS: dict[str, Arm] = {
     "snapkv": Arm("attention"),
     "rkv": Arm("recent-attention-redundancy"),
     "attention-redundancy": Arm("attention-redundancy"),
+    "attention-redundancy-recency": Arm("attention-redundancy-recency"),
     "redundancy-k": Arm("redundancy"),
     "redundancy-v": Arm("redundancy", "v"),
     "redundancy-signature": Arm("redundancy", "signature"),
     "surprisal-redundancy": Arm("surprisal-redundancy"),
     "surprisal-redundancy-signature": Arm("surprisal-redundancy", "signature"),
+    "surprisal-led-signature": Arm("surprisal-led-redundancy", "signature"),
     "attention-redundancy-signature": Arm("attention-redundancy", "signature"),
     "attention-surprisal-redundancy": Arm("attention-surprisal-redundancy"),
 }

@@ -9,10 +9,10 @@ import torch
 
 from trtllm_memshare.evaluation.retirement import Moment
 from trtllm_memshare.search.need import PageFacts
+from trtllm_memshare.search.signatures import make_projection
 
 _CHUNK_TOKENS = 256
 _RECENT_PAGES = 4  # of 16 tokens: the observation window of SnapKV is 64 queries for its largest budgets
-SIGNATURE_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class CollectingPass:
         size = self.tokens_per_block
         num_pages = self.num_tokens // size
         whole = num_pages * size
-        signature = page_signature(self._units["v"])
+        signature = text_signatures(self._units["v"], self.states[0][0].shape[-1])
         units = {name: torch.cat(layers, 1)[:whole] for name, layers in self._units.items()}
         units["signature"] = signature[:whole].bfloat16()
         cosines = {name: _largest_by_page(unit, size) for name, unit in units.items()}
@@ -148,18 +148,19 @@ class CollectingPass:
         return TextFacts(size, self._attention.numpy(), cosines, surprisal, self._distance.numpy())
 
 
-def page_signature(values: list[torch.Tensor]) -> torch.Tensor:
-    """V of three layers through a fixed random projection, normalised: float32 ``[tokens, SIGNATURE_WIDTH]``.
+def text_signatures(values: list[torch.Tensor], head_dim: int) -> torch.Tensor:
+    """The product's signatures of a text's tokens, float32 ``[tokens, width]``; see ``search/signatures.py``.
 
     Args:
-      values: of each layer, ``[tokens, kv_heads * head_dim]``, each head of length 1 or another common length.
+      values: V of each layer, ``[tokens, kv_heads * head_dim]``, each head's of one common length.
     """
-    count = len(values)
-    chosen = sorted({count // 6, count // 2, 5 * count // 6})
-    joined = torch.cat([values[layer].float() for layer in chosen], 1)
-    generator = torch.Generator().manual_seed(0)
-    projection = torch.randn(joined.shape[1], SIGNATURE_WIDTH, generator=generator)
-    return torch.nn.functional.normalize(joined @ projection, dim=-1)
+    heads = values[0].shape[1] // head_dim
+    projection = make_projection(len(values), heads, head_dim)
+    sums = sum(
+        torch.einsum("thd,hdw->tw", values[layer].float().unflatten(1, (heads, head_dim)), matrix)
+        for layer, matrix in zip(projection.layers.tolist(), projection.matrix, strict=True)
+    )
+    return torch.nn.functional.normalize(torch.as_tensor(sums), dim=-1)
 
 
 def _largest_by_page(unit: torch.Tensor, size: int) -> np.ndarray:

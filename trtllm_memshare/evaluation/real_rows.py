@@ -23,6 +23,8 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.rows = read_rows(path) if path.is_file() else []
+        if path.is_file():
+            _cut_torn_line(path)
         self._keys = {_key(row) for row in self.rows}
 
     def __contains__(self, row: dict[str, Any]) -> bool:
@@ -43,6 +45,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows; a last line that a stopped run left half-written is passed over."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Takes off a half-written last line, so that the next row begins a line of its own."""
+    whole = path.read_bytes()
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        with path.open("r+b") as file:
+            file.truncate(end)
 
 
 def full_row(text: TokenText, full: FullPass) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from trtllm_memshare.report.plots import plt
 
 FLOORS = (
     ("benchmarks", "build_scripts"),
+    ("commands",),
     ("report",),
     ("evaluation",),
     ("triton",),

@@ -100,7 +100,7 @@ def main(command: str, arguments: list[str]) -> None:
     Raises:
       UserError: an unknown surface, or ``--signatures`` without TensorRT-LLM.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m trtllm_memshare {command}", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"memshare {command}", description=__doc__)
     names = [s.name for s in SURFACES]
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a surface lacks something")
     parser.add_argument("--surface", nargs="+", default=names, metavar="NAME", help=f"only these: {', '.join(names)}")

@@ -26,7 +26,7 @@ def main(command: str, arguments: list[str]) -> None:
       UserError: an engine, a prompt or a setting that cannot be used, or a page that cannot be written.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m trtllm_memshare {command}",
+        prog=f"memshare {command}",
         description="Generates one answer and writes a web page that shows what became of each block of its memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

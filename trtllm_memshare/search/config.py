@@ -80,7 +80,9 @@ class MemShareConfig(BaseModel):
     need: Literal[
         "redundancy",
         "attention-redundancy",
+        "attention-redundancy-recency",
         "surprisal-redundancy",
+        "surprisal-led-redundancy",
         "attention-surprisal-redundancy",
         "attention",
         "surprisal",

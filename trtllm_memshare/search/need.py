@@ -18,6 +18,10 @@ import numpy as np
 from trtllm_memshare.errors import UserError, nearest
 
 IMPORTANCE_WEIGHT = 0.1  # lambda of R-KV
+LED_WEIGHT = 0.25
+"""Of surprisal against redundancy from signatures, whose cosines spread wider than those of whole keys. Chosen on ten
+texts that are in no table: they keep 0.97 of the pages of facts stated once, 0.91 with a tenth."""
+RECENCY_WEIGHT = 0.05  # of the newest page that may go, above the oldest
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,17 @@ def _relative(importance: np.ndarray) -> np.ndarray:
     return importance / top if top > 0 else np.zeros_like(importance)
 
 
-def _with_redundancy(importance: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
-    return IMPORTANCE_WEIGHT * _relative(importance) - (1 - IMPORTANCE_WEIGHT) * redundancy
+def _with_redundancy(importance: np.ndarray, redundancy: np.ndarray, weight: float = IMPORTANCE_WEIGHT) -> np.ndarray:
+    return weight * _relative(importance) - (1 - weight) * redundancy
+
+
+def _led_by_surprisal(surprisal: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
+    return _with_redundancy(surprisal, redundancy, LED_WEIGHT)
+
+
+def _with_recency(attention: np.ndarray, redundancy: np.ndarray, position: np.ndarray) -> np.ndarray:
+    since_oldest = position - position.min(initial=np.iinfo(np.int32).max)
+    return _with_redundancy(attention, redundancy) + RECENCY_WEIGHT * _relative(since_oldest.astype(np.float32))
 
 
 def _both_with_redundancy(attention: np.ndarray, surprisal: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
@@ -93,6 +106,8 @@ NEEDS: dict[str, Need] = {
     "redundancy": Need(("redundancy",), lambda redundancy: -redundancy),
     "recent-attention-redundancy": Need(("recent_attention", "redundancy"), _with_redundancy),  # R-KV, by page
     "attention-redundancy": Need(("attention", "redundancy"), _with_redundancy),
+    "attention-redundancy-recency": Need(("attention", "redundancy", "position"), _with_recency),
     "surprisal-redundancy": Need(("surprisal", "redundancy"), _with_redundancy),
+    "surprisal-led-redundancy": Need(("surprisal", "redundancy"), _led_by_surprisal),
     "attention-surprisal-redundancy": Need(("attention", "surprisal", "redundancy"), _both_with_redundancy),
 }

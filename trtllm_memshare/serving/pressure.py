@@ -192,11 +192,13 @@ class Pressure:
             bytes_saved_now=retired_now * self._bytes_per_block,
         )
 
-    def end(self, state: RequestState, reason: str) -> None:
+    def learn_length(self, num_generated: int) -> None:
+        """Takes how many tokens a request had that ended by itself: what may come in is foreseen from that."""
+        self._lengths.learn(num_generated)
+
+    def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""
-        self._ledger.forget(state.request_id)
-        if reason != "cancelled":
-            self._lengths.learn(state.num_generated)
+        self._ledger.forget(request_id)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -122,6 +122,17 @@ class RankedExecutor(Executor):
                 self._scheduler.add(state)
         self._new = []
 
+    def _looks_for_cancelled(self) -> bool:
+        return bool(self._turn.cancelled)
+
+    def _fail_admissions(self) -> None:
+        for _, error in self._scheduler.failed:
+            raise error  # the other ranks have added it
+
+    def _fail_batch(self, states: list[RequestState], error: Exception) -> None:
+        """An error of one rank ends them all: the others may wait in an exchange that this one has left."""
+        raise error
+
     def _is_cancelled(self, state: RequestState) -> bool:
         return state.request_id in self._turn.cancelled
 

@@ -7,10 +7,11 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from trtllm_memshare.cache.sequence import SharingRecord
+from trtllm_memshare.serving.failures import log_listener, request_failed
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     log_probs: bool = False
 
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with another seed."""
+        return replace(self, seed=seed)
+
     @property
     def penalizes(self) -> bool:
         """Whether tokens that have occurred are treated differently."""
@@ -54,7 +59,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """Times in seconds since submission; counts of tokens, pauses and blocks."""
+    """Times in seconds since submission; counts of tokens, pauses and blocks.
+
+    ``queue_s``: until the request first had a place in the batch; all of it if it never had.
+    """
 
     ttft_s: float
     latency_s: float
@@ -62,6 +70,7 @@ class RequestStats:
     num_output_tokens: int
     num_pauses: int
     sharing: SharingRecord
+    queue_s: float = 0.0
 
     @property
     def tpot_s(self) -> float:
@@ -110,6 +119,7 @@ class RequestState:
     context_length: int = 0
     num_pauses: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
+    scheduled_at: float | None = None
     first_token_at: float | None = None
 
     @property
@@ -143,6 +153,24 @@ class RequestState:
         return len(self.prompt) + self.params.max_new_tokens
 
 
+class ResultFuture(Future["RequestResult"]):
+    """A future whose ``cancel`` asks for the request to be cancelled: it then ends with the tokens so far.
+
+    A plain future would forget the result that the executor is going to set. ``cancel`` answers False, as for any
+    future that runs: ``asyncio.wrap_future`` and its timeouts get along with it.
+    """
+
+    def __init__(self, cancel_request: Callable[[], None]) -> None:
+        super().__init__()
+        self._cancel_request = cancel_request
+        self.set_running_or_notify_cancel()
+
+    def cancel(self) -> bool:
+        if not self.done():
+            self._cancel_request()
+        return False
+
+
 class RequestHandle:
     """What ``Executor.submit`` returns: a future, a stream and a way to cancel.
 
@@ -150,21 +178,35 @@ class RequestHandle:
     listener, which the executor's thread calls after each token with False and at the end with True.
     """
 
-    def __init__(self, request_id: int, listener: Callable[[bool], None] | None = None) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        listener: Callable[[bool], None] | None = None,
+        on_cancel: Callable[[], None] | None = None,
+    ) -> None:
         self.request_id = request_id
-        self._listener = listener
-        self.future: Future[RequestResult] = Future()
+        self._listener, self._on_cancel = listener, on_cancel
+        self._listener_error: Exception | None = None
+        self.future: Future[RequestResult] = ResultFuture(self.cancel)
         self.cancelled = False
         self.log_probs: list[float] = []  # of the tokens so far, if they were asked for; the executor's thread appends
         self._stream: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def result(self, timeout: float | None = None) -> RequestResult:
-        """Waits for the end. Raises what stopped the executor, or ``TimeoutError``."""
+        """Waits for the end.
+
+        Raises:
+          RequestFailedError: this request failed.
+          ExecutorStoppedError: the executor stopped on an error.
+          TimeoutError: after ``timeout`` seconds; the request goes on.
+        """
         return self.future.result(timeout)
 
     def cancel(self) -> None:
         """Asks the executor to end this request at its next step; its blocks are freed then."""
         self.cancelled = True
+        if self._on_cancel is not None:
+            self._on_cancel()
 
     def __iter__(self) -> Iterator[int]:
         while (token := self._stream.get()) is not None:
@@ -187,14 +229,25 @@ class RequestHandle:
             self.log_probs.append(log_prob)
         self._stream.put(token)
         if self._listener is not None:
-            self._listener(False)
+            try:
+                self._listener(False)
+            except Exception as error:  # its request ends, and no other
+                self._listener, self._listener_error = None, error
+                self.cancel()
 
     def finish(self, result: RequestResult | None, error: BaseException | None = None) -> None:
-        """Executor's side: ends stream and future."""
+        """Executor's side: ends stream and future, once; a second end changes nothing."""
+        if self.future.done():
+            return
+        if error is None and self._listener_error is not None:
+            error = request_failed(self.request_id, "its listener raised", self._listener_error)
         if error is not None:
             self.future.set_exception(error)
         elif result is not None:
             self.future.set_result(result)
         self._stream.put(None)
         if self._listener is not None:
-            self._listener(True)
+            try:
+                self._listener(True)
+            except Exception as raised:
+                log_listener(self.request_id, raised)

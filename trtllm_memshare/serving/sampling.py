@@ -6,17 +6,28 @@ TensorRT-LLM's order and with its meaning: penalties count the prompt's tokens t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
 from trtllm_memshare.serving.request import RequestState, SamplingParams
 
 _MIN_TEMPERATURE = 1e-6  # below it float32 logits divide to infinity, and softmax gives NaN
+NO_TOKEN = -1
+"""What a row gives that has no next token: its logits are not finite, or choosing failed. The request ends then."""
+_Result = TypeVar("_Result")
 
 
 class Sampler:
-    """Keeps one seeded generator per sampled request, so that a request's tokens do not depend on its batch."""
+    """Keeps one seeded generator per sampled request, so that a request's tokens do not depend on its batch.
+
+    Attributes:
+      errors: by request id, what went wrong where ``sample`` gave ``NO_TOKEN``; nothing = logits that are not finite.
+    """
 
     def __init__(self) -> None:
+        self.errors: dict[int, Exception] = {}
         self._generators: dict[int, torch.Generator] = {}
         self._counts: dict[int, TokenCounts] = {}
 
@@ -26,22 +37,43 @@ class Sampler:
         Args:
           logits: float32 ``[batch, vocab_size]``; not changed.
           requests: one per row.
+
+        Returns:
+          Token ids; ``NO_TOKEN`` for a row whose request has to end, see ``errors``.
         """
-        changed = {row: self._shape(logits[row], r) for row, r in enumerate(requests) if r.params.shapes_logits}
+        # A row with a NaN has NaN for its largest logit; one wait for the device brings tokens and verdicts.
+        largest, chosen = logits.max(-1)
+        is_broken = ~torch.isfinite(largest)
+        shaping = [row for row, request in enumerate(requests) if request.params.shapes_logits]
+        changed = {row: self._guard(requests[row], self._shape, logits[row], requests[row]) for row in shaping}
         if changed:
             logits = logits.clone()
             for row, shaped in changed.items():
-                logits[row] = shaped
-        tokens: list[int] = logits.argmax(-1).tolist()
+                if shaped is not None:
+                    logits[row] = shaped
+            chosen = logits.argmax(-1)
+        tokens: list[int] = torch.where(is_broken, NO_TOKEN, chosen).tolist()
         for row, request in enumerate(requests):
-            if request.params.temperature > 0:
-                tokens[row] = self._sample_row(logits[row], request.request_id, request.params, row in changed)
+            if row in changed and changed[row] is None:
+                tokens[row] = NO_TOKEN
+            elif request.params.temperature > 0 and tokens[row] != NO_TOKEN:
+                token = self._guard(request, self._sample_row, logits[row], request, row in changed)
+                tokens[row] = NO_TOKEN if token is None else token
         return tokens
 
     def forget(self, request_id: int) -> None:
         """Drops the generator and the counts of a finished request."""
         self._generators.pop(request_id, None)
         self._counts.pop(request_id, None)
+        self.errors.pop(request_id, None)
+
+    def _guard(self, request: RequestState, choose: Callable[..., _Result], *arguments: Any) -> _Result | None:
+        """What ``choose`` gives; None if it raised, which is this request's matter and not that of its batch."""
+        try:
+            return choose(*arguments)
+        except Exception as error:
+            self.errors[request.request_id] = error
+            return None
 
     def _shape(self, row: torch.Tensor, request: RequestState) -> torch.Tensor:
         """``row`` after temperature, penalties and bans. Bans that would leave no token are not applied."""
@@ -59,10 +91,11 @@ class Sampler:
             row = shaped if shaped.max() > -torch.inf else row
         return row
 
-    def _sample_row(self, logits: torch.Tensor, request_id: int, params: SamplingParams, is_scaled: bool) -> int:
-        generator = self._generators.get(request_id)
+    def _sample_row(self, logits: torch.Tensor, request: RequestState, is_scaled: bool) -> int:
+        params = request.params
+        generator = self._generators.get(request.request_id)
         if generator is None:
-            generator = self._generators[request_id] = torch.Generator().manual_seed(params.seed)
+            generator = self._generators[request.request_id] = torch.Generator().manual_seed(params.seed)
         if not is_scaled:
             logits = logits / max(params.temperature, _MIN_TEMPERATURE)
         ordered, ids = logits.cpu().sort(descending=True, stable=True)
@@ -106,6 +139,6 @@ def token_log_probs(logits: torch.Tensor, tokens: list[int]) -> list[float]:
       logits: float32 ``[batch, vocab_size]``.
       tokens: one per row.
     """
-    chosen = torch.tensor(tokens, device=logits.device).unsqueeze(-1)
+    chosen = torch.tensor(tokens, device=logits.device).clamp(min=0).unsqueeze(-1)  # ``NO_TOKEN`` has none
     found: list[float] = (logits.float().gather(-1, chosen).squeeze(-1) - logits.float().logsumexp(-1)).tolist()
     return found

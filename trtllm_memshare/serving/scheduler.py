@@ -10,6 +10,7 @@ TensorRT-LLM's own scheduler gains under ``MAX_UTILIZATION`` only.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ class Schedule:
 
     contexts: list[tuple[RequestState, int]] = field(default_factory=list)
     generations: list[RequestState] = field(default_factory=list)
+
+    @property
+    def states(self) -> list[RequestState]:
+        """All of them, in the order of the batch."""
+        return [state for state, _ in self.contexts] + self.generations
 
 
 class Relief(Protocol):
@@ -59,6 +65,9 @@ class Scheduler:
       max_num_tokens: most tokens of one step, which bounds the context chunks.
       chunk_unit_size: context chunks but the last are a multiple of it; TensorRT-LLM's name and rule.
       relief: frees blocks under pressure; None = a request that finds none is paused.
+
+    Attributes:
+      failed: requests that could not be added to the cache, with what was raised; whoever answers them clears it.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class Scheduler:
         self.running: list[RequestState] = []  # in order of arrival
         self.num_pauses = 0
         self.num_recomputed_tokens = 0
+        self.failed: list[tuple[RequestState, Exception]] = []
 
     def add(self, state: RequestState) -> None:
         self.waiting.append(state)
@@ -132,18 +142,25 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size and self._has_room(self.waiting[0]):
-            state = self.waiting.popleft()
-            added = self._manager.add_sequence(
-                state.request_id,
-                np.asarray(state.tokens, np.int32),
-                len(state.prompt),
-                state.group if state.params.memshare else None,
-                state.params.memshare,
-            )
+            state = self.waiting[0]  # it stays there until it is in the cache: an error must not lose it
+            try:
+                added = self._manager.add_sequence(
+                    state.request_id,
+                    np.asarray(state.tokens, np.int32),
+                    len(state.prompt),
+                    state.group if state.params.memshare else None,
+                    state.params.memshare,
+                )
+            except Exception as error:  # MemoryError, say: this request's, and no other's
+                self._manager.abandon(self.waiting.popleft().request_id)
+                self.failed.append((state, error))
+                continue
             if not added:
-                self.waiting.appendleft(state)
                 return
+            self.waiting.popleft()
             state.phase = Phase.CONTEXT
+            if state.scheduled_at is None:
+                state.scheduled_at = time.perf_counter()
             self.running.append(state)
 
     def _has_room(self, state: RequestState) -> bool:

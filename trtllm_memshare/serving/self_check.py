@@ -56,7 +56,7 @@ def check_engine_runs(engine: Engine, device: str = "auto") -> list[int]:
         num_computed = len(tokens)
         if not torch.isfinite(logits).all():
             raise UserError(
-                f"the self-check of {engine.engine_dir} gave logits that are not finite after {num_computed} tokens: "
+                f"the self-check of the new engine gave logits that are not finite after {num_computed} tokens: "
                 f"the weights are damaged, or overflow in {engine.checkpoint.dtype} (copy the checkpoint again, build "
                 f"with another type, or set --no-self-check)"
             )

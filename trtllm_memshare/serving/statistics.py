@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+MAX_TIMELINE = 65_536
+
 
 @dataclass
 class ExecutorStats:
@@ -11,11 +13,14 @@ class ExecutorStats:
     ``block_steps`` the same counted in steps, which does not depend on the speed of the machine.
 
     Attributes:
-      timeline: (time since the first step, blocks in use, requests in flight), one per step.
+      num_failed: requests that ended with an error; ``num_finished`` counts them too.
+      timeline: (time since the first step, blocks in use, requests in flight) of every step at first, of every second,
+        fourth, ... one once there are many: a server that runs for weeks holds at most ``MAX_TIMELINE`` of them.
     """
 
     num_steps: int = 0
     num_finished: int = 0
+    num_failed: int = 0
     num_pauses: int = 0
     num_recomputed_tokens: int = 0
     busy_seconds: float = 0.0
@@ -25,6 +30,7 @@ class ExecutorStats:
     request_seconds: float = 0.0
     timeline: list[tuple[float, int, int]] = field(default_factory=list)
     _first_step_at: float | None = None
+    _stride: int = 1
 
     def record_step(
         self, started: float, ended: float, used_blocks: int, requests_in_flight: int, search_seconds: float
@@ -39,7 +45,11 @@ class ExecutorStats:
         self.block_steps += used_blocks
         self.block_seconds += used_blocks * seconds
         self.request_seconds += requests_in_flight * seconds
-        self.timeline.append((ended - self._first_step_at, used_blocks, requests_in_flight))
+        if (self.num_steps - 1) % self._stride == 0:
+            self.timeline.append((ended - self._first_step_at, used_blocks, requests_in_flight))
+        if len(self.timeline) >= MAX_TIMELINE:
+            del self.timeline[1::2]
+            self._stride *= 2
 
     @property
     def search_time_fraction(self) -> float:
@@ -61,6 +71,7 @@ class ExecutorStatus:
       num_context_tokens: tokens of requests still in their context phase.
       num_pauses, num_steps, num_finished, shared_blocks, num_candidates: totals.
       refused: total candidates and decisions turned down, by reason.
+      num_failed, num_failed_steps: totals of requests that ended with an error, and of steps that raised.
       pressure: what was given up and why; None where the settings ask for none.
     """
 
@@ -80,6 +91,8 @@ class ExecutorStatus:
     search_seconds: float
     num_candidates: int
     refused: dict[str, int]
+    num_failed: int = 0
+    num_failed_steps: int = 0
     pressure: PressureStatus | None = None
 
 

@@ -10,41 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.service import MAX_MESSAGE_BYTES, QueueFullError, TokenEvent
+from trtllm_memshare.triton.events import QueueFullError, ServiceLostError, TokenEvent
+
+_MAX_ANSWER_BYTES = 64 << 20
 
 
-class ServiceLostError(RuntimeError):
-    """The process of `tensorrt_llm` went away."""
-
-
-class Call:
-    """One request at the executor. ``events`` yields what comes; ``cancel`` ends it early, with a last event."""
+class RemoteCall:
+    """A ``Call`` of the executor in another process."""
 
     def __init__(self, client: ServiceClient, request_id: int) -> None:
         self._client, self._id = client, request_id
         self._messages = asyncio.Queue[dict[str, Any] | None]()
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
-        """Events to the end; leaving before it cancels the request.
-
-        Raises:
-          UserError, QueueFullError: the request was refused.
-          ServiceLostError: the other process went away.
-        """
+        """See ``Call``."""
         ended = False
         try:
             while not ended:
                 message = await self._messages.get()
-                ended = message is None or "error" in message or bool(message["finish_reason"])
+                ended = message is None or "error" in message or message["is_last"]
                 yield _event(message)
         finally:
             self._client.forget(self._id)
             if not ended:
-                self.cancel()
+                self._client.send({"id": self._id, "forget": True})
 
-    def cancel(self) -> None:
-        """Asks the executor to end the request at its next step."""
-        self._client.send({"id": self._id, "cancel": True})
+    def cancel(self, sequence_index: int) -> None:
+        """See ``Call``."""
+        self._client.send({"id": self._id, "cancel": sequence_index})
 
     def take(self, message: dict[str, Any] | None) -> None:
         """Client's side: a message for this request, None = there will be no more."""
@@ -61,12 +54,12 @@ class ServiceClient:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ids = itertools.count()
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, RemoteCall] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
 
-    async def submit(self, inputs: dict[str, Any]) -> Call:
+    async def submit(self, inputs: dict[str, Any]) -> RemoteCall:
         """Sends a request.
 
         Args:
@@ -77,7 +70,7 @@ class ServiceClient:
         """
         await self._connect()
         request_id = next(self._ids)
-        call = self._calls[request_id] = Call(self, request_id)
+        call = self._calls[request_id] = RemoteCall(self, request_id)
         self.send({"id": request_id, "inputs": inputs})
         return call
 
@@ -102,7 +95,7 @@ class ServiceClient:
             if self._writer is not None:
                 return
             try:
-                reader, self._writer = await asyncio.open_unix_connection(str(self._path), limit=MAX_MESSAGE_BYTES)
+                reader, self._writer = await asyncio.open_unix_connection(str(self._path), limit=_MAX_ANSWER_BYTES)
             except OSError as error:
                 raise ServiceLostError(
                     f"the model tensorrt_llm cannot be reached: {error} (it may be starting)"
@@ -128,7 +121,7 @@ def _event(message: dict[str, Any] | None) -> TokenEvent:
     if message is None:
         raise ServiceLostError("the model tensorrt_llm went away while it worked on this request (send it again)")
     if "error" not in message:
-        return TokenEvent(message["token_ids"], message["finish_reason"], message["perf"])
+        return TokenEvent(**{name: value for name, value in message.items() if name != "id"})
     if message["queue_full"]:
         raise QueueFullError(message["error"])
     raise UserError(message["error"]) if message["user"] else RuntimeError(message["error"])

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import Any
-
-from trtllm_memshare.serving.request import RequestHandle
 
 
 class LoopThread:
@@ -57,7 +55,7 @@ class LoopThread:
 
 
 class TokenStream:
-    """Tokens of one request for a coroutine.
+    """Wakes a coroutine when the executor has something for it: the listener of one or several requests.
 
     Args:
       streaming: wake up for every token, not only at the end.
@@ -71,12 +69,7 @@ class TokenStream:
         if self._streaming or ended:
             self._loop.call_soon_threadsafe(self._event.set)
 
-    async def batches(self, handle: RequestHandle) -> AsyncIterator[list[int]]:
-        """Yields what has come since the last time; a slow reader gets larger pieces."""
-        ended = False
-        while not ended:
-            await self._event.wait()
-            self._event.clear()
-            tokens, ended = handle.drain()
-            if tokens:
-                yield tokens
+    async def wait(self) -> None:
+        """Until something has come since the last time; a slow reader then finds more at once."""
+        await self._event.wait()
+        self._event.clear()

@@ -1,26 +1,44 @@
-"""Metrics on Triton's own endpoint: TensorRT-LLM's names, and MemShare's beside them."""
+"""What the executor does now, for prometheus-client: under TensorRT-LLM's names, and MemShare's beside them."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from trtllm_memshare.serving.statistics import ExecutorStatus
+import torch
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from trtllm_memshare.serving.statistics import ExecutorStatus, PressureStatus
+from trtllm_memshare.triton.runtime import RESTARTS_VARIABLE
 
 GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "nv_trt_llm_request_metrics": (
         "TRT LLM request metrics", "request_type", ("active", "max", "scheduled", "context", "waiting")),
+    "nv_trt_llm_runtime_memory_metrics": ("TRT LLM runtime memory metrics", "memory_type", ("cpu", "gpu")),
     "nv_trt_llm_kv_cache_block_metrics": (
         "TRT LLM KV cache block metrics", "kv_cache_block_type", ("max", "free", "used", "tokens_per", "fraction")),
     "nv_trt_llm_inflight_batcher_metrics": (
         "TRT LLM inflight_batcher-specific metrics", "inflight_batcher_specific_metric",
         ("total_context_tokens", "generation_requests", "micro_batch_id", "paused_requests")),
-    "nv_trt_llm_general_metrics": ("General TRT LLM metrics", "general_type", ("iteration_counter",)),
-    "memshare_blocks": (
-        "KV blocks freed by sharing, since the start", "block_type", ("shared",)),
+    "nv_trt_llm_general_metrics": ("General TRT LLM metrics", "general_type", ("timestamp", "iteration_counter")),
+    "memshare_blocks": ("KV blocks freed by sharing, since the start", "block_type", ("shared",)),
     "memshare_saved_bytes": ("Bytes of KV cache freed by sharing, since the start", "unit", ("bytes",)),
     "memshare_search": (
         "The block search, since the start: candidate pairs compared, and seconds", "search_metric",
         ("candidates", "seconds")),
+    "memshare_pauses": ("Requests paused for want of blocks, since the start", "unit", ("pauses",)),
+    "memshare_pressure": (
+        "Pressure: whether it is on, requests at their floor and pages done without now; times that it began, pauses "
+        "avoided and requests admitted since the start", "pressure_metric",
+        ("active", "at_floor", "retired_now", "bytes_saved_now", "episodes", "pauses_avoided", "admitted")),
+    "memshare_retired_pages": (
+        "Pages given up under pressure, since the start", "reason", ("repeated", "needed_least")),
+    "memshare_seconds_since_step": (
+        "Seconds without a step although there was work, 0 when idle", "unit", ("seconds",)),
+    "memshare_server_restarts": ("Starts of the server after a process had died", "unit", ("restarts",)),
 }  # fmt: skip
 """By name: description, label, and the label's values (facts: TensorRT-LLM's Triton backend)."""
 
@@ -28,76 +46,99 @@ REFUSED = "memshare_refused"
 """Candidates and decisions turned down since the start, by ``reason``; reasons appear as they occur."""
 
 
-def gauge_values(status: ExecutorStatus, max_requests: int, bytes_per_block: int) -> dict[str, dict[str, float]]:
-    """Value of every gauge by name and label value.
+class ExecutorCollector(Collector):
+    """Gauges of one executor.
 
     Args:
-      status: of the executor.
+      status: reads the executor.
       max_requests: most requests in flight.
       bytes_per_block: of all layers.
     """
-    free = status.max_blocks - status.used_blocks
+
+    def __init__(self, status: Callable[[], ExecutorStatus], max_requests: int, bytes_per_block: int) -> None:
+        self._status, self._max_requests, self._bytes_per_block = status, max_requests, bytes_per_block
+        self._last_step, self._last_step_at = -1, time.monotonic()
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Every gauge, with the values of this moment."""
+        status = self._status()
+        for name, by_label in self._values(status).items():
+            description, label, _ = GAUGES[name]
+            family = GaugeMetricFamily(name, description, labels=[label])
+            for label_value, value in by_label.items():
+                family.add_metric([label_value], float(value))
+            yield family
+        refused = GaugeMetricFamily(REFUSED, "Candidates and decisions turned down, since the start", labels=["reason"])
+        for reason, count in status.refused.items():
+            refused.add_metric([reason], float(count))
+        yield refused
+
+    def _values(self, status: ExecutorStatus) -> dict[str, dict[str, float]]:
+        """Value of every gauge by name and label value."""
+        return {
+            "nv_trt_llm_request_metrics": {
+                "active": status.num_active + status.num_waiting,
+                "max": self._max_requests,
+                "scheduled": status.num_active,
+                "context": status.num_context,
+                "waiting": status.num_waiting,
+            },
+            "nv_trt_llm_runtime_memory_metrics": {"cpu": _resident_bytes(), "gpu": _gpu_bytes()},
+            "nv_trt_llm_kv_cache_block_metrics": {
+                "max": status.max_blocks,
+                "free": status.max_blocks - status.used_blocks,
+                "used": status.used_blocks,
+                "tokens_per": status.tokens_per_block,
+                "fraction": status.used_blocks / status.max_blocks,
+            },
+            "nv_trt_llm_inflight_batcher_metrics": {
+                "total_context_tokens": status.num_context_tokens,
+                "generation_requests": status.num_generating,
+                "micro_batch_id": 0,
+                "paused_requests": status.num_paused,
+            },
+            "nv_trt_llm_general_metrics": {
+                "timestamp": time.time_ns() // 1000,
+                "iteration_counter": status.num_steps,
+            },
+            "memshare_blocks": {"shared": status.shared_blocks},
+            "memshare_saved_bytes": {"bytes": status.shared_blocks * self._bytes_per_block},
+            "memshare_search": {"candidates": status.num_candidates, "seconds": status.search_seconds},
+            "memshare_pauses": {"pauses": status.num_pauses},
+            **_pressure_values(status.pressure),
+            "memshare_seconds_since_step": {"seconds": self._seconds_since_step(status)},
+            "memshare_server_restarts": {"restarts": int(os.environ.get(RESTARTS_VARIABLE, "0"))},
+        }
+
+    def _seconds_since_step(self, status: ExecutorStatus) -> float:
+        now = time.monotonic()
+        if status.num_steps != self._last_step or not status.num_active + status.num_waiting:
+            self._last_step, self._last_step_at = status.num_steps, now
+        return now - self._last_step_at
+
+
+def _pressure_values(pressure: PressureStatus | None) -> dict[str, dict[str, float]]:
+    """Zeros where the settings ask for no pressure: a dashboard finds its metrics on every server."""
+    p = pressure or PressureStatus(False, {}, 0, 0, 0, 0, 0, 0)
     return {
-        "nv_trt_llm_request_metrics": {
-            "active": status.num_active + status.num_waiting,
-            "max": max_requests,
-            "scheduled": status.num_active,
-            "context": status.num_context,
-            "waiting": status.num_waiting,
+        "memshare_pressure": {
+            "active": p.is_active,
+            "at_floor": p.num_at_floor,
+            "retired_now": p.retired_now,
+            "bytes_saved_now": p.bytes_saved_now,
+            "episodes": p.num_episodes,
+            "pauses_avoided": p.num_pauses_avoided,
+            "admitted": p.num_admitted,
         },
-        "nv_trt_llm_kv_cache_block_metrics": {
-            "max": status.max_blocks,
-            "free": free,
-            "used": status.used_blocks,
-            "tokens_per": status.tokens_per_block,
-            "fraction": status.used_blocks / status.max_blocks,
+        "memshare_retired_pages": {
+            reason: p.retired_pages.get(reason, 0) for reason in GAUGES["memshare_retired_pages"][2]
         },
-        "nv_trt_llm_inflight_batcher_metrics": {
-            "total_context_tokens": status.num_context_tokens,
-            "generation_requests": status.num_generating,
-            "micro_batch_id": 0,
-            "paused_requests": status.num_pauses,
-        },
-        "nv_trt_llm_general_metrics": {"iteration_counter": status.num_steps},
-        "memshare_blocks": {"shared": status.shared_blocks},
-        "memshare_saved_bytes": {"bytes": status.shared_blocks * bytes_per_block},
-        "memshare_search": {"candidates": status.num_candidates, "seconds": status.search_seconds},
     }
 
 
-class TritonMetrics:
-    """Keeps Triton's gauges in step with the executor.
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    Args:
-      pb_utils: Triton's ``triton_python_backend_utils``.
-      labels: of the model: ``model`` and ``version``.
-    """
 
-    def __init__(self, pb_utils: Any, labels: dict[str, str]) -> None:
-        self._labels, self._families, self._metrics = labels, dict[str, Any](), dict[tuple[str, str], Any]()
-        kind = pb_utils.MetricFamily.GAUGE
-        for name, (description, label, values) in GAUGES.items():
-            self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
-            for value in values:
-                self._add(name, label, value)
-        self._families[REFUSED] = pb_utils.MetricFamily(
-            name=REFUSED, description="Candidates and decisions turned down, since the start", kind=kind
-        )
-
-    def update(self, values: dict[str, dict[str, float]], refused: dict[str, int]) -> None:
-        """Sets every gauge."""
-        for name, by_label in values.items():
-            for label_value, value in by_label.items():
-                self._metrics[name, label_value].set(float(value))
-        for reason, count in refused.items():
-            if (REFUSED, reason) not in self._metrics:
-                self._add(REFUSED, "reason", reason)
-            self._metrics[REFUSED, reason].set(float(count))
-
-    def close(self) -> None:
-        """Metrics go before their families, as Triton wants it."""
-        self._metrics.clear()
-        self._families.clear()
-
-    def _add(self, family: str, label: str, value: str) -> None:
-        self._metrics[family, value] = self._families[family].Metric(labels={**self._labels, label: value})
+def _gpu_bytes() -> int:
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0

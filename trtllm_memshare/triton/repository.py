@@ -7,17 +7,16 @@ import json
 import shutil
 import uuid
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
-from trtllm_memshare.triton.tensors import PERF_OUTPUTS
+from trtllm_memshare.triton.model_configs import MODELS, write_model
 
-_MODELS = {"tensorrt_llm": ("token_model", "TokenModel"), "ensemble": ("ensemble_model", "EnsembleModel")}
+_BYTES_PER_TOKEN = 16  # of the default limit in bytes; text of several languages has three to five
+_PERIODS_MS = (10, 60_000)
 MARKER = "memshare_repository.json"
 """A file of every repository written here; it says which flavour it is."""
 
@@ -31,8 +30,10 @@ class RepositoryOptions:
       output_dir: where the repository goes.
       kv_cache_blocks: blocks of the KV pool; None = enough for ``max_batch_size`` requests of ``max_seq_len``.
       max_prompt_tokens, max_output_tokens: of one request; None = what ``max_seq_len`` allows.
+      max_prompt_bytes: of one prompt, checked before it is tokenized; None = 16 for each token.
       max_queue_size: requests that may wait beside those in flight.
       batch_scheduler_policy: ``MAX_UTILIZATION`` or ``GUARANTEED_NO_EVICT``.
+      decoupled: several responses to a request, which streaming needs; without, Triton's plain ``infer`` works.
       exclude_input_in_output: leave the prompt out of answers to requests that do not say.
       cancellation_check_period_ms, stats_check_period_ms: how often clients and counters are looked at.
       force: replace a repository that is there.
@@ -43,8 +44,10 @@ class RepositoryOptions:
     kv_cache_blocks: int | None = None
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
+    max_prompt_bytes: int | None = None
     max_queue_size: int = 256
     batch_scheduler_policy: str = MAX_UTILIZATION
+    decoupled: bool = True
     exclude_input_in_output: bool = True
     cancellation_check_period_ms: int = 100
     stats_check_period_ms: int = 100
@@ -52,7 +55,7 @@ class RepositoryOptions:
 
 
 def write_repository(options: RepositoryOptions) -> dict[str, str]:
-    """Writes ``ensemble`` and ``tensorrt_llm``; nothing is left behind if it fails.
+    """Writes every model of ``MODELS``; nothing is left behind if it fails.
 
     Returns:
       The parameters that went into the models' ``config.pbtxt``.
@@ -66,8 +69,8 @@ def write_repository(options: RepositoryOptions) -> dict[str, str]:
     check_target(target, options.force)
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
-        for name in _MODELS:
-            _write_model(draft, name, parameters)
+        for name in MODELS:
+            write_model(draft, name, parameters, engine.build.max_batch_size, options.decoupled)
         (draft / MARKER).write_text(json.dumps({"flavour": "engine", "engine_dir": str(engine.engine_dir)}) + "\n")
         if target.exists():
             shutil.rmtree(target)
@@ -92,7 +95,23 @@ def flavour_of(repository: Path) -> str:
     return json.loads(marker.read_text())["flavour"] if marker.is_file() else "engine"
 
 
-def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
+@dataclass(frozen=True)
+class Deployment:
+    """Limits of one deployment, with the defaults filled in; see ``RepositoryOptions``."""
+
+    num_blocks: int
+    max_prompt_tokens: int
+    max_output_tokens: int
+    max_prompt_bytes: int
+    max_requests: int
+
+
+def deployment_limits(engine: Engine, options: RepositoryOptions) -> Deployment:
+    """Limits of a deployment over an engine.
+
+    Raises:
+      UserError: limits that cannot hold, or a pool too small for one request.
+    """
     build = engine.build
     size, longest = build.tokens_per_block, build.max_seq_len
     one_request = -(-longest // size)
@@ -111,31 +130,34 @@ def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
             )
     if options.max_queue_size < 0:
         raise UserError(f"--max-queue-size must not be negative, got {options.max_queue_size}")
+    if options.max_prompt_bytes is not None and options.max_prompt_bytes < 1:
+        raise UserError(f"--max-prompt-bytes must be at least 1, got {options.max_prompt_bytes}")
+    max_prompt_tokens = options.max_prompt_tokens or longest - 1
+    return Deployment(
+        blocks,
+        max_prompt_tokens,
+        options.max_output_tokens or longest - 1,
+        options.max_prompt_bytes or max_prompt_tokens * _BYTES_PER_TOKEN,
+        options.max_queue_size + build.max_batch_size,
+    )
+
+
+def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
+    limits = deployment_limits(engine, options)
+    for name in ("cancellation_check_period_ms", "stats_check_period_ms"):
+        value, (low, high) = getattr(options, name), _PERIODS_MS
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     return {
         "engine_dir": str(engine.engine_dir.resolve()),
         "tokenizer_dir": str(engine.model_dir.resolve()),
-        "max_tokens_in_paged_kv_cache": str(blocks * size),
+        "max_tokens_in_paged_kv_cache": str(limits.num_blocks * engine.build.tokens_per_block),
         "batch_scheduler_policy": options.batch_scheduler_policy,
         "exclude_input_in_output": str(options.exclude_input_in_output).lower(),
         "cancellation_check_period_ms": str(options.cancellation_check_period_ms),
         "stats_check_period_ms": str(options.stats_check_period_ms),
-        "max_prompt_tokens": str(options.max_prompt_tokens or longest - 1),
-        "max_output_tokens": str(options.max_output_tokens or longest - 1),
-        "max_queue_size": str(options.max_queue_size),
-        "max_requests": str(options.max_queue_size + build.max_batch_size),
-        "perf_outputs": ",\n".join(
-            f'  {{ name: "{name}" data_type: TYPE_INT{64 if name.endswith("_ns") else 32} dims: [ 1 ] }}'
-            for name in PERF_OUTPUTS
-        ),
+        "max_prompt_tokens": str(limits.max_prompt_tokens),
+        "max_prompt_bytes": str(limits.max_prompt_bytes),
+        "max_output_tokens": str(limits.max_output_tokens),
+        "max_requests": str(limits.max_requests),
     }
-
-
-def _write_model(repository: Path, name: str, parameters: dict[str, str]) -> None:
-    templates = resources.files("trtllm_memshare") / "triton" / "templates"
-    module, model_class = _MODELS[name]
-    version = repository / name / "1"
-    version.mkdir(parents=True)
-    config = Template((templates / f"{name}.pbtxt").read_text())
-    (repository / name / "config.pbtxt").write_text(config.substitute(parameters))
-    code = Template((templates / "model.py.template").read_text())
-    (version / "model.py").write_text(code.substitute(module=module, model_class=model_class))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
+import socket
 import sys
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import trtllm_memshare
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.llmapi_repository import llmapi_environment
 from trtllm_memshare.triton.repository import flavour_of
+from trtllm_memshare.triton.runtime import PACKAGE_VARIABLE, RUNTIME_VARIABLE
 
 _STUB = "triton_python_backend_stub"
 _SHM_BYTES = 256 << 20
@@ -26,13 +27,13 @@ class Server:
 
     Attributes:
       executable: ``tritonserver``.
-      backends: its ``--backend-directory``, None = the server's own.
+      backend_files: what its python backend consists of; empty = the server knows where its backends are.
       library_dirs: for LD_LIBRARY_PATH.
       origin: where it comes from, in words.
     """
 
     executable: Path
-    backends: Path | None
+    backend_files: tuple[Path, ...]
     library_dirs: tuple[Path, ...]
     origin: str
 
@@ -55,9 +56,9 @@ def find_server(named: Path | None = None) -> Server:
     if named is not None:
         if not named.is_file():
             raise UserError(f"--tritonserver must name the server's executable, got {named}, which is not a file")
-        return Server(named, None, (), f"{named} as asked for")
+        return Server(named, (), (), f"{named} as asked for")
     if on_path := shutil.which("tritonserver") or _if_file("/opt/tritonserver/bin/tritonserver"):
-        return Server(Path(on_path), None, (), f"{on_path} as installed")
+        return Server(Path(on_path), (), (), f"{on_path} as installed")
     spec = find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -67,39 +68,71 @@ def find_server(named: Path | None = None) -> Server:
     return _server_of_wheel(Path(spec.submodule_search_locations[0]))
 
 
-def server_command(server: Server, repository: Path, ports: Ports, host: str, extra: list[str]) -> list[str]:
+def server_command(
+    server: Server, repository: Path, ports: Ports, host: str, runtime: Path, drain_s: float, extra: list[str]
+) -> list[str]:
     """Arguments that start ``server`` over ``repository``.
 
+    Every model of the repository is loaded, and the model control mode that is left at its default keeps clients from
+    loading or unloading any.
+
+    Args:
+      runtime: folder of this start; the python backend is laid out in it if the server does not bring its own.
+      drain_s: how long requests in flight may take after SIGTERM.
+
     Raises:
-      UserError: the repository is not a folder.
+      UserError: the repository is not a folder, or an option would blind the supervisor.
     """
     if not repository.is_dir():
         raise UserError(f"no model repository at {repository} (write one with build_scripts/build_triton_repo.py)")
+    for option in extra:
+        if option.startswith(("--allow-http", "--model-control-mode", "--exit-timeout-secs")):
+            raise UserError(f"{option.partition('=')[0]} belongs to the launcher, got {option} (leave it out)")
     command = [str(server.executable), f"--model-repository={repository.resolve()}"]
-    if server.backends is not None:
-        command.append(f"--backend-directory={server.backends}")
+    if server.backend_files:
+        folder = runtime / "backends" / "python"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in server.backend_files:
+            (folder / path.name).symlink_to(path)
+        command.append(f"--backend-directory={folder.parent}")
+        command.append("--allow-gpu-metrics=false")  # a CPU build has none
     for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
         command += [f"--{name}-port={port}", f"--{name}-address={host}"]
     # A name of its own for shared memory: a second server on the machine must not find ours.
-    command.append(f"--backend-config=python,shm-region-prefix-name=memshare_{ports.http}_")
+    command.append(f"--backend-config=python,shm-region-prefix-name={runtime.name}_")
     command.append(f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}")
-    # The model that owns the executor can then be loaded again after its process died; clients may not ask for that.
-    command += ["--model-control-mode=explicit", "--load-model=tensorrt_llm"]
+    command.append(f"--exit-timeout-secs={drain_s:.0f}")
     if flavour_of(repository) == "engine":
-        command.append("--load-model=ensemble")
-    key = f"{secrets.token_hex(16)}={secrets.token_hex(16)}"
-    command += [f"--http-restricted-api=model-repository:{key}", f"--grpc-restricted-protocol=model-repository:{key}"]
-    if server.backends is not None:
-        command.append("--allow-gpu-metrics=false")  # a CPU build has none
+        # Our configurations are complete; otherwise every model process would be started twice.
+        command.append("--disable-auto-complete-config")
     return command + extra
 
 
-def server_environment(server: Server, repository: Path | None = None) -> dict[str, str]:
+def check_ports(ports: Ports, host: str) -> None:
+    """Refuses ports that something listens on, before anything is loaded.
+
+    Raises:
+      UserError: names the port.
+    """
+    for name in ("http", "grpc", "metrics"):
+        port = getattr(ports, name)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise UserError(
+                    f"--{name}-port {port} on {host} cannot be used: {error.strerror} (stop what listens there, or "
+                    f"choose another port)"
+                ) from error
+
+
+def server_environment(server: Server, repository: Path, runtime: Path) -> dict[str, str]:
     """This process's environment, such that the server's model processes find its libraries and this Python.
 
     The python backend's stub embeds an interpreter that ignores PYTHONPATH and takes its packages from the first
     ``python3`` on PATH (seen with Triton 2.51), so this one goes to the front. A ``repository`` of the flavour llmapi
-    adds the variables that switch sharing on.
+    adds the variables that switch sharing on. ``runtime``: the folder where model processes meet.
     """
     libraries = [str(p) for p in server.library_dirs]
     inherited = os.environ.get("LD_LIBRARY_PATH")
@@ -107,33 +140,27 @@ def server_environment(server: Server, repository: Path | None = None) -> dict[s
         **os.environ,
         "LD_LIBRARY_PATH": ":".join(libraries + ([inherited] if inherited else [])),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
-        **(llmapi_environment(repository) if repository is not None and flavour_of(repository) == "llmapi" else {}),
+        RUNTIME_VARIABLE: str(runtime),
+        PACKAGE_VARIABLE: str(Path(trtllm_memshare.__file__).parents[1]),
+        **(llmapi_environment(repository) if flavour_of(repository) == "llmapi" else {}),
     }
 
 
 def _server_of_wheel(package: Path) -> Server:
-    """The wheel's server with a backend folder that has this Python's stub where the server looks for it."""
+    """The wheel's server with the stub of this Python."""
     root = package / "tritonserver"
     stub = root / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / _STUB
     if not stub.is_file():
         raise UserError(
             f"nvidia-pytriton has no stub for Python {sys.version.split()[0]}, expected {stub} (use 3.10 to 3.12)"
         )
-    backends = Path(tempfile.gettempdir()) / f"memshare-triton-{os.getuid()}-{sys.version_info.minor}"
-    target = backends / "python"
-    if not (target / _STUB).is_file():
-        draft = Path(tempfile.mkdtemp(dir=backends.parent))
-        shutil.copytree(root / "backends" / "python", draft / "python")
-        shutil.copy2(stub, draft / "python" / _STUB)
-        (draft / "python" / _STUB).chmod(0o755)
-        if backends.exists():
-            shutil.rmtree(backends)
-        draft.rename(backends)
     executable = root / "bin" / "tritonserver"
-    if not os.access(executable, os.X_OK):
-        executable.chmod(0o755)
+    for path in (executable, stub):
+        if not os.access(path, os.X_OK):
+            path.chmod(0o755)
+    files = (stub, *(p for p in (root / "backends" / "python").iterdir() if p.is_file()))
     libraries = (package.parent / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR")))
-    return Server(executable, backends, libraries, "the CPU build inside nvidia-pytriton")
+    return Server(executable, files, libraries, "the CPU build inside nvidia-pytriton")
 
 
 def _if_file(path: str) -> str | None:

@@ -1,49 +1,23 @@
-"""The executor behind the model `tensorrt_llm`: takes requests from Triton and from `ensemble`, answers as tokens come.
+"""The executor behind the models: takes requests, answers as tokens come.
 
 All of it runs on one asyncio loop; the executor computes in a thread of its own.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import tempfile
+import itertools
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import RequestHandle, RequestResult
+from trtllm_memshare.triton.events import QueueFullError, TokenEvent
 from trtllm_memshare.triton.loop import TokenStream
+from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.tensors import RequestTensors
-from trtllm_memshare.triton.token_requests import Limits, parse_token_request
-
-MAX_MESSAGE_BYTES = 64 << 20
-
-
-def socket_path() -> Path:
-    """Where the two models of one server meet: named after the server, the parent of both of their processes."""
-    return Path(tempfile.gettempdir()) / f"memshare-{os.getuid()}" / f"executor-{os.getppid()}.sock"
-
-
-class QueueFullError(UserError):
-    """The deployment's limit of requests in the system is reached."""
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """New tokens of a request; the last event has a finish reason. ``perf``: counts and times, at the end if asked."""
-
-    token_ids: list[int]
-    finish_reason: str = ""
-    perf: dict[str, int] = field(default_factory=dict)
+from trtllm_memshare.triton.token_requests import Limits, TokenRequest, parse_token_request
 
 
 class ExecutorService:
@@ -55,6 +29,7 @@ class ExecutorService:
       stop_token_ids: the model's.
       tokens_per_block: of the pool.
       exclude_input: see ``parse_token_request``.
+      metrics: told of every request and how it ended.
     """
 
     def __init__(
@@ -64,134 +39,162 @@ class ExecutorService:
         stop_token_ids: tuple[int, ...],
         tokens_per_block: int,
         exclude_input: bool,
+        metrics: RequestMetrics,
     ) -> None:
-        self._executor, self._limits = executor, limits
+        self._executor, self.limits, self._metrics = executor, limits, metrics
         self._stop_token_ids, self._tokens_per_block, self._exclude_input = (
             stop_token_ids, tokens_per_block, exclude_input)  # fmt: skip
-        self._active: dict[object, RequestHandle] = {}
+        self._num_active = 0
+        self._by_label: defaultdict[str, set[RequestHandle]] = defaultdict(set)
+        self._own_groups = itertools.count(-2, -1)  # clients' groups are not negative
 
-    async def generate(self, key: object, tensors: RequestTensors) -> AsyncGenerator[TokenEvent, None]:
-        """Events of one request. Leaving early cancels it.
-
-        Args:
-          key: what ``cancel`` will know it by.
-          tensors: inputs of the model `tensorrt_llm`.
+    def parse(self, tensors: RequestTensors) -> TokenRequest:
+        """One prompt's inputs as a request.
 
         Raises:
-          QueueFullError: too many requests are in the system.
-          UserError: see ``parse_token_request`` and ``Executor.submit``.
-          RuntimeError: the executor stopped.
+          UserError: see ``parse_token_request``; or the settings of the engine know neither groups nor pressure.
         """
-        arrived = time.time_ns()
-        limit = self._limits.max_requests
-        if len(self._active) >= limit:
-            raise QueueFullError(
-                f"the queue is full: {limit} requests are in the system, the limit of max_queue_size plus the engine's "
-                f"batch size (try again later)"
-            )
-        request = parse_token_request(tensors, self._limits, self._stop_token_ids, self._exclude_input)
+        request = parse_token_request(tensors, self.limits, self._stop_token_ids, self._exclude_input)
         if request.group is not None and self._executor.config.scope != "group":
             raise UserError(
                 f"memshare_group needs an engine whose memshare.json has scope group, got scope "
                 f"{self._executor.config.scope} (build the engine with that setting, or leave memshare_group out)"
             )
-        stream = TokenStream(request.streaming)
-        handle = self._executor.submit(request.input_ids, request.params, request.group, stream.listener)
-        self._active[key] = handle
-        held = list(request.input_ids) if request.echo_input else []
-        try:
-            async for tokens in stream.batches(handle):
-                held += tokens
-                if request.streaming and not handle.future.done():
-                    yield TokenEvent(held)
-                    held = []
-            result = handle.result()
-            yield TokenEvent(held, result.finish_reason, self._perf(result, arrived) if request.perf_metrics else {})
-        finally:
-            self._active.pop(key, None)
-            if not handle.future.done():
-                handle.cancel()
+        if request.params.min_kept is not None and not self._executor.config.pressure:
+            raise UserError(
+                f"memshare_min_kept needs an engine whose memshare.json has preset pressure, got preset "
+                f"{self._executor.config.preset} (build the engine with that preset, or leave memshare_min_kept out)"
+            )
+        return request
 
-    def cancel(self, key: object) -> None:
-        """Ends a request at its next step; unknown keys are ignored."""
-        if (handle := self._active.get(key)) is not None:
+    async def answer(self, tensors: RequestTensors, label: str = "") -> AsyncGenerator[TokenEvent, None]:
+        """Events of one prompt. Leaving early cancels it.
+
+        Args:
+          tensors: inputs of the model `tensorrt_llm`.
+          label: what ``stop`` will know it by; several requests may have the same, empty = none.
+
+        Raises:
+          QueueFullError: too many requests are in the system.
+          UserError: see ``parse`` and ``Executor.submit``.
+          RuntimeError: the executor stopped.
+        """
+        with self._metrics.watch() as outcome:
+            request = self.parse(tensors)
+            handles = list[RequestHandle]()
+            try:
+                stream = TokenStream(request.streaming)
+                self._submit(request, stream, handles, label)
+                async for event in self._events(request, stream, handles):
+                    yield event
+                outcome.end(request, [h.result() for h in handles])
+            finally:
+                self._num_active -= len(handles)
+                for handle in handles:
+                    self._by_label[label].discard(handle)
+                    if not handle.future.done():
+                        handle.cancel()
+                if not self._by_label[label]:
+                    del self._by_label[label]
+
+    def stop(self, label: str) -> None:
+        """Ends every request of a label at its next step."""
+        for handle in self._by_label.get(label, ()) if label else ():
             handle.cancel()
 
-    def _perf(self, result: RequestResult, arrived: int) -> dict[str, int]:
+    def cancel(self, label: str, sequence_index: int) -> None:
+        """Ends one sequence of the one request that has this label; a request that ended is ignored."""
+        handles = self._by_label.get(label, ())
+        if handle := next(iter(sorted(handles, key=lambda h: h.request_id)[sequence_index:]), None):
+            handle.cancel()
+
+    def _submit(self, request: TokenRequest, stream: TokenStream, handles: list[RequestHandle], label: str) -> None:
+        limit, count = self.limits.max_requests, request.num_sequences
+        if self._num_active + count > limit:
+            raise QueueFullError(
+                f"the queue is full: {limit} requests are in the system, the limit of max_queue_size plus the engine's "
+                f"batch size (try again later)"
+            )
+        group = request.group
+        if group is None and count > 1 and self._executor.config.scope == "group":
+            group = next(self._own_groups)  # several answers to one prompt are what sharing between requests is for
+        for index in range(count):
+            params = request.params.with_seed(request.params.seed + index)
+            handle = self._executor.submit(request.input_ids, params, group, stream.listener)
+            handles.append(handle)
+            self._num_active += 1
+            self._by_label[label].add(handle)
+
+    async def _events(
+        self, request: TokenRequest, stream: TokenStream, handles: list[RequestHandle]
+    ) -> AsyncGenerator[TokenEvent, None]:
+        arrived = time.time_ns()
+        held = [list(request.input_ids) if request.echo_input else [] for _ in handles]
+        num_logged = [0] * len(handles)
+        running = set(range(len(handles)))
+        while running:
+            await stream.wait()
+            for index in sorted(running):
+                handle = handles[index]
+                tokens, ended = handle.drain()
+                held[index] += tokens
+                if not ended and not (request.streaming and held[index]):
+                    continue
+                result = handle.result() if ended else None  # raises if the executor stopped
+                running -= {index} if ended else set()
+                until = len(handle.log_probs) if ended else num_logged[index] + len(tokens)
+                yield TokenEvent(
+                    held[index],
+                    index,
+                    result.finish_reason if result else "",
+                    not running,
+                    handle.log_probs[num_logged[index] : until],
+                    self._figures(request, result, arrived) if result else {},
+                )
+                held[index], num_logged[index] = [], until
+
+    def _figures(self, request: TokenRequest, result: RequestResult, arrived: int) -> dict[str, int]:
         """Counts, and times in nanoseconds since the epoch, under TensorRT-LLM's names."""
         stats = result.stats
+        counts = {}
+        if request.num_input_tokens or request.perf_metrics:
+            counts["num_input_tokens"] = stats.num_prompt_tokens
+        if request.num_output_tokens or request.perf_metrics:
+            counts["num_output_tokens"] = stats.num_output_tokens
+        if not request.perf_metrics:
+            return counts
         allocated = -(-(stats.num_prompt_tokens + stats.num_output_tokens) // self._tokens_per_block)
         return {
-            "num_input_tokens": stats.num_prompt_tokens,
-            "num_output_tokens": stats.num_output_tokens,
+            **counts,
             "kv_cache_alloc_new_blocks": allocated,
             "kv_cache_reused_blocks": 0,
             "kv_cache_alloc_total_blocks": allocated,
-            "memshare_shared_blocks": stats.sharing.retired_blocks,
+            "memshare_retired_pages": stats.sharing.retired_blocks,
+            "memshare_peak_pages": stats.sharing.peak_blocks,
+            "memshare_num_pauses": stats.num_pauses,
+            "total_accepted_draft_tokens": 0,
+            "total_draft_tokens": 0,
             "arrival_time_ns": arrived,
+            "first_scheduled_time_ns": arrived + int(stats.queue_s * 1e9),
             "first_token_time_ns": arrived + int(stats.ttft_s * 1e9),
             "last_token_time_ns": arrived + int(stats.latency_s * 1e9),
         }
 
 
-class SocketServer:
-    """Serves an ``ExecutorService`` on a Unix socket, one JSON object a line.
-
-    A client sends ``{"id": 1, "inputs": {...}}`` or ``{"id": 1, "cancel": true}`` and gets ``{"id": 1, "token_ids":
-    [...], "finish_reason": "", "perf": {}}`` or ``{"id": 1, "error": "...", "queue_full": false, "user": true}``. When
-    it goes away its requests are cancelled.
+class LocalCall:
+    """A ``Call`` of an ``ExecutorService`` in this process.
 
     Args:
       service: what answers.
-      path: of the socket; its folder is made accessible to this user only.
+      tensors: inputs of the model `tensorrt_llm`.
     """
 
-    def __init__(self, service: ExecutorService, path: Path) -> None:
-        self._service, self._path = service, path
-        self._server: asyncio.Server | None = None
+    def __init__(self, service: ExecutorService, tensors: RequestTensors) -> None:
+        self._service, self._tensors = service, tensors
+        self._label = f"local {id(self)}"
 
-    async def start(self) -> None:
-        """Listens; a socket that an earlier process left behind is replaced."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._serve, str(self._path), limit=MAX_MESSAGE_BYTES)
+    def events(self) -> AsyncGenerator[TokenEvent, None]:
+        return self._service.answer(self._tensors, self._label)
 
-    async def stop(self) -> None:
-        """Stops listening; connections end with their clients."""
-        if self._server is not None:
-            self._server.close()
-        self._path.unlink(missing_ok=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks: set[asyncio.Task[None]] = set()
-        try:
-            while line := await reader.readline():
-                message = json.loads(line)
-                key = (id(writer), message["id"])
-                if message.get("cancel"):
-                    self._service.cancel(key)
-                    continue
-                task = asyncio.create_task(self._answer(key, message, writer))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-        except (asyncio.CancelledError, ConnectionError):
-            pass  # this process stops, or the client's was killed
-        finally:
-            for task in tasks:
-                task.cancel()
-            writer.close()
-
-    async def _answer(self, key: tuple[int, int], message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        def send(**fields: Any) -> None:
-            writer.write(json.dumps({"id": key[1], **fields}).encode() + b"\n")
-
-        inputs = RequestTensors({name: np.asarray(value) for name, value in message["inputs"].items()})
-        try:
-            async with aclosing(self._service.generate(key, inputs)) as events:
-                async for event in events:
-                    send(token_ids=event.token_ids, finish_reason=event.finish_reason, perf=event.perf)
-                    await writer.drain()
-        except UserError as error:
-            send(error=str(error), queue_full=isinstance(error, QueueFullError), user=True)
-        except (RuntimeError, ValueError) as error:
-            send(error=f"{type(error).__name__}: {error}", queue_full=False, user=False)
+    def cancel(self, sequence_index: int) -> None:
+        self._service.cancel(self._label, sequence_index)

@@ -9,31 +9,60 @@ import numpy as np
 
 from trtllm_memshare.errors import UserError
 
-PERF_OUTPUTS = (
-    "num_input_tokens", "num_output_tokens", "kv_cache_alloc_new_blocks", "kv_cache_reused_blocks",
-    "kv_cache_alloc_total_blocks", "memshare_shared_blocks", "arrival_time_ns", "first_token_time_ns",
-    "last_token_time_ns",
-)  # fmt: skip
-"""Outputs that come with ``return_perf_metrics``."""
+_UNBOUNDED = 2**31 - 1
+MAX_WORDS = 1024
+MAX_WORD_ELEMENTS = 16384
+"""Stop words or bad words of one request, and bytes or tokens of all of them."""
 
 
 class RequestTensors:
-    """The inputs of one request by name; those a client left out are absent.
+    """The inputs of one prompt by name; those a client left out are absent.
 
     Args:
-      arrays: with or without a leading batch dimension of 1.
+      arrays: of any shape.
+      shown: what the caller calls an input, where it has another name for it than we do.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._arrays = arrays
+    def __init__(self, arrays: Mapping[str, np.ndarray], shown: Mapping[str, str] | None = None) -> None:
+        self.arrays = dict(arrays)
+        self._shown = shown or {}
 
     @classmethod
     def of(cls, request: Any) -> RequestTensors:
         """From a python-backend request."""
         return cls({t.name(): t.as_numpy() for t in request.inputs()})
 
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any], shown: Mapping[str, str]) -> RequestTensors:
+        """From numbers and lists of them."""
+        return cls({name: np.asarray(value) for name, value in values.items()}, shown)
+
+    def rows(self, counted: str) -> list[RequestTensors]:
+        """One set of tensors for each prompt of a batch.
+
+        Args:
+          counted: an input whose first dimension is the batch.
+
+        Raises:
+          UserError: another input has another batch dimension.
+        """
+        first = self.arrays.get(counted)
+        size = first.shape[0] if first is not None and first.ndim else 1
+        for name, array in self.arrays.items():
+            if size > 1 and array.shape[:1] != (size,):
+                raise UserError(
+                    f"{name} must have the batch size {size} of {counted} in front, got shape {list(array.shape)}"
+                )
+        if size == 1:
+            return [self]
+        return [RequestTensors({n: a[i] for n, a in self.arrays.items()}, self._shown) for i in range(size)]
+
     def __contains__(self, name: str) -> bool:
-        return name in self._arrays
+        return name in self.arrays
+
+    def name(self, name: str) -> str:
+        """What the caller calls an input."""
+        return self._shown.get(name, name)
 
     def number(self, name: str, default: Any, low: float, high: float) -> Any:
         """One number in ``[low, high]``, of the type of ``default``.
@@ -45,7 +74,8 @@ class RequestTensors:
         if value is None:
             return default
         if not low <= value <= high:
-            raise UserError(f"{name} must be between {low:g} and {high:g}, got {value:g}")
+            bounds = f"at least {low:g}" if high >= _UNBOUNDED else f"between {low:g} and {high:g}"
+            raise UserError(f"{self.name(name)} must be {bounds}, got {value:g}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -53,49 +83,74 @@ class RequestTensors:
         value = self._one(name, bool)
         return default if value is None else value
 
+    def scalar(self, name: str) -> Any:
+        """One value as Python has it, unchecked; None if absent."""
+        return self._one(name, lambda value: value.item() if hasattr(value, "item") else value)
+
+    def num_elements(self, name: str) -> int:
+        """How many elements an input has, 0 if it is absent."""
+        array = self.arrays.get(name)
+        return 0 if array is None else int(array.size)
+
     def token_ids(self, name: str) -> list[int]:
         """All elements as integers; empty if absent."""
-        array = self._arrays.get(name)
+        array = self.arrays.get(name)
         return [] if array is None else array.reshape(-1).astype(np.int64).tolist()
 
-    def texts(self, name: str) -> list[str]:
+    def texts(self, name: str, max_bytes: int = MAX_WORD_ELEMENTS) -> list[str]:
         """All elements as text, empty ones left out.
 
         Raises:
-          UserError: bytes that are not UTF-8.
+          UserError: bytes that are not UTF-8, or more than ``max_bytes`` or ``MAX_WORDS`` of them.
         """
-        array = self._arrays.get(name)
+        array = self.arrays.get(name)
         if array is None:
             return []
+        if array.size > MAX_WORDS:
+            raise UserError(f"{self.name(name)} may hold {MAX_WORDS} texts, got {array.size}")
+        raw = [e if isinstance(e, bytes) else str(e).encode() for e in array.reshape(-1)]
+        total = sum(map(len, raw))
+        if total > max_bytes:
+            raise UserError(f"{self.name(name)} may have {max_bytes} bytes, got {total}")
         try:
-            found = [e.decode() if isinstance(e, bytes) else str(e) for e in array.reshape(-1)]
+            found = [e.decode() for e in raw]
         except UnicodeDecodeError as error:
-            raise UserError(f"{name} must be UTF-8, got {error.object[error.start : error.end]!r}") from error
+            raise UserError(
+                f"{self.name(name)} must be UTF-8, got {error.object[error.start : error.end]!r} at byte {error.start}"
+            ) from error
         return [text for text in found if text]
 
-    def word_lists(self, name: str) -> tuple[tuple[int, ...], ...]:
+    def word_lists(self, name: str, vocab_size: int) -> tuple[tuple[int, ...], ...]:
         """Token sequences in TensorRT-LLM's form: ``[2, n]``, ids in the first row, ends of sequences in the second.
 
         Example: ids ``[7, 8, 9]`` with ends ``[2, 3, -1]`` are the sequences (7, 8) and (9,).
+
+        Raises:
+          UserError: not of that form, too long, or an id outside the vocabulary.
         """
-        array = self._arrays.get(name)
+        array = self.arrays.get(name)
         if array is None or not array.size:
             return ()
-        ids, ends = array.reshape(-1, array.shape[-1])[-2:]
+        shown, width = self.name(name), array.shape[-1]
+        if array.size != 2 * width:
+            raise UserError(f"{shown} must have shape [2, n], got {list(array.shape)}")
+        if width > MAX_WORD_ELEMENTS:
+            raise UserError(f"{shown} may hold {MAX_WORD_ELEMENTS} tokens, got {width}")
+        ids, ends = array.reshape(2, width)
         stops = [int(end) for end in ends if end > 0]
+        if stops != sorted(stops) or (stops and stops[-1] > width):
+            raise UserError(f"{shown} must give the ends of its words in order within {width} tokens, got {stops}")
+        used = ids[: stops[-1]] if stops else ids[:0]
+        outside = used[(used < 0) | (used >= vocab_size)]
+        if outside.size:
+            raise UserError(f"{shown} must lie in the vocabulary 0..{vocab_size - 1}, got {int(outside[0])}")
         starts = [0, *stops[:-1]]
         return tuple(tuple(ids[a:b].tolist()) for a, b in zip(starts, stops, strict=True) if b > a)
 
     def _one(self, name: str, convert: Callable[[Any], Any]) -> Any:
-        array = self._arrays.get(name)
+        array = self.arrays.get(name)
         if array is None or not array.size:
             return None
         if array.size != 1:
-            raise UserError(f"{name} must be one value, got shape {list(array.shape)} (send one request per prompt)")
+            raise UserError(f"{self.name(name)} must be one value for each prompt, got shape {list(array.shape)}")
         return convert(array.reshape(-1)[0])
-
-
-def perf_tensors(tensor: Any, perf: dict[str, int]) -> list[Any]:
-    """Output tensors of counts and times. ``tensor``: Triton's class."""
-    types = {name: np.int64 if name.endswith("_ns") else np.int32 for name in perf}
-    return [tensor(name, np.array([[value]], types[name])) for name, value in perf.items()]

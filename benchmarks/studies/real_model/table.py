@@ -7,40 +7,29 @@ models that wrote them, so that any part of the table is a balanced one.
 from __future__ import annotations
 
 import argparse
-import zlib
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay
-from trtllm_memshare.evaluation.page_arms import PAIRED, Budget, retire
-from trtllm_memshare.evaluation.real_rows import RowFile, change_row, full_row
-from trtllm_memshare.evaluation.real_texts import TokenText, read_traces, token_texts
+from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+from trtllm_memshare.evaluation.page_arms import PAIRED, Budget
+from trtllm_memshare.evaluation.page_study import Task, compute_rows
+from trtllm_memshare.evaluation.real_rows import RowFile
+from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
 
-TEXT_TOKENS, PAGE_TOKENS = 2048, 16
+TEXT_TOKENS = 2048
 MAIN = (
-    "random", "attention-redundancy", "redundancy-k", "surprisal-redundancy", "surprisal-redundancy-signature",
+    "random", "attention-redundancy", "attention-redundancy-recency",
+    "redundancy-k", "surprisal-redundancy", "surprisal-led-signature",
     "attention-surprisal-redundancy", "rkv", *PAIRED,
 )  # fmt: skip
 SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once")
 """On every fourth text."""
 AXES = ("random", "attention-redundancy")
 """On every fourth text: other shares kept, longer pages."""
-
-
-_HALF = Budget()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One row to compute."""
-
-    arm: str
-    budget: Budget = _HALF
-    pages_merged: int = 1
 
 
 def tasks_of(index: int) -> list[Task]:
@@ -64,34 +53,9 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay = MaskedReplay(arguments.model_dir, arguments.compute)
-    rows = RowFile(arguments.output)
-    for index, text in enumerate(token_texts(read_traces(), tokenizer, arguments.tokens)):
-        if index >= arguments.texts:
-            break
-        compute_rows(replay, text, tasks_of(index), rows)
-
-
-def compute_rows(replay: MaskedReplay, text: TokenText, tasks: list[Task], rows: RowFile) -> None:
-    """Computes the rows of a text that are not there yet."""
-    full: FullPass | None = None
-    for task in tasks:
-        key = {
-            "text": text.trace.name,
-            "arm": task.arm,
-            "min_kept": task.budget.min_kept,
-            "tokens_per_block": PAGE_TOKENS * task.pages_merged,
-            "tokens": len(text.ids),
-        }
-        if key in rows:
-            continue
-        if full is None:
-            full = replay.read(text.ids, PAGE_TOKENS)
-            rows.add(full_row(text, full), unless_there=True)
-        facts = full.facts if task.pages_merged == 1 else full.facts.merged(task.pages_merged)
-        seed = zlib.crc32(text.trace.name.encode())
-        retirements = retire(task.arm, task.budget, text.num_prompt_tokens, len(text.ids), facts, seed)
-        change = replay.change(full, retirements)
-        rows.add({**key, **change_row(text, change, retirements)})
+    texts = token_texts(read_traces(), tokenizer, arguments.tokens)
+    wanted = ((text, tasks_of(index)) for index, text in enumerate(islice(texts, arguments.texts)))
+    compute_rows(replay, wanted, RowFile(arguments.output))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from trtllm_memshare.runners.torch.flashinfer_decode import FlashInferDecode
+from trtllm_memshare.runners.torch.paged_decode import PagedDecode
 from trtllm_memshare.runners.torch.plan import StepPlan
 
 IMPLEMENTATION = "memshare_paged"
@@ -50,7 +50,7 @@ class PagedStep:
         pool: torch.Tensor,
         plan: StepPlan | None,
         compute_dtype: torch.dtype,
-        decode: FlashInferDecode | None = None,
+        decode: PagedDecode | None = None,
         observe: bool = False,
     ) -> None:
         self.num_blocks, self.num_layers, _, self.num_kv_heads, self.tokens_per_block, self.head_dim = pool.shape
@@ -81,7 +81,7 @@ class PagedStep:
 
     @classmethod
     def for_decode(
-        cls, pool: torch.Tensor, write_rows: torch.Tensor, decode: FlashInferDecode, compute_dtype: torch.dtype
+        cls, pool: torch.Tensor, write_rows: torch.Tensor, decode: PagedDecode, compute_dtype: torch.dtype
     ) -> PagedStep:
         """A pure decode step whose addresses may change in place between uses.
 

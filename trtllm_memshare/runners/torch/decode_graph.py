@@ -11,7 +11,8 @@ import torch
 
 from trtllm_memshare.runners.protocol import StepBatch
 from trtllm_memshare.runners.torch.attention import PagedStep
-from trtllm_memshare.runners.torch.flashinfer_decode import FlashInferDecode, PageLists
+from trtllm_memshare.runners.torch.page_lists import PageLists
+from trtllm_memshare.runners.torch.paged_decode import PagedDecode
 
 BUCKETS = (1, 2, 4, 8, *range(16, 257, 16))
 """Batch sizes that graphs are captured for; a batch is padded up to the next one."""
@@ -21,7 +22,7 @@ BUCKETS = (1, 2, 4, 8, *range(16, 257, 16))
 class _Captured:
     """One bucket: inputs at fixed addresses, the graph, its logits."""
 
-    decode: FlashInferDecode
+    decode: PagedDecode
     step: PagedStep
     input_ids: torch.Tensor  # int64 [1, bucket]
     position_ids: torch.Tensor  # int64 [1, bucket]
@@ -47,7 +48,7 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Callable[[torch.Tensor, torch.Tensor, PagedStep], torch.Tensor],
-        make_decode: Callable[[int], FlashInferDecode],
+        make_decode: Callable[[int], PagedDecode],
         pool: torch.Tensor,
         dtype: torch.dtype,
         new_graph: Callable[[], Any] | None = None,

@@ -2,65 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from trtllm_memshare.cache.offsets import NULL_OFFSET
-from trtllm_memshare.runners.protocol import StepBatch
+from trtllm_memshare.runners.torch.page_lists import PageLists
 
 _WORKSPACE_BYTES = 128 << 20  # FlashInfer's recommendation for split-k partial results
 _HEAD_DIMS = (64, 128, 256)
-
-
-@dataclass(frozen=True)
-class PageLists:
-    """Pages that each generation request reads, FlashInfer's CSR form; the last page of a request may be partial.
-
-    Attributes:
-      indptr: int32 ``[batch + 1]``.
-      indices: int32 ``[indptr[-1]]``, physical blocks; a block that a table names m times stands there m times.
-      last_page_len: int32 ``[batch]``, valid tokens of the last page.
-    """
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    last_page_len: np.ndarray
-
-    def padded(self, batch: int) -> PageLists:
-        """The same with the first request repeated up to ``batch`` requests."""
-        missing = batch - len(self.last_page_len)
-        first = self.indices[: self.indptr[1]]
-        return PageLists(
-            np.concatenate([self.indptr, self.indptr[-1] + len(first) * np.arange(1, missing + 1, dtype=np.int32)]),
-            np.concatenate([self.indices, np.tile(first, missing)]),
-            np.concatenate([self.last_page_len, np.repeat(self.last_page_len[:1], missing)]),
-        )
-
-
-def list_pages(batch: StepBatch, num_layers: int, tokens_per_block: int) -> PageLists:
-    """Page lists of the generation requests of a batch.
-
-    Order does not matter to attention, except that the partial page comes last, as it does in the table. Without
-    ``count_aliases`` a block is listed once however often a table names it.
-    """
-    first = batch.num_contexts
-    lengths = batch.sequence_lengths[first:]
-    keys = batch.block_offsets[0, first:, 0].astype(np.int64)
-    last = (lengths - 1) // tokens_per_block
-    present = (np.arange(keys.shape[1]) <= last[:, None]) & (keys != NULL_OFFSET)
-    blocks = keys // (2 * num_layers)
-    if not batch.count_aliases:
-        for row, there in zip(blocks, present, strict=True):
-            # The last of equal entries stays, so that the partial page keeps its place.
-            _, places = np.unique(row[there][::-1], return_index=True)
-            kept = np.flatnonzero(there)[::-1][places]
-            there[:] = False
-            there[kept] = True
-    indptr = np.concatenate([[0], present.sum(1).cumsum()]).astype(np.int32)
-    return PageLists(indptr, blocks[present].astype(np.int32), ((lengths - 1) % tokens_per_block + 1).astype(np.int32))
 
 
 def make_workspace(device: torch.device) -> torch.Tensor:
@@ -141,12 +90,12 @@ def find_flashinfer(pool: torch.Tensor, dtype: torch.dtype) -> tuple[Any, str]:
       dtype: of the model's activations.
     """
     if not pool.is_cuda:
-        return None, f"PyTorch (the pool is on {pool.device})"
+        return None, f"the pool is on {pool.device}"
     if dtype not in (torch.float16, torch.bfloat16) or pool.shape[-1] not in _HEAD_DIMS:
         name = str(dtype).removeprefix("torch.")
-        return None, f"PyTorch (FlashInfer takes fp16 or bf16 and head_dim {_HEAD_DIMS}, got {name}, {pool.shape[-1]})"
+        return None, f"FlashInfer takes fp16 or bf16 and head_dim {_HEAD_DIMS}, got {name}, {pool.shape[-1]}"
     try:
         import flashinfer
     except ImportError as error:
-        return None, f"PyTorch (FlashInfer cannot be imported: {error})"
+        return None, f"FlashInfer cannot be imported: {error}"
     return flashinfer, f"FlashInfer {flashinfer.__version__}, every alias read"

@@ -20,13 +20,8 @@ from trtllm_memshare.runners.null_pages import write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
-from trtllm_memshare.runners.torch.flashinfer_decode import (
-    FlashInferDecode,
-    PageLists,
-    find_flashinfer,
-    list_pages,
-    make_workspace,
-)
+from trtllm_memshare.runners.torch.page_lists import PageLists, list_pages
+from trtllm_memshare.runners.torch.paged_decode import DecodeKind, PagedDecode, choose_decode, flashinfer_kind
 from trtllm_memshare.runners.torch.plan import StepPlan, plan_step
 from trtllm_memshare.search.block_search import Distances, make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
@@ -37,7 +32,7 @@ AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 @dataclass(frozen=True)
 class TorchInputs:
-    """Inputs of a step: the batch, its addresses, and with FlashInfer the pages of its generation requests."""
+    """Inputs of a step: the batch, its addresses, and on a GPU the pages that its generation requests read."""
 
     batch: StepBatch
     plan: StepPlan
@@ -81,7 +76,8 @@ class TorchRunner:
       kv_dtype: element type of the pool, None = the model's.
       fold_aliases: see ``plan_step``; FlashInfer reads every alias.
       null_page_set: null pages to write into the first blocks of the pool, for steps that read them; None = none.
-      use_graphs: replay CUDA graphs in pure decode steps where FlashInfer attends.
+      use_graphs: replay CUDA graphs in pure decode steps where FlashInfer or Triton attends.
+      decode: which decode attention, see ``choose_decode``.
       flashinfer: a stand-in for the module, for tests; None = the installed one if the pool is on a GPU.
       new_graph: see ``DecodeGraphs``.
 
@@ -104,6 +100,7 @@ class TorchRunner:
         fold_aliases: bool = True,
         null_page_set: NullPageSet | None = None,
         use_graphs: bool = True,
+        decode: str = "auto",
         flashinfer: Any = None,
         new_graph: Callable[[], Any] | None = None,
     ) -> None:
@@ -128,20 +125,21 @@ class TorchRunner:
         self._scaling = float(model.model.layers[0].self_attn.scaling)
         self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()
         self.search = make_block_search(self.pool, self.inv_freq, MAX_PAIRS)
-        self._decode: FlashInferDecode | None = None
-        self._graphs: DecodeGraphs | None = None
-        found, self.decode_description = (
-            find_flashinfer(self.pool, model.dtype) if flashinfer is None else (flashinfer, "a stand-in for FlashInfer")
-        )
-        if found is not None:
-            self._use_flashinfer(found, use_graphs, new_graph)
+        num_heads = config.num_attention_heads
+        if flashinfer is None:
+            kind = choose_decode(self.pool, num_heads, model.dtype, decode)
+        else:
+            kind = flashinfer_kind(flashinfer, "a stand-in for FlashInfer", self.pool, num_heads, model.dtype)
+        self.decode_description, self._reads_once = kind.description, kind.reads_once
+        self._decode: PagedDecode | None = None if kind.make is None else kind.make(None, 0)
+        self._graphs = self._make_graphs(kind, new_graph) if use_graphs else None
 
     def prepare(self, batch: StepBatch) -> TorchInputs:
         """Works out addresses on the host.
 
         Raises:
-          UserError: attention is to be observed where FlashInfer attends, or null pages are to be read and there are
-            none.
+          UserError: attention is to be observed where another than PyTorch attends, or null pages are to be read and
+            there are none.
         """
         if self.null_pages is not None and not batch.read_null:
             hidden = hide_blocks(batch.block_offsets, self.null_pages.blocks, self.num_layers)
@@ -152,11 +150,15 @@ class TorchRunner:
                 "retired_becomes null, or leave out read_null)"
             )
         if batch.observe_attention and self._decode is not None:
-            raise UserError("attention weights are not known where FlashInfer attends (run this control on the CPU)")
+            attends = self.decode_description.split(",")[0]
+            raise UserError(f"attention weights are not known where {attends} attends (run this control on the CPU)")
         grouped = self._decode is None
         plan = plan_step(batch, self._num_kv_heads, self.tokens_per_block, self._fold_aliases, grouped)
         decodes = not grouped and batch.num_contexts < len(batch.chunk_lengths)
-        pages = list_pages(batch, self.num_layers, self.tokens_per_block) if decodes else None
+        pages: PageLists | None = None
+        if decodes:
+            fold = self._reads_once and self._fold_aliases
+            pages = list_pages(batch, self.num_layers, self.tokens_per_block, fold)
         return TorchInputs(batch, plan, pages)
 
     @torch.inference_mode()
@@ -196,19 +198,13 @@ class TorchRunner:
         )
         return result.logits[0]
 
-    def _use_flashinfer(self, flashinfer: Any, use_graphs: bool, new_graph: Callable[[], Any] | None) -> None:
-        num_heads, dtype = self.model.config.num_attention_heads, self.model.dtype
-        workspace = make_workspace(self.pool.device)
-        self._decode = FlashInferDecode(flashinfer, self.pool, num_heads, dtype, workspace)
-        if not use_graphs:
-            return
-
-        config = self.model.config
+    def _make_graphs(self, kind: DecodeKind, new_graph: Callable[[], Any] | None) -> DecodeGraphs | None:
+        make, config = kind.make, self.model.config
+        if make is None or (new_graph is None and not self.pool.is_cuda):
+            return None
         tokens = longest_sequence(config.to_dict(), config.max_position_embeddings)
         longest = -(-tokens // self.tokens_per_block)
-
-        def make_decode(bucket: int) -> FlashInferDecode:
-            return FlashInferDecode(flashinfer, self.pool, num_heads, dtype, workspace, bucket, bucket * longest)
-
-        self._graphs = DecodeGraphs(self._forward, make_decode, self.pool, dtype, new_graph)
         self.decode_description += ", CUDA graphs for pure decode steps"
+        return DecodeGraphs(
+            self._forward, lambda bucket: make(bucket, bucket * longest), self.pool, self.model.dtype, new_graph
+        )

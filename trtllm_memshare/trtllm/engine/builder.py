@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, copy_small_files, replace_engine, write_json
+from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, copy_small_files, write_json
 from trtllm_memshare.engine.null_page_build import add_null_pages
+from trtllm_memshare.engine.replacement import replace_engine
 from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE, TensorRTRecord, file_sha256
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.engine.build_plan import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.errors import UserError
@@ -13,10 +14,11 @@ from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
 from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
-from trtllm_memshare.trtllm.pytorch.failures import Complaints
+from trtllm_memshare.trtllm.pytorch.failures import Complaints, Failures
 from trtllm_memshare.trtllm.pytorch.guards import unsupported_features
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
 from trtllm_memshare.trtllm.pytorch.metrics import Reporter
+from trtllm_memshare.trtllm.pytorch.null_rows import NullKeys, NullRows
 from trtllm_memshare.trtllm.pytorch.overlay import Overlay
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
@@ -59,8 +61,22 @@ def attach(
         boundaries = facts.boundaries(settings.options.tokenizer_dir)
         search = make_block_search(backend.pool, facts.inv_freq(), min(settings.memshare.max_pairs, MAX_PAIRS))
         description = f"{type(manager).__name__} of TensorRT-LLM {version()}, preset {settings.memshare.preset}"
-        switch = KillSwitch(settings.off_file)
-        shared = Sharing(backend, settings.memshare, boundaries, search, agreement, complain, description, switch)
+        null_rows = None
+        if settings.memshare.pressure:
+            folder = Path(settings.options.null_pages or "")
+            null_keys = NullKeys.read(folder, backend.pool.shape, manager.mapping, manager.max_seq_len)
+            null_rows = NullRows(manager, backend, null_keys)
+        shared = Sharing(
+            backend,
+            settings.memshare,
+            boundaries,
+            search,
+            agreement,
+            complain.say,
+            Failures(description),
+            KillSwitch(settings.off_file),
+            null_rows,
+        )
     except Exception as error:  # TensorRT-LLM must run as it is, whatever it has that is not expected here
         problem = error
     here = shared is not None

@@ -124,14 +124,13 @@ class KnownRequests:
         if seen is not None and seen > len(token_ids):
             self._manager.forget_paused(request_id)
             seen = None
-        first = len(token_ids) if seen is None else seen
         prompt = request.orig_prompt_len if self._protects_prompt_only else request.prompt_len
-        if not self._manager.add_sequence(request_id, np.array(token_ids[:first], np.int32), prompt):
+        if not self._manager.add_sequence(request_id, np.array(token_ids, np.int32), prompt):
             self._manager.forget_paused(request_id)
             return None
-        known = KnownRequest(request, request_id, first)
-        self._manager.mark_computed(request_id, first - 1)
-        self._append(known, token_ids[first:])
+        known = KnownRequest(request, request_id, len(token_ids))
+        self._manager.mark_computed(request_id, len(token_ids) - 1)
+        self._manager.match(request_id)
         return known
 
     def _append(self, known: KnownRequest, token_ids: list[int]) -> None:

@@ -20,6 +20,10 @@ class RowMap:
       max_requests: most requests that share at once.
       width: entries of a table's row.
       device: of the table.
+
+    Attributes:
+      null_entries: int32 ``[num_pools, 2, num_bands]``, entries of the null pages, which positions from ``width`` on
+        name; None = there are none.
     """
 
     def __init__(self, max_requests: int, width: int, device: torch.device) -> None:
@@ -27,6 +31,7 @@ class RowMap:
         self._changed: dict[int, np.ndarray] = {}  # by slot, until the next table
         self._slots: dict[int, int] = {}
         self._free = list(range(max_requests - 1, -1, -1))
+        self.null_entries: torch.Tensor | None = None
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._slots
@@ -49,7 +54,7 @@ class RowMap:
         """Rearranges the rows of requests that share; ids that are not known pass through.
 
         Args:
-          table: int32 ``[num_pools, >= len(request_ids), 2, width]``, filled by the manager; modified.
+          table: int32 ``[num_pools, >= len(request_ids), 2, >= width]``, filled by the manager; modified.
           request_ids: of the table's first rows.
 
         Returns:
@@ -63,10 +68,14 @@ class RowMap:
         if not pairs:
             return 0
         index = _on_device(torch.tensor(pairs, dtype=torch.int64), table.device)
-        rows, width = index[:, 0], min(table.shape[3], self._rows.shape[1])
-        positions = self._rows[index[:, 1], :width].long()
+        rows, width = index[:, 0], self._rows.shape[1]
+        positions = self._rows[index[:, 1]].long()
         old = table[:, rows, :, :width]
-        table[:, rows, :, :width] = old.gather(3, positions[None, :, None, :].expand(old.shape))
+        readable = old
+        if self.null_entries is not None:
+            null = self.null_entries[:, None].expand(-1, len(rows), -1, -1)
+            readable = torch.cat([old, null], 3)
+        table[:, rows, :, :width] = readable.gather(3, positions[None, :, None, :].expand(old.shape))
         return len(pairs)
 
     def _flush(self) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
 from trtllm_memshare.search.config import MemShareConfig, make_config
+from trtllm_memshare.search.need import find_need
 
 PREFIX = "TRTLLM_MEMSHARE_"  # TensorRT-LLM hands variables that start with TRTLLM on to its MPI workers
 ENABLE = PREFIX + "ENABLE"
@@ -29,6 +30,8 @@ class AdapterOptions(BaseModel):
     """Settings beside those of the search.
 
     ``on_unsupported``: stop the start-up, or run unshared and say so, when a feature is on that sharing excludes.
+    ``null_pages``: a folder with the model's null pages, for preset pressure: an engine directory of this project.
+    ``route``: overlay, around TensorRT-LLM's KV cache manager, or framework, a method of its KV cache compression.
     ``tokenizer_dir``: where the tokenizer is that step boundaries come from; default: the model's directory.
     """
 
@@ -36,6 +39,8 @@ class AdapterOptions(BaseModel):
 
     on_unsupported: Literal["stop", "warn"] = "stop"
     tokenizer_dir: str | None = None
+    null_pages: str | None = None
+    route: Literal["overlay", "framework"] = "overlay"
     stats_interval: int = Field(100, ge=1, description="iterations between two updates of metrics and statistics")
 
 
@@ -91,13 +96,44 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
             f"preset {memshare.preset} counts an alias once, which needs attention of our own, got TensorRT-LLM's "
             f"(take preset aligned)"
         )
+    if memshare.retired_becomes == "dropped":
+        raise UserError(
+            "retired_becomes must be null or alias with TensorRT-LLM's PyTorch backend, got dropped (its attention "
+            "reads every entry of a block table)"
+        )
     if memshare.control != "none":
         raise UserError(f"control must be none when serving, got {memshare.control} (controls run in benchmarks/)")
     try:
         adapter = AdapterOptions.model_validate(options)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, AdapterOptions.model_fields, str(path))) from error
+    if memshare.pressure:
+        check_need(memshare.need)
+        if adapter.null_pages is None and adapter.route == "overlay":
+            raise UserError(
+                "preset pressure needs null_pages, a folder with the model's null pages, got none (build an engine "
+                "directory of the model with build_scripts/build_engine.py and name it)"
+            )
+    elif adapter.route == "framework":
+        raise UserError(
+            f"route framework drops pages and shares none, got preset {memshare.preset} (take preset pressure, or "
+            f"route overlay)"
+        )
     return Settings(memshare, adapter, _stats_file(environment), _port(environment), _off_file(environment))
+
+
+MEASURED = ("position", "redundancy", "draw")
+"""Facts of a page that can be known here: TensorRT-LLM hands out neither attention nor the tokens' probabilities."""
+
+
+def check_need(need: str) -> None:
+    """Raises UserError for a formula that reads what cannot be known on this path."""
+    missing = [fact for fact in find_need(need).facts if fact not in MEASURED]
+    if missing:
+        raise UserError(
+            f"need {need} reads {', '.join(missing)}, which TensorRT-LLM's PyTorch backend does not hand out (take "
+            f"redundancy, age or random)"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Sharing for one KV cache manager of TensorRT-LLM: what is decided when, and that nothing of it ends the server.
 
-What is shared is decided by this project's own manager, over virtual blocks: one for each page that TensorRT-LLM holds,
-never moved, whatever becomes of the page. It brings stage 1, chains of copies, limits and staleness. Its remaps are
-carried out by tail_swap.py, and row_map.py rearranges the rows of the block table.
+What is shared or given up is decided by this project's own code, over virtual blocks: one for each page that
+TensorRT-LLM holds, never moved, whatever becomes of the page. Decisions are carried out by tail_swap.py, and
+table_rows.py says what the rows of the block table read then.
 
 Order in one iteration, all on the stream of the forward passes::
 
-    prepare_resources(n):  apply what search n-1 decided | search | TensorRT-LLM adds a token (V2: has added it)
+    prepare_resources(n):  cross bands | apply what search n-1 decided | give pages up if memory is short | search |
+                           TensorRT-LLM adds a token (main's V2: has added it)
     forward(n):            block table written, rows rearranged, kernels read and write
 """
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Container, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,15 @@ from trtllm_memshare.search.policy import SharingPolicy
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
-from trtllm_memshare.trtllm.pytorch.failures import Complaints, Failures
+from trtllm_memshare.trtllm.pytorch.failures import Failures
+from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
+from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
+from trtllm_memshare.trtllm.pytorch.pressure import Choice, Pressure
+from trtllm_memshare.trtllm.pytorch.rank_meetings import RankMeetings
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequests
-from trtllm_memshare.trtllm.pytorch.row_map import RowMap
 from trtllm_memshare.trtllm.pytorch.searcher import Pending, Searcher
+from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 
 
@@ -47,13 +52,14 @@ class Sharing:
       boundaries: of the model's tokenizer.
       search: compares rows of the backend's pool.
       agreement: of tensor-parallel ranks, each of which runs its own copy of this; None = there is one rank.
-      complain: told of what sharing excludes and only shows while serving.
-      description: of the manager and the settings, for error reports.
+      say: told once of what sharing excludes and only shows while serving.
+      failures: counts errors.
       switch: lets a person stop new sharing while the server runs.
+      null_rows: null pages for what is given up; None = nothing is given up for need.
 
     Attributes:
       requests: what is known of the requests.
-      manager: this project's, over virtual blocks. ``policy``: decides.
+      manager: this project's, over virtual blocks. ``policy``, ``pressure``: decide.
       failures: errors that were caught; ``failures.is_off``: nothing new is shared any more.
       seconds: host time spent so far, waits for distances included. ``search_seconds``: of the comparisons.
       num_tables: block tables that were rearranged or looked at.
@@ -66,39 +72,46 @@ class Sharing:
         boundaries: BoundaryTokens,
         search: BlockSearch,
         agreement: RankAgreement | None,
-        complain: Complaints,
-        description: str,
-        switch: KillSwitch | None = None,
+        say: Callable[[str], None],
+        failures: Failures,
+        switch: KillSwitch,
+        null_rows: NullRows | None = None,
     ) -> None:
-        self._backend, self._config, self._ranks = backend, config, agreement
-        size = backend.pool.shape[4]
+        self._backend, self._config, self._say, self._switch = backend, config, say, switch
+        self.failures = failures
+        size, reserved = backend.pool.shape[4], 0 if null_rows is None else len(null_rows.pages.blocks)
         self.manager = KVCacheManager(
             # Pages of the reuse tree belong to several requests, virtual blocks to one each.
-            num_blocks=backend.pool.shape[0] * (1 if backend.protects_prompt_only else 4) + backend.max_batch_size,
+            num_blocks=backend.pool.shape[0] * (1 if backend.protects_prompt_only else 4)
+            + backend.max_batch_size
+            + reserved,
             num_layers=backend.pool.shape[1],
             tokens_per_block=size,
             max_blocks_per_seq=backend.max_blocks_per_seq,
             max_batch_size=backend.max_batch_size,
-            config=config,
+            # What a paused request had given up goes again when TensorRT-LLM has computed it whole (giving_up.py).
+            config=config.model_copy(update={"pressure": False}),
             make_matcher=make_matcher_factory(config, size, boundaries),
+            null_pages=None if null_rows is None else null_rows.pages,
         )
         self.policy = SharingPolicy(config)
-        self.failures = Failures(description)
-        self._complain, self._switch = complain, switch or KillSwitch(None)
-        self._rows = RowMap(backend.max_batch_size, backend.max_blocks_per_seq, backend.pool.device)
         tokens_at_once = max(config.search_interval, size // 2)
         self.requests = KnownRequests(
-            self.manager, tokens_at_once, backend.max_batch_size, backend.protects_prompt_only, complain.say
+            self.manager, tokens_at_once, backend.max_batch_size, backend.protects_prompt_only, say
         )
         self.tail = TailSwap(backend, tokens_at_once, self._wait_for_table)
+        self._rows = TableRows(backend, self.manager, self.requests, null_rows)
+        self._giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self._lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)
+        self.pressure = (
+            Pressure(backend, self.manager, self.requests, self.tail, config, reserved) if config.pressure else None
+        )
+        self._meetings = None if agreement is None else RankMeetings(agreement, config.search_interval)
         self._pending: Pending | None = None
         self._lost: dict[int, Any] = {}  # requests whose rows cannot be vouched for, not ended yet
         self._stream: torch.cuda.Stream | None = None
         self._table_copied: torch.cuda.Event | None = None
         self._step = 0
-        self._last_meeting = -1
-        self._disagreed = self._all_ranks_are_off = False
         self.num_tables = 0
         self.seconds = self.search_seconds = 0.0
 
@@ -113,15 +126,16 @@ class Sharing:
         Args:
           generation_requests: TensorRT-LLM's ``LlmRequest`` objects of this iteration that are past their prompt.
         """
-        started = time.perf_counter()
+        started, disagreed = time.perf_counter(), False
         try:
-            if not self.failures.is_off and self._table_is_ours(generation_requests):
+            self._rows.cross(self._step)
+            if not self.failures.is_off and self._is_ready(generation_requests):
                 self._advance(generation_requests)
         except Exception as error:  # TensorRT-LLM's loop would end with it
-            self._disagreed = isinstance(error, RankDisagreementError)
+            disagreed = isinstance(error, RankDisagreementError)
             self._fail("a step of sharing", error)
-        if self.failures.is_off and self._ranks is not None:
-            self._meet_ranks_switched_off(self._ranks)
+        if self.failures.is_off and self._meetings is not None:
+            self._meet_switched_off(self._meetings, disagreed)
         self._step += 1
         self.seconds += time.perf_counter() - started
 
@@ -140,7 +154,7 @@ class Sharing:
             for row, request_id in enumerate(request_ids):
                 if request_id in self._rows:
                     self._lose(request_id)
-                    table[:, row] = table[:, row, :, self._own_page(request_id)].unsqueeze(-1)
+                    self._rows.overwrite(table, row, request_id)
             self._fail("the rearrangement of rows", error)
         if table.is_cuda:
             self._stream = torch.cuda.current_stream(table.device)
@@ -149,46 +163,70 @@ class Sharing:
         self.seconds += time.perf_counter() - started
 
     def shares(self, request_id: int) -> bool:
-        """True if pages of the request hold what other tokens read too."""
+        """True if pages of the request are not where its text says."""
         return request_id in self._rows
 
     def forget(self, request: Any) -> None:
         """Lets go of a request whose resources are freed; raises nothing."""
-        self._rows.forget(request.py_request_id)
-        self._lost.pop(request.py_request_id, None)
+        request_id = request.py_request_id
         try:
+            self._giving_up.remember(request)
             self.requests.forget(request)
+            if self.pressure is not None:
+                self.pressure.forget(request_id)
         except Exception as error:
             self._fail("the end of a request", error)
+        self._rows.forget(request_id)
+        self._lost.pop(request_id, None)
+
+    def _is_ready(self, generation_requests: Sequence[Any]) -> bool:
+        """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
+        if all(getattr(r, "is_dummy_request", False) for r in generation_requests):
+            return True  # warm-up: TensorRT-LLM expects its manager empty
+        if self.num_tables == 0:
+            self._say(
+                "sharing needs the attention backend TRTLLM, got one that does not write its block table through the "
+                "KV cache manager (set attn_backend: TRTLLM)"
+            )
+            self.failures.is_off = True
+            return False
+        with self._forward_stream():
+            return self._rows.take_null_pages()
 
     def _advance(self, generation_requests: Sequence[Any]) -> None:
+        interval = self._config.search_interval
         is_needed = self.manager.pool.num_used >= self._config.min_pool_use * self.pool.shape[0]
-        searches = is_needed and self._step % self._config.search_interval == 0
+        searches = self._config.searches and is_needed and self._step % interval == 0
         self.requests.take_in(generation_requests)
-        applies = self._pending is not None if self._ranks is None else self._is_meeting()
-        if not applies and not searches:
-            return
+        meets = self._meetings is not None and self._meetings.is_meeting(self._step)
         active = {r.py_request_id for r in generation_requests}
         with self._forward_stream():
-            if applies:
-                self._apply(active)
+            self._giving_up.retire_again(self._step)
+            if meets if self._meetings is not None else self._pending is not None or self.pressure is not None:
+                self._decide_and_apply(generation_requests, active)
             if searches:
                 self._pending = self._searcher.start(active)
 
-    def _apply(self, active: Container[int]) -> None:
-        """Carries out what the last search found, on every rank in the same iteration."""
+    def _decide_and_apply(self, generation_requests: Sequence[Any], active: Container[int]) -> None:
+        """Carries out what the last search found and what memory asks for, on every rank in the same iteration."""
         (candidates, distances), self._pending = self._pending or ([], None), None
         sums = None
         if distances is not None:
             sums, seconds = distances.read()
             self.search_seconds += seconds
-        if self._ranks is None:
-            decisions = self._decide(candidates, sums)
+        if self._meetings is None:
+            decisions = self._decide(candidates, sums) if candidates else []
+            choice = self._choose(generation_requests)
         else:
             # Each rank schedules on its own count of free blocks: one that differed in a decision would break all.
             state = self.manager.pool.generation.tobytes()
-            self._last_meeting = self._step
-            decisions = self._ranks.decide(candidates, sums, state, self._decide)
+            self._meetings.begin(self._step)
+            decisions = self._meetings.ranks.decide(candidates, sums, state, self._decide)
+            choice = self._meetings.choose(lambda: self._choose(generation_requests))
+        self._apply(decisions, active)
+        self._giving_up.retire(choice, self._step)
+
+    def _apply(self, decisions: list[Decision], active: Container[int]) -> None:
         kept = {id(c) for c in self._searcher.only_active([d.candidate for d in decisions], active)}
         decisions = [d for d in decisions if id(d.candidate) in kept]
         if not decisions:
@@ -201,9 +239,7 @@ class Sharing:
         for candidate in (d.candidate for d in decisions):
             if self.manager.is_retired(candidate.request_id, candidate.logical):
                 retired[candidate.request_id].append(candidate.logical)
-        problems = [p for p in (self._give_up(i, blocks) for i, blocks in retired.items()) if p is not None]
-        if problems:
-            raise problems[0]
+        self._giving_up.hand_back(list(retired.items()), self._step)
 
     def _decide(self, candidates: list[Candidate], sums: np.ndarray | None) -> list[Decision]:
         """On one rank, or on the first: nothing while a person has switched new sharing off."""
@@ -213,78 +249,38 @@ class Sharing:
             self.manager.offer_again(candidate)
         return []
 
-    def _give_up(self, request_id: int, blocks: list[int]) -> Exception | None:
-        """Gives the pages of retired blocks back, and sets the row that goes with it; both, or the request is lost.
-
-        Returns:
-          Why it is lost, None if all is well: what was decided for other requests has to be carried out all the same.
-        """
-        known = self.requests[request_id]
-        try:
-            self.tail.give_up(known, blocks)
-            origins = self.manager.origin_blocks(request_id)
-            self._rows.set_row(request_id, known.pages.row(origins, self._backend.max_blocks_per_seq))
-        except Exception as error:
-            self._lose(request_id)
-            return error
-        return None
+    def _choose(self, generation_requests: Sequence[Any]) -> Choice:
+        if self.pressure is None or self._switch.is_off(self._step):
+            return []
+        return self.pressure.choose(generation_requests, 1 if self._meetings is None else self._config.search_interval)
 
     def _lose(self, request_id: int) -> None:
         """Marks a request whose row cannot be vouched for; until it ends, it reads and writes its own last page."""
         self._lost[request_id] = self.requests[request_id].request
-        self._rows.set_row(request_id, np.full(self._backend.max_blocks_per_seq, self._own_page(request_id)))
-
-    def _own_page(self, request_id: int) -> int:
-        """The last position of a request's list: a page that nobody else reads."""
-        return max(0, len(self._backend.pages(request_id)) - 1)
+        self._rows.set_own_page(request_id)
 
     def _fail(self, where: str, error: Exception) -> None:
         """Stops new sharing; on one rank, ends what cannot be vouched for. Several ranks do that where they meet."""
         self.failures.stop(where, error)
         self._pending = None
-        if self._ranks is None:
+        if self._meetings is None:
             self._end_lost(str(error))
 
     def _end_lost(self, why: str) -> None:
         lost, self._lost = self._lost, {}
         self.failures.end_requests(lost.values(), why)
 
-    def _is_meeting(self) -> bool:
-        """Whether all ranks exchange something in this iteration, whatever has happened to each of them."""
-        interval = self._config.search_interval
-        return self._step % interval == 1 % interval
-
-    def _meet_ranks_switched_off(self, ranks: RankAgreement) -> None:
-        """This rank shares nothing new: then nor do the others, and a request that one has lost ends on all of them."""
-        if not self._is_meeting():
-            return
+    def _meet_switched_off(self, meetings: RankMeetings, disagreed: bool) -> None:
         try:
-            if self._last_meeting != self._step and not self._all_ranks_are_off:
-                self._last_meeting = self._step
-                with suppress(RankDisagreementError):  # that is what it is for: the others learn of it
-                    ranks.decide([], None, f"switched off on rank {ranks.rank}".encode(), self._decide)
-            elif not self._all_ranks_are_off and not self._disagreed:
-                return  # the meeting went well, and something failed after it: the others learn at the next
-            self._all_ranks_are_off = True
             given_up = {k.request_id: k.pages.num_given_up for k in self.requests}
-            views = ranks.exchange((list(self._lost), given_up))
-            for lost, pages in views:
-                for request_id in {*lost, *(i for i in pages if pages[i] != given_up.get(i))}:
+            ending = meetings.switched_off(self._step, disagreed, self._lost, given_up)
+            if ending is not None:
+                for request_id in ending:
                     if self.requests.get(request_id) is not None:
                         self._lose(request_id)
-            self._end_lost("a rank could not vouch for it")
+                self._end_lost("a rank could not vouch for it")
         except Exception as error:
             self.failures.stop("the exchange between ranks", error)
-
-    def _table_is_ours(self, generation_requests: Sequence[Any]) -> bool:
-        """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
-        if self.num_tables == 0 and any(not getattr(r, "is_dummy_request", False) for r in generation_requests):
-            self._complain.say(
-                "sharing needs the attention backend TRTLLM, got one that does not write its block table through the "
-                "KV cache manager (set attn_backend: TRTLLM)"
-            )
-            self.failures.is_off = True
-        return not self.failures.is_off
 
     def _wait_for_table(self) -> None:
         """The last copy of the manager's pinned rows has been read."""

@@ -1,0 +1,35 @@
+"""Makes the tables and the picture of docs/real_model.md from the committed rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.evaluation.real_rows import read_rows
+from trtllm_memshare.report.real_model import fill_page, page_tables, summary
+from trtllm_memshare.report.real_model_plots import plot_loss_and_recall
+
+RESULTS = Path("benchmarks/results")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rows", type=Path, default=RESULTS / "real_model.jsonl", help="default: %(default)s")
+    parser.add_argument("--recall", type=Path, default=RESULTS / "real_model_recall.jsonl", help="default: %(default)s")
+    parser.add_argument("--page", type=Path, help="fill this page's tables, e.g. docs/real_model.md")
+    parser.add_argument("--plot", type=Path, help="write the picture")
+    arguments = parser.parse_args()
+    rows, recall_rows = read_rows(arguments.rows), read_rows(arguments.recall)
+    tables = page_tables(rows, recall_rows)
+    if arguments.page is not None:
+        fill_page(arguments.page, tables)
+    if arguments.plot is not None:
+        plot_loss_and_recall(rows, recall_rows, arguments.plot)
+    print("\n\n".join(f"{name}\n{table}" for name, table in tables.items()))
+    print(json.dumps(summary(rows, recall_rows)))
+
+
+if __name__ == "__main__":
+    run_command_line(main)

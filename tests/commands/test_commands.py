@@ -1,0 +1,56 @@
+"""The one command line: every command says what comes out, and what is missing is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trtllm_memshare.__main__ import COMMANDS, main
+from trtllm_memshare.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+OURS = ("build", "bench", "explain", "calibrate", "doctor", "triton")
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_help_names_the_command_as_it_was_called(command, capsys):
+    try:
+        main([command, "--help"])
+    except SystemExit as end:
+        assert end.code == 0  # noqa: PT017 (argparse leaves by an exception)
+    assert capsys.readouterr().out.startswith(f"usage: memshare {command} ")
+
+
+def test_the_list_of_commands_says_what_comes_out(capsys):
+    main([])
+    printed = capsys.readouterr().out
+    for name, (_, purpose) in COMMANDS.items():
+        assert f"  {name:<10} {purpose}\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["biuld"], r"unknown command biuld \(did you mean build\?\)"),
+        (["triton", "lunch"], r"unknown action lunch of memshare triton \(did you mean launch\?\)"),
+    ],
+)
+def test_errors_of_users(arguments, message):
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+
+
+def test_a_python_without_the_packages_says_which_one_and_what_to_do():
+    """As a bare ``python`` does: nothing of torch can be imported."""
+    block = "import sys; sys.modules['torch'] = None; from trtllm_memshare.__main__ import console; console()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", block, "explain", "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 2
+    assert "needs the package torch" in done.stderr
+    assert "make venv" in done.stderr
+    assert "Traceback" not in done.stderr

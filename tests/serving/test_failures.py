@@ -1,0 +1,347 @@
+"""One request's error is one failed request; a step's error is its batch; everybody who waits is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+from fakes.counting_runner import CountingRunner, expected
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.failures import MAX_FAILED_STEPS, ExecutorStoppedError, RequestFailedError
+from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.sampling import Sampler
+from trtllm_memshare.serving.statistics import MAX_TIMELINE, ExecutorStats
+from trtllm_memshare.serving.validation import QueueFullError
+
+PROMPTS = [[5], [20, 21, 22], [40, 41]]
+WAIT = 20  # seconds; a wait that is not answered fails the test
+
+
+def make(boundaries, runner: CountingRunner | None = None, **options) -> Executor:
+    return Executor(runner or CountingRunner(), make_config("off"), boundaries, max_seq_len=400, **options)  # type: ignore[arg-type]
+
+
+def assert_clean(executor: Executor) -> None:
+    executor.manager.check_integrity()
+    assert executor.manager.pool.num_used == 0
+    assert not executor.has_work
+
+
+def run_with_one_victim(boundaries, executor: Executor, damage, match: str, params=SamplingParams(30)) -> None:
+    """``damage`` gets the handle of the request in the middle; it must fail and the others must not notice."""
+    handles = [executor.submit(p, params if i == 1 else SamplingParams(30)) for i, p in enumerate(PROMPTS)]
+    damage(handles[1])
+    executor.run_until_idle()
+    for place in (0, 2):
+        assert handles[place].result(0).token_ids == expected(PROMPTS[place], 30)
+    with pytest.raises(RequestFailedError, match=match):
+        handles[1].result(0)
+    with pytest.raises(RequestFailedError, match=match):
+        list(handles[1])
+    assert_clean(executor)
+    assert not executor.has_failed
+    after = executor.submit([7], SamplingParams(3))
+    executor.run_until_idle()
+    assert after.result(0).token_ids == [8, 9, 10]
+
+
+def spoil(value: float, from_token: int):
+    """Damages the logits of the request in the middle: its tokens are its lengths plus 19."""
+
+    def change(batch, logits):
+        lasts = batch.input_ids[batch.chunk_lengths.cumsum() - 1]
+        for row, (last, length) in enumerate(zip(lasts, batch.sequence_lengths, strict=True)):
+            if last - length == 19 and length >= 3 + from_token:
+                if value == -torch.inf:
+                    logits[row] = value
+                logits[row, 3] = value
+
+    return change
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("from_token", [0, 5])
+def test_logits_that_are_not_finite_end_their_request(boundaries, value, temperature, from_token):
+    runner = CountingRunner()
+    runner.change_logits = spoil(value, from_token)
+    params = SamplingParams(30, temperature=temperature, top_k=1 if temperature else 0)
+    run_with_one_victim(boundaries, make(boundaries, runner), lambda handle: None, "logits that are not finite", params)
+
+
+def test_a_mask_of_minus_infinity_is_no_error(boundaries):
+    runner = CountingRunner()
+    runner.change_logits = lambda batch, logits: logits[:, :4].fill_(-torch.inf)
+    executor = make(boundaries, runner)
+    handle = executor.submit([5], SamplingParams(10, temperature=1e-3, log_probs=True))
+    executor.run_until_idle()
+    assert handle.result(0).token_ids == expected([5], 10)
+
+
+class RaisingSampler(Sampler):
+    """Raises for requests with seed 13, where a bug in one request's parameters would."""
+
+    def _sample_row(self, logits, request, is_scaled):
+        if request.params.seed == 13:
+            raise ArithmeticError("no probability")
+        return super()._sample_row(logits, request, is_scaled)
+
+
+def test_an_error_in_choosing_a_token_is_one_request_s(boundaries):
+    executor = make(boundaries, sampler=RaisingSampler())
+    params = SamplingParams(30, temperature=0.5, seed=13)
+    match = r"request 1 ended: its next token could not be chosen \(ArithmeticError: no probability\)"
+    run_with_one_victim(boundaries, executor, lambda handle: None, match, params)
+    assert executor.status().num_failed == 1
+
+
+def test_a_listener_that_raises(boundaries):
+    executor, calls = make(boundaries), []
+
+    def listener(ended: bool) -> None:
+        calls.append(ended)
+        if len(calls) >= 3:
+            raise ValueError("nobody home")
+
+    handles = [executor.submit(p, SamplingParams(30), listener=listener if i == 1 else None)
+               for i, p in enumerate(PROMPTS)]  # fmt: skip
+    executor.run_until_idle()
+    with pytest.raises(RequestFailedError, match=r"request 1 ended: its listener raised \(ValueError: nobody home\)"):
+        handles[1].result(0)
+    assert calls == [False] * 3
+    assert [handles[i].result(0).token_ids for i in (0, 2)] == [expected(PROMPTS[i], 30) for i in (0, 2)]
+    assert_clean(executor)
+
+
+def test_a_listener_that_raises_at_the_end_harms_nobody(boundaries):
+    executor = make(boundaries)
+
+    def listener(ended: bool) -> None:
+        if ended:
+            raise ValueError("gone")
+
+    handles = [executor.submit(p, SamplingParams(5), listener=listener) for p in PROMPTS]
+    executor.run_until_idle()
+    assert [h.result(0).token_ids for h in handles] == [expected(p, 5) for p in PROMPTS]
+
+
+def test_cancelling_the_future_cancels_the_request(boundaries):
+    executor = make(boundaries)
+    handles = [executor.submit(p, SamplingParams(30)) for p in PROMPTS]
+    executor.step()
+    assert handles[1].future.cancel() is False
+    executor.run_until_idle()
+    assert handles[1].result(0).finish_reason == "cancelled"
+    assert handles[1].result(0).token_ids == expected(PROMPTS[1], 1)
+    assert [handles[i].result(0).finish_reason for i in (0, 2)] == ["length"] * 2
+    assert handles[1].future.cancel() is False  # too late, and no harm
+    assert_clean(executor)
+
+
+def test_a_timeout_of_asyncio_frees_the_blocks(boundaries):
+    runner = CountingRunner()
+    runner.before_step = lambda batch: time.sleep(0.005)
+
+    async def wait(handle):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(handle.future), 0.05)
+
+    with make(boundaries, runner) as executor:
+        handle = executor.submit([5], SamplingParams(390))
+        asyncio.run(wait(handle))
+        other = executor.submit([6], SamplingParams(5))
+        assert other.result(WAIT).token_ids == expected([6], 5)
+        assert handle.result(WAIT).finish_reason == "cancelled"
+    assert_clean(executor)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_request_that_cannot_be_added_is_answered_and_leaves_nothing(boundaries, monkeypatch, place):
+    executor = make(boundaries)
+    add, extend = executor.manager.add_sequence, executor.manager._extend
+
+    def fail(request_id, *arguments):
+        if request_id == 1 and place == "before":
+            raise MemoryError
+        return add(request_id, *arguments)
+
+    def fail_late(sequence, *arguments):
+        if sequence.request_id == 1 and place == "after":
+            extend(sequence, *arguments)
+            raise MemoryError
+        return extend(sequence, *arguments)
+
+    monkeypatch.setattr(executor.manager, "add_sequence", fail)
+    monkeypatch.setattr(executor.manager, "_extend", fail_late)
+    slots = len(executor.manager._free_slots)
+    match = r"request 1 ended: it could not be added to the cache \(MemoryError\)"
+    run_with_one_victim(boundaries, executor, lambda handle: None, match)
+    assert len(executor.manager._free_slots) == slots
+
+
+def test_a_failed_step_fails_its_batch_and_is_counted(boundaries):
+    runner = CountingRunner()
+    executor = make(boundaries, runner, max_batch_size=2)
+    handles = [executor.submit(p, SamplingParams(30)) for p in PROMPTS]
+    executor.step()
+
+    def fail(batch):
+        raise MemoryError("CUDA out of memory")
+
+    runner.before_step = fail
+    executor.step()
+    runner.before_step = lambda batch: None
+    executor.run_until_idle()
+    for handle in handles[:2]:
+        with pytest.raises(
+            RequestFailedError, match=r"a step that it was part of failed \(MemoryError: CUDA out of mem"
+        ):
+            handle.result(0)
+    assert handles[2].result(0).token_ids == expected(PROMPTS[2], 30)
+    status = executor.status()
+    assert (status.num_failed, status.num_failed_steps, status.num_finished) == (2, 1, 3)
+    assert_clean(executor)
+
+
+def test_steps_that_go_on_failing_stop_the_executor_with_every_waiter_answered(boundaries):
+    runner = CountingRunner()
+
+    def fail(batch):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runner.before_step = fail
+    executor = make(boundaries, runner, max_batch_size=1)
+    handles = [executor.submit(p, SamplingParams(30)) for p in [*PROMPTS, *PROMPTS]]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        executor.run_until_idle()
+    assert executor.has_failed
+    for handle in handles[:MAX_FAILED_STEPS]:
+        with pytest.raises(RequestFailedError):
+            handle.result(0)
+    for handle in handles[MAX_FAILED_STEPS:]:
+        with pytest.raises(ExecutorStoppedError, match="the executor stopped: RuntimeError: CUDA error"):
+            handle.result(0)
+    with pytest.raises(UserError, match="has stopped on an error"):
+        executor.submit([5])
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_ends_a_thread_is_loud_and_leaves_nobody_waiting(boundaries, error):
+    runner = CountingRunner()
+
+    def fail(batch):
+        raise error
+
+    runner.before_step = fail
+    with make(boundaries, runner, max_batch_size=1) as executor:
+        handles = [executor.submit(p, SamplingParams(30)) for p in PROMPTS]
+        for handle in handles:
+            with pytest.raises(ExecutorStoppedError, match=type(error).__name__):
+                handle.result(WAIT)
+    assert executor.has_failed
+
+
+def test_an_error_for_the_first_does_not_keep_the_others_waiting(boundaries, monkeypatch):
+    """``_fail_all`` used to stop at a future that somebody had cancelled."""
+    executor = make(boundaries)
+    handles = [executor.submit(p, SamplingParams(30)) for p in PROMPTS]
+    handles[0].future.cancel()
+    monkeypatch.setattr(executor.sharing, "apply", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        executor.run_until_idle()
+    for handle in handles[1:]:
+        with pytest.raises(ExecutorStoppedError):
+            handle.result(0)
+
+
+def test_ctrl_c_leaves_within_a_second_and_answers_the_requests(boundaries):
+    runner = CountingRunner(num_blocks=4000)
+    runner.before_step = lambda batch: time.sleep(0.01)
+    executor = make(boundaries, runner, max_batch_size=8)
+    handles, started = [], []
+
+    def serve() -> None:
+        with executor:
+            handles.extend(executor.submit([5 + i % 50], SamplingParams(390)) for i in range(500))
+            while executor.stats.num_steps < 3:
+                time.sleep(0.001)
+            started.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve()
+    assert time.monotonic() - started[0] < 5  # a second by itself, 240 s to the end; the machine may be busy
+    assert {h.result(0).finish_reason for h in handles} == {"cancelled"}
+    assert_clean(executor)
+
+
+def test_leaving_in_peace_lets_requests_end(boundaries):
+    with make(boundaries) as executor:
+        handle = executor.submit([5], SamplingParams(30))
+    assert handle.result(0).finish_reason == "length"
+
+
+def test_the_queue_has_a_limit_and_an_error_of_its_own(boundaries):
+    executor = make(boundaries, max_queue_size=2)
+    handles = [executor.submit(p, SamplingParams(3)) for p in PROMPTS[:2]]
+    with pytest.raises(QueueFullError, match=r"the queue is full: 2 requests wait, the limit \(submit this one later"):
+        executor.submit([5])
+    executor.step()
+    handles.append(executor.submit(PROMPTS[2], SamplingParams(3)))
+    executor.run_until_idle()
+    assert all(h.result(0).finish_reason == "length" for h in handles)
+
+
+def test_cancelling_a_long_queue_takes_one_pass(boundaries):
+    executor = make(boundaries, max_batch_size=1)
+    handles = [executor.submit([5], SamplingParams(300)) for _ in range(20_000)]
+    executor.step()
+    for handle in handles[1:]:
+        handle.cancel()
+    looked_at = []
+    original = executor._is_cancelled
+    executor._is_cancelled = lambda state: looked_at.append(1) or original(state)  # type: ignore[method-assign]
+    executor.step()
+    executor.step()
+    assert len(looked_at) <= 3 * len(handles)
+    assert sum(h.future.done() for h in handles) == len(handles) - 1
+
+
+def test_statistics_take_bounded_memory():
+    stats = ExecutorStats()
+    for step in range(5 * MAX_TIMELINE):
+        stats.record_step(step, step + 1.0, 3, 2, 0.0)
+    assert MAX_TIMELINE // 2 <= len(stats.timeline) < MAX_TIMELINE
+    times = [t for t, *_ in stats.timeline]
+    assert len({b - a for a, b in itertools.pairwise(times)}) == 1
+    assert stats.num_steps == 5 * MAX_TIMELINE
+
+
+def test_submit_from_many_threads_while_some_cancel(boundaries):
+    results = []
+
+    def client(executor, place):
+        handle = executor.submit([5 + place], SamplingParams(40))
+        if place % 3 == 0:
+            handle.cancel()
+        results.append((place, handle.result(WAIT)))
+
+    with make(boundaries) as executor:
+        threads = [threading.Thread(target=client, args=(executor, place)) for place in range(30)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+    assert len(results) == 30
+    for place, result in results:
+        assert result.token_ids == expected([5 + place], 40)[: len(result.token_ids)]
+        assert result.finish_reason == "length" or place % 3 == 0
+    assert_clean(executor)

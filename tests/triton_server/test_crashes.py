@@ -1,0 +1,77 @@
+"""Killed processes and shutdown on servers of their own: too long for every run, see ``make nightly``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+
+import psutil
+import pytest
+from triton_server.conftest import Triton, start_triton, stop_triton
+
+QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
+LONG = "Q: 980 + 9 - 640 - 337 - 11 - 1 = ?\n"
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("MEMSHARE_NIGHTLY") != "1", reason="starts several servers: run `make nightly`"
+)
+
+
+def how_it_ended(server: Triton, **inputs) -> str:
+    """``answered``, the error that the client was told, or ``closed`` if its connection ended first."""
+    try:
+        last = server.stream(120, **inputs)[-1]
+        return last.get("error") or ("answered" if last["finish_reason"] else "closed")
+    except urllib.error.HTTPError as error:
+        return json.loads(error.read().decode().removeprefix("data:"))["error"]
+    except (OSError, HTTPException):
+        return "closed"
+
+
+def test_killed_processes_end_their_requests_and_the_server_comes_back(served_engine, tmp_path):
+    server = start_triton(tmp_path, served_engine, kv_cache_blocks=500)
+    try:
+        for kill in ("tensorrt_llm", "ensemble", "tritonserver"):
+            with ThreadPoolExecutor(8) as clients:
+                calls = [
+                    clients.submit(how_it_ended, server, text_input=LONG, max_tokens=1500, end_id=0) for _ in range(8)
+                ]
+                server.wait_until(lambda: server.used_blocks() > 0)
+                victim = server.server_process() if kill == "tritonserver" else server.model_process(kill)
+                victim.kill()
+                server.wait_until(lambda: not server.is_ready(), 5)  # red while nothing serves
+                ends = {call.result() for call in calls}
+            told = "the model tensorrt_llm went away while it worked on this request (send it again)"
+            assert ends <= {"closed", told}, ends
+            server.wait_until(server.is_ready, 120)
+            assert server.generate(text_input=QUESTION, max_tokens=5)["text_output"].startswith("<think>")
+        restarts = [v for k, v in server.metrics().items() if k.startswith("memshare_server_restarts")]
+        assert restarts == [3.0]  # one crash, one start
+        processes = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.kill()
+        server.wait_until(lambda: not any(_runs(p) for p in processes), 10)
+    finally:
+        if server.process.poll() is None:
+            stop_triton(server)
+
+
+def test_shutdown_under_load_drains_and_a_full_queue_is_named(served_engine, tmp_path):
+    server = start_triton(tmp_path, served_engine, kv_cache_blocks=500, max_queue_size=0)
+    with ThreadPoolExecutor(80) as clients:
+        calls = [clients.submit(how_it_ended, server, text_input=QUESTION, max_tokens=400) for _ in range(80)]
+        server.wait_until(lambda: server.used_blocks() > 100)
+        time.sleep(0.5)
+        server.process.terminate()
+        ends = [call.result() for call in calls]
+    assert server.process.wait(90) == 0, server.log.read_text(errors="replace")[-3000:]
+    refused = [e for e in ends if e != "answered"]
+    assert refused
+    assert all("the queue is full: 64 requests are in the system" in e for e in refused)
+
+
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

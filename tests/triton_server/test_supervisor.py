@@ -1,0 +1,217 @@
+"""The supervisor over a stand-in for the server: a process with children named as Triton names its stubs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from triton_server.conftest import free_ports
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.triton.runtime import private_dir, runtime_folder
+from trtllm_memshare.triton.server import Ports, check_ports
+
+# Answers 200 on every path once its two children run; drains for a while on SIGTERM; notes each start.
+SERVER = """
+    import http.server, os, signal, subprocess, sys, threading, time
+    folder, port, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    with open(f"{folder}/starts", "a") as f:
+        f.write(f"{os.getpid()} {os.environ['MEMSHARE_RESTARTS']}\\n")
+    if mode == "broken":
+        sys.exit(3)
+    for model in ("ensemble", "tensorrt_llm"):
+        code = f"{folder}/r/{model}/1/model.py"
+        subprocess.Popen(["/x/triton_python_backend_stub", code], executable=sys.executable)
+    def drain(*_):
+        time.sleep(float(os.environ.get("DRAIN", "0")))
+        open(f"{folder}/drained", "w").close()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, drain)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200); self.end_headers()
+        def log_message(self, *_): pass
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    """
+RUN = """
+    import os, sys
+    from trtllm_memshare.triton.supervisor import RestartPolicy, Supervisor
+    folder, port, mode = sys.argv[1:]
+    policy = RestartPolicy(answer_s=0.05, drain_s=5, max_wait_s=0.2, max_failures=3)
+    command = [sys.executable, f"{folder}/server.py", folder, port, mode]
+    sys.exit(Supervisor(command, os.environ, f"http://127.0.0.1:{port}/ready", policy).run())
+    """
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """Starts a supervisor; afterwards nothing of it may be left."""
+    (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
+    (tmp_path / "run.py").write_text(textwrap.dedent(RUN))
+    for model in ("ensemble", "tensorrt_llm"):
+        code = tmp_path / "r" / model / "1" / "model.py"
+        code.parent.mkdir(parents=True)
+        code.write_text("import time\ntime.sleep(1000)\n")
+    started = []
+
+    def start(mode: str = "good", **environment) -> subprocess.Popen:
+        (port,) = free_ports(1)
+        command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), str(port), mode]
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def line_with(process: subprocess.Popen, part: str) -> str:
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            if part in line:
+                return line
+    finally:
+        watchdog.cancel()
+    raise AssertionError(f"ended without a line that has {part!r}")
+
+
+def starts(folder: Path) -> list[list[int]]:
+    return [[int(x) for x in line.split()] for line in (folder / "starts").read_text().splitlines()]
+
+
+def stubs(folder: Path) -> list[psutil.Process]:
+    code = str(folder / "r")
+    return [p for p in psutil.process_iter(["cmdline"]) if any(code in a for a in (p.info["cmdline"] or [])[1:2])]
+
+
+@pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm"])
+def test_one_dead_model_process_gives_one_new_server(supervised, tmp_path, model):
+    process = supervised()
+    assert "ready after" in line_with(process, "ready after")
+    old = starts(tmp_path)[0][0]
+    next(p for p in psutil.Process(old).children() if f"/r/{model}/1/model.py" in p.cmdline()[1]).kill()
+    assert f"the process of {model} has died" in line_with(process, "has died")
+    line_with(process, "ready after")
+    assert [restarts for _, restarts in starts(tmp_path)] == [0, 1]
+    assert not psutil.pid_exists(old)
+
+
+def test_a_dead_server_is_started_anew_and_leaves_no_child(supervised, tmp_path):
+    process = supervised()
+    line_with(process, "ready after")
+    old = psutil.Process(starts(tmp_path)[0][0])
+    children = old.children()
+    old.kill()
+    line_with(process, "ready after")
+    assert len(starts(tmp_path)) == 2
+    assert not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children)
+
+
+def test_a_server_that_never_gets_ready_is_given_up_at_once(supervised, tmp_path):
+    process = supervised("broken")
+    assert process.wait(20) == 1
+    assert "tritonserver ended with 3" in (output := process.stdout.read())
+    assert "the server did not become ready" in output
+    assert len(starts(tmp_path)) == 1
+
+
+def test_crashes_in_a_row_wait_longer_and_end(supervised, tmp_path):
+    process = supervised()
+    for _ in range(3):
+        line_with(process, "ready after")
+        os.kill(starts(tmp_path)[-1][0], signal.SIGKILL)
+    assert process.wait(20) == 1
+    assert "giving up: 3 failures in a row" in process.stdout.read()
+
+
+def test_sigterm_waits_for_the_server_to_drain(supervised, tmp_path):
+    process = supervised(DRAIN="1")
+    line_with(process, "ready after")
+    process.terminate()
+    assert process.wait(20) == 0
+    assert (tmp_path / "drained").exists()
+
+
+def test_a_killed_supervisor_takes_its_server_along(supervised, tmp_path):
+    process = supervised()
+    line_with(process, "ready after")
+    server = psutil.Process(starts(tmp_path)[0][0])
+    process.kill()
+    for _ in range(100):
+        if not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("the server outlived its supervisor")
+    for child in stubs(tmp_path):  # a real stub ends with its server, see end_with_parent
+        child.kill()
+
+
+def test_processes_end_with_their_parent():
+    child = "import time; from trtllm_memshare.triton.runtime import end_with_parent; end_with_parent(); " \
+            "print('up', flush=True); time.sleep(1000)"  # fmt: skip
+    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); " \
+             "print(p.pid, flush=True); p.wait()"  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    lines = {process.stdout.readline().strip(), process.stdout.readline().strip()}
+    pid = int((lines - {"up"}).pop())
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child outlived its parent")
+
+
+def test_a_port_in_use_is_named_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        a, b = free_ports(2)
+        with pytest.raises(UserError, match=f"--grpc-port {port} on 127.0.0.1 cannot be used: Address already in use"):
+            check_ports(Ports(a, port, b), "127.0.0.1")
+        check_ports(Ports(*free_ports(3)), "127.0.0.1")
+
+
+def test_the_runtime_folder_is_private_and_a_killed_one_is_cleared_away(tmp_path):
+    with runtime_folder() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        left = Path("/dev/shm") / f"{folder.name}_x"
+        left.touch()
+        with runtime_folder() as other:  # a second server leaves the first one's memory alone
+            assert left.exists()
+            assert other != folder
+    assert not left.exists()
+    assert not folder.exists()
+    dead = Path("/dev/shm") / "memshare-dead.lock"
+    dead.touch()
+    (orphan := Path("/dev/shm") / "memshare-dead_1").touch()
+    with runtime_folder():
+        assert not orphan.exists()
+        assert not dead.exists()
+
+
+def test_a_folder_that_others_can_enter_is_refused(tmp_path):
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "open").chmod(0o755)
+    with pytest.raises(UserError, match=r"that nobody else can enter, got owner .* and mode 755"):
+        private_dir(tmp_path / "open")
+    private_dir(tmp_path / "own")
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    with pytest.raises(UserError, match="that nobody else can enter"):
+        private_dir(tmp_path / "link")

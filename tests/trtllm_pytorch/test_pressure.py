@@ -1,0 +1,214 @@
+"""Pages given up before TensorRT-LLM pauses anybody: null pages in the rows, floors, pauses, every form of manager."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trtllm_pytorch.conftest import make_sharing_class, write_null_pages
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
+from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
+from trtllm_pytorch.test_tail_swap import (
+    MANAGERS,
+    NUM_SCHEDULES,
+    check_contents,
+    check_pages,
+    resident_pages,
+    run,
+)
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch.bands import Crossings
+from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST, NullKeys
+from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
+
+PRESSURE = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_watermark": 0.85, "low_watermark": 0.75}
+
+
+@pytest.mark.parametrize("kind", [k for k in MANAGERS if k != "V1 reuse"])
+@settings(max_examples=-(-NUM_SCHEDULES // (len(MANAGERS) - 1)), deadline=None)
+@given(seed=st.integers(0, 10**6), overlap=st.booleans())
+def test_any_schedule_forgets_what_it_may_and_keeps_the_rest_readable(null_pages, kind, seed, overlap):
+    run(kind, seed, overlap, null_pages=null_pages, **{**PRESSURE, "protected_tokens": 8})
+
+
+def serve(make, num_blocks, num_requests, length=180, size=8, is_checked=True, **arguments):
+    """Requests that come at once, to their end."""
+    manager = make_manager(make, num_blocks, size, **arguments)
+    executor = FakeExecutor(manager, True)
+    rng = random.Random(3)
+    for request_id in range(num_requests):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, length))
+    for step in range(3000):
+        executor.step()
+        if is_checked and step % 5 == 0:
+            check_contents(executor)
+            check_pages(executor)
+        if not executor.active:
+            return executor
+    raise AssertionError("the schedule did not end")
+
+
+@pytest.mark.parametrize(
+    ("manager_class", "config"), [(FakeKVCacheManager, {}), (FakeMainKVCacheManagerV2, {"host_cache_size": 1 << 30})]
+)
+def test_nobody_is_paused_where_floors_allow_it(manager_class, config, null_pages):
+    """Four requests of 24 pages each in 60 pages."""
+    assert serve(manager_class, 60, 4, is_checked=False, config=config).num_pauses > 0
+    make = make_sharing_class(manager_class, null_pages=null_pages, **PRESSURE)
+    executor = serve(make, 67, 4, config=config)
+    shared = executor.manager.memshare
+    assert executor.num_pauses == 0
+    assert shared.manager.stats().forgotten > 20
+    assert shared.pressure.num_episodes > 1
+    assert not shared.failures.num_errors
+
+
+def test_requests_keep_their_floor_and_their_own_wishes(null_pages):
+    seen: dict[int, float] = {}
+
+    def check(executor):
+        check_contents(executor)
+        manager = executor.manager.memshare.manager
+        for known in executor.manager.memshare.requests:
+            generated, retired = manager.page_counts(known.request_id)
+            if generated:
+                kept = (generated - retired) / generated
+                seen[known.request_id] = min(seen.get(known.request_id, 1.0), kept)
+
+    make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5})
+    manager = make_manager(make, 60, 8)
+    executor = FakeExecutor(manager, True)
+    rng = random.Random(3)
+    for request_id in range(4):
+        request = executor.submit(request_id, repetitive_text(rng, 5), repetitive_text(rng, 180))
+        if request_id == 1:
+            request.py_memshare_min_kept = 0.9
+        if request_id == 2:
+            request.py_memshare = False
+    while executor.active:
+        executor.step()
+        check(executor)
+    assert seen[0] == pytest.approx(0.5, abs=0.07)
+    assert seen[1] >= 0.9
+    assert seen[2] == 1.0
+
+
+def test_below_the_watermark_nothing_is_given_up_and_no_row_is_touched(null_pages):
+    """With room for all, only the pages taken for null are missing from the pool."""
+    executor = serve(make_sharing_class(null_pages=null_pages, **PRESSURE), 200, 4)
+    shared = executor.manager.memshare
+    assert shared.manager.stats().forgotten == 0
+    assert shared.pressure.num_episodes == shared.tail.num_copies == 0
+
+
+def test_shadow_counts_and_gives_nothing_up(null_pages):
+    make = make_sharing_class(null_pages=null_pages, shadow=True, **PRESSURE)
+    executor = serve(make, 67, 4)
+    stats = executor.manager.memshare.manager.stats()
+    assert stats.forgotten == 0
+    assert stats.shadowed > 0
+
+
+def test_null_pages_are_written_on_each_rank_for_its_own_heads(tmp_path):
+    folder = write_null_pages(tmp_path, [0, 100, 300], num_layers=2, num_kv_heads=4)
+    shape = torch.Size((10, 2, 2, 2, 8, 2))
+    parts = [NullKeys.read(tmp_path, shape, make_mapping(tp_size=2, rank=r), 256) for r in (0, 1)]
+    whole = NullKeys.read(tmp_path, torch.Size((10, 2, 2, 4, 8, 2)), make_mapping(), 256)
+    assert torch.equal(torch.cat([p.keys for p in parts], 2), whole.keys)
+    assert NullKeys.read(tmp_path, shape, make_mapping(tp_size=2), 90).bands == [0, 100]
+    # Eight ranks of one head each: every head is on two of them.
+    single = torch.Size((10, 2, 2, 1, 8, 2))
+    keys = [NullKeys.read(tmp_path, single, make_mapping(tp_size=8, rank=r), 90).keys for r in range(8)]
+    assert all(torch.equal(keys[r], whole.keys[:1, :, r // 2 : r // 2 + 1]) for r in range(8))
+    with pytest.raises(UserError, match="reach to position 300, got max_seq_len 512"):
+        NullKeys.read(tmp_path, shape, make_mapping(tp_size=2), 512)
+    with pytest.raises(UserError, match="4 KV heads on each of 2 ranks"):
+        NullKeys.read(tmp_path, torch.Size((10, 2, 2, 4, 8, 2)), make_mapping(tp_size=2), 90)
+    with pytest.raises(UserError, match="no null pages in"):
+        NullKeys.read(tmp_path / "none", shape, make_mapping(), 90)
+    assert folder
+
+
+@pytest.mark.parametrize("kind", ["V1", "V1 main", "V2", "V2 main"])
+def test_the_pool_holds_what_was_calibrated_and_the_entries_are_the_managers_own(kind, null_pages):
+    executor = run(kind, 5, True, null_pages=null_pages, **PRESSURE)
+    manager = executor.manager
+    pages = resident_pages(manager, NULL_REQUEST)
+    keys = NullKeys.read(Path(null_pages), executor.pool.shape, make_mapping(), 256).keys
+    for page, expected in zip(pages, keys, strict=True):
+        assert torch.equal(executor.pool[page, :, 0], expected[:, :, None].expand_as(executor.pool[page, :, 0]))
+        assert (executor.pool[page, :, 1] == 0).all()
+    table = torch.zeros(1, 1, 2, manager.max_blocks_per_seq, dtype=torch.int32)
+    manager.copy_batch_block_offsets(table, [NULL_REQUEST], 1, 0, 1)
+    assert torch.equal(manager.memshare._rows._map.null_entries, table[:, 0, :, : len(pages)])
+
+
+def test_warm_up_finds_its_manager_empty_and_a_full_pool_is_tried_again(null_pages):
+    manager = make_manager(make_sharing_class(null_pages=null_pages, **PRESSURE), 40, 8)
+    executor = FakeExecutor(manager, True)
+    dummy = manager.add_dummy_requests([99], [9], is_gen=True)[0]
+    manager.memshare.begin_step([dummy])
+    assert NULL_REQUEST not in manager.impl.sequences
+    manager.free_resources(dummy)
+    text = repetitive_text(random.Random(1), 150)
+    executor.submit(0, text[:5], text)
+    add = manager.add_dummy_requests
+    manager.add_dummy_requests = lambda *arguments, **keywords: None
+    for _ in range(4):
+        executor.step()
+    assert not manager.memshare.requests._known
+    manager.add_dummy_requests = add
+    for _ in range(4):
+        executor.step()
+    assert len(manager.impl.sequences[NULL_REQUEST].blocks) == 7
+    assert 0 in manager.memshare.requests._known
+
+
+def test_settings_that_cannot_work_here_are_named(tmp_path, monkeypatch):
+    from trtllm_memshare.trtllm.pytorch.settings import load_settings
+
+    path = tmp_path / "settings.json"
+    for text, message in (
+        ('{"preset": "pressure"}', "needs null_pages, a folder"),
+        ('{"preset": "pressure", "null_pages": "x", "need": "attention-redundancy"}', "does not hand out"),
+        ('{"preset": "pressure", "null_pages": "x", "retired_becomes": "dropped"}', "got dropped"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)})
+    path.write_text('{"preset": "pressure", "null_pages": "x"}')
+    assert load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).memshare.pressure
+    with pytest.raises(UserError, match="no null pages in"):
+        make_manager(make_sharing_class(preset="pressure", null_pages=str(tmp_path)), 40, 8)
+
+
+def test_redundancy_is_the_mean_of_the_largest_cosine_with_a_later_token():
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(12, 3, 2, 2, 4, 8, generator=generator)
+    pool[7] = pool[2]  # page 5 of the request stands again as page 2 does
+    blocks = np.array([4, 9, 2, 0, 1, 7, 3])
+    at_once = Redundancy(pool).of(1, 10, blocks, np.arange(10, 17))
+    bit_by_bit = Redundancy(pool)
+    for count in range(1, 8):
+        found = bit_by_bit.of(1, 10, blocks[:count], np.arange(10, 10 + count))
+    np.testing.assert_allclose(found, at_once, atol=1e-5)
+    assert at_once[2] == pytest.approx(1.0, abs=1e-5)
+    assert (at_once[[0, 1, 3, 4, 5, 6]] < 0.95).all()
+    # A page that was given up stands for nothing.
+    assert Redundancy(pool).of(1, 10, np.array([4, 9, 2, 0, 1, -1, 3]), np.array([12]))[0] < 0.95
+
+
+def test_crossings_come_once_and_when_they_are_due():
+    crossings = Crossings()
+    crossings.expect(1, 5)
+    crossings.expect(2, 7)
+    crossings.expect(1, 6)
+    crossings.forget(2)
+    assert [crossings.due(step) for step in (4, 5, 6, 7)] == [[], [], [1], []]

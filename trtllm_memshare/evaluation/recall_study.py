@@ -1,0 +1,95 @@
+"""Rows of the study of facts stated once: what each arm still knows at the end of a text."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay, nothing_retired
+from trtllm_memshare.evaluation.page_arms import Budget, retire
+from trtllm_memshare.evaluation.page_study import PAGE_TOKENS
+from trtllm_memshare.evaluation.real_rows import RowFile
+from trtllm_memshare.evaluation.real_texts import TRACES, read_traces, token_texts
+from trtllm_memshare.evaluation.retirement import NEVER, Retirements
+from trtllm_memshare.evaluation.stated_facts import AskedText, make_asked_text
+
+TEXT_TOKENS = 1280
+_SOURCE_TOKENS = 1500
+
+
+def compute_recall(
+    replay: MaskedReplay,
+    tokenizer: Any,
+    arms: list[str],
+    budget: Budget,
+    num_texts: int,
+    rows: RowFile,
+    may_go_on: Callable[[], bool] = lambda: True,
+    traces: Path = TRACES,
+) -> None:
+    """Computes the rows that are not there yet, all arms of a text before the next.
+
+    Args:
+      arms: names in ``page_arms``, and ``full``.
+      num_texts: first texts of the traces.
+      may_go_on: asked before each text.
+    """
+    for text in islice(token_texts(read_traces(traces), tokenizer, _SOURCE_TOKENS), num_texts):
+        if not may_go_on():
+            return
+        seed = zlib.crc32(text.trace.name.encode())
+        prompt, body = text.ids[: text.num_prompt_tokens], text.ids[text.num_prompt_tokens :]
+        asked = make_asked_text(prompt, body, tokenizer, TEXT_TOKENS, seed)
+        full: FullPass | None = None
+        for arm in arms:
+            key = {
+                "text": text.trace.name,
+                "arm": arm,
+                "min_kept": budget.min_kept,
+                "tokens_per_block": PAGE_TOKENS,
+                "tokens": TEXT_TOKENS,
+            }
+            if key in rows:
+                continue
+            full = full or replay.read(asked.ids, PAGE_TOKENS)
+            if arm == "full":
+                retirements = nothing_retired(TEXT_TOKENS, PAGE_TOKENS)
+            else:
+                retirements = retire(arm, budget, asked.num_prompt_tokens, TEXT_TOKENS, full.facts, seed)
+            logits = replay.answers(full, retirements, asked.asks)
+            rows.add({**key, "model": text.trace.model, "questions": judge(asked, logits, retirements)})
+
+
+def judge(asked: AskedText, logits: list[torch.Tensor], retirements: Retirements) -> list[dict[str, Any]]:
+    """Of each question its kind, whether the answer would be given greedily, its distance and what is left of it.
+
+    Args:
+      logits: of each question, float32 ``[tokens of ask and answer, vocab_size]``.
+
+    Returns:
+      kind, right, distance (tokens from the end of the statement to the end of the text) and pages_kept (the share of
+      the statement's pages that are there) of each.
+    """
+    found = []
+    gone = retirements.retired_at < NEVER
+    size = retirements.tokens_per_block
+    for i, question in enumerate(asked.questions):
+        length = asked.answer_lengths[i]
+        said = logits[i][-length - 1 : -1].argmax(-1).tolist()
+        first, last = asked.places[i]
+        pages = np.arange(first // size, last // size + 1)
+        found.append(
+            {
+                "kind": question.kind,
+                "right": said == asked.asks[i][-length:],
+                "distance": len(asked.ids) - last,
+                "pages_kept": round(float(1 - gone[pages].mean()), 3),
+            }
+        )
+    return found

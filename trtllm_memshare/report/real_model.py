@@ -1,0 +1,192 @@
+"""The study of pages in tables of Markdown: those of its page, filled from its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.evaluation.page_table import (
+    BASE,
+    Comparison,
+    Row,
+    Setting,
+    compare,
+    leave_one_out,
+    loss_by_position,
+    recall,
+    select,
+)
+
+LABELS = {
+    "random": "random pages",
+    "random-once": "random pages, one draw a page",
+    "attention-redundancy": "attention since written, redundancy of K",
+    "attention-redundancy-recency": "the same, and recency",
+    "redundancy-k": "redundancy of K",
+    "redundancy-v": "redundancy of V",
+    "redundancy-signature": "redundancy from signatures",
+    "surprisal-redundancy": "surprisal, redundancy of K",
+    "surprisal-led-signature": "surprisal, redundancy from signatures",
+    "attention-surprisal-redundancy": "attention, surprisal, redundancy of K",
+    "rkv": "R-KV by page",
+    "snapkv": "SnapKV by page",
+    "streaming": "streaming (the oldest go)",
+    "paper-alias": "`paper`, aliased",
+    "paper-null": "`paper`, null page",
+    "aligned": "`aligned` preset",
+    "full": "full cache",
+}
+_NO_RANKINGS = (BASE, "random-once", "full", "aligned", "paper-alias", "paper-null")
+RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
+_HALF = Setting()
+_ON_AXES = (BASE, "attention-redundancy")
+_BY_POSITION = (BASE, "attention-redundancy", "surprisal-led-signature")
+
+
+def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
+    """All arms that have rows, beside random pages on the same texts."""
+    found = [c for arm in LABELS if (c := compare(rows, arm, BASE, setting)) is not None]
+    lines = [
+        "| what goes | texts | Δ loss | KL | same top token | against random pages | p |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for c in sorted(found, key=lambda c: c.ratio):
+        lines.append(
+            f"| {LABELS[c.arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | {c.divergence:.4f} | "
+            f"{c.agreement:.1%} | {_difference(c)} |"
+        )
+    return "\n".join(lines)
+
+
+def axes_table(rows: list[Row]) -> str:
+    """Other shares kept and longer pages."""
+    lines = [
+        "| kept | tokens a page | what goes | texts | Δ loss | KL | against random pages | p |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    settings = {(r["min_kept"], r["tokens_per_block"], r["tokens"]) for r in rows if "min_kept" in r}
+    for kept, size, tokens in sorted(settings):
+        setting = Setting(kept, size, tokens)
+        if setting == Setting():
+            continue
+        for arm in _ON_AXES:
+            if (c := compare(rows, arm, BASE, setting)) is not None:
+                lines.append(
+                    f"| {kept:.0%} | {size} | {LABELS[arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | "
+                    f"{c.divergence:.4f} | {_difference(c)} |"
+                )
+    return "\n".join(lines)
+
+
+def answers(rows: list[Row]) -> str:
+    """The questions that the study was made for, each with its p-value."""
+    lines = ["| question | texts | difference of Δ loss | p |", "| --- | ---: | ---: | ---: |"]
+
+    def add(question: str, c: Comparison | None) -> None:
+        if c is not None:
+            lines.append(
+                f"| {question} | {c.texts} | {c.difference:+.4f} ± {c.difference_error:.4f} ({c.ratio:.2f} of it) | "
+                f"{_p(c.p)} |"
+            )
+
+    chosen = leave_one_out(rows, [arm for arm in RANKINGS if len(select(rows, arm)) == len(select(rows, BASE))])
+    if chosen is not None:
+        add("the ranking chosen on all other problems, against random pages, 50 % kept", chosen[0])
+    for kept in (0.25, 0.75):
+        c = compare(rows, "attention-redundancy", BASE, Setting(kept))
+        add(f"attention with redundancy against random pages, {kept:.0%} kept", c)
+    add("the alias against the null page, `paper`'s choice", compare(rows, "paper-alias", "paper-null"))
+    for size in (32, 64):
+        for arm in _ON_AXES:
+            c = compare(rows, arm, arm, Setting(0.5, size), Setting())
+            add(f"pages of {size} against 16, {LABELS[arm]}", c)
+    add("random pages, one draw a page, against a new draw each time", compare(rows, "random-once", BASE))
+    return "\n".join(lines)
+
+
+def position_table(rows: list[Row], arms: tuple[str, ...] = _BY_POSITION) -> str:
+    """Change of the loss by position, 50 % kept, pages of 16."""
+    by_arm = {arm: loss_by_position(select(rows, arm).values()) for arm in arms}
+    buckets = sorted({bucket for found in by_arm.values() for bucket in found})
+    lines = [f"| from token | {' | '.join(map(str, buckets))} |", f"| --- | {' | '.join('---:' for _ in buckets)} |"]
+    for arm, found in by_arm.items():
+        cells = [f"{found[b]:+.3f}" if b in found else "-" for b in buckets]
+        lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recall_table(rows: list[Row], min_kept: float = 0.5) -> str:
+    """Recall of facts stated once, over all kinds and by kind."""
+    found = recall(rows, min_kept)
+    kinds = list(found[0].by_kind)
+    lines = [
+        f"| what goes | recalled | 95 % | {' | '.join(kinds)} | p against random |",
+        f"| --- | ---: | --- | {' | '.join('---:' for _ in kinds)} | ---: |",
+    ]
+    for r in found:
+        pairs = [r.by_kind.get(kind) for kind in kinds]
+        cells = " | ".join("-" if pair is None else f"{pair[0]}/{pair[1]}" for pair in pairs)
+        p = "" if r.p is None or r.arm == "full" else _p(r.p)
+        lines.append(f"| {LABELS[r.arm]} | {r.right} of {r.asked} | {r.low:.2f} to {r.high:.2f} | {cells} | {p} |")
+    return "\n".join(lines)
+
+
+def distance_table(rows: list[Row], min_kept: float = 0.5) -> str:
+    """Recall by tokens from the statement to the end of the text."""
+    found = recall(rows, min_kept)
+    bounds = sorted({bound for r in found for bound in r.by_distance})
+    heads = [f"to {bound}" if bound < 10**6 else "farther" for bound in bounds]
+    lines = [f"| what goes | {' | '.join(heads)} |", f"| --- | {' | '.join('---:' for _ in bounds)} |"]
+    for r in found:
+        pairs = [r.by_distance.get(bound) for bound in bounds]
+        cells = ["-" if pair is None else f"{pair[0]}/{pair[1]}" for pair in pairs]
+        lines.append(f"| {LABELS[r.arm]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fill_page(page: Path, tables: dict[str, str]) -> None:
+    """Puts tables between the page's marks, ``<!-- NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+      ValueError: a mark that is not there.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        mark = f"<!-- {name} -->\n"
+        if mark not in text:
+            raise ValueError(f"{page} has no mark {mark.strip()}")
+        head, _, rest = text.partition(mark)
+        text = f"{head}{mark}{table}\n{rest[rest.index('<!-- end -->') :]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def page_tables(rows: list[Row], recall_rows: list[Row]) -> dict[str, str]:
+    """Every table of ``docs/real_model.md`` by its mark."""
+    return {
+        "main": main_table(rows),
+        "answers": answers(rows),
+        "axes": axes_table(rows),
+        "position": position_table(rows),
+        "recall": recall_table(recall_rows),
+        "distance": distance_table(recall_rows),
+    }
+
+
+def _difference(c: Comparison) -> str:
+    if c.arm == BASE:
+        return "| "
+    return f"{c.difference:+.4f} ± {c.difference_error:.4f} | {_p(c.p)}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def summary(rows: list[Row], recall_rows: list[Row]) -> dict[str, Any]:
+    """What the page is about in numbers, for the last line of a command."""
+    return {
+        "texts": len({r["text"] for r in rows}),
+        "problems": len({r["problem"] for r in rows}),
+        "models": sorted({r["model"] for r in rows}),
+        "questions": recall(recall_rows)[0].asked if recall_rows else 0,
+    }

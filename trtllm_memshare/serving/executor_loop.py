@@ -1,0 +1,134 @@
+"""The executor's thread: takes submissions, runs steps, and leaves nobody waiting when it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from typing_extensions import Self
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.failures import ExecutorStoppedError, describe
+from trtllm_memshare.serving.request import RequestState
+from trtllm_memshare.serving.scheduler import Scheduler
+from trtllm_memshare.serving.validation import QueueFullError
+
+MAX_QUEUE_SIZE = 100_000  # requests; each waits with a few kilobytes
+
+
+class ExecutorLoop:
+    """What an ``Executor`` is made of beside its steps.
+
+    Args:
+      scheduler: of the executor.
+      max_queue_size: most requests that wait at once.
+
+    Attributes:
+      has_failed: a step raised what no request or batch could be blamed for; no step follows.
+    """
+
+    def __init__(self, scheduler: Scheduler, max_queue_size: int) -> None:
+        self._scheduler, self._max_queue_size = scheduler, max_queue_size
+        self.has_failed = False
+        self._lock = threading.Condition()
+        self._submitted: deque[RequestState] = deque()
+        self._thread: threading.Thread | None = None
+        self._stopping = self._aborting = self._has_cancelled = False
+
+    def step(self) -> None:
+        """One iteration."""
+        raise NotImplementedError
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is queued or in flight."""
+        return bool(self._submitted or self._scheduler.waiting or self._scheduler.running)
+
+    def run_until_idle(self) -> None:
+        """Steps until every request has ended."""
+        try:
+            while self.has_work:
+                self.step()
+        except BaseException as error:
+            self._fail_all(error)
+            raise
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._loop, name="memshare-executor", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, error_type: object = None, *_: object) -> None:
+        """Lets requests in flight end, then stops the thread.
+
+        When the body raised, Ctrl-C included, they are cancelled instead: each ends with the tokens it has.
+        """
+        with self._lock:
+            self._stopping = True
+            self._aborting = error_type is not None
+            self._lock.notify()
+        if self._thread is None:
+            return
+        try:
+            self._thread.join()
+        except BaseException:  # Ctrl-C while the last requests end
+            self._aborting = True
+            self._thread.join(timeout=1)
+            raise
+
+    def _queue(self, state: RequestState) -> None:
+        with self._lock:
+            if self.has_failed:
+                raise UserError("the executor has stopped on an error, got a new request (see its log, start it again)")
+            if self._stopping:
+                raise UserError("the executor is shutting down, got a new request (submit before leaving its context)")
+            waiting = len(self._submitted) + len(self._scheduler.waiting)
+            if waiting >= self._max_queue_size:
+                raise QueueFullError(f"the queue is full: {waiting} requests wait, the limit (submit this one later)")
+            self._submitted.append(state)
+            self._lock.notify()
+
+    def _loop(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    while not self.has_work and not self._stopping:
+                        self._lock.wait()
+                if not self.has_work:
+                    return
+                if self._aborting:
+                    self._cancel_all()
+                self.step()
+        except BaseException as error:
+            self._fail_all(error)
+            raise
+
+    def _cancel_all(self) -> None:
+        with self._lock:
+            states = [*self._submitted, *self._scheduler.waiting, *self._scheduler.running]
+        for state in states:
+            state.handle.cancel()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """An executor that stopped owes every caller an answer."""
+        with self._lock:
+            self.has_failed = self._stopping = True
+            states = [*self._submitted, *self._scheduler.waiting, *self._scheduler.running]
+        for state in states:
+            state.handle.finish(None, ExecutorStoppedError(f"the executor stopped: {describe(error)}"))
+
+    def _note_cancelled(self) -> None:
+        """Some request has been cancelled: the next step looks for it. Any thread may say so."""
+        self._has_cancelled = True
+
+    def _looks_for_cancelled(self) -> bool:
+        looks, self._has_cancelled = self._has_cancelled, False
+        return looks
+
+    def _take_submissions(self) -> None:
+        with self._lock:
+            while self._submitted:
+                self._scheduler.add(self._submitted.popleft())
+
+    def _is_cancelled(self, state: RequestState) -> bool:
+        return state.handle.cancelled

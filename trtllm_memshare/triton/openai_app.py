@@ -1,0 +1,212 @@
+"""The OpenAI-compatible endpoint: routes over a ``TextService``."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.triton.events import QueueFullError, TextEvent
+from trtllm_memshare.triton.openai_replies import Replies
+from trtllm_memshare.triton.openai_schema import ChatRequest, Common, CompletionRequest, token_inputs
+from trtllm_memshare.triton.outputs import merged
+from trtllm_memshare.triton.reasoning import ends_inside
+from trtllm_memshare.triton.text_service import TextRequest, TextService
+
+_LEFT_S = 0.2  # how often it is asked whether the client of an answer that is not streamed is still there
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+class UnauthorizedError(Exception):
+    """A request without the key."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What the routes serve.
+
+    Attributes:
+      service: text in, text out.
+      model: name that requests may give and answers carry.
+      max_output_tokens: of a chat answer that names no limit, if its prompt leaves so many.
+      max_seq_len: prompt and answer together, in tokens.
+      is_alive: whether the executor works.
+      registry: metrics.
+      api_key: that requests must carry; empty = none.
+    """
+
+    service: TextService
+    model: str
+    max_output_tokens: int
+    max_seq_len: int
+    is_alive: Callable[[], bool]
+    registry: CollectorRegistry
+    api_key: str = ""
+
+
+def make_app(endpoint: Endpoint) -> FastAPI:
+    """The application."""
+    app = FastAPI(title="MemShare", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.endpoint = endpoint
+
+    def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if endpoint.api_key and not hmac.compare_digest(given.encode(), f"Bearer {endpoint.api_key}".encode()):
+            raise UnauthorizedError
+
+    keyed = [Depends(check_key)]
+
+    @app.exception_handler(UnauthorizedError)
+    async def unauthorized(_: Request, __: UnauthorizedError) -> JSONResponse:
+        return _error(401, "the request carries no valid API key", "authentication_error")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return _error(400, f"{where or 'the body'}: {first['msg'].lower()}")
+
+    @app.exception_handler(UserError)
+    async def refused(_: Request, error: UserError) -> JSONResponse:
+        return _refusal(error)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200 if endpoint.is_alive() else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(endpoint.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", dependencies=keyed)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(endpoint)]}
+
+    @app.get("/v1/models/{name:path}", dependencies=keyed)
+    async def model(name: str) -> Any:
+        return _model(endpoint) if name == endpoint.model else _no_model(name, endpoint)
+
+    @app.post("/v1/completions", dependencies=keyed)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        if body.model not in ("", endpoint.model):
+            return _no_model(body.model, endpoint)
+        body.check_extra()
+        inputs = token_inputs(body, body.max_tokens or _DEFAULT_COMPLETION_TOKENS, body.wants_log_probs)
+        prompts = [TextRequest(p, inputs, body.stop_words, [], body.stream, body.echo) for p in body.prompts]
+        replies = Replies(endpoint.model, endpoint.service.tokenizer, body.n, False, body.wants_log_probs)
+        return await _answer(endpoint, body, prompts, replies, request)
+
+    @app.post("/v1/chat/completions", dependencies=keyed)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        if body.model not in ("", endpoint.model):
+            return _no_model(body.model, endpoint)
+        body.check_extra()
+        messages = [m.for_template() for m in body.messages]
+        text = await endpoint.service.render(messages, body.chat_template_kwargs)
+        # The template writes the special tokens itself.
+        ids = await endpoint.service.tokenize(text, add_special_tokens=False)
+        room = max(1, min(endpoint.max_output_tokens, endpoint.max_seq_len - len(ids)))
+        inputs = token_inputs(body, body.max_completion_tokens or body.max_tokens or room, body.wants_log_probs)
+        replies = Replies(
+            endpoint.model, endpoint.service.tokenizer, body.n, True, body.wants_log_probs, ends_inside(text)
+        )
+        return await _answer(
+            endpoint, body, [TextRequest(ids, inputs, body.stop_words, streams=body.stream)], replies, request
+        )
+
+    return app
+
+
+async def _answer(
+    endpoint: Endpoint, body: Common, prompts: list[TextRequest], replies: Replies, request: Request
+) -> Response:
+    events = merged([endpoint.service.answer(prompt) for prompt in prompts])
+    if not body.stream:
+        collecting = asyncio.ensure_future(_collect(events))
+        while not (await asyncio.wait({collecting}, timeout=_LEFT_S))[0]:
+            if await request.is_disconnected():
+                collecting.cancel()
+        try:
+            return JSONResponse(replies.whole(await collecting))
+        except asyncio.CancelledError:
+            return Response(status_code=499)  # nobody reads it
+    # A refusal must come as a status, so the first event is waited for before the stream begins.
+    try:
+        first = await anext(events)
+    except UserError as error:
+        return _refusal(error)
+    return StreamingResponse(
+        _stream(first, events, replies, body.wants_usage),
+        media_type="text/event-stream",
+        headers={"X-Accel-Buffering": "no"},
+    )
+
+
+async def _collect(events: AsyncGenerator[tuple[int, Any, bool], None]) -> list[tuple[int, TextEvent]]:
+    async with aclosing(events):
+        return [(prompt, event) async for prompt, event, _ in events]
+
+
+async def _stream(
+    first: tuple[int, Any, bool],
+    events: AsyncGenerator[tuple[int, Any, bool], None],
+    replies: Replies,
+    with_usage: bool,
+) -> AsyncIterator[bytes]:
+    async with aclosing(events):
+        yield _data(replies.chunk(first[0], first[1]))
+        try:
+            async for prompt, event, _ in events:
+                yield _data(replies.chunk(prompt, event))
+        except Exception as error:  # too late for a status
+            yield _data({"error": {"message": f"{error}", "type": "server_error", "param": None, "code": None}})
+            return
+        if with_usage:
+            yield _data(replies.usage_chunk())
+        yield b"data: [DONE]\n\n"
+
+
+def _data(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+def _model(endpoint: Endpoint) -> dict[str, Any]:
+    return {
+        "id": endpoint.model, "object": "model", "created": _STARTED, "owned_by": "memshare",
+        "max_model_len": endpoint.max_seq_len,
+    }  # fmt: skip
+
+
+def _no_model(name: str, endpoint: Endpoint) -> JSONResponse:
+    return _error(404, f"there is no model {name}, this server has {endpoint.model}", code="model_not_found")
+
+
+def _refusal(error: UserError) -> JSONResponse:
+    if isinstance(error, QueueFullError):
+        return _error(503, str(error), "overloaded_error", headers={"Retry-After": "1"})
+    return _error(400, str(error))
+
+
+def _error(
+    status: int,
+    message: str,
+    kind: str = "invalid_request_error",
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    content = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(content, status, headers=headers)
+
+
+_STARTED = int(time.time())

@@ -1,0 +1,181 @@
+"""Requests of the OpenAI-compatible endpoint: what is used, and what is accepted only at values that change nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trtllm_memshare.errors import UserError
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "top_logprobs": (None, 0),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "skip_special_tokens": (None, True),
+    "continue_final_message": (None, False),
+    "add_generation_prompt": (None, True),
+}
+"""Accepted at these values, refused at others."""
+
+_WITHOUT_EFFECT = (
+    "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "verbosity", "length_penalty", "request_id",
+)  # fmt: skip
+"""Accepted at every value: they ask nothing of the model."""
+
+
+class StreamOptions(BaseModel):
+    """``include_usage``: a last chunk with the counts of tokens."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class Common(BaseModel):
+    """What both endpoints take. Beside OpenAI's: ``top_k``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` as
+    other servers have them, and MemShare's settings for one request."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = ""
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = Field(default=1, ge=1, le=64)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    memshare_group: int | None = None
+    memshare_min_kept: float | None = None
+    memshare_off: bool = False
+
+    @property
+    def stop_words(self) -> list[str]:
+        words = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [word for word in words if word]
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_extra(self) -> None:
+        """Refuses a field that asks for what this server cannot do.
+
+        Raises:
+          UserError: names it.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in _WITHOUT_EFFECT:
+                continue
+            if name not in _NEUTRAL:
+                raise UserError(f"{name} is no field of this endpoint (leave it out)")
+            if value not in _NEUTRAL[name]:
+                allowed = _NEUTRAL[name][-1]
+                raise UserError(f"{name} is not supported by this server and must be {allowed!r}, got {value!r}")
+
+
+class CompletionRequest(Common):
+    """Body of ``/v1/completions``. ``logprobs``: 0 or 1 give the chosen tokens', alternatives are not kept."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=1)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each prompt.
+
+        Raises:
+          UserError: no prompt, or an empty one.
+        """
+        if isinstance(self.prompt, str):
+            found: list[str | list[int]] = [self.prompt]
+        elif self.prompt and isinstance(self.prompt[0], int):
+            found = [[int(token) for token in self.prompt if isinstance(token, int)]]
+        else:
+            found = [p for p in self.prompt if isinstance(p, (str, list))]
+        if not found or not all(found):
+            raise UserError("prompt must not be empty")
+        return found
+
+    @property
+    def wants_log_probs(self) -> bool:
+        return self.logprobs is not None
+
+
+class TextPart(BaseModel):
+    """A piece of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat; other fields, such as a name, go on to the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+class ChatRequest(Common):
+    """Body of ``/v1/chat/completions``. ``max_completion_tokens`` is the newer name of ``max_tokens``;
+    ``chat_template_kwargs`` go on to the template."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def wants_log_probs(self) -> bool:
+        return bool(self.logprobs)
+
+
+def token_inputs(request: Common, max_tokens: int, log_probs: bool) -> dict[str, Any]:
+    """Inputs of the model `tensorrt_llm` but for the prompt.
+
+    OpenAI samples from everything at temperature 1 by default; in TensorRT-LLM's terms that is a ``top_p`` of 1.
+    """
+    inputs: dict[str, Any] = {
+        "request_output_len": max_tokens,
+        "temperature": request.temperature,
+        "runtime_top_p": request.top_p,
+        "runtime_top_k": max(0, request.top_k),  # other servers write -1 for all
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repetition_penalty": request.repetition_penalty,
+        "min_tokens": max_tokens if request.ignore_eos else request.min_tokens,
+        "num_return_sequences": request.n,
+        "return_log_probs": log_probs,
+        "return_perf_metrics": True,
+        "memshare_off": request.memshare_off,
+    }
+    for name in ("seed", "memshare_group", "memshare_min_kept"):
+        if getattr(request, name) is not None:
+            inputs[name] = getattr(request, name)
+    return inputs

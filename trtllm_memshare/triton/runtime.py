@@ -1,0 +1,107 @@
+"""What the processes of one server share: a private folder, and an end together.
+
+The launcher makes the folder and names it in the environment. Without the launcher (a bare ``tritonserver`` over the
+repository) the model processes meet in a folder of this user, named after the server that is the parent of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trtllm_memshare.errors import UserError
+
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "memshare-"
+
+RUNTIME_VARIABLE = "MEMSHARE_RUNTIME_DIR"
+PACKAGE_VARIABLE = "MEMSHARE_PACKAGE_ROOT"
+"""Folder that holds the launcher's package, for the model processes to use the same."""
+RESTARTS_VARIABLE = "MEMSHARE_RESTARTS"
+"""How often the launcher has started the server anew."""
+
+
+@contextlib.contextmanager
+def runtime_folder() -> Iterator[Path]:
+    """A private folder for one server; what killed launchers have left behind is removed first.
+
+    The folder's name begins the names of the server's shared memory. A lock beside that memory says that its launcher
+    lives, even to a launcher in another container that sees the memory but not the folder.
+    """
+    for lock in _SHARED_MEMORY.glob(f"{_PREFIX}*.lock"):
+        with contextlib.suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(lock.stem)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # mode 700, ours alone
+    descriptor = os.open(_SHARED_MEMORY / f"{folder.name}.lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        _remove(folder.name)
+        os.close(descriptor)
+
+
+def _remove(name: str) -> None:
+    """Folder, shared memory and lock of a server that has ended."""
+    folder = Path(tempfile.gettempdir()) / name
+    if folder.is_dir() and folder.lstat().st_uid == os.getuid():
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in (*_SHARED_MEMORY.glob(f"{name}_*"), _SHARED_MEMORY / f"{name}.lock"):
+        path.unlink(missing_ok=True)
+
+
+def private_dir(path: Path) -> Path:
+    """Makes a folder that only this user can enter, or checks the one that is there.
+
+    Raises:
+      UserError: it belongs to somebody else, others can enter it, or it is a link.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(
+            f"{path} must be a folder of user {os.getuid()} that nobody else can enter, got owner {found.st_uid} and "
+            f"mode {stat.S_IMODE(found.st_mode):o} (remove it)"
+        )
+    return path
+
+
+def socket_path() -> Path:
+    """Where `ensemble` reaches the executor in the process of `tensorrt_llm`.
+
+    Raises:
+      UserError: see ``private_dir``.
+    """
+    if folder := os.environ.get(RUNTIME_VARIABLE):
+        return private_dir(Path(folder)) / "executor.sock"
+    own = private_dir(Path(tempfile.gettempdir()) / f"memshare-{os.getuid()}")
+    return own / f"executor-{os.getppid()}.sock"
+
+
+def end_with_parent(end: Callable[[int], None] = os._exit) -> None:
+    """Ends this process when its parent, the server, has ended.
+
+    Triton's stub otherwise lives on when the server is killed, and keeps its memory and its GPU.
+
+    Args:
+      end: called with the exit code.
+    """
+    parent = os.getppid()
+    handle = os.pidfd_open(parent)
+    if os.getppid() != parent:  # it ended between the two lines
+        end(1)
+
+    def wait() -> None:
+        select.select([handle], [], [])
+        end(1)
+
+    threading.Thread(target=wait, name="memshare-parent", daemon=True).start()

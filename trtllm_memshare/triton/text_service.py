@@ -1,0 +1,252 @@
+"""Text in, text out, over a token-level executor: what `ensemble` and the OpenAI-compatible endpoint have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords, special_stop_tokens
+from trtllm_memshare.triton.events import Call, QueueFullError, TextEvent, TokenEvent
+from trtllm_memshare.triton.inputs import TEXT_NAMES, USED
+from trtllm_memshare.triton.request_metrics import OutcomeCounter
+from trtllm_memshare.triton.tensors import RequestTensors
+from trtllm_memshare.triton.token_requests import check_prompt_length
+
+_TOKENIZER_THREADS = 2
+_PASSED_ON = {i.token: i.text for i in USED if i.token in TEXT_NAMES and i.token != "streaming"}
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """What one deployment allows: ``max_requests`` prompts at a time, each of so many tokens and bytes."""
+
+    max_prompt_tokens: int
+    max_prompt_bytes: int
+    max_requests: int
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """One prompt.
+
+    Attributes:
+      prompt: text, or token ids that need no tokenizer.
+      inputs: of the model `tensorrt_llm`, as numbers; what the prompt and the words become is added.
+      stop_words: texts that end a sequence and are left out of it.
+      bad_words: texts that are not generated.
+      streams: a piece of text for each batch of tokens instead of one for each sequence.
+      echo: begin each sequence with the prompt.
+    """
+
+    prompt: str | list[int]
+    inputs: dict[str, Any]
+    stop_words: list[str] = field(default_factory=list)
+    bad_words: list[str] = field(default_factory=list)
+    streams: bool = False
+    echo: bool = False
+
+
+class TextService:
+    """Tokenizes, has an executor generate, detokenizes and looks for stop words.
+
+    A prompt's length in bytes is checked before it is tokenized, and tokenizing runs in threads of its own, so that one
+    huge prompt holds nobody up.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      limits: of the deployment.
+      submit: hands inputs of `tensorrt_llm` to the executor.
+      outcomes: told of requests that end before the executor has seen them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        limits: TextLimits,
+        submit: Callable[[dict[str, Any]], Awaitable[Call]],
+        outcomes: OutcomeCounter,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._limits, self._submit, self._outcomes = limits, submit, outcomes
+        self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="memshare-tokenizer")
+        self._num_active = 0
+
+    async def answer(self, request: TextRequest) -> AsyncGenerator[TextEvent, None]:
+        """Events of one prompt. Leaving early cancels it.
+
+        Raises:
+          QueueFullError, UserError: the request was refused.
+          ServiceLostError, RuntimeError: the executor failed.
+        """
+        self._num_active += 1
+        try:
+            try:
+                inputs = await self._inputs(request)
+                call = await self._submit(inputs)
+            except BaseException as error:
+                self._outcomes.count_error(error)
+                raise
+            sequences: dict[int, Sequence] = {}
+            async with aclosing(call.events()) as events:
+                async for event in events:
+                    sequence = sequences.get(event.sequence_index)
+                    if sequence is None:
+                        echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
+                        sequence = Sequence(self.tokenizer, request.stop_words, echoed)
+                        sequences[event.sequence_index] = sequence
+                    if sequence.take(event):
+                        call.cancel(event.sequence_index)
+                    if event.finish_reason or (request.streams and sequence.text):
+                        yield sequence.give(event)
+        finally:
+            self._num_active -= 1
+
+    async def _inputs(self, request: TextRequest) -> dict[str, Any]:
+        """Inputs of the token level, as lists and numbers."""
+        if self._num_active > self._limits.max_requests:
+            raise QueueFullError(
+                f"the queue is full: {self._limits.max_requests} requests are in the system (try again later)"
+            )
+        ids = request.prompt if isinstance(request.prompt, list) else await self.tokenize(request.prompt)
+        check_prompt_length(len(ids), self._limits.max_prompt_tokens)
+        inputs = {
+            **request.inputs,
+            "input_ids": ids,
+            "input_lengths": len(ids),
+            "streaming": request.streams or bool(request.stop_words),
+            "exclude_input_in_output": True,
+        }
+        if request.bad_words:
+            inputs["bad_words_list"] = self._word_list(request.bad_words)
+        if special := special_stop_tokens(self.tokenizer, request.stop_words):
+            # One sequence of one token each: [ids, ends].
+            inputs["stop_words_list"] = [list(special), list(range(1, len(special) + 1))]
+        return inputs
+
+    def _word_list(self, texts: list[str]) -> list[list[int]]:
+        """See ``RequestTensors.word_lists``. Texts that have no token are left out."""
+        found = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        words = [word for word in found if word]
+        flat = [token for word in words for token in word]
+        ends = np.cumsum([len(word) for word in words]).tolist()
+        return [flat, ends + [-1] * (len(flat) - len(ends))]
+
+    async def tokenize(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+          UserError: it has too many bytes, or too many tokens.
+        """
+        self._check_size(prompt)
+
+        def encode() -> list[int]:
+            ids: list[int] = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+            return ids
+
+        ids = await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        check_prompt_length(len(ids), self._limits.max_prompt_tokens)
+        return ids
+
+    async def render(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        """The prompt that the tokenizer's chat template makes of a chat.
+
+        Args:
+          messages: with ``role`` and ``content``.
+          options: further names for the template.
+
+        Raises:
+          UserError: no template, one that refuses these messages, or too many bytes.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError("the model's tokenizer has no chat template (use /v1/completions, or set --chat-template)")
+        self._check_size("".join(message["content"] for message in messages))
+
+        def apply() -> str:
+            try:
+                return str(
+                    self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+                )
+            except (TemplateError, TypeError, ValueError) as error:
+                raise UserError(f"the chat template cannot be applied: {error}") from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, apply)
+
+    def _check_size(self, text: str) -> None:
+        # A character has at most four bytes: most prompts need no encoding to be measured.
+        limit = self._limits.max_prompt_bytes
+        size = len(text) if len(text) * 4 <= limit else len(text.encode(errors="surrogatepass"))
+        if size > limit:
+            raise UserError(
+                f"the prompt has {size} bytes, over the limit max_prompt_bytes {limit}, which is checked before "
+                f"tokenizing"
+            )
+
+
+class Sequence:
+    """One answer as it grows.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      stop_words: see ``TextRequest``.
+      text: what it begins with.
+    """
+
+    def __init__(self, tokenizer: Any, stop_words: list[str], text: str) -> None:
+        self._detokenizer, self._stop_words = IncrementalDetokenizer(tokenizer), StopWords(stop_words)
+        self.text = text
+        self._token_ids, self._log_probs = list[int](), list[float]()
+
+    def take(self, event: TokenEvent) -> bool:
+        """Adds new tokens. Returns whether generation should end here, because a stop word has just come."""
+        last, found = bool(event.finish_reason), self._stop_words.found
+        self.text += self._stop_words.push(self._detokenizer.push(event.token_ids, last), last)
+        if not found:
+            self._token_ids += event.token_ids
+            self._log_probs += event.log_probs
+        return self._stop_words.found and not found and not last
+
+    def give(self, event: TokenEvent) -> TextEvent:
+        """What has come since the last time, as the text of ``event``."""
+        reason = "stop" if event.finish_reason and self._stop_words.found else event.finish_reason
+        given = TextEvent(
+            self._token_ids, event.sequence_index, reason, event.is_last, self._log_probs, event.figures, self.text
+        )
+        self.text, self._token_ids, self._log_probs = "", [], []
+        return given
+
+
+def parse_text_request(tensors: RequestTensors, limits: TextLimits, exclude_input: bool) -> TextRequest:
+    """Reads the tensors of TensorRT-LLM's `ensemble` for one prompt.
+
+    Args:
+      tensors: under the names of `ensemble`.
+      limits: of the deployment.
+      exclude_input: whether answers leave the prompt out when the request does not say.
+
+    Raises:
+      UserError: no prompt, text that is not UTF-8, or too much of it.
+    """
+    try:
+        prompts = tensors.texts("text_input", limits.max_prompt_bytes)
+    except UserError as error:
+        if "bytes" not in str(error):
+            raise
+        raise UserError(f"{error}: the limit max_prompt_bytes, which is checked before tokenizing") from error
+    if len(prompts) != 1:
+        raise UserError(f"text_input must be one text that is not empty for each prompt, got {len(prompts)}")
+    return TextRequest(
+        prompts[0],
+        {token: tensors.scalar(text) for token, text in _PASSED_ON.items() if text in tensors},
+        tensors.texts("stop_words"),
+        tensors.texts("bad_words"),
+        tensors.flag("stream", False),
+        not tensors.flag("exclude_input_in_output", exclude_input),
+    )

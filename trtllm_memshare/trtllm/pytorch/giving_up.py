@@ -1,0 +1,88 @@
+"""Pages that requests give up: handed back to TensorRT-LLM's manager, with the rows of the block table to match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.trtllm.pytorch.pressure import Choice
+from trtllm_memshare.trtllm.pytorch.requests import KnownRequests
+from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
+from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+
+
+class GivingUp:
+    """Carries out decisions for one manager.
+
+    Args:
+      manager: this project's, over virtual blocks.
+      requests: what is known of TensorRT-LLM's.
+      tail: frees pages.
+      rows: of the block table.
+      shares: False = count what would go, and change nothing.
+      lose: told of a request whose row cannot be vouched for.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        requests: KnownRequests,
+        tail: TailSwap,
+        rows: TableRows,
+        shares: bool,
+        lose: Callable[[int], None],
+    ) -> None:
+        self._manager, self._requests, self._tail, self._rows = manager, requests, tail, rows
+        self._shares, self._lose = shares, lose
+        self._again: dict[int, np.ndarray] = {}  # pages that paused requests had given up
+        self._counted: set[tuple[int, int]] = set()
+
+    def retire(self, choice: Choice, step: int) -> None:
+        """Gives pages up for need: their entries name a null page from then on.
+
+        Raises:
+          Exception: the first problem of any request, after all of them were carried out.
+        """
+        if not self._shares:
+            new = {(request_id, page) for request_id, pages in choice for page in pages} - self._counted
+            self._counted |= new
+            self._manager.count_shadow(list(new))
+            return
+        for request_id, pages in choice:
+            self._manager.retire(request_id, np.array(pages, np.int32))
+        self.hand_back(choice, step)
+
+    def hand_back(self, choice: Choice, step: int) -> None:
+        """Frees pages that the cache has given up, and sets the rows that go with it; both, or a request is lost."""
+        problem = None
+        for request_id, pages in choice:
+            try:
+                self._tail.give_up(self._requests[request_id], pages)
+                self._rows.set(request_id, step)
+            except Exception as error:  # what was decided for the others has to be carried out all the same
+                problem = problem or error
+                self._lose(request_id)
+        if problem is not None:
+            raise problem
+
+    def remember(self, request: Any) -> None:
+        """Notes what a request that is paused had given up; it stays given up when the request comes back."""
+        request_id = request.py_request_id
+        if getattr(request.state, "name", "") == "GENERATION_COMPLETE":
+            self._again.pop(request_id, None)
+        elif self._requests.get(request_id) is not None:
+            null = self._manager.pool.is_null[self._manager.block_table(request_id)]
+            if null.any():
+                self._again[request_id] = np.flatnonzero(null)
+
+    def retire_again(self, step: int) -> None:
+        """Paused requests that are back give up what they had given up before."""
+        for request_id in [i for i in self._again if self._requests.get(i) is not None]:
+            pages = self._again.pop(request_id)
+            first, full, _ = self._manager.generated_pages(request_id)
+            pages = pages[(pages >= first) & (pages < full)]
+            if len(pages):
+                self.retire([(request_id, pages.tolist())], step)

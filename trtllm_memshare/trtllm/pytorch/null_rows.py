@@ -1,0 +1,133 @@
+"""Null pages of a manager of TensorRT-LLM: taken from its pool for good, written, and named by rows of the block table.
+
+A null page is a page that no query attends to (``engine.null_page``): V is 0, and K of each KV head points away from
+all queries of a band of positions. TensorRT-LLM's manager hands the pages out as those of a made-up request, by the
+call with which it makes its own warm-up requests; that request never runs and is never freed.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_memshare.cache.null_pages import NullPages
+from trtllm_memshare.engine.null_page import stored_keys
+from trtllm_memshare.engine.null_page_files import KEYS_FILE
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
+
+log = logging.getLogger("trtllm_memshare")
+
+NULL_REQUEST = 2**61 - 1
+"""Id of the made-up request; TensorRT-LLM counts its own from 1 and pads CUDA graphs with ids at the top of 64 bits."""
+
+
+class NullKeys:
+    """What is written into the pages of one rank.
+
+    Attributes:
+      keys: float32 ``[num_bands, num_layers, local KV heads, head_dim]``, K after the rotation, of every token.
+      bands: int, where bands begin and where the last one ends, in tokens.
+    """
+
+    def __init__(self, keys: torch.Tensor, bands: list[int]) -> None:
+        self.keys, self.bands = keys, bands
+
+    @classmethod
+    def read(cls, folder: Path, shape: torch.Size, mapping: Any, max_seq_len: int) -> NullKeys:
+        """From the file that calibration wrote, cut to this rank's heads and to the positions that can occur.
+
+        Args:
+          folder: an engine directory, or any folder with ``null_pages.safetensors``.
+          shape: of the pool.
+          mapping: TensorRT-LLM's, of the ranks.
+          max_seq_len: longest sequence that is served.
+
+        Raises:
+          UserError: no file, another model's, or pages for fewer positions.
+        """
+        from safetensors.torch import load_file
+
+        path = folder / KEYS_FILE
+        if not path.is_file():
+            raise UserError(f"no null pages in {folder} (calibrate them: build an engine directory with --memshare)")
+        tensors = load_file(path)
+        keys, bands = tensors["keys"].float(), [int(b) for b in tensors["bands"]]
+        total = keys.shape[2]
+        expected = [len(bands) - 1, shape[1], "KV heads", shape[5]]
+        if (len(keys), keys.shape[1], keys.shape[3]) != (len(bands) - 1, shape[1], shape[5]) or (
+            -(-total // mapping.tp_size) != shape[3]
+        ):
+            raise UserError(
+                f"null pages of {path} must be {expected} for the model that is served, {shape[3]} KV heads on each of "
+                f"{mapping.tp_size} ranks, got {list(keys.shape)} (calibrate that model)"
+            )
+        if bands[-1] < max_seq_len:
+            raise UserError(
+                f"null pages of {path} reach to position {bands[-1]}, got max_seq_len {max_seq_len} (calibrate for "
+                f"more positions, or lower max_seq_len)"
+            )
+        count = next(i for i, end in enumerate(bands[1:], 1) if end >= max_seq_len)
+        # More ranks than heads: a head is on several of them.
+        first = mapping.rank % mapping.tp_size * total // mapping.tp_size
+        return cls(keys[:count, :, first : first + shape[3]], bands[: count + 1])
+
+
+class NullRows:
+    """Null pages of one manager.
+
+    Args:
+      manager: TensorRT-LLM's.
+      backend: of the manager.
+      null_keys: of this rank.
+
+    Attributes:
+      pages: for this project's own manager: virtual block b is the page of band b.
+      entries: int32 ``[num_pools, 2, num_bands]``, what rows of the block table hold for them; None until taken.
+    """
+
+    def __init__(self, manager: Any, backend: CacheBackend, null_keys: NullKeys) -> None:
+        self._manager, self._backend, self._keys = manager, backend, null_keys
+        self.pages = NullPages(list(range(len(null_keys.keys))), null_keys.bands)
+        if len(self.pages.blocks) > backend.max_blocks_per_seq:
+            raise UserError(
+                f"null pages for {len(self.pages.blocks)} bands need a block table of as many entries, got "
+                f"{backend.max_blocks_per_seq} (raise max_seq_len)"
+            )
+        self.entries: torch.Tensor | None = None
+
+    def take(self) -> bool:
+        """Takes and writes the pages; False if the manager has no room for them now.
+
+        To be called where nothing of TensorRT-LLM runs that expects an empty manager, on the forward passes' stream.
+
+        Raises:
+          RuntimeError: the manager gave another number of pages than was asked for.
+        """
+        count, pool = len(self.pages.blocks), self._backend.pool
+        tokens = count * pool.shape[4]
+        if not self._manager.add_dummy_requests([NULL_REQUEST], token_nums=[tokens], prepare_resource=True):
+            return False
+        pages = self._backend.pages(NULL_REQUEST)
+        if len(pages) != count or len(set(pages)) != count:
+            raise RuntimeError(f"{count} null pages were asked for, the KV cache manager gave {pages}")
+        for page, keys in zip(pages, self._keys.keys, strict=True):
+            pool[page, :, 0] = stored_keys(keys, pool.dtype).to(pool.device)[:, :, None]
+            pool[page, :, 1] = torch.zeros((), device=pool.device).to(pool.dtype)
+        self.entries = self._backend.entries(NULL_REQUEST, count)
+        log.info("MemShare took %d null pages, one for each band up to position %d", count, self.pages.bands[-1])
+        return True
+
+    def place(self, row: np.ndarray, table: np.ndarray, is_null: np.ndarray) -> None:
+        """Lets entries of a row read null pages, which follow the entries of the request's own row; modifies ``row``.
+
+        Args:
+          row: int ``[width]``, positions.
+          table: int32 ``[n]``, virtual block of each logical one.
+          is_null: bool ``[n]``.
+        """
+        row[: len(table)][is_null] = len(row) + table[is_null]
