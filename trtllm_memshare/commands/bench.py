@@ -21,7 +21,7 @@ from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
 
 def main(command: str, arguments: list[str]) -> None:
     """Runs it; see ``--help``."""
-    if any(a == "--model" or a.startswith("--model=") for a in arguments):
+    if any(a in ("-m", "--model") or a.startswith("--model=") for a in arguments):
         from trtllm_memshare.trtllm.pytorch.wrap import main as run_trtllm_bench
 
         run_trtllm_bench("bench", arguments)
