@@ -66,6 +66,9 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--plot", type=Path, help="PNG: throughput, blocks in use and requests in flight over time")
     parser.add_argument("--output-texts", type=Path, help="JSON lines with what the first variant generated")
     parser.add_argument(
+        "--read-null", action="store_true", help="torch runner: read null entries instead of skipping them (the same)"
+    )
+    parser.add_argument(
         "--read-aliases",
         choices=("fold", "repeat"),
         default="fold",
