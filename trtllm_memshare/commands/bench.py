@@ -21,7 +21,7 @@ from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
 
 def main(command: str, arguments: list[str]) -> None:
     """Runs it; see ``--help``."""
-    if any(a == "--model" or a.startswith("--model=") for a in arguments):
+    if any(a in ("-m", "--model") or a.startswith("--model=") for a in arguments):
         from trtllm_memshare.trtllm.pytorch.wrap import main as run_trtllm_bench
 
         run_trtllm_bench("bench", arguments)
@@ -65,6 +65,9 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--output-json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG: throughput, blocks in use and requests in flight over time")
     parser.add_argument("--output-texts", type=Path, help="JSON lines with what the first variant generated")
+    parser.add_argument(
+        "--read-null", action="store_true", help="torch runner: read null entries instead of skipping them (the same)"
+    )
     parser.add_argument(
         "--read-aliases",
         choices=("fold", "repeat"),

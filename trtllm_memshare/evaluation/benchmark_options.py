@@ -62,6 +62,8 @@ class BenchmarkOptions:
         """Checks parsed arguments. Raises UserError on values that make no sense together."""
         values = vars(arguments)
         settings = tuple(parse_setting(text) for text in values.pop("set"))
+        if values.pop("read_null"):
+            settings += (("read_null", True),)
         values["variants"] = tuple(values["variants"])
         for name, most in _MOST.items():
             check_number(f"--{name.replace('_', '-')}", values[name], 0 if name == "seed" else 1, most)
