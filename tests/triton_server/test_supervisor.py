@@ -46,7 +46,7 @@ RUN = """
     import os, sys
     from trtllm_memshare.triton.supervisor import RestartPolicy, Supervisor
     folder, port, mode = sys.argv[1:]
-    policy = RestartPolicy(answer_s=0.05, drain_s=5, max_wait_s=0.2, max_failures=3)
+    policy = RestartPolicy(0.05, 5, float(os.environ.get("SETTLED", "30")), 0.2, 3)
     command = [sys.executable, f"{folder}/server.py", folder, port, mode]
     sys.exit(Supervisor(command, os.environ, f"http://127.0.0.1:{port}/ready", policy).run())
     """
@@ -137,6 +137,16 @@ def test_crashes_in_a_row_wait_longer_and_end(supervised, tmp_path):
         os.kill(starts(tmp_path)[-1][0], signal.SIGKILL)
     assert process.wait(20) == 1
     assert "giving up: 3 failures in a row" in process.stdout.read()
+
+
+def test_crashes_that_lie_apart_are_not_a_row(supervised, tmp_path):
+    process = supervised(SETTLED="0.05")
+    for _ in range(5):
+        line_with(process, "ready after")
+        time.sleep(0.2)
+        os.kill(starts(tmp_path)[-1][0], signal.SIGKILL)
+    line_with(process, "ready after")
+    assert [restarts for _, restarts in starts(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_sigterm_waits_for_the_server_to_drain(supervised, tmp_path):
