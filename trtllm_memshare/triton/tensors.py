@@ -140,7 +140,9 @@ class RequestTensors:
         stops = [int(end) for end in ends if end > 0]
         if stops != sorted(stops) or (stops and stops[-1] > width):
             raise UserError(f"{shown} must give the ends of its words in order within {width} tokens, got {stops}")
-        used = ids[: stops[-1]] if stops else ids[:0]
+        if not stops:
+            return ()
+        used = ids[: stops[-1]]
         outside = used[(used < 0) | (used >= vocab_size)]
         if outside.size:
             raise UserError(f"{shown} must lie in the vocabulary 0..{vocab_size - 1}, got {int(outside[0])}")
