@@ -6,6 +6,8 @@ new ones in every test run.
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +31,9 @@ from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.serving.validation import check_group, check_params, check_prompt
 from trtllm_memshare.triton.tensors import RequestTensors
 
-_FOLDER = Path(tempfile.mkdtemp(prefix="memshare-fuzz-"))
+_MEMORY = Path("/dev/shm")  # a disk would be what the fuzzer waits for
+_FOLDER = Path(tempfile.mkdtemp(prefix="memshare-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None))
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 MAX_MESSAGE = 2100  # characters of an error
 
 
@@ -136,7 +140,10 @@ def tensors(data: bytes) -> None:
     else:
         width = np.dtype(kind).itemsize
         array = np.frombuffer(body[: len(body) // width * width], kind)
-    names = ("input_ids", "temperature", "seed", "streaming", "stop_words_list", "text_input")
+    if kind is np.object_:  # Triton hands texts only to inputs that are declared as texts
+        RequestTensors({"text_input": array.reshape(1, -1)}).texts("text_input")
+        return
+    names = ("input_ids", "temperature", "seed", "streaming", "stop_words_list")
     found = RequestTensors({name: array.reshape(shape) for name, shape in zip(names, _shapes(array), strict=True)})
     for read in (
         lambda: found.token_ids("input_ids"),
@@ -144,14 +151,13 @@ def tensors(data: bytes) -> None:
         lambda: found.number("seed", 0, 0, 2**63 - 1),
         lambda: found.flag("streaming", False),
         lambda: found.word_lists("stop_words_list", 80),
-        lambda: found.texts("text_input"),
     ):
         refused_or_done(read)
 
 
 def _shapes(array: np.ndarray) -> list[tuple[int, ...]]:
     n = array.size
-    return [(1, n), (n,), (1, n), (n, 1), (1, 2, n // 2) if n % 2 == 0 else (n,), (1, n)]
+    return [(1, n), (n,), (1, n), (n, 1), (1, 2, n // 2) if n % 2 == 0 else (n,)]
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
