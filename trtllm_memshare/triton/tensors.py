@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 
 _UNBOUNDED = 2**31 - 1
 MAX_WORDS = 1024
@@ -132,6 +132,8 @@ class RequestTensors:
         if array is None or not array.size:
             return ()
         shown, width = self.name(name), array.shape[-1]
+        if array.dtype.kind not in "iu":
+            raise UserError(f"{shown} must hold integers, got {array.dtype}")
         if array.size != 2 * width:
             raise UserError(f"{shown} must have shape [2, n], got {list(array.shape)}")
         if width > MAX_WORD_ELEMENTS:
@@ -155,4 +157,8 @@ class RequestTensors:
             return None
         if array.size != 1:
             raise UserError(f"{self.name(name)} must be one value for each prompt, got shape {list(array.shape)}")
-        return convert(array.reshape(-1)[0])
+        value = array.reshape(-1)[0]
+        try:
+            return convert(value)
+        except (ValueError, OverflowError, TypeError) as error:  # NaN where an integer is expected, say
+            raise UserError(f"{self.name(name)} must be {convert.__name__}, got {quote(value)}") from error
