@@ -30,10 +30,19 @@ SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-o
 """On every fourth text."""
 AXES = ("random", "attention-redundancy")
 """On every fourth text: other shares kept, longer pages."""
+ALL_ARMS_UNTIL = 16
+"""Texts after these have fewer arms, so that there can be more of them."""
+LATER = (
+    "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
+    *PAIRED,
+)  # fmt: skip
 
 
 def tasks_of(index: int) -> list[Task]:
     """The rows of a text by its place in the order."""
+    if index >= ALL_ARMS_UNTIL:
+        quarter = [Task(arm, Budget(0.25)) for arm in LATER[:3]]
+        return [Task(arm) for arm in LATER] + (quarter if index % 2 == 0 else [])
     tasks = [Task(arm) for arm in MAIN]
     if index % 4 == 0:
         tasks += [Task(arm) for arm in SOME]
