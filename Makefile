@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test lint demo real figures clean
+.PHONY: venv test lint demo real figures vllm test-vllm clean
 
 BIN := .venv/bin
 
@@ -32,5 +32,17 @@ real: venv
 figures: venv
 	bash benchmarks/figures.sh $(BIN)/python
 
+# vLLM wants Python 3.11 here and other versions than we do: an environment of its own.
+vllm: .venv-vllm/ready
+
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt
+	python3.11 -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+test-vllm: vllm
+	.venv-vllm/bin/python -m pytest -q tests/vllm_plugin
+
 clean:
-	rm -rf .venv engines demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm engines demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,3 +12,6 @@ KERNEL_RELATIVE_ERROR = 1e-5
 DECODE_ERROR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2, "float8_e4m3fn": 2e-2}
 """Decode attention against float64, absolute and relative, values of order 1: weights are rounded to the compute dtype
 before they meet V (fp16: 2^-11, bf16: 2^-8), fp8 pools compute in bf16."""
+
+SIGNATURE_ERROR = {"rtol": 1e-4, "atol": 2e-6}
+"""Float32 sums of a few thousand products in two orders, brought to length 1."""

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "an OpenAI-compatible server: of an engine with --engine-dir, else trtllm-serve with MemShare",
     ),
     "triton": ("trtllm_memshare.commands.triton", "a Triton model repository over an engine, and the server over it"),
+    "vllm": ("trtllm_memshare.vllm.commands", "vLLM with memory pressure: vllm serve, vllm bench, vllm calibrate"),
 }
 """Module whose ``main(command, arguments)`` runs it, and what comes out; imported when it is asked for."""
 

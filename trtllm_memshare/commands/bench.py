@@ -34,7 +34,16 @@ def main(command: str, arguments: list[str]) -> None:
         "--dataset",
         type=Path,
         required=True,
-        help="JSON lines: task_id, prompt or input_ids, output_tokens[, answer]",
+        help="JSON lines: task_id, prompt, messages or input_ids, output_tokens[, answer]",
+    )
+    parser.add_argument(
+        "--chat-template", action="store_true", help="prompts are a user's messages: put each into the model's template"
+    )
+    parser.add_argument(
+        "--add-special-tokens",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="that the tokenizer puts around a prompt, such as BOS; auto: unless the prompt begins with it",
     )
     parser.add_argument("--kv-cache-blocks", type=int, help="blocks of the KV pool (default: enough for every request)")
     parser.add_argument(

@@ -21,7 +21,7 @@ from trtllm_memshare.evaluation.benchmark import (
     streaming_window,
 )
 from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
-from trtllm_memshare.evaluation.dataset import DatasetItem, draw_samples, final_answer, read_dataset
+from trtllm_memshare.evaluation.dataset import DatasetItem, DatasetLimits, draw_samples, final_answer, read_dataset
 from trtllm_memshare.evaluation.document import make_report
 from trtllm_memshare.evaluation.variants import Variant, make_variant
 from trtllm_memshare.runners.engines import load_engine
@@ -56,8 +56,10 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     overrides = dict(options.settings)
     variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
-    items = draw_samples(read_dataset(options.dataset, tokenizer, options.num_requests), options.samples)
     device = announce_device(options.device)
+    limits = DatasetLimits(engine.build.max_seq_len, engine.vocab_size)
+    rows = read_dataset(options.dataset, tokenizer, options.num_requests, limits, options.prompt_format)
+    items = draw_samples(rows, options.samples)
     load = replace(
         load_of(engine),
         scheduler_policy=options.scheduler_policy,

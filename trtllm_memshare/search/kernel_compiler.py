@@ -62,18 +62,36 @@ def compile_variant(variant: KernelVariant, arch: str, cache_dir: Path | None = 
       UserError: ``cuda.core`` is missing or too old.
       RuntimeError: the kernel does not compile; the text names the variant.
     """
-    core = import_cuda_core()
-    options = core.ProgramOptions(
-        arch=arch, std="c++17", define_macro=variant.macros, ptxas_options=["-v"], name="block_distance"
-    )
     try:
-        program = core.Program(kernel_source(), "c++", options)
+        return compile_source(kernel_source(), "block_distance", variant.macros, arch, cache_dir, logs)
+    except RuntimeError as error:
+        raise RuntimeError(f"block_distance does not compile for {arch}, {variant}: {error}") from error
+
+
+def compile_source(
+    source: str,
+    name: str,
+    macros: list[tuple[str, str]],
+    arch: str,
+    cache_dir: Path | None = None,
+    logs: Any = None,
+) -> Any:
+    """Compiles a text to a cubin; see ``compile_variant``.
+
+    Raises:
+      UserError: ``cuda.core`` is missing or too old.
+      RuntimeError: the text does not compile.
+    """
+    core = import_cuda_core()
+    options = core.ProgramOptions(arch=arch, std="c++17", define_macro=macros, ptxas_options=["-v"], name=name)
+    try:
+        program = core.Program(source, "c++", options)
         if cache_dir is None:
             return program.compile("cubin", logs=logs)
         with core.utils.FileStreamProgramCache(cache_dir) as cache:
             return program.compile("cubin", logs=logs, cache=cache)
     except Exception as error:  # cuda.core raises several unrelated types
-        raise RuntimeError(f"block_distance does not compile for {arch}, {variant}: {error}") from error
+        raise RuntimeError(str(error)) from error
 
 
 def kernel_resources(variant: KernelVariant, arch: str) -> KernelResources:

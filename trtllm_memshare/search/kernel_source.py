@@ -1,4 +1,4 @@
-"""The CUDA kernel of stage 2 as source text, and the variant of it that a pool needs.
+"""The CUDA kernels as source text, and the variant of stage 2 that a pool needs.
 
 The files are those of ``plugins/kernels``, which the package carries as ``trtllm_memshare/kernels``.
 """
@@ -117,9 +117,9 @@ def num_layer_groups(num_pairs: int, num_layers: int) -> int:
     return -(-num_layers // layers)
 
 
-def kernel_source() -> str:
-    """The kernel and its headers as one text without includes, so that caches can key on it alone."""
-    return _inline(_ENTRY, set())
+def kernel_source(entry: str = _ENTRY) -> str:
+    """A kernel file and its headers as one text without includes, so that caches can key on it alone."""
+    return _inline(entry, set())
 
 
 def _inline(name: str, seen: set[str]) -> str:

@@ -1,0 +1,186 @@
+// Signatures of the tokens of some pages, and the nearest later token of each earlier one. The specification is
+// trtllm_memshare/search/signatures.py.
+#pragma once
+
+#include "block_distance.h"
+
+namespace memshare {
+
+constexpr int kSignatureTokens = 8; // of a page, by one thread block
+constexpr int kSignatureParts = 4;  // vectors of a token that a thread block takes side by side
+constexpr int kMaxWidth = 64;       // numbers of a signature
+constexpr int kSignatureThreads = kSignatureParts * kMaxWidth;
+constexpr int kMaxHeadDim = 256;
+constexpr float kLeastNorm = 1e-12f; // as torch.nn.functional.normalize: zeros stay zero
+
+MEMSHARE_HD float larger(float a, float b)
+{
+    return a > b ? a : b;
+}
+
+__device__ __forceinline__ float sum_over_warp(float value)
+{
+MEMSHARE_UNROLL
+    for (int offset = 16; offset > 0; offset /= 2) {
+        value += __shfl_xor_sync(~0u, value, offset);
+    }
+    return value;
+}
+
+// What of the pool a signature is taken of.
+struct SignatureShape {
+    int num_chosen; // layers
+    int field;      // 0 = K, un-rotated; 1 = V
+    int width;
+};
+
+// One token's vector of one layer and head, by one warp: un-rotated if it is K, brought to length 1, written to
+// unit[d][token]. A vector that is not there is all zeros.
+template <class Element>
+__device__ __forceinline__ void write_unit(typename Element::Bits const* source, bool is_there, int position,
+    float const* inv_freq, PoolShape const& shape, int field, float (*unit)[kSignatureTokens], int token)
+{
+    int const lane = threadIdx.x % 32;
+    float square = 0.0f;
+    for (int d = lane; d < shape.head_dim; d += 32) {
+        float const x = is_there ? Element::decode(source[d]) : 0.0f;
+        square = fused_multiply_add(x, x, square);
+    }
+    float const scale = 1.0f / larger(sqrtf(sum_over_warp(square)), kLeastNorm);
+    int const half = field == 0 ? shape.rotary_dim / 2 : 0;
+    for (int d = lane; d < half; d += 32) {
+        float const x = is_there ? scale * Element::decode(source[d]) : 0.0f;
+        float const y = is_there ? scale * Element::decode(source[half + d]) : 0.0f;
+        float cosine, sine;
+        cos_sin_of_turns(-position * (inv_freq[d] * 0.15915494309189533577), cosine, sine);
+        unit[d][token] = fused_multiply_add(x, cosine, -(y * sine));
+        unit[half + d][token] = fused_multiply_add(y, cosine, x * sine);
+    }
+    for (int d = 2 * half + lane; d < shape.head_dim; d += 32) {
+        unit[d][token] = is_there ? scale * Element::decode(source[d]) : 0.0f;
+    }
+}
+
+// kSignatureTokens tokens of page blockIdx.x, from blockIdx.y * kSignatureTokens on.
+//
+// A thread has a column of the projection and every fourth vector; its products with eight tokens share each element
+// of the matrix that it loads. Parts are added in order, so the same input gives the same bits.
+template <class Element>
+__device__ __forceinline__ void sign_tokens(long long const* pool_pointers, int const* num_blocks, int const* block_ids,
+    int const* positions, float const* inv_freq, int const* layers, float const* matrix, float* signatures,
+    PoolShape const& shape, SignatureShape const& chosen)
+{
+    __shared__ float units[kSignatureParts][kMaxHeadDim][kSignatureTokens];
+    __shared__ float sums[kSignatureParts][kSignatureTokens][kMaxWidth];
+    int const column = threadIdx.x % kMaxWidth;
+    int const part = threadIdx.x / kMaxWidth;
+    int const lane = threadIdx.x % 32;
+    int const first = blockIdx.y * kSignatureTokens;
+    int const block = block_ids[blockIdx.x];
+    int const position = positions[blockIdx.x];
+    bool const inside = block >= 0 && block < *num_blocks;
+    auto const* pool = reinterpret_cast<typename Element::Bits const*>(*pool_pointers);
+    int const num_vectors = chosen.num_chosen * shape.num_kv_heads;
+    float totals[kSignatureTokens] = {};
+    for (int base = 0; base < num_vectors; base += kSignatureParts) {
+        int const vector = base + part;
+        bool const has_vector = vector < num_vectors;
+        int const layer = layers[has_vector ? vector / shape.num_kv_heads : 0];
+        long long const unit
+            = ((static_cast<long long>(inside ? block : 0) * shape.num_layers + layer) * 2 + chosen.field)
+            * shape.num_kv_heads + vector % shape.num_kv_heads;
+        for (int token = column / 32; token < kSignatureTokens; token += kMaxWidth / 32) {
+            int const slot = first + token;
+            bool const is_there = inside && has_vector && slot < shape.tokens_per_block;
+            auto const* source = pool + (unit * shape.tokens_per_block + (is_there ? slot : 0)) * shape.head_dim;
+            write_unit<Element>(
+                source, is_there, position + slot, inv_freq, shape, chosen.field, units[part], token);
+        }
+        __syncthreads();
+        if (has_vector && column < chosen.width) {
+            float const* row = matrix + static_cast<long long>(vector) * shape.head_dim * chosen.width + column;
+            for (int d = 0; d < shape.head_dim; ++d) {
+                float const weight = row[d * chosen.width];
+MEMSHARE_UNROLL
+                for (int token = 0; token < kSignatureTokens; ++token) {
+                    totals[token] = fused_multiply_add(units[part][d][token], weight, totals[token]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+MEMSHARE_UNROLL
+    for (int token = 0; token < kSignatureTokens; ++token) {
+        sums[part][token][column] = totals[token];
+    }
+    __syncthreads();
+    int const token = threadIdx.x / 32; // a warp for each
+    float values[kMaxWidth / 32];
+    float square = 0.0f;
+MEMSHARE_UNROLL
+    for (int i = 0; i < kMaxWidth / 32; ++i) {
+        values[i] = 0.0f;
+        for (int from = 0; from < kSignatureParts; ++from) {
+            values[i] += sums[from][token][lane + 32 * i];
+        }
+        square = fused_multiply_add(values[i], values[i], square);
+    }
+    float const scale = inside ? 1.0f / larger(sqrtf(sum_over_warp(square)), kLeastNorm) : float_of_bits(0x7fc00000u);
+    int const slot = first + token;
+MEMSHARE_UNROLL
+    for (int i = 0; i < kMaxWidth / 32; ++i) {
+        if (slot < shape.tokens_per_block && lane + 32 * i < chosen.width) {
+            long long const row = static_cast<long long>(blockIdx.x) * shape.tokens_per_block + slot;
+            signatures[row * chosen.width + lane + 32 * i] = scale * values[i];
+        }
+    }
+}
+
+// A page that was filled, and earlier tokens of the same request that it may be nearest to.
+struct NearestJob {
+    int first, count; // rows of the earlier tokens
+    int newer;        // first row of the page's tokens
+    int page;         // its number, written where it is the nearest
+};
+
+constexpr int kMaxPageTokens = 128;
+
+// Job blockIdx.y: raises best[row] to the largest cosine with a token of the page, and notes the page where it did.
+template <int kWidth>
+__device__ __forceinline__ void find_nearest(
+    float const* signatures, NearestJob const* jobs, int tokens_per_block, float* best, int* nearest)
+{
+    static_assert(kWidth % 4 == 0 && kWidth <= kMaxWidth, "a signature is read in vectors of four");
+    __shared__ float newer[kMaxPageTokens * kWidth];
+    NearestJob const job = jobs[blockIdx.y];
+    for (int i = threadIdx.x; i < tokens_per_block * kWidth; i += blockDim.x) {
+        newer[i] = signatures[static_cast<long long>(job.newer) * kWidth + i];
+    }
+    __syncthreads();
+    for (int index = blockIdx.x * blockDim.x + threadIdx.x; index < job.count; index += gridDim.x * blockDim.x) {
+        long long const row = job.first + index;
+        float own[kWidth];
+MEMSHARE_UNROLL
+        for (int i = 0; i < kWidth / 4; ++i) {
+            float4 const four = *reinterpret_cast<float4 const*>(signatures + row * kWidth + 4 * i);
+            own[4 * i] = four.x, own[4 * i + 1] = four.y, own[4 * i + 2] = four.z, own[4 * i + 3] = four.w;
+        }
+        float largest = best[row];
+        bool found = false;
+        for (int token = 0; token < tokens_per_block; ++token) {
+            float cosine = 0.0f;
+MEMSHARE_UNROLL
+            for (int i = 0; i < kWidth; ++i) {
+                cosine = fused_multiply_add(own[i], newer[token * kWidth + i], cosine);
+            }
+            found |= cosine > largest;
+            largest = larger(cosine, largest);
+        }
+        if (found) {
+            best[row] = largest;
+            nearest[row] = job.page;
+        }
+    }
+}
+
+} // namespace memshare

@@ -1,0 +1,108 @@
+"""The signature kernels, run on the host, against their specification in PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from plugins.kernels_on_host import address, compile_for_host
+from tolerances import SIGNATURE_ERROR
+
+from trtllm_memshare.search.cuda_signatures import SignatureVariant
+from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+
+BLOCKS, LAYERS = 6, 5
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Compiles for a pool and projection, once, and runs ``page_signatures`` as the reference is called."""
+    libraries = {}
+
+    def run(pool, block_ids, inv_freq, positions, projection, backwards=False):
+        variant = SignatureVariant.of(pool, 2 * len(inv_freq), projection)
+        if variant not in libraries:
+            macros = (f"{name}={value}" for name, value in variant.macros)
+            libraries[variant] = compile_for_host(tmp_path, "page_signatures.cpp", *macros)
+        library = libraries[variant]
+        library.memshare_run_backwards(int(backwards))
+        out = torch.full((len(block_ids), variant.tokens_per_block, projection.width), -7.0)
+        inputs = (block_ids.int(), positions.int(), inv_freq, torch.from_numpy(projection.layers), projection.matrix)
+        addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (pool, *inputs, out)]
+        assert library.memshare_page_signatures(addresses[0], BLOCKS, *addresses[1:], len(block_ids)) == 0
+        return out
+
+    return run
+
+
+def make_pool(dtype, heads, size, dim):
+    values = torch.randn(BLOCKS, LAYERS, 2, heads, size, dim, generator=torch.Generator().manual_seed(4))
+    return (values * 40).to(torch.int8) if dtype == torch.int8 else values.to(dtype)
+
+
+def frequencies(rotary: int) -> torch.Tensor:
+    return (1.0 / 1e6 ** (torch.arange(0, rotary, 2, dtype=torch.float64) / max(1, rotary))).float()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "heads", "size", "dim", "rotary", "width"),
+    [
+        ("float32", K, 2, 8, 64, 64, 64),
+        ("float16", V, 3, 32, 64, 64, 64),
+        ("bfloat16", K, 1, 12, 128, 64, 32),  # part of a head is rotated; a page that eight does not divide
+        ("float8_e4m3fn", V, 2, 16, 256, 0, 20),
+        ("int8", K, 5, 16, 32, 32, 64),
+    ],
+)
+def test_signatures_against_the_specification(run, name, field, heads, size, dim, rotary, width):
+    pool, projection = (
+        make_pool(getattr(torch, name), heads, size, dim),
+        make_projection(LAYERS, heads, dim, width, field),
+    )
+    pool[2, :, field, 0, 1] = 0  # a vector of zeros
+    pool[3, :, field, :, 2] = 0  # a token of zeros
+    blocks, positions = torch.tensor([3, 0, 2]), torch.tensor([32000, 8, 1024])
+    expected = page_signatures(pool, blocks, frequencies(rotary), positions, projection)
+    got = run(pool, blocks, frequencies(rotary), positions, projection)
+    torch.testing.assert_close(got, expected, **SIGNATURE_ERROR)
+    assert (got[0, 2] == 0).all()
+    assert torch.equal(run(pool, blocks, frequencies(rotary), positions, projection, backwards=True), got)
+
+
+def test_a_block_out_of_the_pool_is_not_read(run):
+    pool, projection = make_pool(torch.float32, 1, 8, 32), make_projection(LAYERS, 1, 32, 4)
+    got = run(pool, torch.tensor([BLOCKS, 1, -1]), frequencies(32), torch.zeros(3), projection)
+    assert torch.isnan(got[[0, 2]]).all()
+    assert torch.isfinite(got[1]).all()
+
+
+def test_the_nearest_later_token_against_the_index(tmp_path):
+    """Two requests at once, page after page; each job raises what its page is nearer to."""
+    size, width, pages = 8, 16, 7
+    variant = SignatureVariant("float32", 1, 1, size, 32, 0, 1, V, width)
+    library = compile_for_host(tmp_path, "page_signatures.cpp", *(f"{n}={v}" for n, v in variant.macros))
+    generator = torch.Generator().manual_seed(0)
+    store = torch.nn.functional.normalize(torch.randn(2 * pages * size, width, generator=generator), dim=-1).numpy()
+    best, nearest = np.full(len(store), -1, np.float32), np.full(len(store), -1, np.int32)
+    indexes = [SignatureIndex(size, width) for _ in range(2)]
+    for page in range(pages):
+        jobs = np.array([[r * pages * size, page * size, (r * pages + page) * size, page] for r in range(2)], np.int32)
+        status = library.memshare_nearest_later(*map(address, (store, jobs, best, nearest)), 2, 2, 32)
+        assert status == 0
+        for request, index in enumerate(indexes):
+            first = (request * pages + page) * size
+            index.append(page, store[first : first + size])
+            mine = slice(request * pages * size, first + size)
+            np.testing.assert_allclose(best[mine].reshape(-1, size).mean(1), index.redundancy(), rtol=1e-5)
+            np.testing.assert_array_equal(nearest[mine], index._nearest[: (page + 1) * size])
+
+
+def test_every_element_type_has_a_variant_and_widths_are_checked():
+    for name in ELEMENT_TYPES:
+        macros = dict(SignatureVariant(name, 28, 4, 32, 128, 128, 3, V, 64).macros)
+        assert macros["MEMSHARE_CHOSEN"] == "3,1,64"
+    with pytest.raises(ValueError, match="width of a signature must be a multiple of 4 and at most 64, got 68"):
+        SignatureVariant("int8", 28, 4, 32, 128, 128, 3, V, 68)

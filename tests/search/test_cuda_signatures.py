@@ -1,0 +1,83 @@
+"""Signatures by CUDA: what compiles and is refused, on every machine; what the kernels compute, where a GPU is."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from tolerances import SIGNATURE_ERROR
+
+from trtllm_memshare.search.cuda_signatures import CudaSignatures, SignatureVariant, compile_signatures
+from trtllm_memshare.search.kernel_compiler import parse_resources
+from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+
+BLOCKS, LAYERS, HEADS, SIZE, DIM = 9, 6, 2, 16, 64
+INV_FREQ = (1.0 / 1e6 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)).float()
+
+
+def make_pool(dtype: torch.dtype) -> torch.Tensor:
+    values = torch.randn(BLOCKS, LAYERS, 2, HEADS, SIZE, DIM, generator=torch.Generator().manual_seed(2))
+    return (values * 40).to(torch.int8) if dtype == torch.int8 else values.to(dtype)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("name", "field"), [("bfloat16", V), ("float8_e4m3fn", K)])
+def test_both_kernels_compile_without_a_gpu_and_do_not_spill(arch, name, field):
+    pytest.importorskip("cuda.core", reason="cuda.core is not installed (extra cuda)")
+    logs = io.StringIO()
+    compile_signatures(SignatureVariant(name, 28, 4, 32, 128, 128, 3, field, 64), arch, logs=logs)
+    reports = [part for part in logs.getvalue().split("Compiling entry function")[1:] if f"for '{arch}'" in part]
+    assert {part.split("'")[1] for part in reports} == {"page_signatures", "nearest_later"}
+    for report in reports:
+        resources = parse_resources(report)
+        assert resources.spill_bytes == resources.stack_bytes == 0
+        assert resources.registers <= 128
+        assert resources.shared_bytes <= 48 << 10
+
+
+def test_a_pool_on_the_cpu_and_tensors_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="needs a pool on a CUDA device, got cpu"):
+        CudaSignatures(make_pool(torch.float16), INV_FREQ, make_projection(LAYERS, HEADS, DIM))
+    with pytest.raises(ValueError, match=r"must be one of float32, .* got float64"):
+        SignatureVariant("float64", 28, 4, 32, 128, 128, 3, V, 64)
+
+
+def on_gpu(dtype: torch.dtype, field: int, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pool, projection = make_pool(dtype), make_projection(LAYERS, HEADS, DIM, field=field)
+    return pool, projection, CudaSignatures(pool.cuda(), INV_FREQ, projection, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in ELEMENT_TYPES], ids=str)
+@pytest.mark.parametrize("field", [K, V])
+def test_signatures_against_the_specification(dtype, field, tmp_path):
+    pool, projection, signatures = on_gpu(dtype, field, tmp_path)
+    blocks, positions = torch.tensor([3, 0, 8]), torch.tensor([32000, 8, 1024])
+    got = signatures.page_signatures(blocks, positions)
+    torch.testing.assert_close(
+        got.cpu(), page_signatures(pool, blocks, INV_FREQ, positions, projection), **SIGNATURE_ERROR
+    )
+    assert torch.equal(signatures.page_signatures(blocks, positions), got)
+    assert signatures.page_signatures(blocks[:0], positions[:0]).shape == (0, SIZE, projection.width)
+
+
+@pytest.mark.gpu
+def test_nearest_later_tokens_against_the_index_small_for_the_sanitizer(tmp_path):
+    """gpu_suite.sh picks it by its name."""
+    _, projection, signatures = on_gpu(torch.bfloat16, V, tmp_path)
+    index = SignatureIndex(SIZE, projection.width)
+    store = signatures.page_signatures(torch.arange(BLOCKS), torch.zeros(BLOCKS)).flatten(0, 1)
+    best, nearest = torch.full((len(store),), -1.0).cuda(), torch.full((len(store),), -1, dtype=torch.int32).cuda()
+    for page in range(BLOCKS):
+        jobs = torch.tensor([[0, page * SIZE, page * SIZE, page]], dtype=torch.int32)
+        signatures.nearest_later(store, jobs, best, nearest)
+        index.append(page, store[page * SIZE : (page + 1) * SIZE].cpu().numpy())
+    redundancy = best.cpu().numpy().reshape(-1, SIZE).mean(1)
+    np.testing.assert_allclose(redundancy, index.redundancy(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^best must be contiguous torch.float32 \[144\]"):
+        signatures.nearest_later(store, torch.zeros((1, 4), dtype=torch.int32), best[1:], nearest)

@@ -1,0 +1,193 @@
+"""One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
+
+``python engine_process.py plain|memshare MODEL NULL_PAGES``. A second engine in one process is not something vLLM
+promises, so each arm has its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", VLLM_USE_V2_MODEL_RUNNER="0",
+)  # fmt: skip
+
+import torch
+from safetensors.torch import load_file
+from vllm import LLM, SamplingParams
+from vllm_plugin.masked_forward import log_probabilities
+from vllm_plugin.shadow import Shadow
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
+
+
+def make_engine(model: str, null_pages: str | None, **memshare: Any) -> LLM:
+    ours = {}
+    if null_pages is not None:
+        ours = {
+            "scheduler_cls": "trtllm_memshare.vllm.scheduler.MemShareScheduler",
+            "worker_cls": "trtllm_memshare.vllm.worker.MemShareWorker",
+            "additional_config": {"memshare": {"null_pages": null_pages, "protected_tokens": 64, **memshare}},
+        }
+    return LLM(
+        model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=128, disable_log_stats=False, seed=0, **ours,
+    )  # fmt: skip
+
+
+def generate(llm: LLM, prompts: list[list[int]], lengths: list[int], **sampling: Any) -> list[Any]:
+    parameters = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, **sampling) for n in lengths]
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+
+
+def texts(seed: int, count: int, length: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(2, 70) for _ in range(length)] for _ in range(count)]
+
+
+def with_room(llm: LLM) -> list[list[int]]:
+    """Three requests that never fill the pool; with sampling from a seed too."""
+    greedy = generate(llm, texts(1, 3, 40), [150, 170, 190])
+    sampled = llm.generate(
+        [{"prompt_token_ids": p} for p in texts(2, 3, 40)],
+        SamplingParams(temperature=1.0, seed=7, max_tokens=120, ignore_eos=True), use_tqdm=False,
+    )  # fmt: skip
+    return [list(o.outputs[0].token_ids) for o in (*greedy, *sampled)]
+
+
+def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
+    """Log-probabilities of vLLM against a masked forward pass that sees the same pages retired at the same tokens."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    events: dict[str, list[tuple[int, list[int]]]] = {}
+    retire = scheduler.relief._retire
+
+    def watched(request: Any, pages: list[int], update: Any) -> None:
+        events.setdefault(request.request_id, []).append((request.num_computed_tokens, list(pages)))
+        retire(request, pages, update)
+
+    scheduler.relief._retire = watched
+    prompts = texts(3, 8, 40)
+    outputs = generate(llm, prompts[:6], [300 + 10 * i for i in range(6)], logprobs=0)
+    retired_before = scheduler.relief.totals.retired
+    off = generate(llm, prompts[6:], [300, 300], logprobs=0, extra_args={"memshare": False})
+    scheduler.relief._retire = retire
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    pages = load_file(Path(null_pages) / "null_pages.safetensors")
+    worst = {"null": 0.0, "ignoring": 0.0}
+    for output, prompt in zip(outputs, prompts, strict=False):
+        answer = output.outputs[0]
+        tokens = prompt + list(answer.token_ids)
+        retired_from = torch.full((len(tokens),), 10**9)
+        name = next((n for n in events if _is(output.request_id, n)), None)
+        for position, logical in events.get(name, []):
+            for page in logical:
+                retired_from[page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE] = position
+        said = torch.tensor([next(iter(step.values())).logprob for step in answer.logprobs])
+        for arm, gone in (("null", retired_from), ("ignoring", torch.full_like(retired_from, 10**9))):
+            with torch.no_grad():
+                all_logs = log_probabilities(reference, tokens, gone, pages["keys"], pages["bands"].long())
+            expected = all_logs[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+            worst[arm] = max(worst[arm], float((said - expected).abs().max()))
+    return {
+        "difference": worst["null"], "difference_if_nothing_were_retired": worst["ignoring"],
+        "retired": retired_before, "requests_retired_from": len(events),
+        "off_retired": any(_is(o.request_id, n) for o in off for n in events),
+        "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        "band_moves": scheduler.relief.totals.band_moves,
+    }  # fmt: skip
+
+
+def _is(outside: str, inside: str) -> bool:
+    """Whether the engine's name of a request is that of its caller; vLLM appends characters of its own."""
+    return inside == outside or inside.startswith(f"{outside}-")
+
+
+def schedules(llm: LLM, count: int) -> dict[str, Any]:
+    """Random schedules on the real model runner: its tables are held against the scheduler's and against the shadow."""
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    shadow = Shadow(BLOCK_SIZE, scheduler.blocks.null_block_ids)
+    begun: set[str] = set()
+    execute = worker.execute_model
+
+    def watched(output: Any) -> Any:
+        result = execute(output)
+        batch = runner.input_batch
+        for name, computed in output.num_scheduled_tokens.items():
+            if name not in begun:
+                begun.add(name)
+                shadow.begin(name)
+            request = scheduler.requests[name]
+            held = scheduler.kv_cache_manager.get_block_ids(name)[0]
+            row = batch.block_table[0].block_table.np[batch.req_id_to_index[name], : len(held)].tolist()
+            assert row == held == list(runner.requests[name].block_ids[0]), f"tables of {name} differ"
+            stop = request.num_computed_tokens
+            retired = set(scheduler.relief.pages(name).retired)
+            shadow.step(name, list(request.all_token_ids), stop - computed, stop, row, retired)
+        return result
+
+    worker.execute_model = watched
+    for seed in range(count):
+        draw = random.Random(seed)
+        answers: list[list[int]] = []
+        live: dict[str, list[int]] = {}
+        for step in range(draw.randint(150, 300)):
+            chance = draw.random()
+            if chance < 0.3 and len(live) < 16:
+                prompt = [draw.randrange(2, 70) for _ in range(draw.randint(1, 100))]
+                if answers and draw.random() < 0.6:
+                    prompt = draw.choice(answers)[: draw.randint(1, 200)] + prompt[: draw.choice([0, 20])]
+                extra = draw.choice([None, None, {"min_kept": 0.0}, {"memshare": False}])
+                parameters = SamplingParams(
+                    temperature=0, max_tokens=draw.randint(1, 250), ignore_eos=True, extra_args=extra
+                )
+                name = f"s{seed}-{step}"
+                engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+                live[name] = prompt
+            elif chance < 0.31 and live:
+                name = draw.choice(sorted(live))
+                engine.abort_request([name])
+                del live[name]
+            elif chance < 0.314:
+                engine.reset_prefix_cache(reset_running_requests=True)
+            else:
+                _take(engine, live, answers)
+        while engine.has_unfinished_requests():
+            _take(engine, live, answers)
+        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks, f"blocks leaked in schedule {seed}"
+    worker.execute_model = execute
+    return {"reads": shadow.reads, "null_reads": shadow.null_reads, "reads_of_others": shadow.reads_of_others,
+            "idle": scheduler.reset_prefix_cache()}  # fmt: skip
+
+
+def _take(engine: Any, live: dict[str, list[int]], answers: list[list[int]]) -> None:
+    for output in engine.step():
+        if output.finished and output.request_id in live:
+            answers.append(live.pop(output.request_id) + list(output.outputs[0].token_ids))
+
+
+def main() -> None:
+    arm, model, null_pages = sys.argv[1:4]
+    if arm == "plain":
+        result: dict[str, Any] = {"with_room": with_room(make_engine(model, None))}
+    else:
+        llm = make_engine(model, null_pages, min_kept=0.25, need=sys.argv[4])
+        totals = llm.llm_engine.engine_core.engine_core.scheduler.relief.totals
+        result = {"with_room": with_room(llm), "retired_with_room": totals.retired}
+        result["pressure"] = under_pressure(llm, model, null_pages)
+        result["schedules"] = schedules(llm, int(sys.argv[5]))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What a model says when retired pages read as null pages: a plain forward pass over one text, and the reference.
+
+Qwen2 and Llama shapes. Query ``t`` sees key ``j`` as it is, or, once ``j``'s page is retired, as the null page's key
+with a value of zero; ``dropped`` leaves such keys out altogether, which is what a calibrated null page amounts to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def log_probabilities(
+    model: Any, tokens: list[int], retired_from: torch.Tensor, null_keys: torch.Tensor | None, bands: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities after each token, float32 ``[tokens, vocabulary]``.
+
+    Args:
+      model: a Hugging Face causal model.
+      retired_from: int64 ``[tokens]``, first query that sees token ``j`` as retired; beyond the text: never.
+      null_keys: float32 ``[bands, layers, kv_heads, head_dim]``; None leaves retired keys out.
+      bands: int64 ``[bands + 1]``, first positions.
+    """
+    config, body = model.config, model.model
+    count = len(tokens)
+    position = torch.arange(count)
+    causal = position[None] <= position[:, None]  # [query, key]
+    gone = retired_from[None] <= position[:, None]
+    band = torch.searchsorted(bands[1:-1].contiguous(), position, right=True)
+    hidden = body.embed_tokens(torch.tensor([tokens]))
+    cos, sin = body.rotary_emb(hidden, position[None])
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    for index, layer in enumerate(body.layers):
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+        shape = (count, -1, attention.head_dim)
+        query = _rotate(attention.q_proj(normed)[0].view(shape), cos[0], sin[0]).transpose(0, 1)
+        key = _rotate(attention.k_proj(normed)[0].view(shape), cos[0], sin[0]).transpose(0, 1)
+        value = attention.v_proj(normed)[0].view(shape).transpose(0, 1)
+        key, value = (x.repeat_interleave(heads // groups, 0) for x in (key, value))
+        logits = query @ key.transpose(1, 2) * attention.scaling
+        if null_keys is None:
+            logits = logits.masked_fill(gone, -torch.inf)
+        else:
+            null = null_keys[band, index].repeat_interleave(heads // groups, 1).transpose(0, 1)  # [heads, query, dim]
+            logits = torch.where(gone, (query * null).sum(-1, keepdim=True) * attention.scaling, logits)
+        weights = logits.masked_fill(~causal, -torch.inf).softmax(-1).masked_fill(gone, 0.0)
+        read = (weights @ value).transpose(0, 1).reshape(1, count, -1)
+        hidden = hidden + attention.o_proj(read)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(body.norm(hidden))[0].log_softmax(-1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos[:, None] + turned * sin[:, None]

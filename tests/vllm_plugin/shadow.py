@@ -1,0 +1,81 @@
+"""An oracle for schedules: keeps whose text was written into each block of the pool, and checks every read.
+
+A token is known by the hash of everything up to it, so two requests with one prefix write the same. A slot is *exact*
+if it was computed while nothing that it reads was retired or inexact; only exact slots may be read by another request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Slot:
+    prefix: int  # hash of the request's tokens up to this one
+    writer: int  # a number for each request that ever ran
+    exact: bool  # and so are the slots before it in the block
+
+
+class Shadow:
+    """The pool of one scheduler, block by block. A block's owner writes it from its first slot on."""
+
+    def __init__(self, block_size: int, null_block_ids: Sequence[int]) -> None:
+        self._size = block_size
+        self._null = set(null_block_ids)
+        self._blocks: dict[int, list[Slot]] = {}
+        self._writers: dict[str, int] = {}
+        self._prefixes: dict[str, list[int]] = {}  # hash of the tokens up to each position
+        self.reads = self.reads_of_others = self.null_reads = 0
+
+    def begin(self, request_id: str) -> None:
+        """A request begins."""
+        self._writers[request_id] = len(self._writers)
+        self._prefixes[request_id] = []
+
+    def prefix(self, request_id: str, num_tokens: int) -> int:
+        """Hash of a request's first ``num_tokens`` tokens."""
+        return self._prefixes[request_id][num_tokens - 1]
+
+    def step(
+        self, request_id: str, tokens: Sequence[int], start: int, stop: int, table: Sequence[int], retired: set[int]
+    ) -> None:
+        """One request's part of a step: it reads ``[0, start)`` and computes ``[start, stop)``.
+
+        Args:
+          tokens: its tokens, at least ``stop``.
+          table: block ids by logical block, as the worker holds them.
+          retired: its logical blocks that are retired, as the scheduler sees them.
+        """
+        prefixes = self._prefixes[request_id]
+        for position in range(len(prefixes), stop):
+            prefixes.append(hash((prefixes[-1] if prefixes else 0, tokens[position])))
+        exact = True
+        for logical in range(-(-stop // self._size)):
+            first, block = logical * self._size, table[logical]
+            where = f"{request_id} block {block} (logical {logical}), {start} to {stop}"
+            assert (block in self._null) == (logical in retired), f"null entry and retirement differ: {where}"
+            if first < start:
+                exact = self._read(request_id, block, prefixes[min(start, first + self._size) - 1], where) and exact
+            for position in range(max(start, first), min(stop, first + self._size)):
+                self._write(request_id, block, position - first, prefixes[position], exact, where)
+
+    def _read(self, request_id: str, block: int, prefix: int, where: str) -> bool:
+        """Checks that a block holds the text with this hash; returns whether it is exact."""
+        if block in self._null:
+            self.null_reads += 1
+            return False
+        slot = next((s for s in reversed(self._blocks.get(block, [])) if s.prefix == prefix), None)
+        assert slot is not None, f"read what another text has written, or nothing: {where}"
+        own = slot.writer == self._writers[request_id]
+        assert slot.exact or own, f"read what another request computed with gaps: {where}"
+        self.reads += 1
+        self.reads_of_others += not own
+        return slot.exact
+
+    def _write(self, request_id: str, block: int, offset: int, prefix: int, exact: bool, where: str) -> None:
+        assert block not in self._null, f"written into a null page: {where}"
+        slots = self._blocks.setdefault(block, [])
+        del slots[offset:]
+        assert len(slots) == offset, f"written behind a gap: {where}"
+        slots.append(Slot(prefix, self._writers[request_id], exact and (not slots or slots[-1].exact)))

@@ -1,0 +1,227 @@
+"""Random schedules over vLLM's real scheduler, with a worker that only keeps block tables and makes tokens up
+from the text so far.
+
+The worker follows model runner V1 of vLLM 0.32.0 (``_update_states``): new requests bring their table, running ones
+append to it, resumed ones bring it anew, and our update is applied before all that. With async scheduling the next step
+is scheduled before the last one's tokens are known.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm_plugin.shadow import Shadow
+
+from trtllm_memshare.vllm.scheduler import MemShareScheduler
+from trtllm_memshare.vllm.update import ATTRIBUTE, MemShareUpdate, apply_to_v1_runner
+
+VOCABULARY = range(2, 60)
+
+
+def make_scheduler(
+    engine_args: EngineArgs, num_blocks: int, async_scheduling: bool, kind: type = MemShareScheduler
+) -> Any:
+    """A scheduler as vLLM's engine core makes it, for a model of one layer."""
+    config = engine_args.create_engine_config()
+    config.scheduler_config.async_scheduling = async_scheduling
+    config.cache_config.num_gpu_blocks = num_blocks
+    size = config.cache_config.block_size
+    spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    cache = KVCacheConfig(
+        num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    return (Scheduler if kind is None else MemShareScheduler)(
+        vllm_config=config,
+        kv_cache_config=cache,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=size,
+        log_stats=True,
+    )
+
+
+class Simulation:
+    """One schedule: submits, aborts and steps at random; every read is checked."""
+
+    def __init__(self, scheduler: Any, seed: int) -> None:
+        self.scheduler = scheduler
+        self.draw = random.Random(seed)
+        self.size = scheduler.block_size
+        self.shadow = Shadow(self.size, scheduler.blocks.null_block_ids if hasattr(scheduler, "blocks") else [])
+        self.worker = SimpleNamespace(requests={}, input_batch=SimpleNamespace(
+            req_id_to_index={}, block_table=[SimpleNamespace(block_table=SimpleNamespace(np=None))]))  # fmt: skip
+        self.sampled: dict[str, dict[int, int]] = {}
+        self.answers: list[list[int]] = []  # of requests that ended: later prompts begin with them
+        self.prompts: list[list[int]] = []
+        self.in_flight: deque[tuple[Any, list[Any]]] = deque()
+        self.num_submitted = 0
+        self._hash = get_request_block_hasher(self.size, hash_function)
+
+    def submit(self) -> None:
+        draw = self.draw
+        prompt = [draw.choice(VOCABULARY) for _ in range(draw.randint(1, 60))]
+        if self.answers and draw.random() < 0.5:
+            prompt = (draw.choice(self.answers)[: draw.randint(1, 150)] + prompt)[:200]
+        elif draw.random() < 0.3:
+            prompt = [7] * 64 + prompt[:10]
+        elif self.prompts and draw.random() < 0.5:
+            prompt = draw.choice(self.prompts)  # the same answer again, with other pages retired
+        self.prompts.append(prompt)
+        extra = draw.choice([None, None, {"min_kept": 0.0}, {"min_kept": 0.8}, {"memshare": False}])
+        name = f"r{self.num_submitted}"
+        self.num_submitted += 1
+        self.add(name, prompt, draw.randint(1, 180), extra)
+
+    def add(self, name: str, prompt: list[int], max_tokens: int, extra: dict[str, Any] | None) -> None:
+        """Submits one request."""
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+        sampling.update_from_generation_config({}, 1)
+        request = Request(
+            request_id=name, prompt_token_ids=prompt, sampling_params=sampling, pooling_params=None,
+            block_hasher=self._hash if self.scheduler.cache_config.enable_prefix_caching else None,
+        )  # fmt: skip
+        self.shadow.begin(name)
+        self.scheduler.add_request(request)
+
+    def abort(self) -> None:
+        if self.scheduler.requests:
+            name = self.draw.choice(sorted(self.scheduler.requests))
+            self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> None:
+        """Schedules one step; runs and takes in the oldest one in flight."""
+        output = self.scheduler.schedule()
+        facts = [self._facts(name, count) for name, count in output.num_scheduled_tokens.items()]
+        self.in_flight.append((output, facts))
+        depth = 2 if self.scheduler.scheduler_config.async_scheduling else 1
+        if len(self.in_flight) >= depth or not output.num_scheduled_tokens:
+            self.drain(len(self.in_flight) - depth + 1)
+
+    def drain(self, count: int) -> None:
+        """Runs the oldest ``count`` steps in flight."""
+        for _ in range(count):
+            output, facts = self.in_flight.popleft()
+            result = self._execute(output, facts)
+            before = dict(self.scheduler.requests)
+            self.scheduler.update_from_output(output, result)
+            for name in before.keys() - self.scheduler.requests.keys():
+                self.answers.append(list(before[name].all_token_ids))
+
+    def _facts(self, name: str, count: int) -> Any:
+        request = self.scheduler.requests[name]
+        stop = request.num_computed_tokens  # advanced by the step that was just scheduled
+        return SimpleNamespace(
+            name=name, start=stop - count, stop=stop, tokens=list(request.all_token_ids),
+            partial=request.is_prefill_chunk, retired=self._retired(name),
+        )  # fmt: skip
+
+    def _retired(self, name: str) -> set[int]:
+        relief = getattr(self.scheduler, "relief", None)  # vLLM's own scheduler has none
+        return set() if relief is None else set(relief.pages(name).retired)
+
+    def _execute(self, output: Any, facts: list[Any]) -> ModelRunnerOutput:
+        requests = self.worker.requests
+        apply_to_v1_runner(self.worker, getattr(output, ATTRIBUTE, MemShareUpdate()))
+        for name in output.finished_req_ids:
+            requests.pop(name, None)
+        for new in output.scheduled_new_reqs:
+            requests[new.req_id] = SimpleNamespace(block_ids=new.block_ids)
+            self.sampled[new.req_id] = {}
+        cached = output.scheduled_cached_reqs
+        for name, new_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                requests[name].block_ids = new_ids
+                self.sampled[name] = {}
+            elif new_ids is not None:
+                requests[name].block_ids[0].extend(new_ids[0])
+        names, sampled = [], []
+        for fact in facts:
+            made = self.sampled[fact.name]
+            tokens = fact.tokens + [made[p] for p in range(len(fact.tokens), fact.stop)]
+            table = requests[fact.name].block_ids[0]
+            self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired)
+            names.append(fact.name)
+            # Greedy: by the text alone.
+            token = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]
+            if not fact.partial:
+                made[fact.stop] = token
+            sampled.append([] if fact.partial else [token])
+        return ModelRunnerOutput(
+            req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
+        )  # fmt: skip
+
+    def plain_steps(self, count: int) -> list[dict[str, int]]:
+        """What is scheduled in ``count`` steps, one request joining before each of the first ten."""
+        steps = []
+        for index in range(count):
+            if index < 10:
+                self.submit()
+            output = self.scheduler.schedule()
+            steps.append(dict(output.num_scheduled_tokens))
+            self.in_flight.append((output, [self._facts(n, c) for n, c in output.num_scheduled_tokens.items()]))
+            self.drain(1)
+        return steps
+
+    def finish(self) -> None:
+        """Runs to the end and checks that nothing is left."""
+        for _ in range(20000):
+            if not self.scheduler.requests and not self.in_flight:
+                break
+            if self.scheduler.requests:
+                self.step()
+            else:
+                self.drain(len(self.in_flight))
+        scheduler = self.scheduler
+        assert not scheduler.requests, f"{len(scheduler.requests)} requests never ended"
+        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks, "blocks leaked"
+        pool = scheduler.kv_cache_manager.block_pool
+        held = [b.block_id for b in pool.blocks if b.ref_cnt and not b.is_null]
+        assert held == [], f"blocks {held} are still referenced"
+        assert scheduler.relief.totals.null_entries == 0
+        assert scheduler.reset_prefix_cache(), "vLLM does not find its pool idle"
+
+
+def hash_function(value: Any) -> bytes:
+    """Stands for vLLM's sha256 of a block's tokens and its parent's hash; quick, and as good within one run."""
+    return hash(value).to_bytes(8, "little", signed=True)
+
+
+def run_schedule(scheduler: Any, seed: int) -> Simulation:
+    """One random schedule from an idle scheduler to an idle scheduler."""
+    simulation = Simulation(scheduler, seed)
+    for _ in range(simulation.draw.randint(20, 400)):
+        chance = simulation.draw.random()
+        if chance < 0.4 and len(scheduler.requests) < 24:
+            simulation.submit()
+        elif chance < 0.42:
+            simulation.abort()
+        elif chance < 0.425:
+            simulation.drain(len(simulation.in_flight))
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        else:
+            simulation.step()
+    simulation.finish()
+    return simulation
+
+
+def make_engine_args(model: str, null_pages: str, num_blocks: int, prefix_caching: bool, **memshare: Any) -> EngineArgs:
+    init_none_hash(hash_function)
+    return EngineArgs(
+        model=model, dtype="float32", max_model_len=384, block_size=16, max_num_seqs=12, max_num_batched_tokens=64,
+        enforce_eager=True, enable_prefix_caching=prefix_caching, num_gpu_blocks_override=num_blocks,
+        additional_config={"memshare": {"null_pages": null_pages, "protected_tokens": 32, **memshare}},
+    )  # fmt: skip
+
+
+__all__ = ["Scheduler", "Simulation", "make_engine_args", "make_scheduler", "run_schedule"]

@@ -1,0 +1,62 @@
+"""``vllm serve`` and ``vllm bench`` behind our options; the program itself is a stand-in that prints its arguments."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.commands import engine_arguments, main
+
+
+def test_vllms_arguments_get_classes_and_settings(tmp_path):
+    (tmp_path / "m.json").write_text('{"min_kept": 0.75}')
+    line = engine_arguments(
+        ["serve", "model", "--memshare-config", str(tmp_path / "m.json"), f"--null-pages={tmp_path}",
+         "--additional-config", '{"x": 1}', "--port", "1"]
+    )  # fmt: skip
+    assert line[:4] == ["serve", "model", "--port", "1"]
+    options = dict(zip(line[4::2], line[5::2], strict=True))
+    assert options["--scheduler-cls"] == "trtllm_memshare.vllm.scheduler.MemShareScheduler"
+    assert options["--worker-cls"] == "trtllm_memshare.vllm.worker.MemShareWorker"
+    assert json.loads(options["--additional-config"]) == {
+        "x": 1, "memshare": {"min_kept": 0.75, "null_pages": str(tmp_path)}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "m"], "needs --null-pages FOLDER"),
+        (["serve", "m", "--null-pages", "x", "--worker-cls=y"], "--worker-cls is set by MemShare"),
+        (["serve", "m", "--null-pages", "x", "--additional-config", '{"memshare": {}}'], "has memshare already"),
+        (["serve", "m", "--null-pages"], "--null-pages needs a value"),
+    ],
+)
+def test_conflicts_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        engine_arguments(arguments)
+
+
+def test_an_unknown_command_names_the_nearest():
+    with pytest.raises(UserError, match=r"needs serve, bench or calibrate, got server .did you mean serve"):
+        main("vllm", ["server"])
+
+
+@pytest.mark.parametrize(("command", "ours"), [(["serve", "m"], True), (["bench", "serve"], False)])
+def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, ours):
+    program = tmp_path / "vllm"
+    program.write_text('#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\nexit 3\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    path = {"PATH": f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin"}
+    code = "import sys; sys.executable = '/none/python'; from trtllm_memshare.__main__ import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "vllm", *command, *(["--null-pages", "x"] if ours else [])],
+        env={**os.environ, **path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 3, ran.stderr
+    assert ("--scheduler-cls" in ran.stdout) == ours
+    assert ("metrics /" in ran.stdout) == ours

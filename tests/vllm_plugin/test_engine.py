@@ -1,0 +1,79 @@
+"""vLLM itself, on the CPU, with the bundled model: with room, under pressure, and on random schedules.
+
+Each arm is a process of its own (``engine_process.py``). Needs vLLM in the environment (``make test-vllm``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import trtllm_memshare
+
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
+
+
+def run(arm: str, null_pages: str, *arguments: str) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    program = Path(__file__).with_name("engine_process.py")
+    ran = subprocess.run(
+        [sys.executable, str(program), arm, MODEL, null_pages, *arguments],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Keys that are far from null, so that an entry at the wrong page, or one that did not move, is seen.
+
+    The bundled model has no null page (``engine.null_page`` refuses it: its rotary base is 10,000 and its heads have 32
+    numbers), and needs none here: the reference reads the same keys.
+    """
+    folder = tmp_path_factory.mktemp("null_pages")
+    keys = 2 * torch.randn(2, 4, 2, 32, generator=torch.Generator().manual_seed(0))
+    save_file(
+        {"keys": keys, "bands": torch.tensor([0, 256, 1024], dtype=torch.int32)}, folder / "null_pages.safetensors"
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def memshare(null_pages: str) -> dict[str, Any]:
+    return run("memshare", null_pages, "redundancy", "8")
+
+
+def test_with_room_tokens_are_those_of_vllm_bit_by_bit(null_pages, memshare):
+    assert memshare["with_room"] == run("plain", null_pages)["with_room"]
+    assert memshare["retired_with_room"] == 0
+
+
+def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(memshare):
+    pressure = memshare["pressure"]
+    assert pressure["retired"] >= 20
+    assert pressure["requests_retired_from"] >= 5
+    assert pressure["band_moves"] > 0
+    assert pressure["preemptions"] == 0
+    assert not pressure["off_retired"]
+    # float32 sums in another order; 1.0e-4 is five times what was seen.
+    assert pressure["difference"] < 1e-4
+    assert pressure["difference_if_nothing_were_retired"] > 1.0
+
+
+def test_block_tables_of_the_real_model_runner_follow_through_random_schedules(memshare):
+    schedules = memshare["schedules"]
+    assert schedules["null_reads"] > 100
+    assert schedules["reads_of_others"] > 0
+    assert schedules["idle"]

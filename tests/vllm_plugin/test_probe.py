@@ -1,0 +1,101 @@
+"""What the plugin was not made for is refused by name."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm.plugin import choose_classes
+from trtllm_memshare.vllm.probe import check_classes, check_scheduler, runner_form
+
+
+def scheduler_class(*missing):
+    names = {"schedule", "add_request", "update_from_output", "_preempt_request", "_free_request", "make_stats"}
+    return type("Scheduler", (), {name: lambda self: None for name in names - set(missing)})
+
+
+class KVCacheManager:
+    def allocate_slots(self, request, num_new_tokens, more=0): ...
+
+
+class BlockPool:
+    def get_new_blocks(self): ...
+    def free_blocks(self): ...
+    def evict_blocks(self): ...
+    def get_num_free_blocks(self): ...
+
+
+def test_a_vllm_without_what_is_built_on_is_refused():
+    check_classes("0.32.0", scheduler_class(), KVCacheManager, BlockPool)
+    with pytest.raises(UserError, match=r"vLLM 0.40 has no Scheduler._preempt_request.*written for vLLM 0.32"):
+        check_classes("0.40", scheduler_class("_preempt_request"), KVCacheManager, BlockPool)
+    other = type("KVCacheManager", (), {"allocate_slots": lambda self, tokens, request: None})
+    with pytest.raises(UserError, match="must take request and num_new_tokens, got tokens, request"):
+        check_classes("0.40", scheduler_class(), other, BlockPool)
+
+
+def a_scheduler(kinds=("FullAttentionSpec",), connector=None, **changes):
+    values = {
+        "speculative_config": None, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1, "cache_dtype": "auto", "enable_sleep_mode": False, "sliding_window": None,
+        **changes,
+    }  # fmt: skip
+    parts = SimpleNamespace(**values)
+    config = SimpleNamespace(
+        speculative_config=parts.speculative_config, parallel_config=parts, cache_config=parts, model_config=parts
+    )
+    groups = [SimpleNamespace(kv_cache_spec=type(k, (), {"sliding_window": parts.sliding_window})()) for k in kinds]
+    group = SimpleNamespace(req_to_blocks={}, num_cached_block={}, block_size=16)
+    return SimpleNamespace(
+        vllm_config=config, kv_cache_config=SimpleNamespace(kv_cache_groups=groups), connector=connector,
+        is_encoder_decoder=False,
+        kv_cache_manager=SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=[group])),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kinds": ("FullAttentionSpec", "MambaSpec")}, "got KV cache groups of FullAttentionSpec, MambaSpec"),
+        ({"sliding_window": 128}, "excludes sliding_window, got 128"),
+        ({"speculative_config": object()}, "excludes speculative decoding with vLLM"),
+        ({"connector": object()}, "excludes KV transfer"),
+        ({"pipeline_parallel_size": 2}, "excludes pipeline parallelism"),
+        ({"decode_context_parallel_size": 2}, "excludes decode context parallelism"),
+        ({"cache_dtype": "fp8"}, "excludes a KV cache of fp8"),
+        ({"enable_sleep_mode": True}, "excludes sleep mode"),
+    ],
+)
+def test_features_that_are_excluded_are_named(changes, message):
+    check_scheduler(a_scheduler(), "0.32.0")
+    with pytest.raises(UserError, match=message):
+        check_scheduler(a_scheduler(**changes), "0.32.0")
+
+
+def test_the_form_of_a_model_runner_is_told_by_its_tables():
+    batch = SimpleNamespace(block_table=[], req_id_to_index={})
+    assert runner_form(SimpleNamespace(requests={}, input_batch=batch), "0.32.0") == "V1"
+    tables = SimpleNamespace(block_tables=[])
+    assert runner_form(SimpleNamespace(block_tables=tables, req_states=None), "0.32.0") == "V2"
+    with pytest.raises(UserError, match="keeps its block tables in a form that MemShare does not know"):
+        runner_form(SimpleNamespace(), "0.40")
+
+
+def test_the_environment_chooses_the_classes_once():
+    class EngineArgs:
+        __dataclass_fields__ = {"scheduler_cls": None, "worker_cls": None}  # noqa: RUF012
+        scheduler_cls, worker_cls = None, "auto"
+
+        def create_engine_config(self):
+            return self.scheduler_cls, self.worker_cls
+
+    choose_classes(EngineArgs)
+    choose_classes(EngineArgs)
+    assert EngineArgs().create_engine_config() == (SCHEDULER_CLASS, WORKER_CLASS)
+    taken = EngineArgs()
+    taken.worker_cls = "other.Worker"
+    with pytest.raises(UserError, match=r"got scheduler_cls None and worker_cls other.Worker"):
+        taken.create_engine_config()
+    with pytest.raises(UserError, match="no scheduler_cls and worker_cls"):
+        choose_classes(type("EngineArgs", (), {}))

@@ -1,0 +1,198 @@
+"""Relief over a true stand-in of vLLM's block pool: what is retired, what never is, and what the workers are told."""
+
+import logging
+
+import numpy as np
+import pytest
+from fakes.vllm_blocks import BLOCK_SIZE, Host
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.blocks import VllmBlocks
+from trtllm_memshare.vllm.request_options import RequestOptions
+from trtllm_memshare.vllm.update import MemShareUpdate
+
+EXACTLY = {"high_watermark": 1.0, "low_watermark": 1.0}  # as many pages go as blocks are missing
+
+
+def retired(host: Host, name: str) -> list[int]:
+    return [i for i, block in enumerate(host.table(name)) if block.is_null]
+
+
+def test_below_the_high_watermark_nothing_is_retired() -> None:
+    host = Host(42)
+    request = host.add("a", 4, 38)
+    update = MemShareUpdate()
+    host.relief.begin_step([request], update)
+    assert not update.null_entries
+    assert retired(host, "a") == []
+
+
+def test_relief_goes_down_to_the_low_watermark_and_oldest_first() -> None:
+    host = Host(12, high_watermark=0.9, low_watermark=0.6, min_kept=0.25)
+    request = host.add("a", 4, 39)  # 10 of 10 blocks
+    update = MemShareUpdate()
+    host.relief.begin_step([request], update)
+    assert retired(host, "a") == [1, 2, 3, 4]
+    assert host.blocks.num_free == 4
+    null = host.blocks.null_block_ids[0]
+    assert update.null_entries == {"a": dict.fromkeys([1, 2, 3, 4], null)}
+    assert host.relief.totals.retired == host.relief.totals.null_entries == 4
+
+
+def test_prompt_recent_and_unfinished_pages_stay_whatever_is_asked() -> None:
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 6, 39)  # prompt in blocks 0 and 1, 38 computed: full to block 8, last 4 tokens protected
+    update = MemShareUpdate()
+    assert host.relief.make_room([request], 100, update) == 6
+    assert retired(host, "a") == [2, 3, 4, 5, 6, 7]
+
+
+def test_no_request_goes_below_its_floor() -> None:
+    host = Host(25, longest=40, min_kept=0.5)
+    requests = [host.add("a", 4, 39), host.add("b", 4, 39, RequestOptions(True, 0.75)), host.add("c", 4, 13)]
+    host.relief.make_room(requests, 100, MemShareUpdate())
+    # 38 computed tokens are 8 full generated pages: ceil(4.0) and ceil(6.0) stay; of c's 2, one is protected.
+    assert [len(retired(host, name)) for name in "abc"] == [4, 2, 1]
+
+
+def test_a_request_that_is_switched_off_keeps_everything() -> None:
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 4, 39, RequestOptions(False, 0.0))
+    assert host.relief.make_room([request], 100, MemShareUpdate()) == 0
+    assert retired(host, "a") == []
+
+
+def test_a_shared_block_is_never_retired() -> None:
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 4, 39)
+    host.table("a")[2].ref_cnt += 1  # a second request has hit it in the prefix cache
+    host.relief.make_room([request], 100, MemShareUpdate())
+    assert 2 not in retired(host, "a")
+    assert {1, 3, 4} <= set(retired(host, "a"))
+
+
+def test_retired_blocks_leave_the_prefix_cache_and_nothing_new_enters_it() -> None:
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 4, 39)
+    for block in host.table("a"):
+        block.block_hash = object()
+    gone = host.table("a")[1]
+    host.relief.make_room([request], 1, MemShareUpdate())
+    assert gone.block_hash is None
+    assert gone.ref_cnt == 0
+    # vLLM caches blocks from this count on.
+    assert host.manager.coordinator.single_type_managers[0].num_cached_block["a"] > 10**9
+
+
+def test_exact_repeats_go_before_older_pages() -> None:
+    host = Host(40, longest=60, min_kept=0.0, min_run_tokens=8, shingle_tokens=4, **EXACTLY)
+    request = host.add("a", 4, 20)
+    phrase = list(range(60, 72))
+    host.grow(request, phrase)  # positions 20 to 31, pages 5 to 7
+    host.grow(request, host.draw.integers(0, 50, 12).tolist())
+    host.grow(request, phrase)
+    host.grow(request, host.draw.integers(0, 50, 12).tolist())
+    host.relief.make_room([request], host.blocks.num_free + 3, MemShareUpdate())
+    assert retired(host, "a") == [5, 6, 7]
+    assert host.relief.totals.retired_repeats == 3
+
+
+def test_null_entries_move_when_the_newest_token_crosses_a_band() -> None:
+    host = Host(13, bands=(0, 40, 1000), min_kept=0.0)
+    request = host.add("a", 4, 39)
+    first, second = host.blocks.null_block_ids
+    host.relief.make_room([request], 1, MemShareUpdate())
+    pages = retired(host, "a")
+    host.relief.cross_bands("a", 39, update := MemShareUpdate())
+    assert not update.null_entries
+    host.relief.cross_bands("a", 40, update := MemShareUpdate())
+    assert update.null_entries == {"a": dict.fromkeys(pages, second)}
+    assert {host.ids("a")[page] for page in pages} == {second}
+    assert first != second
+    host.grow(request, [1, 2])
+    update = MemShareUpdate()
+    host.relief.make_room([request], host.blocks.num_free + 1, update)
+    assert set(update.null_entries["a"].values()) == {second}
+
+
+def test_what_was_retired_goes_again_after_preemption() -> None:
+    host = Host(12, min_kept=0.5)
+    request = host.add("a", 4, 39)
+    host.relief.make_room([request], 100, MemShareUpdate())
+    before = retired(host, "a")
+    host.free("a")
+    host.relief.lose_blocks("a")
+    assert host.relief.totals.null_entries == 0
+    host.give_blocks(request)
+    update = MemShareUpdate()
+    host.relief.begin_step([request], update)
+    assert retired(host, "a") == before == sorted(update.null_entries["a"])
+
+
+def test_all_blocks_are_free_at_the_end() -> None:
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 4, 39)
+    host.relief.make_room([request], 100, MemShareUpdate())
+    host.free("a")
+    host.relief.remove("a")
+    assert host.blocks.num_free == host.blocks.num_blocks == 10
+    assert host.relief.totals.null_entries == 0
+
+
+def test_unknown_surprisal_counts_as_needed_most() -> None:
+    host = Host(12, min_kept=0.0, need="surprisal", **EXACTLY)
+    request = host.add("a", 4, 39)
+    pages = host.relief.pages("a")
+    for page, nats in ((3, 2.0), (5, 1.0)):
+        for slot in range(BLOCK_SIZE):
+            pages.add_surprisal(page * BLOCK_SIZE + slot - 4, nats)
+    for expected in ([5], [3, 5], [1, 3, 5]):
+        host.relief.make_room([request], host.blocks.num_free + 1, MemShareUpdate())
+        assert retired(host, "a") == expected
+        host.manager.block_pool.get_new_blocks(host.blocks.num_free)  # somebody takes what was freed
+
+
+def test_redundancy_comes_from_the_workers() -> None:
+    host = Host(12, min_kept=0.0, need="redundancy", **EXACTLY)
+    request = host.add("a", 4, 39)
+    host.relief.pages("a").set_redundancy(np.array([np.nan, 0.1, 0.9, 0.2], np.float32))
+    host.relief.make_room([request], host.blocks.num_free + 1, MemShareUpdate())
+    assert retired(host, "a") == [2]
+
+
+def test_random_pages_are_the_same_at_every_look() -> None:
+    chosen = []
+    for _ in range(2):
+        host = Host(12, min_kept=0.0, need="random", control_seed=3)
+        request = host.add("a", 4, 39)
+        host.relief.make_room([request], 3, MemShareUpdate())
+        chosen.append(retired(host, "a"))
+    assert chosen[0] == chosen[1] != [1, 2, 3]
+
+
+def test_a_line_says_when_pressure_begins_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 4, 39)
+    with caplog.at_level(logging.INFO, "vllm.memshare"):
+        host.relief.begin_step([request], MemShareUpdate())
+        host.relief.begin_step([request], MemShareUpdate())
+        host.free("a")
+        for _ in range(250):
+            host.relief.begin_step([], MemShareUpdate())
+    begins, ends = (record.getMessage() for record in caplog.records)
+    assert begins == "memory pressure begins: 10 of 10 blocks in use, pages are retired down to 8"
+    assert ends == "memory pressure ends: 2 pages were retired, 0 of 10 blocks in use"
+
+
+def test_a_pool_too_small_for_one_request_is_refused() -> None:
+    with pytest.raises(UserError, match="must hold one request of max_model_len 40, 10 blocks, beside 2 null pages"):
+        Host(12, bands=(0, 100, 1000))
+
+
+def test_retiring_what_cannot_go_is_a_broken_invariant() -> None:
+    host = Host(12)
+    host.add("a", 4, 39)
+    blocks: VllmBlocks = host.blocks
+    blocks.retire("a", [2], 0)
+    with pytest.raises(RuntimeError, match="at 2 of a cannot be retired: null True"):
+        blocks.retire("a", [2], 0)

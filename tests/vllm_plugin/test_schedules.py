@@ -1,0 +1,101 @@
+"""Random schedules over vLLM's own scheduler, synchronous and asynchronous, with prefix caching and without.
+
+Needs vLLM in the environment (``make test-vllm``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import trtllm_memshare
+
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
+
+from vllm.v1.request import RequestStatus
+from vllm_plugin.simulation import Simulation, make_engine_args, make_scheduler, run_schedule
+
+MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
+NUM_BLOCKS = 30  # one request of full length, 24, two null pages, vLLM's own, and three more
+
+
+@pytest.fixture(scope="module")
+def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two bands; nobody reads the keys here."""
+    folder = tmp_path_factory.mktemp("null_pages")
+    bands = torch.tensor([0, 256, 1024], dtype=torch.int32)
+    save_file({"keys": torch.zeros(2, 4, 2, 32), "bands": bands}, folder / "null_pages.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("prefix_caching", [False, True], ids=["no-prefix-cache", "prefix-cache"])
+@pytest.mark.parametrize("admission", ["vllm", "expected", "max-tokens"])
+def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, prefix_caching, admission):
+    retired = null_reads = shared_reads = 0
+    for seed in range(9):
+        need = ("age", "random", "redundancy")[seed % 3]
+        arguments = make_engine_args(
+            MODEL, null_pages, NUM_BLOCKS, prefix_caching, need=need, admission=admission, min_kept=0.25
+        )
+        simulation = run_schedule(make_scheduler(arguments, NUM_BLOCKS, async_scheduling), seed)
+        retired += simulation.scheduler.relief.totals.retired
+        null_reads += simulation.shadow.null_reads
+        shared_reads += simulation.shadow.reads_of_others
+    assert retired > 0, "no schedule came under pressure"
+    assert null_reads > 0
+    assert (shared_reads > 0) == prefix_caching
+
+
+def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages):
+    """A and B have one prompt and say the same. A gives pages up and writes on; B's copies fill the gaps of A's chain.
+
+    Whoever then asks for all of that text must not read what A wrote after it had forgotten.
+    """
+    arguments = make_engine_args(MODEL, null_pages, 60, True, need="age", admission="vllm", min_kept=0.0)
+    scheduler = make_scheduler(arguments, 60, False)
+    simulation = Simulation(scheduler, 0)
+    prompt = [7] * 20
+    simulation.add("a", prompt, 300, {"min_kept": 0.0})
+    while scheduler.requests["a"].num_output_tokens < 150:
+        simulation.step()
+    # Pressure as a step would feel it: the pool is taken away for the moment.
+    pool = scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(scheduler.blocks.num_free)
+    simulation.step()
+    pool.free_blocks(taken)
+    assert scheduler.relief.pages("a").retired
+    while scheduler.requests["a"].num_output_tokens < 250:
+        simulation.step()
+    text = list(scheduler.requests["a"].all_token_ids)
+    simulation.add("b", prompt, 150, {"memshare": False})
+    while "b" in scheduler.requests:
+        simulation.step()
+    simulation.add("c", text[:240], 5, {"memshare": False})
+    simulation.finish()  # the shadow raises if c reads what a computed with gaps
+    assert simulation.shadow.reads_of_others > 0
+
+
+def test_a_request_whose_options_cannot_be_used_ends_with_an_error(null_pages):
+    arguments = make_engine_args(MODEL, null_pages, NUM_BLOCKS, False, need="age")
+    scheduler = make_scheduler(arguments, NUM_BLOCKS, False)
+    simulation = Simulation(scheduler, 0)
+    simulation.add("bad", [7] * 20, 50, {"min_kept": 7})
+    simulation.add("good", [7] * 20, 50, {"min_kept": 0.7})
+    bad = scheduler.requests["bad"]
+    simulation.step()
+    assert bad.status == RequestStatus.FINISHED_ERROR
+    assert "good" in scheduler.requests
+    simulation.finish()
+
+
+def test_with_room_the_plugin_changes_no_step(null_pages):
+    arguments = make_engine_args(MODEL, null_pages, 400, True, need="age")
+    steps = []
+    for kind in (None, "memshare"):
+        scheduler = make_scheduler(arguments, 400, False, kind)
+        steps.append(Simulation(scheduler, 5).plain_steps(40))
+    assert steps[0] == steps[1]

@@ -1,0 +1,54 @@
+"""Settings of the vLLM plugin, and what one request may say."""
+
+import json
+
+import pytest
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.request_options import RequestOptions, parse_request_options
+from trtllm_memshare.vllm.settings import CONFIG_VARIABLE, load_settings, parse_settings
+
+
+def test_settings_come_from_additional_config_or_from_a_file(tmp_path):
+    values = {"null_pages": "here", "min_kept": 0.25, "admission": "vllm"}
+    (tmp_path / "memshare.json").write_text(json.dumps(values))
+    environment = {CONFIG_VARIABLE: str(tmp_path / "memshare.json")}
+    given = load_settings({"memshare": values, "other": 1}, {})
+    assert given == load_settings({}, environment)
+    assert given.memshare.pressure
+    assert given.memshare.min_kept == 0.25
+    assert given.options.admission == "vllm"
+    with pytest.raises(UserError, match=r"given twice.*keep one"):
+        load_settings({"memshare": values}, environment)
+    with pytest.raises(UserError, match="needs settings with null_pages at least"):
+        load_settings({}, {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"null_pages": "x", "min_keep": 1}, "unknown key min_keep .did you mean min_kept"),
+        ({"null_pages": "x", "min_kept": 2}, "min_kept input should be less than or equal to 1"),
+        ({"null_pages": "x", "retired_becomes": "dropped"}, "retired_becomes must be null with vLLM, got dropped"),
+        ({"null_pages": "x", "admission": "some"}, "admission"),
+        ({"null_pages": "x", "need": "attention"}, "need must be one that vLLM can tell"),
+        ({}, "null_pages"),
+        ([], "must hold a JSON object, got list"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_by_name(values, message):
+    with pytest.raises(UserError, match=message):
+        parse_settings(values, "--additional-config memshare")
+
+
+def test_a_request_may_switch_off_or_choose_its_floor():
+    assert parse_request_options(None, 0.5) == RequestOptions(True, 0.5)
+    assert parse_request_options({"min_kept": 0.75, "other": "x"}, 0.5) == RequestOptions(True, 0.75)
+    assert parse_request_options({"memshare": 0}, 0.5) == RequestOptions(False, 0.5)
+    for extra, message in (
+        ({"min_kept": 1.5}, "got 1.5"),
+        ({"memshare": "no"}, "got 'no'"),
+        ({"min_kept": True}, "True"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_request_options(extra, 0.5)

@@ -1,0 +1,183 @@
+"""Signatures of tokens on a CUDA device: the kernels of ``plugins/kernels/page_signatures.cuh`` on torch's stream.
+
+``search.signatures`` is their specification. Nothing here synchronises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_memshare.search.cuda_block_distance import check_pool
+from trtllm_memshare.search.kernel_compiler import compile_source, import_cuda_core
+from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant, kernel_source
+from trtllm_memshare.search.signatures import SignatureProjection
+
+SOURCE = "page_signatures_nvrtc.cu"
+TOKENS_OF_BLOCK = 8
+"""Tokens of a page that one thread block signs."""
+
+_SIGN_THREADS = 256
+_NEAREST_THREADS = 128
+_MAX_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class SignatureVariant:
+    """The kernels compiled for one pool and projection.
+
+    Attributes:
+      dtype, num_layers, num_kv_heads, tokens_per_block, head_dim, rotary_dim: see ``KernelVariant``.
+      num_chosen: layers of the projection.
+      field: 0 = K, 1 = V.
+      width: numbers of a signature.
+
+    Raises:
+      ValueError: a dtype, shape or width that no kernel takes.
+    """
+
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    tokens_per_block: int
+    head_dim: int
+    rotary_dim: int
+    num_chosen: int
+    field: int
+    width: int
+
+    def __post_init__(self) -> None:
+        KernelVariant(
+            self.dtype, self.num_layers, self.num_kv_heads, self.tokens_per_block, self.head_dim, self.rotary_dim
+        )
+        if not 0 < self.width <= _MAX_WIDTH or self.width % 4:
+            raise ValueError(
+                f"the width of a signature must be a multiple of 4 and at most {_MAX_WIDTH}, got {self.width}"
+            )
+
+    @staticmethod
+    def of(pool: torch.Tensor, rotary_dim: int, projection: SignatureProjection) -> SignatureVariant:
+        """For a pool ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``."""
+        _, num_layers, _, num_kv_heads, size, head_dim = pool.shape
+        dtype = str(pool.dtype).removeprefix("torch.")
+        chosen = (len(projection.layers), projection.field, projection.width)
+        return SignatureVariant(dtype, num_layers, num_kv_heads, size, head_dim, rotary_dim, *chosen)
+
+    @property
+    def macros(self) -> list[tuple[str, str]]:
+        """Definitions that turn the source into this variant."""
+        shape = (self.num_layers, self.num_kv_heads, self.tokens_per_block, self.head_dim, self.rotary_dim)
+        return [
+            ("MEMSHARE_ELEMENT", ELEMENT_TYPES[self.dtype].cuda_name),
+            ("MEMSHARE_SHAPE", ",".join(map(str, shape))),
+            ("MEMSHARE_CHOSEN", f"{self.num_chosen},{self.field},{self.width}"),
+        ]
+
+
+def compile_signatures(variant: SignatureVariant, arch: str, cache_dir: Path | None = None, logs: Any = None) -> Any:
+    """Both kernels as a ``cuda.core.ObjectCode``; arguments and errors as ``compile_variant``."""
+    try:
+        return compile_source(kernel_source(SOURCE), "page_signatures", variant.macros, arch, cache_dir, logs)
+    except RuntimeError as error:
+        raise RuntimeError(f"page_signatures does not compile for {arch}, {variant}: {error}") from error
+
+
+class CudaSignatures:
+    """Signs pages of one pool and finds nearest later tokens.
+
+    Args:
+      pool: as ``CudaBlockDistance``.
+      inv_freq: float32 ``[rotary_dim / 2]``, radians per token, half-split layout; not read for V.
+      projection: from ``make_projection``.
+      cache_dir: where cubins are kept; None = ``~/.cache/trtllm_memshare``.
+
+    Raises:
+      ValueError: a pool, dtype, shape or width that no kernel takes; nothing has been compiled then.
+      UserError: ``cuda.core`` is missing.
+    """
+
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        inv_freq: torch.Tensor,
+        projection: SignatureProjection,
+        cache_dir: Path | None = None,
+    ) -> None:
+        check_pool(pool)
+        self._pool, self._projection = pool, projection
+        self.variant = SignatureVariant.of(pool, 2 * len(inv_freq), projection)
+        device = pool.device
+        self._core = import_cuda_core()
+        self._inv_freq = inv_freq.to(device, torch.float32).contiguous()
+        self._layers = torch.from_numpy(projection.layers).to(device, torch.int32)
+        self._matrix = projection.matrix.to(device, torch.float32).contiguous()
+        self._pool_pointer = torch.tensor([pool.data_ptr()], dtype=torch.int64, device=device)
+        self._num_blocks = torch.tensor([pool.shape[0]], dtype=torch.int32, device=device)
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        code = compile_signatures(self.variant, arch, cache_dir or Path.home() / ".cache" / "trtllm_memshare")
+        with torch.cuda.device(device):
+            self._core.Device(device.index).set_current()
+            self._sign, self._nearest = (code.get_kernel(name) for name in ("page_signatures", "nearest_later"))
+
+    def page_signatures(self, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """float32 ``[blocks, tokens_per_block, width]`` on the device; see ``search.signatures.page_signatures``.
+
+        A block outside the pool is not read and gives NaN.
+        """
+        device, count = self._pool.device, len(block_ids)
+        size = self.variant.tokens_per_block
+        out = torch.empty((count, size, self._projection.width), dtype=torch.float32, device=device)
+        if count:
+            blocks, written = (t.to(device, torch.int32).contiguous() for t in (block_ids, positions))
+            self._launch(
+                self._sign, (count, -(-size // TOKENS_OF_BLOCK)), _SIGN_THREADS, self._pool_pointer, self._num_blocks,
+                blocks, written, self._inv_freq, self._layers, self._matrix, out,
+            )  # fmt: skip
+        return out
+
+    def nearest_later(
+        self, signatures: torch.Tensor, jobs: torch.Tensor, best: torch.Tensor, nearest: torch.Tensor
+    ) -> None:
+        """Takes pages that were filled into account, as ``SignatureIndex.append`` does for one request.
+
+        Args:
+          signatures: float32 ``[rows, width]``, on the device, contiguous.
+          jobs: int32 ``[jobs, 4]``: first row and number of the earlier tokens, first row of the page's tokens, its
+            number. Jobs of one call must not share earlier tokens.
+          best: float32 ``[rows]``, largest cosine with a later token; changed.
+          nearest: int32 ``[rows]``, page of that token; changed.
+
+        Raises:
+          ValueError: a tensor of another shape, dtype or device; nothing is launched.
+        """
+        rows, device = len(signatures), self._pool.device
+        named = {
+            "signatures": (signatures, torch.float32, (rows, self._projection.width)),
+            "best": (best, torch.float32, (rows,)),
+            "nearest": (nearest, torch.int32, (rows,)),
+        }
+        for name, (tensor, dtype, shape) in named.items():
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous {dtype} {list(shape)} on {device}, got {tensor.dtype} "
+                    f"{list(tensor.shape)} on {tensor.device}"
+                )
+        if jobs.ndim != 2 or jobs.shape[1] != 4 or jobs.dtype != torch.int32:
+            raise ValueError(f"jobs must be int32 [jobs, 4], got {jobs.dtype} {list(jobs.shape)}")
+        if not len(jobs):
+            return
+        longest = max(1, int(jobs[:, 1].max())) if not jobs.is_cuda else rows
+        grid = (min(64, -(-longest // _NEAREST_THREADS)), len(jobs))
+        on_device = jobs.to(device).contiguous()
+        self._launch(self._nearest, grid, _NEAREST_THREADS, signatures, on_device, best, nearest)
+
+    def _launch(self, kernel: Any, grid: tuple[int, int], threads: int, *tensors: torch.Tensor) -> None:
+        device = self._pool.device
+        with torch.cuda.device(device):
+            self._core.Device(device.index).set_current()
+            stream = self._core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+            config = self._core.LaunchConfig(grid=grid, block=threads)
+            self._core.launch(stream, config, kernel, *(t.data_ptr() for t in tensors))

@@ -1,0 +1,8 @@
+"""MemShare for vLLM: pressure instead of preemption, through vLLM's own extension points.
+
+Nothing in vLLM is changed. ``--scheduler-cls`` and ``--worker-cls`` name the two classes below; modules that import
+vLLM are only imported by vLLM itself.
+"""
+
+SCHEDULER_CLASS = "trtllm_memshare.vllm.scheduler.MemShareScheduler"
+WORKER_CLASS = "trtllm_memshare.vllm.worker.MemShareWorker"

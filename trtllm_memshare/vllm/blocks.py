@@ -1,0 +1,104 @@
+"""vLLM's block pool as pressure uses it: null pages taken for good, blocks retired one by one.
+
+Who owns what, before and after block 7 of a request is retired into null page 3::
+
+    req_to_blocks   [12, 15, 7, 9]     ->  [12, 15, 3, 9]
+    free queue      ...                ->  7, ...           7 is the next block that anybody gets
+    prefix cache    hash(15, 7) -> 7   ->  -                nobody may hit a block that is given away
+
+vLLM does not count references to blocks with ``is_null``; it has one of its own, block 0, which stands for what a
+sliding window has left behind. That one is never written, and padding reads it, so null pages are blocks
+of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from trtllm_memshare.errors import UserError
+
+_NEVER_CACHED = 2**62
+"""More blocks than any request has: vLLM then takes all of its blocks for cached already, and caches no more."""
+
+
+class VllmBlocks:
+    """The blocks of one vLLM scheduler.
+
+    Args:
+      kv_cache_manager: vLLM's ``KVCacheManager`` with one group of full attention.
+      num_null_pages: how many bands of positions the model has.
+      longest_request_tokens: vLLM's ``max_model_len``; one such request must still fit.
+
+    Raises:
+      UserError: the pool is too small for null pages beside one request of full length.
+    """
+
+    def __init__(self, kv_cache_manager: Any, num_null_pages: int, longest_request_tokens: int) -> None:
+        self._group = kv_cache_manager.coordinator.single_type_managers[0]
+        self._pool = kv_cache_manager.block_pool
+        self.block_size: int = self._group.block_size
+        longest = -(-longest_request_tokens // self.block_size)
+        usable = self._pool.num_gpu_blocks - 1 - num_null_pages
+        if usable < longest:
+            raise UserError(
+                f"the KV pool must hold one request of max_model_len {longest_request_tokens}, {longest} blocks, "
+                f"beside {num_null_pages} null pages, got {usable} (raise the KV memory or lower --max-model-len)"
+            )
+        self._null_pages = self._pool.get_new_blocks(num_null_pages)
+        for block in self._null_pages:
+            block.is_null = True
+        # They are nobody's: vLLM's usage and its test for an idle pool count without them.
+        self._pool.num_gpu_blocks -= num_null_pages
+        self.num_blocks: int = usable
+
+    @property
+    def null_block_ids(self) -> list[int]:
+        """The null pages' block ids, by band."""
+        return [block.block_id for block in self._null_pages]
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that vLLM could hand out now, cached ones that nobody uses included."""
+        return self._pool.get_num_free_blocks()
+
+    def num_held(self, request_id: str) -> int:
+        """Entries of a request's table, retired ones included."""
+        return len(self._group.req_to_blocks.get(request_id, ()))
+
+    def owned(self, request_id: str, first: int, last: int) -> list[int]:
+        """Logical blocks in ``[first, last)`` that are this request's alone: not retired, not shared."""
+        blocks = self._group.req_to_blocks.get(request_id, [])
+        return [i for i in range(first, min(last, len(blocks))) if blocks[i].ref_cnt == 1 and not blocks[i].is_null]
+
+    def held(self, request_id: str, first: int, last: int) -> list[int]:
+        """Logical blocks in ``[first, last)`` that are not retired."""
+        blocks = self._group.req_to_blocks.get(request_id, [])
+        return [i for i in range(first, min(last, len(blocks))) if not blocks[i].is_null]
+
+    def retire(self, request_id: str, logical_blocks: Iterable[int], band: int) -> None:
+        """Gives blocks back to the pool, the band's null page in their place; modifies the request's list.
+
+        Blocks that the request fills from now on saw a shorter past than their hash says: none of them is cached.
+        """
+        blocks = self._group.req_to_blocks[request_id]
+        null_page = self._null_pages[band]
+        freed = []
+        for logical in logical_blocks:
+            block = blocks[logical]
+            if block.is_null or block.ref_cnt != 1:
+                raise RuntimeError(
+                    f"block {block.block_id} at {logical} of {request_id} cannot be retired: null {block.is_null}, "
+                    f"references {block.ref_cnt}"
+                )
+            blocks[logical] = null_page
+            freed.append(block)
+        self._pool.evict_blocks({block.block_id for block in freed})
+        self._pool.free_blocks(freed)
+        self._group.num_cached_block[request_id] = _NEVER_CACHED
+
+    def move_band(self, request_id: str, logical_blocks: Iterable[int], band: int) -> None:
+        """Points retired entries at another band's null page."""
+        blocks = self._group.req_to_blocks[request_id]
+        for logical in logical_blocks:
+            blocks[logical] = self._null_pages[band]

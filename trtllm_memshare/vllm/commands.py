@@ -1,0 +1,124 @@
+"""``python -m trtllm_memshare vllm serve MODEL ...`` and ``vllm bench ...``: vLLM's own commands with MemShare.
+
+Every option goes on to vLLM. ``vllm calibrate MODEL`` makes the model's null pages, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
+from trtllm_memshare.engine.null_page_files import save_null_pages
+from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.json_input import parse_json
+from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
+
+_WITH_ENGINE = {"bench": ("throughput", "latency")}
+_OURS = {"--memshare-config": "JSON file with settings", "--null-pages": "folder that vllm calibrate wrote"}
+_TAKEN = ("--scheduler-cls", "--worker-cls")
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Runs ``vllm serve``, ``vllm bench`` or ``vllm calibrate``; its exit status is this process's.
+
+    Raises:
+      UserError: no such command, wrong settings, a conflict, or vLLM is not installed.
+    """
+    known = {"serve": _wrap, "bench": _wrap, "calibrate": _calibrate}
+    if not arguments or arguments[0] not in known:
+        got = arguments[0] if arguments else "nothing"
+        raise UserError(f"{command} needs serve, bench or calibrate, got {got} ({nearest(got, known)})")
+    known[arguments[0]](arguments)
+
+
+def engine_arguments(arguments: Sequence[str]) -> list[str]:
+    """vLLM's arguments with MemShare's classes and settings in them.
+
+    Args:
+      arguments: vLLM's, with ``--memshare-config FILE`` and ``--null-pages FOLDER`` among them.
+
+    Raises:
+      UserError: wrong settings, or an option of vLLM that MemShare needs is set otherwise.
+    """
+    rest, values = _take_options(arguments, (*_OURS, "--additional-config"))
+    for taken in _TAKEN:
+        if any(a.partition("=")[0] == taken for a in rest):
+            raise UserError(f"{taken} is set by MemShare (leave it out, or run vllm itself)")
+    path = values["--memshare-config"]
+    settings = read_settings(Path(path)) if path else {}
+    if values["--null-pages"]:
+        settings["null_pages"] = str(Path(values["--null-pages"]).resolve())
+    if "null_pages" not in settings:
+        raise UserError("vllm needs --null-pages FOLDER, got none (make it with vllm calibrate MODEL --output FOLDER)")
+    parse_settings(settings, path or "the command line")
+    user: Any = parse_json(values["--additional-config"] or "{}", "--additional-config")
+    if not isinstance(user, dict):
+        raise UserError(f"--additional-config must be a JSON object, got {type(user).__name__}")
+    if ADDITIONAL_CONFIG_KEY in user:
+        raise UserError(f"--additional-config has {ADDITIONAL_CONFIG_KEY} already (use --memshare-config FILE instead)")
+    additional = json.dumps({**user, ADDITIONAL_CONFIG_KEY: settings})
+    ours = ["--scheduler-cls", SCHEDULER_CLASS, "--worker-cls", WORKER_CLASS, "--additional-config", additional]
+    return [*rest, *ours]
+
+
+def _wrap(arguments: list[str]) -> None:
+    program = shutil.which("vllm", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    if program is None:
+        raise UserError("vllm is not on PATH (install vLLM 0.32, or build its environment with make vllm)")
+    runs_engine = arguments[0] not in _WITH_ENGINE or any(a in _WITH_ENGINE[arguments[0]] for a in arguments)
+    if not runs_engine:
+        print("memshare: this benchmark is a client, the server has the settings")
+    line = [program, *(engine_arguments(arguments) if runs_engine else arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != CONFIG_VARIABLE}  # it is in the arguments now
+    with tempfile.TemporaryDirectory(prefix="memshare-metrics-") as folder:
+        if arguments[0] == "serve":
+            # The scheduler's process and the API server's write their metrics into one folder.
+            environment.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        print(f"+ {shlex.join(line)}", flush=True)
+        status = subprocess.run(line, env=environment, check=False).returncode
+    sys.exit(status)
+
+
+def _calibrate(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="vllm calibrate", description="Makes a model's null pages, once.")
+    parser.add_argument("model", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--max-model-len", type=int, required=True, help="positions that need a page, in tokens")
+    parser.add_argument("--dtype", default="bfloat16", help="element type of the KV cache (default %(default)s)")
+    options = parser.parse_args(arguments[1:])
+    pages = calibrate_checkpoint(Path(options.model), options.max_model_len, options.dtype)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_null_pages(folder, pages)
+    print(f"null pages: {pages.describe()}")
+
+
+def _take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
+    """Arguments without some options, and their values."""
+    rest: list[str] = []
+    values: dict[str, str | None] = dict.fromkeys(names)
+    pending = None
+    for argument in arguments:
+        name, equals, attached = argument.partition("=")
+        if pending is not None:
+            values[pending], pending = argument, None
+        elif name in names and equals:
+            values[name] = attached
+        elif name in names:
+            pending = name
+        else:
+            rest.append(argument)
+    if pending is not None:
+        raise UserError(f"{pending} needs a value")
+    return rest, values

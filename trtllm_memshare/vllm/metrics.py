@@ -1,0 +1,57 @@
+"""Counters beside vLLM's own, in the process of the scheduler.
+
+vLLM's metrics live in the API server's process. ``memshare vllm serve`` sets PROMETHEUS_MULTIPROC_DIR, so both
+processes write into one folder and ``/metrics`` shows both; inside one process both are in the same registry anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cache
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+
+from trtllm_memshare.vllm.relief import Relief
+
+_COUNTERS = {
+    "retired": "KV blocks that pressure gave back to the pool",
+    "retired_repeats": "Those of them whose text stands again later in the request",
+    "retired_again": "KV blocks given up again by requests that came back from preemption",
+    "band_moves": "Requests whose null entries moved to the next band",
+}
+
+
+@dataclass(frozen=True)
+class _Registered:
+    counters: dict[str, Counter]
+    null_entries: Gauge
+    pressure: Gauge
+
+
+@cache
+def _registered(registry: CollectorRegistry) -> _Registered:
+    """Once for a process: a second engine in it counts on."""
+    return _Registered(
+        {name: Counter(f"memshare_{name}", text, registry=registry) for name, text in _COUNTERS.items()},
+        Gauge(
+            "memshare_null_entries", "Block table entries at a null page", registry=registry, multiprocess_mode="sum"
+        ),
+        Gauge("memshare_pressure", "1 while there is pressure", registry=registry, multiprocess_mode="max"),
+    )
+
+
+class Metrics:
+    """Brings Prometheus up to date with a ``Relief``."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registered = _registered(registry)
+        self._reported = dict.fromkeys(_COUNTERS, 0)
+
+    def report(self, relief: Relief) -> None:
+        """Adds what has happened since the last call."""
+        totals = asdict(relief.totals)
+        for name, counter in self._registered.counters.items():
+            counter.inc(totals[name] - self._reported[name])
+            self._reported[name] = totals[name]
+        self._registered.null_entries.set(totals["null_entries"])
+        self._registered.pressure.set(relief.active)

@@ -1,0 +1,86 @@
+"""The model's null pages: loaded by band for the scheduler, written into the pool by each worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from trtllm_memshare.engine.null_page_files import KEYS_FILE
+from trtllm_memshare.errors import UserError
+
+
+def load_bands(folder: str, max_tokens: int) -> np.ndarray:
+    """First position of each band that a request of ``max_tokens`` can reach, and the last one's end.
+
+    Returns:
+      int32 ``[num_bands + 1]``.
+
+    Raises:
+      UserError: no such file, or the bands end before ``max_tokens``.
+    """
+    path = _path(folder)
+    with safe_open(path, "numpy") as file:
+        bands = file.get_tensor("bands")
+    if bands[-1] < max_tokens:
+        raise UserError(
+            f"{path} covers positions below {bands[-1]}, max_model_len is {max_tokens} (calibrate for longer text or "
+            f"lower --max-model-len)"
+        )
+    return bands[: int(np.searchsorted(bands, max_tokens)) + 1]
+
+
+def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: int, tp_size: int) -> None:
+    """Writes K and V of each band's null page into its block, through the attention backend's own operator.
+
+    Args:
+      runner: vLLM's model runner, KV cache in place; its cache is modified.
+      folder: where the calibration is.
+      block_ids: a block for each band, from the scheduler.
+      tp_rank, tp_size: this worker's share of the KV heads; with more ranks than KV heads each has a copy of one.
+
+    Raises:
+      UserError: the calibration is of a model of another shape.
+    """
+    tensors = load_file(_path(folder))
+    keys = tensors["keys"]  # [num_bands, num_layers, num_kv_heads, head_dim]
+    layers = attention_layers(runner)
+    num_heads, head_dim = layers[0].num_kv_heads, layers[0].head_size
+    total = keys.shape[2] if tp_size > keys.shape[2] else num_heads * tp_size
+    if keys.shape[1:] != (len(layers), total, head_dim):
+        raise UserError(
+            f"{_path(folder)} is of a model with {keys.shape[1]} layers, {keys.shape[2]} KV heads of {keys.shape[3]}, "
+            f"the served one has {len(layers)}, {total} of {head_dim} (calibrate this model)"
+        )
+    first = tp_rank * num_heads if tp_size <= total else tp_rank * total // tp_size  # as vLLM deals heads out
+    block_size = runner.cache_config.block_size
+    for band, block_id in enumerate(block_ids):
+        slots = torch.arange(
+            block_id * block_size, (block_id + 1) * block_size, dtype=torch.int64, device=runner.device
+        )
+        for index, layer in enumerate(layers):
+            key = keys[band, index, first : first + num_heads].to(runner.device, runner.kv_cache_dtype)
+            rows = key[None].expand(block_size, -1, -1).contiguous()
+            layer.impl.do_kv_cache_update(layer, rows, torch.zeros_like(rows), layer.kv_cache, slots)
+
+
+def attention_layers(runner: Any) -> list[Any]:
+    """The model's attention layers that own KV cache, first to last."""
+    context = runner.vllm_config.compilation_config.static_forward_context
+    names = [name for group in runner.kv_cache_config.kv_cache_groups for name in group.layer_names]
+    return [context[name] for name in sorted(names, key=_layer_index)]
+
+
+def _layer_index(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _path(folder: str) -> Path:
+    path = Path(folder) / KEYS_FILE
+    if not path.is_file():
+        raise UserError(f"null_pages must name a folder with {KEYS_FILE}, got {folder} (calibrate the model first)")
+    return path

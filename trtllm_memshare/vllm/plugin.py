@@ -1,0 +1,58 @@
+"""The entry point of vLLM's plugin group ``vllm.general_plugins``: vLLM calls ``register`` in each of its processes.
+
+With ``VLLM_MEMSHARE_CONFIG=FILE`` set, plain ``vllm serve MODEL`` runs with MemShare; without it nothing happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm.settings import CONFIG_VARIABLE, load_settings
+
+
+def register() -> None:
+    """Makes vLLM take MemShare's classes where the user chose none; checks the settings at once.
+
+    Raises:
+      UserError: wrong settings, or a vLLM without the two options.
+    """
+    if not os.environ.get(CONFIG_VARIABLE):
+        return
+    load_settings({}, os.environ)
+    from vllm.engine.arg_utils import EngineArgs
+
+    choose_classes(EngineArgs)
+
+
+def choose_classes(engine_args: type) -> None:
+    """Wraps ``create_engine_config`` of vLLM's ``EngineArgs``, once; modifies the class.
+
+    Raises:
+      UserError: it has no such method or options.
+    """
+    fields = getattr(engine_args, "__dataclass_fields__", {})
+    original = getattr(engine_args, "create_engine_config", None)
+    if original is None or not {"scheduler_cls", "worker_cls"} <= set(fields):
+        raise UserError(
+            "this vLLM's EngineArgs has no scheduler_cls and worker_cls (MemShare was written for vLLM 0.32)"
+        )
+    if getattr(original, "chooses_memshare", False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        chosen = (self.scheduler_cls, self.worker_cls)
+        if chosen not in ((None, "auto"), (SCHEDULER_CLASS, WORKER_CLASS)):
+            raise UserError(
+                f"{CONFIG_VARIABLE} asks for MemShare, got scheduler_cls {chosen[0]} and worker_cls {chosen[1]} "
+                f"(unset one)"
+            )
+        self.scheduler_cls, self.worker_cls = SCHEDULER_CLASS, WORKER_CLASS
+        return original(self, *arguments, **keywords)
+
+    create_engine_config.chooses_memshare = True  # type: ignore[attr-defined]
+    engine_args.create_engine_config = create_engine_config  # type: ignore[attr-defined]

@@ -1,0 +1,100 @@
+"""Refuses by name what this plugin was not made for: a vLLM without what it builds on, or features it excludes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from trtllm_memshare.errors import UserError
+
+_SCHEDULER_METHODS = (
+    "schedule",
+    "add_request",
+    "update_from_output",
+    "_preempt_request",
+    "_free_request",
+    "make_stats",
+)
+_POOL_METHODS = ("get_new_blocks", "free_blocks", "evict_blocks", "get_num_free_blocks")
+_GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
+
+
+def check_classes(version: str, scheduler: type, kv_cache_manager: type, block_pool: type) -> None:
+    """Looks for the methods that are called or overridden.
+
+    Raises:
+      UserError: one is missing or takes other arguments.
+    """
+    for owner, names in (
+        (scheduler, _SCHEDULER_METHODS),
+        (kv_cache_manager, ("allocate_slots",)),
+        (block_pool, _POOL_METHODS),
+    ):
+        for name in names:
+            if not callable(getattr(owner, name, None)):
+                raise UserError(
+                    f"vLLM {version} has no {owner.__name__}.{name}, which MemShare builds on (it was written for "
+                    f"vLLM 0.32)"
+                )
+    first = list(inspect.signature(kv_cache_manager.allocate_slots).parameters)[1:3]  # type: ignore[attr-defined]
+    if first != ["request", "num_new_tokens"]:
+        raise UserError(
+            f"vLLM {version}'s allocate_slots must take request and num_new_tokens, got {', '.join(first)} (MemShare "
+            f"was written for vLLM 0.32)"
+        )
+
+
+def check_scheduler(scheduler: Any, version: str) -> None:
+    """Looks at a scheduler that vLLM has just made.
+
+    Raises:
+      UserError: a feature that MemShare excludes, or a part of the scheduler is missing.
+    """
+    config = scheduler.vllm_config
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ != "FullAttentionSpec":
+        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
+        raise UserError(
+            f"MemShare needs a model whose layers all have full attention, got KV cache groups of {kinds} (serve this "
+            f"model without MemShare)"
+        )
+    spec = groups[0].kv_cache_spec
+    for window in ("sliding_window", "attention_chunk_size"):
+        if getattr(spec, window, None) is not None:
+            raise UserError(f"MemShare excludes {window}, got {getattr(spec, window)} (serve without MemShare)")
+    parallel = config.parallel_config
+    excluded = {
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer": scheduler.connector is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "sleep mode": config.model_config.enable_sleep_mode,
+        "an encoder": scheduler.is_encoder_decoder,
+        f"a KV cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
+        not in ("auto", "float32", "float16", "bfloat16"),
+    }
+    for feature, present in excluded.items():
+        if present:
+            raise UserError(f"MemShare excludes {feature} with vLLM (switch it off, or serve without MemShare)")
+    group = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    for name in _GROUP_ATTRIBUTES:
+        if not hasattr(group, name):
+            raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
+
+
+def runner_form(runner: Any, version: str) -> str:
+    """Which of vLLM's model runners this is, V1 or V2, by what it keeps its block tables in.
+
+    Raises:
+      UserError: neither.
+    """
+    batch = getattr(runner, "input_batch", None)
+    if hasattr(runner, "requests") and hasattr(batch, "block_table") and hasattr(batch, "req_id_to_index"):
+        return "V1"
+    if hasattr(getattr(runner, "block_tables", None), "block_tables") and hasattr(runner, "req_states"):
+        return "V2"
+    raise UserError(
+        f"vLLM {version}'s {type(runner).__name__} keeps its block tables in a form that MemShare does not know (it "
+        f"was written for vLLM 0.32)"
+    )

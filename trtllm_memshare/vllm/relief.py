@@ -1,0 +1,258 @@
+"""Pressure over vLLM's running requests: who gives up which blocks, and when.
+
+Knows vLLM's requests by the attributes named in ``HostRequest`` and its blocks through ``VllmBlocks``; imports nothing
+of vLLM, so it runs over stand-ins too.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.need import find_need, page_need
+from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.search.types import Matcher
+from trtllm_memshare.vllm.blocks import VllmBlocks
+from trtllm_memshare.vllm.pages import RequestPages
+from trtllm_memshare.vllm.request_options import RequestOptions
+from trtllm_memshare.vllm.update import MemShareUpdate
+
+_ASKED_EARLIER = 0.8  # of the high watermark
+_QUIET_STEPS = 200  # without a retirement, until pressure counts as over: it comes and goes with every request
+log = logging.getLogger("vllm.memshare")  # under vLLM's own logger, whose handlers show it
+
+
+class HostRequest(Protocol):
+    """What is read of a vLLM ``Request``. Lengths in tokens; ``num_computed_tokens`` includes those in flight."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_tokens: int
+
+    @property
+    def all_token_ids(self) -> Sequence[int]: ...
+
+
+@dataclass
+class ReliefTotals:
+    """Counts since the start, except ``null_entries``: table entries that point at a null page now."""
+
+    retired: int = 0
+    retired_repeats: int = 0
+    retired_again: int = 0
+    band_moves: int = 0
+    null_entries: int = 0
+
+
+class Relief:
+    """Retires pages of running requests for room in the pool.
+
+    Args:
+      config: settings of pressure.
+      blocks: the scheduler's blocks, null pages taken.
+      bands: int32 ``[num_bands + 1]``, first position of each band and the end of the last.
+      make_matcher: stage 1 for a request, given its number of prompt tokens.
+    """
+
+    def __init__(
+        self, config: MemShareConfig, blocks: VllmBlocks, bands: np.ndarray, make_matcher: Callable[[int], Matcher]
+    ) -> None:
+        self.totals = ReliefTotals()
+        self.active = False
+        self._config = config
+        self._blocks = blocks
+        self._bands = bands
+        self._make_matcher = make_matcher
+        self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
+        self._asks = "redundancy" in find_need(config.need).facts
+        # Answers come one or two steps late, so workers are asked before the high watermark is reached.
+        self._ask_below = (1 - _ASKED_EARLIER * config.high_watermark) * blocks.num_blocks
+        self._pages: dict[str, RequestPages] = {}
+        self._retired_before = 0
+        self._quiet_steps = 0
+
+    def add(self, request_id: str, num_prompt_tokens: int, options: RequestOptions) -> None:
+        """A request has arrived."""
+        self._pages[request_id] = RequestPages(
+            num_prompt_tokens, self._blocks.block_size, options, self._make_matcher(num_prompt_tokens)
+        )
+
+    def remove(self, request_id: str) -> None:
+        """A request has ended; vLLM frees its blocks."""
+        pages = self._pages.pop(request_id, None)
+        if pages is not None:
+            self.totals.null_entries -= pages.num_retired
+
+    def lose_blocks(self, request_id: str) -> None:
+        """A request was preempted; vLLM has freed its blocks."""
+        pages = self._pages[request_id]
+        self.totals.null_entries -= pages.num_retired
+        pages.lose_blocks()
+
+    def pages(self, request_id: str) -> RequestPages:
+        """What is known of a request's pages."""
+        return self._pages[request_id]
+
+    def begin_step(self, running: Iterable[HostRequest], update: MemShareUpdate) -> None:
+        """Before vLLM schedules: relief at the high watermark, and pages of resumed requests that had gone before.
+
+        Args:
+          running: requests whose prompt, and what they had generated before a pause, is computed.
+          update: gets the entries that change; modified.
+        """
+        running = list(running)
+        for request in running:
+            pages = self._pages[request.request_id]
+            if pages.to_retire_again:
+                self._retire_again(request, pages, update)
+        size = self._blocks.block_size
+        if self._asks and self._blocks.num_free < self._ask_below:
+            for request in running:
+                self._ask(request, update)
+        wanted = sum(request.num_computed_tokens % size == 0 for request in running)
+        self.make_room(running, wanted, update, force=False)
+        self._tell_end()
+
+    def make_room(
+        self, running: Iterable[HostRequest], num_wanted: int, update: MemShareUpdate, force: bool = True
+    ) -> int:
+        """Retires pages until ``num_wanted`` blocks can be taken, and on to the low watermark if possible.
+
+        Args:
+          num_wanted: blocks that are about to be taken.
+          force: ``num_wanted`` are needed whatever the watermarks say.
+
+        Returns:
+          Blocks that went back to the pool.
+        """
+        free, total = self._blocks.num_free, self._blocks.num_blocks
+        count = self._watermarks.pages_to_free(total - free, num_wanted, total)
+        if force:
+            count = max(count, num_wanted - free)
+        if count <= 0:
+            return 0
+        by_id = {request.request_id: request for request in running}
+        views = [view for request in by_id.values() if (view := self._view(request, force)) is not None]
+        freed = 0
+        for request_id, chosen in choose_pages(views, count):
+            name = str(request_id)
+            repeats = self._pages[name].repeated()
+            self.totals.retired_repeats += sum(page in repeats for page in chosen.tolist())
+            self._retire(by_id[name], chosen.tolist(), update)
+            freed += len(chosen)
+        if freed:
+            self._quiet_steps = 0
+            self._tell_begin(total - free)
+        self.totals.retired += freed
+        return freed
+
+    def cross_bands(self, request_id: str, newest_position: int, update: MemShareUpdate) -> None:
+        """Moves a request's null entries when this step's newest token lies in another band than they do."""
+        pages = self._pages.get(request_id)
+        if pages is None or not pages.retired:
+            return
+        band = self._band(newest_position)
+        if band == pages.band:
+            return
+        self._blocks.move_band(request_id, pages.retired, band)
+        self._note(request_id, pages, pages.retired, band, update)
+        self.totals.band_moves += 1
+
+    def _view(self, request: HostRequest, force: bool) -> PressureView | None:
+        """What a request could give up now; None if nothing. ``force``: look again where there was nothing before."""
+        pages = self._pages[request.request_id]
+        if not pages.options.memshare:
+            return None
+        full = pages.num_full(request.num_computed_tokens)
+        if full <= pages.exhausted_at and not force:
+            return None
+        room = floor_room(full, pages.num_retired, pages.options.min_kept)
+        pages.see_tokens(request.all_token_ids)
+        repeats = pages.repeated()
+        owned = self._blocks.owned(
+            request.request_id, pages.first_generated, pages.retirable_end(request.num_computed_tokens)
+        )
+        if not owned or room == 0:
+            pages.exhausted_at = full
+            return None
+        array = np.array(owned, np.int32)
+        draws = np.random.default_rng([self._config.control_seed, zlib.crc32(request.request_id.encode())])
+        return PressureView(
+            request.request_id,  # type: ignore[arg-type]  # any name will do
+            array,
+            page_need(self._config.need, pages.facts(array, draws)),
+            np.array([page in repeats for page in owned]),
+            room,
+        )
+
+    def _retire(self, request: HostRequest, logical_blocks: list[int], update: MemShareUpdate) -> None:
+        """Gives blocks up; the newest token whose query the entries will meet is the first one not computed yet."""
+        pages = self._pages[request.request_id]
+        band = self._band(request.num_computed_tokens)
+        self._blocks.retire(request.request_id, logical_blocks, band)
+        self.totals.null_entries += len(logical_blocks)
+        if pages.retired and band != pages.band:
+            self._blocks.move_band(request.request_id, pages.retired, band)
+            self._note(request.request_id, pages, pages.retired, band, update)
+        self._note(request.request_id, pages, logical_blocks, band, update)
+        pages.retired.extend(logical_blocks)
+
+    def _ask(self, request: HostRequest, update: MemShareUpdate) -> None:
+        pages = self._pages[request.request_id]
+        full = pages.first_generated + pages.num_full(request.num_computed_tokens)
+        if pages.options.memshare and full > pages.num_asked:
+            first = max(pages.first_generated, pages.num_asked)
+            # Entries that are null at this point have nothing to say.
+            owned = self._blocks.held(request.request_id, first, full)
+            if owned:
+                update.asked[request.request_id] = owned
+            pages.num_asked = full
+
+    def _retire_again(self, request: HostRequest, pages: RequestPages, update: MemShareUpdate) -> None:
+        full = pages.first_generated + pages.num_full(request.num_computed_tokens)
+        owned = set(self._blocks.owned(request.request_id, pages.first_generated, full))
+        again = [page for page in pages.to_retire_again if page in owned]
+        pages.to_retire_again = []
+        if again:
+            self._retire(request, again, update)
+            self.totals.retired_again += len(again)
+
+    def _note(
+        self, request_id: str, pages: RequestPages, logical_blocks: Iterable[int], band: int, update: MemShareUpdate
+    ) -> None:
+        block_id = self._blocks.null_block_ids[band]
+        for logical in logical_blocks:
+            update.set(request_id, logical, block_id)
+        pages.band = band
+
+    def _band(self, position: int) -> int:
+        return int(np.searchsorted(self._bands[1:-1], position, "right"))
+
+    def _tell_begin(self, num_used: int) -> None:
+        if not self.active:
+            self.active, self._retired_before = True, self.totals.retired
+            log.info(
+                "memory pressure begins: %d of %d blocks in use, pages are retired down to %d",
+                num_used,
+                self._blocks.num_blocks,
+                int(self._config.low_watermark * self._blocks.num_blocks),
+            )
+
+    def _tell_end(self) -> None:
+        self._quiet_steps += 1
+        if not self.active or self._quiet_steps < _QUIET_STEPS:
+            return
+        self.active = False
+        log.info(
+            "memory pressure ends: %d pages were retired, %d of %d blocks in use",
+            self.totals.retired - self._retired_before,
+            self._blocks.num_blocks - self._blocks.num_free,
+            self._blocks.num_blocks,
+        )

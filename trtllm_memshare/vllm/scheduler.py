@@ -1,0 +1,178 @@
+"""vLLM's scheduler with pressure: pages are retired before anybody would be preempted.
+
+``--scheduler-cls`` names ``MemShareScheduler``; with async scheduling it makes a ``MemShareAsyncScheduler``. What
+changes against vLLM's own: relief before each step and where an allocation fails, admission, and what the workers
+are told. Everything else, order, budgets and preemption as the last resort, is vLLM's.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import vllm
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.matchers import make_matcher_factory
+from trtllm_memshare.vllm.admission import Admission
+from trtllm_memshare.vllm.blocks import VllmBlocks
+from trtllm_memshare.vllm.boundaries import boundary_tokens
+from trtllm_memshare.vllm.metrics import Metrics
+from trtllm_memshare.vllm.null_pages import load_bands
+from trtllm_memshare.vllm.probe import check_classes, check_scheduler
+from trtllm_memshare.vllm.relief import Relief
+from trtllm_memshare.vllm.request_options import RequestOptions, parse_request_options
+from trtllm_memshare.vllm.settings import load_settings
+from trtllm_memshare.vllm.update import ATTRIBUTE, REDUNDANCY, MemShareUpdate
+
+logger = init_logger("vllm.memshare")
+
+
+class MemShareScheduler(Scheduler):
+    """Scheduler for vLLM 0.32. Takes vLLM's arguments.
+
+    Raises:
+      UserError: wrong settings, a vLLM or a feature that is not supported, or a pool too small for null pages.
+    """
+
+    def __new__(cls, vllm_config: Any, *arguments: Any, **keywords: Any) -> MemShareScheduler:
+        """Follows vLLM's choice of async scheduling."""
+        if cls is MemShareScheduler and vllm_config.scheduler_config.async_scheduling:
+            return super().__new__(MemShareAsyncScheduler)
+        return super().__new__(cls)
+
+    def __init__(self, vllm_config: Any, *arguments: Any, **keywords: Any) -> None:
+        check_classes(vllm.__version__, Scheduler, KVCacheManager, BlockPool)
+        super().__init__(vllm_config, *arguments, **keywords)
+        check_scheduler(self, vllm.__version__)
+        self.settings = load_settings(vllm_config.additional_config, os.environ)
+        config, options = self.settings.memshare, self.settings.options
+        bands = load_bands(options.null_pages, self.max_model_len)
+        self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len)
+        factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
+        self.relief = Relief(config, self.blocks, bands, factory)
+        self.admission = Admission(options, config.protected_tokens, self.blocks.num_blocks, self.blocks.block_size)
+        self._metrics = Metrics()
+        self._untold = True  # no step has named the null pages to the workers yet
+        self._update = MemShareUpdate()
+        self._settled: list[Request] = []
+        self._allocate = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_with_relief
+        logger.info(
+            "MemShare: %d blocks of %d tokens, %d null pages, min_kept %s, need %s, admission %s",
+            self.blocks.num_blocks,
+            self.blocks.block_size,
+            len(bands) - 1,
+            config.min_kept,
+            config.need,
+            options.admission,
+        )
+
+    def schedule(self, *arguments: Any, **keywords: Any) -> SchedulerOutput:
+        """vLLM's schedule; before it pages are retired at the high watermark, with it goes what workers must know."""
+        self._update = MemShareUpdate()
+        self._settled = [request for request in self.running if not request.is_prefill_chunk]
+        self.relief.begin_step(self._settled, self._update)
+        output = super().schedule(*arguments, **keywords)
+        for request_id in output.num_scheduled_tokens:
+            # Advanced by the step that was just scheduled: its newest token is the last one computed.
+            self.relief.cross_bands(request_id, self.requests[request_id].num_computed_tokens - 1, self._update)
+        self._update.keep_only({request.request_id for request in self.running})
+        if self._untold:
+            self._update.null_blocks, self._untold = self.blocks.null_block_ids, False
+        setattr(output, ATTRIBUTE, self._update)
+        return output
+
+    def _allocate_with_relief(
+        self, request: Request, num_new_tokens: int, *arguments: Any, **keywords: Any
+    ) -> KVCacheBlocks | None:
+        """Takes the place of ``KVCacheManager.allocate_slots``; None makes vLLM wait or preempt, as before."""
+        waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        if waiting and not self.admission.admits(request, self.running, self.relief):
+            return None
+        blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
+        if blocks is not None:
+            return blocks
+        size, held = self.blocks.block_size, self.blocks.num_held(request.request_id)
+        end = max(request.num_tokens if waiting else 0, request.num_computed_tokens + num_new_tokens)
+        wanted = -(-min(end + self.num_lookahead_tokens, self.max_model_len) // size) - held
+        if waiting:
+            wanted += self.kv_cache_manager.watermark_blocks
+        running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
+        if self.relief.make_room(running, wanted, self._update) == 0:
+            return None
+        return self._allocate(request, num_new_tokens, *arguments, **keywords)
+
+    def add_request(self, request: Request) -> None:
+        """vLLM's; a request whose options cannot be used ends with an error, it is not served otherwise."""
+        if request.request_id not in self.requests:
+            self.relief.add(request.request_id, request.num_prompt_tokens, self._options(request))
+        super().add_request(request)
+
+    def _options(self, request: Request) -> RequestOptions:
+        default = self.settings.memshare.min_kept
+        if request.sampling_params is None or request.resumable:
+            return RequestOptions(False, 1.0)  # pooling; a session's answer becomes part of its next prompt
+        try:
+            return parse_request_options(request.sampling_params.extra_args, default)
+        except UserError as error:
+            logger.error("request %s is refused: %s", request.request_id, error)
+            # vLLM ends these requests with an error once the step is done, whatever the reason was.
+            self.grammar_compile_error_reqs.add(request.request_id)
+            return RequestOptions(False, 1.0)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        """vLLM's; takes what the workers found out about pages, and the surprisal of sampled tokens, on the way."""
+        for request_id, redundancy in getattr(model_runner_output, REDUNDANCY, {}).items():
+            if request_id in self.requests:
+                self.relief.pages(request_id).set_redundancy(redundancy)
+        if model_runner_output.logprobs is not None and "surprisal" in self.settings.memshare.need:
+            self._take_surprisal(model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _take_surprisal(self, output: ModelRunnerOutput) -> None:
+        """Only requests that ask for log-probabilities have any."""
+        for request_id, row in output.req_id_to_index.items():
+            request = self.requests.get(request_id)
+            if request is None or not output.sampled_token_ids or not output.sampled_token_ids[row]:
+                continue
+            sampling = request.sampling_params
+            if sampling is None or sampling.logprobs is None or request.num_stale_output_tokens:
+                continue
+            of_request = output.logprobs.slice_request(row, 1)
+            self.relief.pages(request_id).add_surprisal(request.num_output_tokens, -float(of_request.logprobs[0][0]))
+
+    def _preempt_request(self, request: Request, *arguments: Any, **keywords: Any) -> None:
+        super()._preempt_request(request, *arguments, **keywords)
+        self.relief.lose_blocks(request.request_id)
+        self.admission.note_change()
+
+    def _free_request(self, request: Request, *arguments: Any, **keywords: Any) -> Any:
+        if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            self.admission.lengths.add(request.num_output_tokens)
+        self.relief.remove(request.request_id)
+        self.admission.note_change()
+        return super()._free_request(request, *arguments, **keywords)
+
+    def make_stats(self, *arguments: Any, **keywords: Any) -> Any:
+        """vLLM's; brings our counters up to date with it."""
+        self._metrics.report(self.relief)
+        return super().make_stats(*arguments, **keywords)
+
+
+class MemShareAsyncScheduler(MemShareScheduler, AsyncScheduler):
+    """The same over vLLM's async scheduler: a step is scheduled while the one before it runs.
+
+    Retired blocks are safe to hand out at once: workers run steps in order, so whoever writes them next comes after
+    the last step that read them.
+    """

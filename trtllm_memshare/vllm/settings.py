@@ -1,0 +1,105 @@
+"""What a user sets for vLLM: ``--additional-config '{"memshare": {...}}'``, or a file named by the environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
+from trtllm_memshare.search.config import PRESETS, MemShareConfig, parse_config
+from trtllm_memshare.search.need import find_need
+
+CONFIG_VARIABLE = "VLLM_MEMSHARE_CONFIG"
+"""Environment variable with the path of a JSON file; vLLM hands variables that start with VLLM on to its workers."""
+ADDITIONAL_CONFIG_KEY = "memshare"
+
+
+class VllmOptions(BaseModel):
+    """Settings beside those of the search.
+
+    ``null_pages``: the folder that ``memshare vllm calibrate`` wrote. ``admission``: what a waiting request needs
+    before it gets in. vllm: free blocks for its prompt. expected: that the pool holds everybody's kept pages up to the
+    length that finished requests suggest. max-tokens: the same up to each request's max_tokens, so nobody is preempted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    null_pages: str
+    admission: Literal["vllm", "expected", "max-tokens"] = "expected"
+    admission_quantile: float = Field(0.9, gt=0, lt=1, description="of finished requests' lengths, for expected")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """Everything that was set."""
+
+    memshare: MemShareConfig
+    options: VllmOptions
+
+
+def load_settings(additional_config: object, environment: Mapping[str, str]) -> VllmSettings:
+    """Settings from the ``memshare`` part of ``--additional-config``, else from the file in the environment.
+
+    Args:
+      additional_config: ``VllmConfig.additional_config``.
+      environment: the process's.
+
+    Raises:
+      UserError: neither is given, both are, an unknown key, or a value out of range.
+    """
+    part = additional_config.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+    path = environment.get(CONFIG_VARIABLE)
+    if part is not None and path:
+        raise UserError(
+            f"MemShare's settings are given twice, by --additional-config and by {CONFIG_VARIABLE}={path} (keep one)"
+        )
+    if part is None and not path:
+        raise UserError(
+            f"MemShare needs settings with null_pages at least, got none (--additional-config "
+            f'\'{{"{ADDITIONAL_CONFIG_KEY}": {{"null_pages": "FOLDER"}}}}\' or {CONFIG_VARIABLE}=FILE)'
+        )
+    where = path or f"--additional-config {ADDITIONAL_CONFIG_KEY}"
+    return parse_settings(part if path is None else read_settings(Path(path)), where)
+
+
+def parse_settings(values: object, where: str) -> VllmSettings:
+    """Validates one mapping of settings; ``where`` names it in errors. Raises UserError."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must hold a JSON object, got {type(values).__name__}")
+    known = {*MemShareConfig.model_fields, *VllmOptions.model_fields}
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where} has an unknown key {name} ({nearest(str(name), known)})")
+    search = {k: v for k, v in values.items() if k in MemShareConfig.model_fields}
+    config = parse_config({**PRESETS["pressure"], **search}, where)
+    if config.retired_becomes != "null":
+        raise UserError(
+            f"retired_becomes must be null with vLLM, got {config.retired_becomes} (its kernels read every entry)"
+        )
+    facts = find_need(config.need).facts
+    if "attention" in facts or "recent_attention" in facts:
+        raise UserError(
+            f"need must be one that vLLM can tell, got {config.need} (take redundancy, surprisal-redundancy, "
+            f"surprisal, age or random: its kernels do not report attention)"
+        )
+    try:
+        options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, VllmOptions.model_fields, where)) from error
+    return VllmSettings(config, options)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A settings file. Raises UserError if it is not one JSON object."""
+    try:
+        values = json.loads(read_text(path, f"the file of {CONFIG_VARIABLE}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values

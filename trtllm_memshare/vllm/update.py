@@ -1,0 +1,72 @@
+"""What the scheduler tells the workers about retired blocks, and how a worker's block tables follow.
+
+It travels with the scheduler's output of a step and is applied before that step, by request id: rows of the tables move
+when requests leave, their ids do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any
+
+ATTRIBUTE = "memshare"
+"""Name under which a ``MemShareUpdate`` rides on vLLM's ``SchedulerOutput``."""
+REDUNDANCY = "memshare_redundancy"
+"""Name under which redundancy by request id, float32 ``[pages]``, rides back on vLLM's ``ModelRunnerOutput``."""
+
+
+@dataclass
+class MemShareUpdate:
+    """Entries that change before the step.
+
+    Attributes:
+      null_blocks: the null pages' block ids by band, with the first step only: the workers write them.
+      null_entries: request id -> logical block -> block id of a null page; the last word on each entry only, since
+        model runner V2 writes all entries of a step at once.
+      asked: request id -> full generated pages whose redundancy the scheduler wants to know, new ones only.
+    """
+
+    null_blocks: list[int] | None = None
+    null_entries: dict[str, dict[int, int]] = field(default_factory=dict)
+    asked: dict[str, list[int]] = field(default_factory=dict)
+
+    def set(self, request_id: str, logical_block: int, block_id: int) -> None:
+        """The entry points at this null page from this step on."""
+        self.null_entries.setdefault(request_id, {})[logical_block] = block_id
+
+    def keep_only(self, request_ids: Container[str]) -> None:
+        """Forgets requests that lost all their blocks later in the same step."""
+        self.null_entries = {r: e for r, e in self.null_entries.items() if r in request_ids}
+        self.asked = {r: pages for r, pages in self.asked.items() if r in request_ids}
+
+
+def apply_to_v1_runner(runner: Any, update: MemShareUpdate) -> None:
+    """Rewrites the tables of vLLM's model runner V1.
+
+    Both places are written: the request's own list, from which its row is made again whenever it comes back into the
+    batch, and the row of the batch if it has one now.
+    """
+    batch = runner.input_batch
+    table = batch.block_table[0].block_table.np
+    for request_id, entries in update.null_entries.items():
+        state = runner.requests.get(request_id)
+        if state is None:
+            continue  # it ended in the step in which its blocks were retired
+        block_ids = state.block_ids[0]
+        row = batch.req_id_to_index.get(request_id)
+        for logical, block_id in entries.items():
+            block_ids[logical] = block_id
+            if row is not None:
+                table[row, logical] = block_id
+
+
+def apply_to_v2_runner(runner: Any, update: MemShareUpdate) -> None:
+    """Rewrites the tables of model runner V2, which keeps one row a request and stages writes to the device."""
+    table = runner.block_tables.block_tables[0]
+    for request_id, entries in update.null_entries.items():
+        row = runner.req_states.req_id_to_index.get(request_id)
+        if row is None:
+            continue
+        for logical, block_id in entries.items():
+            table.stage_write(row, logical, [block_id])

@@ -1,0 +1,112 @@
+"""vLLM's worker with null pages: writes them once the scheduler has named their blocks, and lets block tables follow.
+
+``--worker-cls`` names ``MemShareWorker``. Its base is the worker that vLLM would take on this platform.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.need import find_need
+from trtllm_memshare.vllm.null_pages import attention_layers, write_null_pages
+from trtllm_memshare.vllm.probe import runner_form
+from trtllm_memshare.vllm.redundancy import RedundancyReports, ValueSignatures
+from trtllm_memshare.vllm.settings import load_settings
+from trtllm_memshare.vllm.update import ATTRIBUTE, REDUNDANCY, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+else:
+    _WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker", "cuda": "vllm.v1.worker.gpu_worker.Worker"}
+    if current_platform.device_type not in _WORKERS:
+        raise UserError(
+            f"MemShare runs on vLLM's platforms {', '.join(_WORKERS)}, got {current_platform.device_type} (serve "
+            f"without MemShare)"
+        )
+    PlatformWorker = resolve_obj_by_qualname(_WORKERS[current_platform.device_type])
+
+
+class MemShareWorker(PlatformWorker):
+    """A worker whose block tables follow the scheduler's retirements.
+
+    Raises:
+      UserError: wrong settings, or a model runner of an unknown form.
+    """
+
+    _apply: Any = None
+    _reports: RedundancyReports | None = None
+    _answers: dict[str, Any] | None = None
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """vLLM's; before it the tables take over what changed. A step without our scheduler's update is an error."""
+        update: MemShareUpdate | None = getattr(scheduler_output, ATTRIBUTE, None)
+        if update is None:
+            raise UserError(
+                "MemShareWorker needs MemShareScheduler beside it, got a step of another scheduler (give both "
+                "--scheduler-cls and --worker-cls, or use memshare vllm)"
+            )
+        if update.null_blocks is not None:
+            self._prepare(update.null_blocks)
+        if self._reports is not None and (update.asked or update.null_entries or scheduler_output.finished_req_ids):
+            self._answers = self._reports.answer(update, self._tables(update), scheduler_output.finished_req_ids)
+        if update.null_entries:
+            self._apply(self.model_runner, update)
+        return self._answered(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """vLLM's second half of a step."""
+        return self._answered(super().sample_tokens(grammar_output))
+
+    def _answered(self, output: Any) -> Any:
+        """The step's output with the redundancy that was asked for; an async one gets it when it is read."""
+        if output is None or not self._answers:
+            return output
+        answers, self._answers = self._answers, None
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _Answered(output, answers)
+        setattr(output, REDUNDANCY, answers)
+        return output
+
+    def _tables(self, update: MemShareUpdate) -> dict[str, list[int]]:
+        requests = self.model_runner.requests
+        return {name: requests[name].block_ids[0] for name in update.asked if name in requests}
+
+    def _prepare(self, null_blocks: list[int]) -> None:
+        """With the first step: writes the null pages, and starts to watch values if the need asks for them."""
+        form = runner_form(self.model_runner, vllm.__version__)
+        self._apply = apply_to_v1_runner if form == "V1" else apply_to_v2_runner
+        settings = load_settings(self.vllm_config.additional_config, os.environ)
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        write_null_pages(self.model_runner, settings.options.null_pages, null_blocks, rank, size)
+        if "redundancy" not in find_need(settings.memshare.need).facts:
+            return
+        if form != "V1":
+            raise UserError(
+                f"need {settings.memshare.need} reads redundancy, which MemShare tells with vLLM's model runner V1 "
+                f"only, got {form} (set VLLM_USE_V2_MODEL_RUNNER=0, or need age)"
+            )
+        cache = self.model_runner.kv_cache_config
+        block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
+        layers = attention_layers(self.model_runner)
+        signatures = ValueSignatures(layers, cache.num_blocks * block_size, block_size, self.model_runner.device)
+        self._reports = RedundancyReports(signatures, block_size)
+
+
+class _Answered(AsyncModelRunnerOutput):
+    """An async output that carries redundancy once it is there."""
+
+    def __init__(self, output: Any, answers: dict[str, Any]) -> None:
+        self._output, self._answers = output, answers
+
+    def get_output(self) -> Any:
+        output = self._output.get_output()
+        setattr(output, REDUNDANCY, self._answers)
+        return output
