@@ -58,12 +58,14 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=120, help="most texts (default: %(default)s)")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", help="only these, at half of the pages kept (default: the study's)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_model.jsonl"))
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay = MaskedReplay(arguments.model_dir, arguments.compute)
     texts = token_texts(read_traces(), tokenizer, arguments.tokens)
-    wanted = ((text, tasks_of(index)) for index, text in enumerate(islice(texts, arguments.texts)))
+    chosen = [Task(arm) for arm in arguments.arms or ()]
+    wanted = ((text, chosen or tasks_of(index)) for index, text in enumerate(islice(texts, arguments.texts)))
     compute_rows(replay, wanted, RowFile(arguments.output))
 
 
