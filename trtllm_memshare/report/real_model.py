@@ -168,8 +168,7 @@ def fill_page(page: Path, tables: dict[str, str]) -> None:
 def loops_table(rows: list[Row]) -> str:
     """What a preset holds of endless repeats, and what becomes of the text around them."""
     lines = [
-        "| passage | tokens | pages before | written in the loop | held halfway | held at its end | loss before | in it "
-        "| after |",
+        "| passage | tokens | pages before | written in it | halfway | at its end | loss before | in it | after |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in rows:

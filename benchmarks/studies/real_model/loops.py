@@ -30,6 +30,7 @@ PASSAGES = {
     "English": "Wait, let me check that again. The sum is 14, so the answer must be 14. Hmm, but is it right?\n\n",
     "formula": "\\[ x^2 + 3x - 10 = (x + 5)(x - 2) = 0 \\]\n\nSo x = -5 or x = 2. Check: 4 + 6 - 10 = 0.\n\n",
     "Chinese": "等一下，让我再检查一遍。三加四等于七，所以答案是七。\n\n",
+    "Russian": "Подождите, проверим ещё раз: три плюс четыре равно семи.\n\n",
 }
 
 
