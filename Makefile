@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test lint demo real figures vllm test-vllm clean
+.PHONY: venv test nightly lint demo real figures vllm test-vllm clean
 
 BIN := .venv/bin
 
@@ -12,6 +12,10 @@ venv: .venv/ready
 
 test: venv
 	$(BIN)/python -m pytest -q
+
+# Killed processes, shutdown under load: several servers, minutes.
+nightly: venv
+	MEMSHARE_NIGHTLY=1 $(BIN)/python -m pytest -q
 
 lint: venv
 	$(BIN)/ruff check .

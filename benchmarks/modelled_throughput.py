@@ -4,13 +4,15 @@
 fakes, which hold the recorded semantics (what frees a block, what a policy counts as still needed, pauses that
 recompute); the adapter on top is the real one. The duration of an iteration comes from a bandwidth model:
 
-    decode   (bytes of the weights + bytes of K and V that all requests read, aliases each time) / bandwidth
+    decode   (bytes of the weights + bytes of K and V that all requests read, aliases each time, null pages never: they
+             stay in the cache of the GPU) / bandwidth
     prefill  2 * parameters * tokens / FLOP rate, where it is longer than the reading of the weights
     others   a fixed time for launches and host; with sharing its measured host cost, taken as proportional to the
              requests and not hidden behind the GPU, and reads and copies of pages
 
-Text is scripted: answers of the bundled model, or real DeepSeek-R1 traces. Stage 2 is left out (preset `lexical`),
-since scripted text has no K and V: it would refuse some of what is shared here. The last line is JSON.
+Text is scripted: answers of the bundled model, or real DeepSeek-R1 traces. Scripted text has no K and V, so that stage
+2 is left out (preset `lexical`; it would refuse some of what is shared here), and preset `pressure` gives up the oldest
+pages: how many go and when does not depend on which. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 from trtllm_memshare.evaluation.texts import make_streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the fakes hold the recorded contracts
-from trtllm_pytorch.conftest import TextlessFacts, sharing_class
+from trtllm_pytorch.conftest import TextlessFacts, sharing_class, write_null_pages
 from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_mapping
 from trtllm_pytorch.fake_requests import LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
@@ -81,6 +84,12 @@ class ModelledExecutor(FakeExecutor):
                 admitted.append(request)
         return admitted
 
+    def _write_table(self, batch: ScheduledRequests) -> None:
+        """Nobody reads it; sharing is told that there was one."""
+        shared = getattr(self.manager, "memshare", None)
+        if shared is not None:
+            shared.num_tables += 1
+
     def _write(self, request_id: int, position: int) -> None:
         pass
 
@@ -89,13 +98,19 @@ class ModelledExecutor(FakeExecutor):
         prompt_tokens = sum(r.prompt_len for r in batch.context_requests)
         self.recomputed += sum(r.prompt_len for r in batch.context_requests if r.num_lives > 1)
         super()._forward(batch)
-        self.tables.clear()
-        kv_tokens = sum(self.processed[r.py_request_id] for r in batch.generation_requests)
+        kv_tokens = sum(self.processed[r.py_request_id] - self._forgotten(r) for r in batch.generation_requests)
         reading = (m.weights_bytes + kv_tokens * m.kv_bytes_per_token) / m.bandwidth
         self.seconds += max(reading, 2 * m.parameters * prompt_tokens / m.flops) + m.overhead_s
         self.steps += 1
         self.running += len(batch.generation_requests)
         self.peak_blocks = max(self.peak_blocks, self.pool.shape[0] - self.manager.get_num_free_blocks())
+
+    def _forgotten(self, request) -> int:
+        """Tokens whose entries name a null page."""
+        shared = getattr(self.manager, "memshare", None)
+        if shared is None or shared.pressure is None:
+            return 0
+        return shared.manager.page_counts(request.py_request_id)[1] * self.manager.tokens_per_block
 
     def add_sharing_time(self) -> None:
         """Host cost of every iteration, and the reads and copies of pages, none of it hidden behind the GPU's work."""
@@ -103,6 +118,14 @@ class ModelledExecutor(FakeExecutor):
         page = self.manager.tokens_per_block * m.kv_bytes_per_token
         pages = 2 * shared.tail.num_copies + 2 * shared.policy.num_candidates
         self.seconds += self.running * m.hook_s_per_request + pages * page / m.bandwidth
+
+
+def make_settings_of(preset: str, longest: int) -> Settings:
+    """The preset's, with made-up null pages for two bands where it needs some."""
+    if preset != "pressure":
+        return Settings(make_config(preset), AdapterOptions(stats_interval=1000))
+    folder = write_null_pages(tempfile.mkdtemp(), [0, longest // 2, longest])
+    return Settings(make_config(preset, need="age"), AdapterOptions(stats_interval=1000, null_pages=folder))
 
 
 def run(texts, boundaries, policy: str, preset: str | None, blocks: int, size: int, machine: Machine) -> dict:
@@ -115,7 +138,7 @@ def run(texts, boundaries, policy: str, preset: str | None, blocks: int, size: i
     longest = max(len(prompt) + len(output) for prompt, output in texts) + size
     manager_class = FakeKVCacheManager
     if preset is not None:
-        settings = Settings(make_config(preset), AdapterOptions(stats_interval=1000))
+        settings = make_settings_of(preset, longest)
         manager_class = sharing_class(FakeKVCacheManager, Facts(None), settings)
     manager = manager_class(
         make_cache_config(blocks, size), "SELF", num_layers=2, num_kv_heads=1, head_dim=2, tokens_per_block=size,
@@ -139,6 +162,7 @@ def run(texts, boundaries, policy: str, preset: str | None, blocks: int, size: i
         "paused": executor.num_pauses,
         "recomputed_tokens": executor.recomputed,
         "shared_block_fraction": shared.shared_block_fraction if shared else 0.0,
+        "pages_forgotten": shared.forgotten if shared else 0,
     }
 
 
@@ -165,6 +189,7 @@ def load_texts(name: str, count: int) -> tuple[list[tuple[list[int], list[int]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=["toy", "r1_aime24"], choices=["toy", "r1_aime24"])
+    parser.add_argument("--presets", nargs="+", default=["off", "lexical", "pressure"], help="off comes first")
     parser.add_argument("--num-requests", type=int, default=150, help="at most; real traces give fewer")
     parser.add_argument("--share", type=float, default=0.25, help="pool over the demand of all requests at once")
     parser.add_argument("--tokens-per-block", type=int, default=32)
@@ -172,10 +197,9 @@ def main() -> None:
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
     hook = json.loads(options.hook_report.read_text())
-    per_request = hook["rows"]["lexical"]["hook_ms_mean"] * 1e-3 / hook["requests"]
-    machine, size, rows = Machine(hook_s_per_request=per_request), options.tokens_per_block, []
-    print(f"MODELLED: {machine}")
-    titles = f"{'req/s':>7} {'ratio':>6} {'in flight':>9} {'step ms':>8} {'shared':>7}"
+    size, rows = options.tokens_per_block, []
+    print(f"MODELLED: {Machine()}")
+    titles = f"{'req/s':>7} {'ratio':>6} {'in flight':>9} {'step ms':>8} {'paused':>6} {'given up':>8}"
     print(f"{'workload':<10} {'policy':<20} {'':<9} {titles}")
     for workload in options.workloads:
         texts, boundaries = load_texts(workload, options.num_requests)
@@ -184,18 +208,25 @@ def main() -> None:
         blocks = max(round(options.share * demand), longest + 2)
         for policy in (MAX_UTILIZATION, GUARANTEED_NO_EVICT):
             base = None
-            for preset in (None, "lexical"):
-                row = run(texts, boundaries, policy, preset, blocks, size, machine)
+            for preset in options.presets:
+                per_request = hook["rows"][preset]["hook_ms_mean"] * 1e-3 / hook["requests"] if preset != "off" else 0.0
+                machine = Machine(hook_s_per_request=per_request)
+                row = run(texts, boundaries, policy, None if preset == "off" else preset, blocks, size, machine)
                 base = base or row["request_throughput_req_s"]
-                row |= {"workload": workload, "policy": policy, "preset": preset or "full", "kv_cache_blocks": blocks}
+                row |= {
+                    "workload": workload,
+                    "policy": policy,
+                    "preset": preset if preset != "off" else "full",
+                    "kv_cache_blocks": blocks,
+                }
                 row |= {"num_requests": len(texts), "ratio": row["request_throughput_req_s"] / base}
                 rows.append(row)
                 print(
                     f"{workload:<10} {policy:<20} {row['preset']:<9} {row['request_throughput_req_s']:>7.2f} "
                     f"{row['ratio']:>6.2f} {row['mean_requests_in_flight']:>9.1f} {row['mean_step_ms']:>8.2f} "
-                    f"{row['shared_block_fraction']:>7.1%}"
+                    f"{row['paused']:>6} {row['shared_block_fraction']:>8.1%}"
                 )
-    figures = {"modelled": True, "machine_model": asdict(machine), "tokens_per_block": size, "share": options.share}
+    figures = {"modelled": True, "machine_model": asdict(Machine()), "tokens_per_block": size, "share": options.share}
     publish(make_report({**figures, "rows": rows}), options.output_json)
 
 

@@ -47,8 +47,9 @@ def write_engine_dir(folder: Path, model_dir: Path, search_engine="embedded", ma
     """An engine directory as a build leaves it, its plans for the stand-in."""
     sizes = {**SIZES, **sizes}
     (folder / "model").mkdir(parents=True)
-    copy_small_files(model_dir, folder / "model")
-    config = trtllm_config(read_checkpoint(model_dir), BuildConfig(**sizes))
+    checkpoint = read_checkpoint(model_dir)
+    copy_small_files(model_dir, folder / "model", checkpoint.dtype)
+    config = trtllm_config(checkpoint, BuildConfig(**sizes))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / PLUGIN_FILE).write_bytes(b"the plugin library")
     embedded = max_pairs if search_engine == "embedded" else 0

@@ -35,12 +35,12 @@ class TextlessFacts(ModelFacts):
         return torch.tensor([0.5])
 
 
-def make_settings(preset="lexical", on_unsupported="stop", off_file=None, null_pages=None, **config):
+def make_settings(preset="lexical", on_unsupported="stop", off_file=None, null_pages=None, route="overlay", **config):
     values = {"shingle_tokens": 4, "min_run_tokens": 8, "protected_tokens": 8, "protected_steps": 0}
     memshare = make_config(preset, **{**values, "search_interval": 2, **config})
     return Settings(
         memshare,
-        AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000, null_pages=null_pages),
+        AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000, null_pages=null_pages, route=route),
         off_file=off_file,
     )
 

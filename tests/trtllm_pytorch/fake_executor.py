@@ -193,9 +193,9 @@ class FakeExecutor:
             return int(self.manager.kv_cache_map[request.py_request_id].capacity % self.manager.tokens_per_block == 0)
         return self.manager.impl.get_needed_blocks_one_step(request)
 
-    def _forward(self, batch: ScheduledRequests) -> None:
-        requests = batch.all_requests()
-        self._ids = [r.py_request_id for r in requests]
+    def _write_table(self, batch: ScheduledRequests) -> None:
+        """The block table of this iteration, as the attention metadata has it written."""
+        self._ids = [r.py_request_id for r in batch.all_requests()]
         context = len(batch.context_requests)
         if self.metadata is not None:
             self.metadata.request_ids, self.metadata.num_contexts = self._ids, context
@@ -203,6 +203,9 @@ class FakeExecutor:
         else:
             self.manager.copy_batch_block_offsets(self.table, self._ids, 1, context, len(self._ids))
         self.tables.append(self.table[:, : len(self._ids)].clone())
+
+    def _forward(self, batch: ScheduledRequests) -> None:
+        self._write_table(batch)
         for request in batch.context_requests:
             for position in range(request.context_current_position, request.prompt_len):
                 self._write(request.py_request_id, position)

@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote, shorten
+from trtllm_memshare.serving.prompts import PromptFormat
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+_MOST = {
+    "kv_cache_blocks": 2**31 - 1,
+    "concurrency": 2**31 - 1,
+    "num_requests": 2**31 - 1,
+    "repeat": 1000,
+    "samples": 1000,
+    "seed": 2**63 - 1,
+}
+"""Largest value of each option; a million answers to one request are a slip of the finger."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +49,32 @@ class BenchmarkOptions:
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
+    replay: bool = False
+    chat_template: bool = False
+    add_special_tokens: bool | None = None
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How texts of the data set become tokens."""
+        return PromptFormat(self.chat_template, self.add_special_tokens)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> BenchmarkOptions:
         """Checks parsed arguments. Raises UserError on values that make no sense together."""
         values = vars(arguments)
         settings = tuple(parse_setting(text) for text in values.pop("set"))
+        if values.pop("read_null"):
+            settings += (("read_null", True),)
         values["variants"] = tuple(values["variants"])
-        for name in ("kv_cache_blocks", "concurrency", "num_requests", "repeat", "request_rate", "samples"):
-            if values[name] is not None and values[name] <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, got {values[name]}")
+        for name, most in _MOST.items():
+            check_number(f"--{name.replace('_', '-')}", values[name], 0 if name == "seed" else 1, most)
+        rate = values["request_rate"]
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"--request-rate must be a number of requests per second above 0, got {rate:g}")
         check_temperature(values["temperature"])
+        for name in ("output_json", "plot", "output_texts"):
+            check_output_file(f"--{name.replace('_', '-')}", values[name], PICTURES if name == "plot" else ())
+        values["add_special_tokens"] = {"auto": None, "yes": True, "no": False}[values["add_special_tokens"]]
         share = values["kv_cache_share"]
         if share is not None and not 0 < share <= 1:
             raise UserError(f"--kv-cache-share must be above 0 and at most 1, got {share}")
@@ -55,18 +83,53 @@ class BenchmarkOptions:
         return cls(settings=settings, **values)
 
 
+def check_number(option: str, value: int | None, least: int, most: int) -> None:
+    """Raises UserError if a number that was given lies outside; None = it was not given."""
+    if value is not None and not least <= value <= most:
+        what = "must be positive" if value < 1 <= least else f"must be between {least} and {most}"
+        raise UserError(f"{option} {what}, got {quote(value)}")
+
+
+def check_output_file(option: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+    """Raises UserError if a file could not be written at the end of a long run; None = it was not given.
+
+    Args:
+      suffixes: ends of names that are understood; none = any.
+    """
+    if path is None:
+        return
+    shown = shorten(str(path))
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} must end in one of {', '.join(suffixes)}, got {shown}")
+    try:
+        is_folder = path.is_dir()
+        there = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    except OSError as error:
+        raise UserError(f"{option} cannot be written: {shown}: {error.strerror} (choose another path)") from error
+    if is_folder:
+        raise UserError(f"{option} must name a file, got the directory {shown}")
+    if there != path and not there.is_dir():
+        raise UserError(f"{option} cannot be written: {shown}: {shorten(str(there))} is no directory")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{option} cannot be written: {shown}: no right to write to {shorten(str(there))}")
+
+
 def check_temperature(temperature: float) -> None:
     """Raises UserError if it is no temperature."""
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature must be 0 (greedy) or more, got {temperature:g} (0.6 is usual for DeepSeek-R1)")
+    if not 0 <= temperature <= 100:
+        raise UserError(
+            f"--temperature must be 0 (greedy) or more, at most 100, got {temperature:g} (0.6 is usual for DeepSeek-R1)"
+        )
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
     """One ``KEY=VALUE``; the value is JSON where it can be read as such. Raises UserError without an equals sign."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--set takes KEY=VALUE, got {text} (for example max_distance=0.4)")
+        raise UserError(f"--set takes KEY=VALUE, got {shorten(text)} (for example max_distance=0.4)")
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets of thousands
+        raise UserError(f"--set {shorten(key)} has a value that is too large, got {shorten(value)}") from error

@@ -6,8 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import UserError
-from trtllm_memshare.json_input import parse_json_line
+from trtllm_memshare.errors import UserError, quote, shorten
+from trtllm_memshare.json_input import check_known_keys, parse_json_line, read_lines
+from trtllm_memshare.serving.prompts import PromptFormat, encode_messages, encode_prompt
+from trtllm_memshare.serving.validation import check_prompt
+
+_PROMPTS = ("prompt", "messages", "input_ids", "logits")
+_KEYS = (*_PROMPTS, "task_id", "output_tokens", "answer", "output", "add_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,17 @@ class DatasetItem:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class DatasetLimits:
+    """What an engine can run; None = not known.
+
+    ``max_seq_len``: prompt and output together, in tokens; ``vocab_size``: token ids lie below it.
+    """
+
+    max_seq_len: int | None = None
+    vocab_size: int | None = None
+
+
 def final_answer(text: str) -> str:
     """What a reasoning model's output says after its reasoning."""
     return text.rpartition("</think>")[2].strip()
@@ -43,56 +59,84 @@ def draw_samples(items: list[DatasetItem], count: int) -> list[DatasetItem]:
     ]
 
 
-def read_dataset(path: Path, tokenizer: Any, limit: int | None = None) -> list[DatasetItem]:
-    """Reads up to ``limit`` lines ``{"task_id", "prompt" | "input_ids", "output_tokens"[, "answer"][, "output"]}``.
+def read_dataset(
+    path: Path,
+    tokenizer: Any,
+    limit: int | None = None,
+    limits: DatasetLimits = DatasetLimits(),
+    prompt_format: PromptFormat = PromptFormat(),
+) -> list[DatasetItem]:
+    """Reads up to ``limit`` lines; each is one object, and all of them are checked before anything runs.
 
-    ``output`` is text that continues the prompt; it is cut to ``output_tokens``.
+    Keys: ``task_id``, ``output_tokens``, one of ``prompt`` (text), ``messages`` (a conversation for the model's chat
+    template), ``input_ids`` and ``logits`` (token ids; trtllm-bench reads both), and if wanted ``answer``, ``output``
+    and ``add_special_tokens``. ``output`` is text that continues the prompt; it is cut to ``output_tokens``.
+
+    Args:
+      limits: of the engine; a line that it could not run is refused here, with its number.
+      prompt_format: how texts become tokens.
 
     Raises:
       UserError: no such file, an empty file, or a line that is not usable, with its number.
     """
     if not path.is_file():
-        raise UserError(f"no data set at {path} (give --dataset a JSON-lines file)")
+        raise UserError(f"no data set at {shorten(str(path))} (give --dataset a JSON-lines file)")
     items: list[DatasetItem] = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(items) >= limit:
-                break
-            if line.strip():
-                items.append(_parse(line, f"{path} line {number}", tokenizer))
+    for number, line in read_lines(path, "the data set"):
+        if limit is not None and len(items) >= limit:
+            break
+        items.append(_parse(line, f"{shorten(str(path))} line {number}", tokenizer, limits, prompt_format))
     if not items:
         raise UserError(f"{path} has no requests (each line is one JSON object with task_id, prompt, output_tokens)")
     return items
 
 
-def _parse(line: str, where: str, tokenizer: Any) -> DatasetItem:
+def _parse(line: str, where: str, tokenizer: Any, limits: DatasetLimits, prompt_format: PromptFormat) -> DatasetItem:
     row = parse_json_line(line, where)
+    check_known_keys(row, _KEYS, where)
     output_tokens = row.get("output_tokens")
-    if not isinstance(output_tokens, int) or isinstance(output_tokens, bool) or output_tokens < 1:
-        raise UserError(f"{where}: output_tokens must be a positive integer, got {output_tokens!r}")
-    if not isinstance(row.get("task_id"), int):
-        raise UserError(f"{where}: task_id must be an integer, got {row.get('task_id')!r}")
+    if not isinstance(output_tokens, int) or isinstance(output_tokens, bool) or not 1 <= output_tokens < 2**31:
+        raise UserError(f"{where}: output_tokens must be a positive integer, got {quote(output_tokens)}")
+    task_id = row.get("task_id")
+    if not isinstance(task_id, int) or isinstance(task_id, bool):
+        raise UserError(f"{where}: task_id must be an integer, got {quote(task_id)}")
     answer, output = row.get("answer"), row.get("output")
+    if not isinstance(answer, str | int | float | None):
+        raise UserError(f"{where}: answer must be a text or a number, got {quote(answer)} (leave it out if none)")
     if output is not None and (not isinstance(output, str) or not output):
         raise UserError(
-            f"{where}: output must be text that continues the prompt, got {output!r} (leave it out if none)"
+            f"{where}: output must be text that continues the prompt, got {quote(output)} (leave it out if none)"
         )
-    return DatasetItem(
-        row["task_id"],
-        _input_ids(row, where, tokenizer),
-        output_tokens,
-        None if answer is None else str(answer),
-        None if output is None else list(tokenizer(output, add_special_tokens=False)["input_ids"])[:output_tokens],
-    )
+    try:
+        input_ids = _input_ids(row, tokenizer, limits, prompt_format)
+        output_ids = None
+        if output is not None:
+            plain = PromptFormat(add_special_tokens=False)
+            output_ids = encode_prompt(tokenizer, output, plain, limits.max_seq_len)[:output_tokens]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if limits.max_seq_len is not None and len(input_ids) + output_tokens > limits.max_seq_len:
+        raise UserError(
+            f"{where}: prompt and output must fit max_seq_len {limits.max_seq_len}, got {len(input_ids)} + "
+            f"{output_tokens} tokens (shorten the prompt, lower output_tokens, or build with a larger --max-seq-len)"
+        )
+    return DatasetItem(task_id, input_ids, output_tokens, None if answer is None else str(answer), output_ids)
 
 
-def _input_ids(row: dict[str, Any], where: str, tokenizer: Any) -> list[int]:
-    ids = row.get("input_ids")
-    if ids is None:
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(f"{where} needs a prompt (text) or input_ids (list of integers), got {prompt!r}")
-        return list(tokenizer(prompt)["input_ids"])
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
-        raise UserError(f"{where}: input_ids must be integers from 0 to {len(tokenizer) - 1}, at least one of them")
-    return ids
+def _input_ids(row: dict[str, Any], tokenizer: Any, limits: DatasetLimits, prompt_format: PromptFormat) -> list[int]:
+    given = [key for key in _PROMPTS if row.get(key) is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"needs a prompt: one of {', '.join(_PROMPTS)}, got {' and '.join(given) if given else 'none of them'}"
+        )
+    value, vocab_size = row[given[0]], limits.vocab_size or len(tokenizer)
+    if given[0] in ("input_ids", "logits"):
+        return check_prompt(value, vocab_size)
+    if given[0] == "messages":
+        ids = encode_messages(tokenizer, value, limits.max_seq_len)
+    else:
+        adds = row.get("add_special_tokens", prompt_format.add_special_tokens)
+        if adds is not None and not isinstance(adds, bool):
+            raise UserError(f"add_special_tokens must be true or false, got {quote(adds)}")
+        ids = encode_prompt(tokenizer, value, replace(prompt_format, add_special_tokens=adds), limits.max_seq_len)
+    return check_prompt(ids, vocab_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from trtllm_memshare.cache.null_pages import NullPages
@@ -48,3 +50,20 @@ def null_page_blocks(null_page_set: NullPageSet, pool_shape: tuple[int, ...], dt
 def place_of(null_page_set: NullPageSet) -> NullPages:
     """Where ``write_null_pages`` puts them: the first blocks, in order of position."""
     return NullPages(range(null_page_set.num_bands), null_page_set.bands.tolist())
+
+
+def of_rank(
+    null_page_set: NullPageSet, num_layers: int, num_kv_heads: int, pp_rank: int, tp_rank: int, tp_size: int
+) -> NullPageSet:
+    """The part of one rank: its layers, and its KV heads by TensorRT-LLM's mapping.
+
+    With 2 KV heads on 4 tensor-parallel ranks, ranks 0 and 1 hold head 0 and ranks 2 and 3 head 1; with 8 on 4, rank 1
+    holds heads 2 and 3.
+
+    Args:
+      num_layers, num_kv_heads: of the rank.
+    """
+    total = null_page_set.keys.shape[2]
+    first = tp_rank * num_kv_heads if total >= tp_size else tp_rank * total // tp_size
+    layers = slice(pp_rank * num_layers, (pp_rank + 1) * num_layers)
+    return replace(null_page_set, keys=null_page_set.keys[:, layers, first : first + num_kv_heads])

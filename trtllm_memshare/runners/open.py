@@ -8,7 +8,7 @@ import torch
 
 from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.engine.null_page_files import load_null_pages
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote, shorten
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
 
 if TYPE_CHECKING:
@@ -53,10 +53,29 @@ def open_runner(
         return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs)
     from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
+    check_pool(engine, num_blocks)
     null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
     model = load_model(engine.model_dir, choose_device(device))
     kv_dtype = getattr(torch, engine.kv_dtype)
-    return TorchRunner(model, num_blocks, engine.build.tokens_per_block, kv_dtype, fold_aliases, null_pages)
+    try:
+        return TorchRunner(model, num_blocks, engine.build.tokens_per_block, kv_dtype, fold_aliases, null_pages)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        raise UserError(
+            f"a KV pool of {num_blocks:,} blocks needs {num_blocks * engine.bytes_per_block:,} bytes, which {device} "
+            f"does not have (lower --kv-cache-blocks)"
+        ) from error
+
+
+def check_pool(engine: Engine, num_blocks: int) -> None:
+    """Raises UserError for a pool that block tables cannot address: an entry is an int32 (see ``cache.offsets``)."""
+    most = (2**31 - 1) // (2 * engine.checkpoint.num_layers)
+    if not 1 <= num_blocks <= most:
+        raise UserError(
+            f"the KV pool must have between 1 and {most:,} blocks for a model of {engine.checkpoint.num_layers} "
+            f"layers, got {quote(num_blocks)} (set --kv-cache-blocks)"
+        )
 
 
 def num_ranks(engine: Engine) -> int:
@@ -65,7 +84,20 @@ def num_ranks(engine: Engine) -> int:
 
 
 def choose_device(asked: str) -> str:
-    """``cpu`` or ``cuda``: what was asked for, and for ``auto`` a GPU if there is one."""
+    """``cpu`` or ``cuda``: what was asked for, and for ``auto`` a GPU if there is one.
+
+    Raises:
+      UserError: an unknown device, or one that is not there.
+    """
+    if asked == "cpu":
+        return asked
+    kind, _, index = asked.partition(":")
+    if asked != "auto" and (kind != "cuda" or (":" in asked and not index.isdigit())):
+        raise UserError(f"unknown device {shorten(asked)} (known: auto, cpu, cuda, cuda:N)")
     if asked != "auto":
+        if not torch.cuda.is_available():
+            raise UserError(f"device {asked} needs a CUDA GPU, torch finds none (set --device cpu, or leave it out)")
+        if index and int(index) >= torch.cuda.device_count():
+            raise UserError(f"device {asked} is not there: torch finds {torch.cuda.device_count()} GPUs")
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"

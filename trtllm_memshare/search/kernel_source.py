@@ -8,6 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 _ENTRY = "block_distance_nvrtc.cu"
 ENTRY_POINT = "block_distance"
@@ -117,17 +121,21 @@ def num_layer_groups(num_pairs: int, num_layers: int) -> int:
     return -(-num_layers // layers)
 
 
-def kernel_source(entry: str = _ENTRY) -> str:
-    """A kernel file and its headers as one text without includes, so that caches can key on it alone."""
-    return _inline(entry, set())
+def kernel_source(entry: str = _ENTRY, folder: Traversable | None = None) -> str:
+    """A kernel file and its headers as one text without includes, so that caches can key on it alone.
+
+    Args:
+      folder: another one with kernels, such as an older checkout's; None = the package's.
+    """
+    return _inline(entry, set(), folder or resources.files("trtllm_memshare") / "kernels")
 
 
-def _inline(name: str, seen: set[str]) -> str:
+def _inline(name: str, seen: set[str], folder: Traversable) -> str:
     """Text of a file with its own headers put in place of their includes, each once."""
     if name in seen:
         return ""
     seen.add(name)
-    text = (resources.files("trtllm_memshare") / "kernels" / name).read_text()
+    text = (folder / name).read_text()
     return re.sub(
-        r'^#include "([\w.]+)"$', lambda m: _inline(m[1], seen), text.replace("#pragma once\n", ""), flags=re.M
+        r'^#include "([\w.]+)"$', lambda m: _inline(m[1], seen, folder), text.replace("#pragma once\n", ""), flags=re.M
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+_MAX_HELD = 8  # tokens that wait for the end of a character; one has at most four bytes, and a token at least one
+_MAX_SILENT = 64  # tokens without text that the window takes in
 
 
 class IncrementalDetokenizer:
     """Turns tokens into text piece by piece; the pieces joined are the text decoded at once.
 
     A window of recent tokens is decoded, not the whole: the cost per token does not grow. Text that ends in an
-    unfinished character is held back until the character is whole.
+    unfinished character is held back until the character is whole, or until so many tokens wait that the bytes can be
+    no character: those are given out as replacement characters.
 
     Args:
       tokenizer: a transformers tokenizer.
@@ -25,16 +28,48 @@ class IncrementalDetokenizer:
     def push(self, token_ids: list[int], last: bool = False) -> str:
         """Text that the new tokens add. ``last``: give out even an unfinished character."""
         self._ids.extend(token_ids)
+        text = ""
+        while len(self._ids) - self._read > _MAX_HELD:  # many tokens at once, or bytes that are no character
+            text += self._give(self._read + self._whole_in(self._ids[self._read : self._read + _MAX_HELD]))
+        return text + self._give(len(self._ids), last)
+
+    def _give(self, stop: int, last: bool = True) -> str:
+        """Text of the tokens up to ``stop``; nothing, with nothing changed, if it ends in an unfinished character."""
         before = self._decode(self._ids[self._window : self._read])
-        after = self._decode(self._ids[self._window :])
-        if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and not last):
+        after = self._decode(self._ids[self._window : stop])
+        if after.endswith(_REPLACEMENT) and not last:
             return ""
-        self._window, self._read = self._read, len(self._ids)
+        if len(after) <= len(before) and stop - self._window <= _MAX_SILENT:
+            self._read = stop  # special tokens: the window keeps a text token, or the next one would lose its space
+            return ""
+        self._window, self._read = self._read, stop
+        # Tokens before the window are not needed again: a request of any length holds a few.
+        del self._ids[: self._window]
+        self._read, self._window = self._read - self._window, 0
         return after[len(before) :]
+
+    def _whole_in(self, held: list[int]) -> int:
+        """How many of ``held`` tokens to give out so that no character is cut: at least all but the last three."""
+        for count in range(len(held), len(held) - 4, -1):
+            if not self._decode(held[:count]).endswith(_REPLACEMENT):
+                return count
+        return len(held) - 3
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+def special_stop_tokens(tokenizer: Any, words: list[str]) -> tuple[int, ...]:
+    """Ids of the stop words that are special tokens, such as ``<|im_end|>``.
+
+    They never appear in the text, which leaves special tokens out, so the executor has to stop at their ids.
+    """
+    if not words:
+        return ()
+    known = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    known.update({text: i for text, i in tokenizer.get_added_vocab().items() if text in words and text not in known})
+    return tuple(int(known[word]) for word in words if word in known)
 
 
 class StopWords:

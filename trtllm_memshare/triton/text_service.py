@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords
+from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords, special_stop_tokens
 from trtllm_memshare.triton.events import Call, QueueFullError, TextEvent, TokenEvent
 from trtllm_memshare.triton.inputs import TEXT_NAMES, USED
 from trtllm_memshare.triton.request_metrics import OutcomeCounter
@@ -126,6 +126,9 @@ class TextService:
         }
         if request.bad_words:
             inputs["bad_words_list"] = self._word_list(request.bad_words)
+        if special := special_stop_tokens(self.tokenizer, request.stop_words):
+            # One sequence of one token each: [ids, ends].
+            inputs["stop_words_list"] = [list(special), list(range(1, len(special) + 1))]
         return inputs
 
     def _word_list(self, texts: list[str]) -> list[list[int]]:

@@ -129,7 +129,7 @@ def _sampling(
         stop_token_ids=stop_token_ids if end_id < 0 else (end_id,),
         stop_sequences=tensors.word_lists("stop_words_list", limits.vocab_size),
         bad_words=bad_words,
-        min_new_tokens=tensors.number("min_tokens", 0, 0, _MAX_INT),
+        min_new_tokens=tensors.number("min_tokens", 0, 0, output_len),
         repetition_penalty=penalty,
         presence_penalty=tensors.number("presence_penalty", 0.0, -100.0, 100.0),
         frequency_penalty=tensors.number("frequency_penalty", 0.0, -100.0, 100.0),

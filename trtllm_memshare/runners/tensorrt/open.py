@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from trtllm_memshare.engine.engine_dir import Engine
+from trtllm_memshare.engine.null_page_files import load_null_pages
 from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.null_pages import of_rank
 from trtllm_memshare.runners.tensorrt.device import CudaDevice, Device
 from trtllm_memshare.runners.tensorrt.runner import TensorRTRunner
 from trtllm_memshare.runners.tensorrt.separate_search import SeparateEngineSearch
@@ -62,7 +64,13 @@ def open_tensorrt_runner(
         return SeparateEngineSearch(search_plan, separate, pool, device, inv_freq)
 
     search = open_search if engine.record.search_engine == "separate" else None
-    return TensorRTRunner(plan, spec, num_blocks, device, inv_freq, search, use_graphs, all_reduce_workspace)
+    null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
+    if null_pages is not None:
+        place = spec.pp_rank, spec.tp_rank, spec.tp_size
+        null_pages = of_rank(null_pages, spec.num_layers, spec.num_kv_heads, *place)
+    return TensorRTRunner(
+        plan, spec, num_blocks, device, inv_freq, search, use_graphs, all_reduce_workspace, null_pages
+    )
 
 
 def _open_device(engine_dir: Path) -> Device:

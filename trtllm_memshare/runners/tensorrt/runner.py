@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from trtllm_memshare.cache.null_pages import NullPages
+from trtllm_memshare.engine.null_page import NullPageSet
+from trtllm_memshare.runners.null_pages import null_page_blocks, place_of
 from trtllm_memshare.runners.protocol import Described, StepBatch, StepOutput
 from trtllm_memshare.runners.tensorrt.bindings import Bindings
 from trtllm_memshare.runners.tensorrt.decode_graphs import DecodeGraphs
@@ -80,11 +83,15 @@ class TensorRTRunner:
       search: makes a search beside the engine from the pool; None = the plugin inside it, if it has one.
       use_graphs: replay CUDA graphs in pure decode steps, see ``DecodeGraphs``.
       all_reduce_workspace: see ``Bindings``.
+      null_page_set: null pages of this rank's layers and heads, written into the first blocks of the pool; None = none.
 
     Attributes:
+      null_pages: where they are, or None. TensorRT-LLM's kernels read entries at them like any other.
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, this rank's layers and heads.
       kept_alive: memory that inputs point into and that nobody else holds.
     """
+
+    skips_entries = False
 
     def __init__(
         self,
@@ -96,6 +103,7 @@ class TensorRTRunner:
         search: Callable[[torch.Tensor], SeparateSearch] | None = None,
         use_graphs: bool = False,
         all_reduce_workspace: torch.Tensor | None = None,
+        null_page_set: NullPageSet | None = None,
     ) -> None:
         self.spec, self._engine, self._device = spec, engine, device
         self.kept_alive: Any = None
@@ -105,6 +113,7 @@ class TensorRTRunner:
             (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.tokens_per_block, spec.head_dim),
             getattr(torch, spec.kv_dtype),
         )
+        self.null_pages = None if null_page_set is None else self._write_null_pages(null_page_set)
         self._separate = search(self.pool) if search is not None else None
         self.search: Described = self._separate or (EmbeddedSearch() if spec.max_pairs else NoSearch())
         self._max_pairs = self._separate.max_pairs if self._separate is not None else spec.max_pairs
@@ -126,6 +135,15 @@ class TensorRTRunner:
         self.decode_description = f"TensorRT-LLM's attention plugin on {device.description}"
         if use_graphs:
             self.decode_description += ", CUDA graphs for pure decode steps"
+
+    def _write_null_pages(self, null_page_set: NullPageSet) -> NullPages:
+        """Copies null pages from pinned memory, as every input goes, before any step."""
+        blocks = null_page_blocks(null_page_set, tuple(self.pool.shape), self.pool.dtype)
+        source = self._device.host_tensor(tuple(blocks.shape), blocks.dtype)
+        source.copy_(blocks)
+        self._device.copy(self.pool[: len(blocks)], source)
+        self._device.mark().wait()
+        return place_of(null_page_set)
 
     def prepare(self, batch: StepBatch) -> TensorRTInputs:
         """Packs a step's inputs on the host. Two steps may be prepared before the first of them runs.

@@ -23,6 +23,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.attach import attach
 from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, look_up
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
+from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, make_compression_manager
 from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 
@@ -73,6 +74,8 @@ def install(util_module: Any, settings: Settings, attention_metadata: Callable[[
         return False
     if metadata is not None:
         wrap_prepare(metadata)
+    if settings.options.route == "framework":
+        return _install_framework(util_module, settings)
     models = Models()
     known = [util_module.KVCacheManager]
     if hasattr(util_module, "KVCacheManagerV2"):
@@ -83,6 +86,28 @@ def install(util_module: Any, settings: Settings, attention_metadata: Callable[[
     if hasattr(util_module, _FACTORY):
         _watch_factory(util_module, models)
     log.info("MemShare found the KV cache manager in its form %s", form)
+    return True
+
+
+def _install_framework(util_module: Any, settings: Settings) -> bool:
+    """Adds our algorithm to TensorRT-LLM's factory of compression methods; nothing else is touched."""
+    base, original = getattr(util_module, "KVCacheCompressionManager", None), getattr(util_module, _FACTORY, None)
+    if base is None or original is None:
+        log.warning(
+            "MemShare is off, TensorRT-LLM runs as it is: route framework needs KVCacheCompressionManager and %s, "
+            "which come with 1.4 (take route overlay)",
+            _FACTORY,
+        )
+        return False
+
+    @functools.wraps(original)
+    def create(config: Any, *arguments: Any, **keywords: Any) -> Any:
+        if getattr(config, "algorithm", None) == ALGORITHM:
+            return make_compression_manager(base, config, settings, **keywords)
+        return original(config, *arguments, **keywords)
+
+    setattr(util_module, _FACTORY, create)
+    log.info("MemShare is a method of TensorRT-LLM's KV cache compression: algorithm %s", ALGORITHM)
     return True
 
 

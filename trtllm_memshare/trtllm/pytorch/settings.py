@@ -31,6 +31,7 @@ class AdapterOptions(BaseModel):
 
     ``on_unsupported``: stop the start-up, or run unshared and say so, when a feature is on that sharing excludes.
     ``null_pages``: a folder with the model's null pages, for preset pressure: an engine directory of this project.
+    ``route``: overlay, around TensorRT-LLM's KV cache manager, or framework, a method of its KV cache compression.
     ``tokenizer_dir``: where the tokenizer is that step boundaries come from; default: the model's directory.
     """
 
@@ -39,6 +40,7 @@ class AdapterOptions(BaseModel):
     on_unsupported: Literal["stop", "warn"] = "stop"
     tokenizer_dir: str | None = None
     null_pages: str | None = None
+    route: Literal["overlay", "framework"] = "overlay"
     stats_interval: int = Field(100, ge=1, description="iterations between two updates of metrics and statistics")
 
 
@@ -107,11 +109,16 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         raise UserError(describe_validation_error(error, AdapterOptions.model_fields, str(path))) from error
     if memshare.pressure:
         check_need(memshare.need)
-        if adapter.null_pages is None:
+        if adapter.null_pages is None and adapter.route == "overlay":
             raise UserError(
                 "preset pressure needs null_pages, a folder with the model's null pages, got none (build an engine "
                 "directory of the model with build_scripts/build_engine.py and name it)"
             )
+    elif adapter.route == "framework":
+        raise UserError(
+            f"route framework drops pages and shares none, got preset {memshare.preset} (take preset pressure, or "
+            f"route overlay)"
+        )
     return Settings(memshare, adapter, _stats_file(environment), _port(environment), _off_file(environment))
 
 

@@ -1,0 +1,114 @@
+"""Null pages in a build and in an engine directory: calibrated, refused with a reason, read back, damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_random_checkpoint
+from engine.centred_model import write_centred_checkpoint
+
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.engine.checkpoint import read_checkpoint
+from trtllm_memshare.engine.null_page import NullPageSet
+from trtllm_memshare.engine.null_page_files import calibration_texts, load_null_pages, save_null_pages
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.open import open_runner
+
+TEXT = "\n---\n".join("Q: 12 + 345 = ?\n<think>\n12 + 345: 2+5=7, 1+4=5, 0+3=3, so 357.\n" * 3 for _ in range(4))
+
+
+def plan(model_dir, output_dir, becomes="null", **memshare):
+    config = output_dir.with_suffix(".json")
+    config.write_text(json.dumps({"memshare": {"retired_becomes": becomes, **memshare}}))
+    return plan_build(BuildOptions(model_dir, output_dir, memshare=True, backend="torch", config_file=config))
+
+
+@pytest.fixture(scope="module")
+def centred_dir(tmp_path_factory):
+    folder = write_centred_checkpoint(tmp_path_factory.mktemp("centred"), "qwen2", max_position_embeddings=512)
+    (folder / "calibration.txt").write_text(TEXT)
+    return folder
+
+
+def test_a_build_calibrates_pages_and_a_runner_finds_them(centred_dir, tmp_path):
+    planned = plan(centred_dir, tmp_path / "engine")
+    assert "null pages: will be calibrated with the build" in json.loads(describe_plan(planned))["summary"]
+    engine = build_engine(planned)
+    pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
+    assert pages.bands.tolist() == [0, 512]
+    (line,) = [row for row in summarize(engine).splitlines() if row.startswith("null pages")]
+    assert line == f"null pages: {pages.describe()}"
+    runner = open_runner(engine, 30, "cpu")
+    assert runner.null_pages.blocks == [0]
+    assert torch.equal(runner.pool[0, :, 0, :, 3], pages.keys[0])
+
+
+def test_a_model_without_null_pages_is_built_all_the_same_where_the_runner_skips(tmp_path):
+    model_dir = write_random_checkpoint(tmp_path / "checkpoint", "llama")
+    (model_dir / "calibration.txt").write_text(TEXT)
+    engine = build_engine(plan(model_dir, tmp_path / "engine"))
+    assert "null pages: none: no null page is found for layer" in summarize(engine)
+    assert open_runner(engine, 30, "cpu").null_pages is None
+    with pytest.raises(UserError, match="no null page is found for layer"):
+        build_engine(plan(model_dir, tmp_path / "reads", read_null=True))
+    assert not (tmp_path / "reads").exists()
+
+
+def test_nothing_is_calibrated_where_nothing_becomes_null(centred_dir, tmp_path):
+    engine = build_engine(plan(centred_dir, tmp_path / "engine", "alias"))
+    assert not list(engine.engine_dir.glob("null_pages*"))
+    assert "null pages" not in summarize(engine)
+
+
+def test_texts_are_the_checkpoints_own_or_the_bundled_ones(centred_dir, bundled_model, tmp_path):
+    assert calibration_texts(centred_dir) == [text.strip("\n") for text in TEXT.split("\n---\n")]
+    for model_dir, begins in ((bundled_model, "Q: "), (tmp_path, "Let me restate")):
+        texts = calibration_texts(model_dir)
+        assert texts[0].startswith(begins)
+        assert len(texts) >= 4
+        assert min(map(len, texts)) > 300
+
+
+@pytest.fixture
+def saved(centred_dir, tmp_path):
+    checkpoint = read_checkpoint(centred_dir)
+    shape = (2, checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_dim)
+    heads = checkpoint.num_attention_heads
+    pages = NullPageSet(torch.ones(shape), np.array([0, 256, 512], np.int32), torch.zeros(2, shape[1], heads))
+    return checkpoint, pages
+
+
+def test_pages_come_back_as_they_were_written(saved, tmp_path):
+    checkpoint, pages = saved
+    assert load_null_pages(tmp_path, checkpoint, 512) is None
+    save_null_pages(tmp_path, pages)
+    again = load_null_pages(tmp_path, checkpoint, 512)
+    assert torch.equal(again.keys, pages.keys)
+    assert torch.equal(again.gaps, pages.gaps)
+    assert again.bands.tolist() == [0, 256, 512]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": torch.ones(2, 3, 2, 8)}, "should hold finite keys of shape"),
+        ({"keys": torch.full((2, 2, 2, 8), torch.nan)}, "should hold finite keys of shape"),
+        ({"bands": np.array([0, 256, 500], np.int32)}, "covers positions .*500.*, expected 0 to 512"),
+        ({"bands": np.array([0, 256, 256], np.int32)}, "covers positions"),
+    ],
+)
+def test_pages_of_another_model_or_for_shorter_texts_are_refused(saved, tmp_path, change, message):
+    checkpoint, pages = saved
+    save_null_pages(tmp_path, dataclasses.replace(pages, **change))
+    with pytest.raises(UserError, match=message):
+        load_null_pages(tmp_path, checkpoint, 512)
+
+
+def test_a_damaged_file_is_named(saved, tmp_path):
+    (tmp_path / "null_pages.safetensors").write_bytes(b"\x07half a file")
+    with pytest.raises(UserError, match=r"null_pages\.safetensors is damaged"):
+        load_null_pages(tmp_path, saved[0], 512)
