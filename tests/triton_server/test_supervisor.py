@@ -17,7 +17,7 @@ import pytest
 from triton_server.conftest import free_ports
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.runtime import private_dir, runtime_folder
+from trtllm_memshare.triton.runtime import end_with_parent, private_dir, runtime_folder
 from trtllm_memshare.triton.server import Ports, check_ports
 
 # Answers 200 on every path once its two children run; drains for a while on SIGTERM; notes each start.
@@ -76,6 +76,8 @@ def supervised(tmp_path):
     for process in started:
         process.kill()
         process.wait()
+    for child in stubs(tmp_path):  # a real stub ends with its server, see end_with_parent
+        child.kill()
 
 
 def line_with(process: subprocess.Popen, part: str) -> str:
@@ -187,6 +189,16 @@ def test_processes_end_with_their_parent():
             return
         time.sleep(0.05)
     raise AssertionError("the child outlived its parent")
+
+
+def test_an_orphan_ends_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setenv("MEMSHARE_SERVER_NAME", "another")  # this test's parent is something else
+    end_with_parent(codes.append)
+    assert codes == [1]
+    monkeypatch.setenv("MEMSHARE_SERVER_NAME", Path(f"/proc/{os.getppid()}/comm").read_text().strip())
+    end_with_parent(codes.append)
+    assert codes == [1]
 
 
 def test_a_port_in_use_is_named_before_anything_is_loaded():
