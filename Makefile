@@ -13,9 +13,11 @@ venv: .venv/ready
 test: venv
 	$(BIN)/python -m pytest -q
 
-# Killed processes, shutdown under load: several servers, minutes.
+# Every test with its long parts (killed servers, a soak, thousands of schedules), then an hour of fuzzing.
 nightly: venv
-	MEMSHARE_NIGHTLY=1 $(BIN)/python -m pytest -q
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 $(BIN)/python -m pytest -q
+	$(BIN)/python tests/fuzz/run.py --seconds 300
 
 lint: venv
 	$(BIN)/ruff check .
