@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.errors import UserError, nearest, quote
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,9 @@ OUTPUTS: dict[str, tuple[str, tuple[int, ...]]] = {
 TEXT_OUTPUTS = {"text_output": ("STRING", (-1,)), **OUTPUTS}
 TOKEN_OUTPUTS = {"output_ids": ("INT32", (-1, -1)), "sequence_length": ("INT32", (-1,)), **OUTPUTS}
 
-_PARAMETERS_OF_CLIENTS = ("model", "id", "request_id", "sequence_id", "sequence_start", "sequence_end", "priority",
-                          "timeout", "binary_data_output", "triton_enable_empty_final_response")  # fmt: skip
+_PARAMETERS_OF_CLIENTS = ("Streaming", "model", "id", "request_id", "sequence_id", "sequence_start", "sequence_end",
+                          "priority", "timeout", "binary_data_output",
+                          "triton_enable_empty_final_response")  # fmt: skip
 
 
 def check_neutral(arrays: dict[str, np.ndarray], level: str) -> None:
@@ -165,7 +166,7 @@ def check_neutral(arrays: dict[str, np.ndarray], level: str) -> None:
             value = element.decode(errors="replace") if isinstance(element, bytes) else element
             if value not in neutral:
                 allowed = f"{neutral[0]!r}" if neutral else "empty"
-                raise UserError(f"{name} is not supported by this server and must be {allowed}, got {value!r}")
+                raise UserError(f"{name} is not supported by this server and must be {allowed}, got {quote(value)}")
     decoder = arrays.get(DECODER_INPUT_IDS.token) if level == "token" else None
     if decoder is not None and decoder.shape[-1] > 1:
         raise UserError(f"decoder_input_ids must hold at most a start token, got {decoder.shape[-1]} tokens")
