@@ -10,8 +10,10 @@ venv: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The tests of the real server have the machine to themselves: their bounds are in seconds.
 test: venv
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/triton_server
+	$(BIN)/python -m pytest -q tests/triton_server
 
 # Killed processes, shutdown under load: several servers, minutes.
 nightly: venv
@@ -27,7 +29,7 @@ demo: venv
 	$(BIN)/python build_scripts/build_engine.py --memshare --force
 	$(BIN)/python benchmarks/inflight_batching.py --engine-dir engines/tiny_reasoner \
 	  --dataset benchmarks/data/demo.jsonl --kv-cache-share 0.5 \
-	  --variants full paper aligned lexical shadow drop-duplicate random streaming \
+	  --variants full pressure paper aligned lexical shadow drop-duplicate random streaming \
 	  --output-json demo/report.json --plot demo/report.png
 
 real: venv

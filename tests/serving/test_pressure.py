@@ -121,8 +121,8 @@ def test_a_request_can_keep_all_of_its_pages(own):
 
 def test_a_request_may_keep_less_than_the_others():
     executor = make_executor(110, min_kept=0.9)
-    handles = submit(executor, 5)
     [small] = submit(executor, 1, min_kept=0.2)
+    handles = submit(executor, 5)
     executor.run_until_idle()
     assert small.result(0).stats.sharing.retired_blocks > max(h.result(0).stats.sharing.retired_blocks for h in handles)
 

@@ -21,7 +21,7 @@ from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
 
 def main(command: str, arguments: list[str]) -> None:
     """Runs it; see ``--help``."""
-    if any(a == "--model" or a.startswith("--model=") for a in arguments):
+    if any(a in ("-m", "--model") or a.startswith("--model=") for a in arguments):
         from trtllm_memshare.trtllm.pytorch.wrap import main as run_trtllm_bench
 
         run_trtllm_bench("bench", arguments)
@@ -51,7 +51,13 @@ def main(command: str, arguments: list[str]) -> None:
         type=float,
         help="instead: pool as a share in (0, 1] of the full cache's measured peak demand",
     )
-    parser.add_argument("--variants", nargs="+", default=["full", "aligned"], metavar="NAME", help=", ".join(VARIANTS))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["full", "aligned"],
+        metavar="VARIANT",
+        help=f"NAME[:KEY=VALUE,...]; {', '.join(VARIANTS)}",
+    )
     parser.add_argument("--concurrency", type=int, help="most requests outstanding (default: all)")
     parser.add_argument("--request-rate", type=float, help="mean arrivals per second (default: as fast as possible)")
     parser.add_argument("--num-requests", type=int, help="first lines of the data set only")
@@ -78,6 +84,12 @@ def main(command: str, arguments: list[str]) -> None:
         "--engine-cuda-graphs", action="store_true", help="CUDA graphs of a TensorRT engine's pure decode steps"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="requests generate the outputs of the data set, whatever the model says: equal texts in all arms, and the "
+        "loss on them",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     options = BenchmarkOptions.from_arguments(parser.parse_args(arguments))
     report = run_benchmark(options, command=" ".join(["python", *sys.argv]))

@@ -49,6 +49,7 @@ class BenchmarkOptions:
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
+    replay: bool = False
     chat_template: bool = False
     add_special_tokens: bool | None = None
 
