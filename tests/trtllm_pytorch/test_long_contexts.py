@@ -1,11 +1,13 @@
 """Null pages over 32k positions at the rotary bases of models that users serve, with attention worked out in full.
 
 Queries and keys are made as those of a head whose queries gather around a mean before the rotation. Directions of the
-null keys are fitted to that mean, band by band, as calibration does; attention over the pages that the rows name is held
-against attention over the tokens that are left.
+null keys are fitted to that mean, band by band, as calibration does; attention over the pages that the rows name is
+held against attention over the tokens that are left.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def turn(rows: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) ->
 def null_keys(inv_freq: torch.Tensor, bands: list[int]) -> torch.Tensor:
     """float32 ``[bands, layers, heads, DIM]``: away from all queries of the band, and long."""
     keys = []
-    for start, stop in zip(bands, bands[1:], strict=False):
+    for start, stop in itertools.pairwise(bands):
         positions = torch.arange(start, stop, 64)
         mean = make_queries(inv_freq, positions, torch.Generator().manual_seed(7)).mean(0)
         keys.append(-60.0 * mean / mean.norm())

@@ -1,7 +1,7 @@
 """In-flight batching with and without MemShare: same engine, same requests, same KV pool.
 
 Runs every variant over a data set and reports throughput, latency, accuracy and memory, as a table, JSON and a
-picture. The last line on stdout is the report as JSON, without timelines. With --model, `memshare bench` hands
+picture. The last line on stdout is the report as JSON, without timelines. With --model or -m, `memshare bench` hands
 everything on to trtllm-bench instead, with MemShare in TensorRT-LLM's PyTorch backend.
 """
 
@@ -21,7 +21,7 @@ from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
 
 def main(command: str, arguments: list[str]) -> None:
     """Runs it; see ``--help``."""
-    if any(a == "--model" or a.startswith("--model=") for a in arguments):
+    if any(a in ("-m", "--model") or a.startswith("--model=") for a in arguments):
         from trtllm_memshare.trtllm.pytorch.wrap import main as run_trtllm_bench
 
         run_trtllm_bench("bench", arguments)
