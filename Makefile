@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test lint demo real figures vllm test-vllm clean
+.PHONY: venv test nightly lint demo real figures vllm test-vllm clean
 
 BIN := .venv/bin
 
@@ -13,6 +13,10 @@ venv: .venv/ready
 test: venv
 	$(BIN)/python -m pytest -q
 
+# Killed processes, shutdown under load: several servers, minutes.
+nightly: venv
+	MEMSHARE_NIGHTLY=1 $(BIN)/python -m pytest -q
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,7 +27,7 @@ demo: venv
 	$(BIN)/python build_scripts/build_engine.py --memshare --force
 	$(BIN)/python benchmarks/inflight_batching.py --engine-dir engines/tiny_reasoner \
 	  --dataset benchmarks/data/demo.jsonl --kv-cache-share 0.5 \
-	  --variants full paper aligned lexical shadow drop-duplicate random streaming \
+	  --variants full pressure paper aligned lexical shadow drop-duplicate random streaming \
 	  --output-json demo/report.json --plot demo/report.png
 
 real: venv

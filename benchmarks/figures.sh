@@ -40,14 +40,13 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" -m benchmarks.studies.sweeps.settings --variant aligned \
   --values max_aliases=8 max_aliases=2 max_aliases=4 max_distance=0.25 max_distance=0.35 protected_tokens=256 \
   --output-json "$results/sweep_aligned.json"
-"$python" benchmarks/triton_serving.py --engine-dir "$engine" \
+"$python" -m benchmarks.triton_serving --engine-dir "$engine" \
   --output-json "$results/triton_serving.json"
 "$python" -m benchmarks.studies.rejected_pairs --output-json "$results/rejected_pairs.json"
 # Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
 "$python" benchmarks/pytorch_hook.py --output-json "$results/pytorch_hook.json"
 "$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
-"$python" benchmarks/triton_serving.py --engine-dir "$engine" --soak-minutes 5 \
-  --output-json "$results/triton_soak.json"
+"$python" -m benchmarks.triton_soak --engine-dir "$engine" --output-json "$results/triton_soak.json"
 # The weights of the model of the traces come from benchmarks/studies/learning_to_copy/train.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.
 real=("$python" -m benchmarks.studies.real_text)

@@ -144,18 +144,21 @@ def _second_part(make: _Commands, python: str) -> list[Step]:
         make.script("real_model_pressure", 85, "inflight_batching", "--engine-dir", engine, "--device", "cuda",
                     "--dataset", "benchmarks/data/small.jsonl", "--num-requests", "48", "--kv-cache-share", "0.5",
                     "--variants", "full", "aligned", headline=throughput_headline, lacks=needs),
-        make.search("search_16_tokens", 35, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
-        make.search("search_64_tokens", 35, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
-        Step("ncu", 60, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
-        make.tests("racecheck", 50, *_SANITIZED, tool=make.sanitizer("racecheck")),
-        make.tests("initcheck", 50, *_SANITIZED, tool=make.sanitizer("initcheck")),
-        Step("memcheck_plugin", 50, [*make.sanitizer("memcheck"), *_HARNESS],
+        make.search("search_16_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
+        make.search("search_64_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
+        Step("ncu", 50, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
+        make.tests("racecheck", 40, *_SANITIZED, tool=make.sanitizer("racecheck")),
+        make.tests("initcheck", 40, *_SANITIZED, tool=make.sanitizer("initcheck")),
+        Step("memcheck_plugin", 45, [*make.sanitizer("memcheck"), *_HARNESS],
              why_not((), ("compute-sanitizer",), {"the plugin of part 1": (_PLUGINS / "plugin_harness").is_file()}),
              must_say=_HELD),
         make.search("search_compiled", 40, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
                     references=("eager", "compiled")),
-        make.script("replay_no_graphs", 60, "trace_replay", "--variants", "off", "full-searches", "--output-tokens",
-                    "64", "--repeat", "1", "--no-graphs", headline=replay_headline, lacks=why_not(MODEL)),
+        make.script("replay_half_null", 75, "trace_replay", "--batch-size", "64", "--output-tokens", "1536", "--repeat",
+                    "1", "--variants", "off", "half-dropped", "half-null", headline=replay_headline,
+                    lacks=why_not(MODEL)),
+        make.script("replay_no_graphs", 40, "trace_replay", "--variants", "off", "full-searches", "--output-tokens",
+                    "48", "--repeat", "1", "--no-graphs", headline=replay_headline, lacks=why_not(MODEL)),
     ]  # fmt: skip
 
 
@@ -181,8 +184,8 @@ def replay_headline(report: dict[str, Any]) -> str:
     parts = []
     for name, row in report["variants"].items():
         over = "" if row["over_off"] is None else f" ({row['over_off']:+.1%})"
-        parts.append(f"{name} {row['step_ms_mean']:.2f} ms{over}")
-    return f"{report['batch_size']} x {report['output_tokens']}: {', '.join(parts)}; {report['decode_attention']}"
+        parts.append(f"{name} {row['step_ms_mean']:.2f} ms{over}, {row['step_ms_last_tenth']:.2f} at the end")
+    return f"{report['batch_size']} x {report['output_tokens']}: {'; '.join(parts)}; {report['decode_attention']}"
 
 
 def throughput_headline(report: dict[str, Any]) -> str:

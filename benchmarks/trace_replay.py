@@ -9,6 +9,10 @@ generates, and a variant's cost is the median over rounds of its mean step over 
     full-searches   shadow, and every search compares max_pairs pairs of blocks from all over the pool: the most that a
                     search costs, whatever the traces repeat
     aligned         search and share
+    half-dropped    every second full page of generated text is forgotten, by the order alone; its entries are not read
+    half-null       the same pages, whose entries point at one null page and are read there, as TensorRT-LLM's kernels
+                    would: what the L2 cache gives. The page of a model with random weights is all zeros, so that this
+                    says something of time and nothing else
 
 No cost is given for a variant that compared no pair. Random weights say nothing of accuracy, and their KV distances
 need not be those of a trained model. The report is written after each round; the last line is JSON.
@@ -29,11 +33,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.errors import UserError, nearest, run_command_line
 from trtllm_memshare.evaluation.document import make_report, publish, write_report
 from trtllm_memshare.evaluation.replay import ReplaySampler, cut_scripts, train_tokenizer
 from trtllm_memshare.evaluation.texts import read_texts
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION
+from trtllm_memshare.runners.torch.paged_decode import CHOICES
 from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.block_search import Distances
 from trtllm_memshare.search.config import MemShareConfig, make_config
@@ -48,6 +54,8 @@ _VOCAB_SIZE = 8192
 _PROMPT_TOKENS = 64
 _WARM_UP_TOKENS = 16
 _FULL_SEARCHES = "full-searches"
+_HALF_FORGOTTEN = {"half-dropped": "dropped", "half-null": "null"}
+"""Variants, and what retired pages become in them."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +151,47 @@ class FullSearches(CountedSharing):
             self.seconds += seconds + time.perf_counter() - started
 
 
+class HalfForgotten(CountedSharing):
+    """Gives up every second full page of generated text once it is there; searches for nothing."""
+
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig) -> None:
+        super().__init__(manager, config)
+        self._seen: dict[int, int] = {}
+        self.num_forgotten = 0
+
+    def search(self, step: int) -> PairBatch | None:
+        for request_id, *_ in self._manager.generating_sequences():
+            first, full, _table = self._manager.generated_pages(request_id)
+            pages = np.arange(self._seen.get(request_id, first), full)
+            self._seen[request_id] = max(full, first)
+            if len(pages := pages[(pages - first) % 2 == 0]):
+                self.num_forgotten += self._manager.retire(request_id, pages)
+        return None
+
+
+def zero_null_page(config: Any, num_positions: int) -> NullPageSet:
+    """A page that serves all positions, for a model with random weights."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = torch.zeros(1, config.num_hidden_layers, config.num_key_value_heads, head_dim)
+    gaps = torch.full((1, config.num_hidden_layers, config.num_attention_heads), -torch.inf)
+    return NullPageSet(keys, np.array([0, num_positions], np.int32), gaps)
+
+
+def settings_of(variant: str) -> tuple[MemShareConfig, type[CountedSharing]]:
+    """The settings of a variant, and what searches or forgets in it."""
+    if variant in _HALF_FORGOTTEN:
+        become = _HALF_FORGOTTEN[variant]
+        return make_config("aligned", retired_becomes=become, read_null=become == "null"), HalfForgotten
+    if variant in ("shadow", _FULL_SEARCHES):
+        return make_config("aligned", shadow=True), FullSearches if variant == _FULL_SEARCHES else CountedSharing
+    return make_config(variant), CountedSharing
+
+
 def replay(runner: TorchRunner, variant: str, boundaries: BoundaryTokens, scripts: list[np.ndarray]) -> dict[str, Any]:
     """Runs every script to its end; figures of one variant."""
-    shadow = variant in ("shadow", _FULL_SEARCHES)
-    config = make_config("aligned", shadow=True) if shadow else make_config(variant)
+    config, kind = settings_of(variant)
     sampler, length = ReplaySampler(), len(scripts[0])
     executor = Executor(runner, config, boundaries, length, len(scripts), max_num_tokens=8192, sampler=sampler)
-    kind = FullSearches if variant == _FULL_SEARCHES else CountedSharing
     executor.sharing = sharing = kind(executor.manager, config)
     for script in scripts:
         handle = executor.submit(script[:_PROMPT_TOKENS].tolist(), SamplingParams(length - _PROMPT_TOKENS))
@@ -169,6 +211,7 @@ def replay(runner: TorchRunner, variant: str, boundaries: BoundaryTokens, script
     return {
         "step_ms_mean": statistics.fmean(times) * 1e3,
         "step_ms_median": statistics.median(times) * 1e3,
+        "step_ms_last_tenth": statistics.fmean(times[-max(1, len(times) // 10) :]) * 1e3,
         "num_steps": len(times),
         "search_time_fraction": executor.stats.search_time_fraction,
         "candidates": sharing.policy.num_candidates,
@@ -191,6 +234,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="rounds over all variants")
     parser.add_argument("--budget-s", type=float, help="start no round that would not end within so many seconds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--decode", choices=CHOICES, default="auto", help="what attends for generation requests")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel of a decode step on its own")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
@@ -204,8 +248,16 @@ def main() -> None:
     shape = SHAPES[options.model_shape]
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, shape.vocab_size)
     model = make_model(shape, length, device)
-    blocks = options.batch_size * -(-length // options.tokens_per_block)
-    runner = TorchRunner(model, blocks, options.tokens_per_block, use_graphs=not options.no_graphs)
+    blocks = options.batch_size * -(-length // options.tokens_per_block) + 1  # the null page
+    null_page = zero_null_page(model.config, length)
+    runner = TorchRunner(
+        model,
+        blocks,
+        options.tokens_per_block,
+        null_page_set=null_page,
+        use_graphs=not options.no_graphs,
+        decode=options.decode,
+    )
     print(f"device: {device}; {options.model_shape} with random weights, {options.batch_size} x {length} tokens")
     print(f"block distances: {runner.search.description}\ndecode attention: {runner.decode_description}")
     report = make_report(
@@ -252,7 +304,7 @@ def summarize(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, An
         row["over_off"] = None
         if "off" in rounds[0] and name != "off":
             ratios = [r[name]["step_ms_mean"] / r["off"]["step_ms_mean"] - 1 for r in rounds]
-            if row["pairs_compared"]:
+            if row["pairs_compared"] or name in _HALF_FORGOTTEN:
                 row["over_off"], row["over_off_range"] = statistics.median(ratios), [min(ratios), max(ratios)]
             else:
                 row["no_over_off"] = "no pair was compared"
@@ -263,12 +315,12 @@ def summarize(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, An
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """One line a variant."""
     lines = [f"{'variant':<14} {'step ms':>8} {'over off':>9} {'from':>7} {'to':>7} {'pairs':>6} {'search':>7} "
-             f"{'shared':>7} {'blocks, mean':>13} {'peak':>6}"]  # fmt: skip
+             f"{'shared':>7} {'blocks, mean':>13} {'peak':>6} {'last ms':>8}"]  # fmt: skip
     for name, row in rows.items():
         over = [row["over_off"], *row.get("over_off_range", [None, None])]
         costs = " ".join(("-" if o is None else f"{o:+.1%}").rjust(w) for o, w in zip(over, (9, 7, 7), strict=True))
         shares = f"{row['search_time_fraction']:>7.1%} {row['shared_block_fraction']:>7.1%}"
-        blocks = f"{row['mean_used_blocks']:>13.0f} {row['peak_used_blocks']:>6}"
+        blocks = f"{row['mean_used_blocks']:>13.0f} {row['peak_used_blocks']:>6} {row['step_ms_last_tenth']:>8.2f}"
         lines.append(f"{name:<14} {row['step_ms_mean']:>8.2f} {costs} {row['pairs_compared']:>6} {shares} {blocks}")
     return "\n".join(lines)
 

@@ -64,7 +64,8 @@ def test_models_of_one_shape_are_one_row_of_the_report(tmp_path):
     assert [p.name for p in report.parent.iterdir()] == ["report.json"]
 
 
-FIGURES = {"search_time_fraction": 0.0, "shared_block_fraction": 0.0, "mean_used_blocks": 1.0, "peak_used_blocks": 1}
+FIGURES = {"search_time_fraction": 0.0, "shared_block_fraction": 0.0, "mean_used_blocks": 1.0, "peak_used_blocks": 1,
+           "step_ms_last_tenth": 1.0}  # fmt: skip
 
 
 def entry(step_ms: float, pairs: int) -> dict:
@@ -100,3 +101,19 @@ def test_full_searches_compare_max_pairs_whatever_the_text_holds(script, boundar
     # One step for the prompts, 31 more; the first search, at step 0, finds no full block.
     assert full["pairs_compared"] == config.max_pairs * (32 // config.search_interval)
     assert full["candidates"] == full["shared_block_fraction"] == 0
+
+
+@pytest.mark.parametrize("variant", ["half-dropped", "half-null"])
+def test_every_second_generated_page_is_forgotten(script, boundaries, monkeypatch, variant):
+    """48 tokens, of which 32 are generated: four full pages of eight, of which two go."""
+    trace_replay = script("trace_replay")
+    monkeypatch.setattr(trace_replay, "_PROMPT_TOKENS", 8)
+    model = trace_replay.make_model(trace_replay.SHAPES["small"], 96, "cpu")
+    runner = TorchRunner(model, 17, 8, null_page_set=trace_replay.zero_null_page(model.config, 96))
+    rng = np.random.default_rng(0)
+    scripts = [rng.permutation(60)[:48].astype(np.int32) for _ in range(2)]
+    found = {name: trace_replay.replay(runner, name, boundaries, scripts) for name in ("off", variant)}
+    assert found["off"]["peak_used_blocks"] == 12
+    assert found[variant]["peak_used_blocks"] == 8
+    assert found[variant]["pairs_compared"] == 0
+    assert trace_replay.summarize([found])[variant]["over_off"] is not None

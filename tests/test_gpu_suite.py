@@ -222,10 +222,13 @@ def test_headlines_of_the_reports_that_the_benchmarks_write():
              "kernel_relative_error": 2e-7, "compiled_us": 512.3}, {"dtype": "int8", "pairs": 1}]  # fmt: skip
     line = gpu_steps.search_headline({"rows": rows, "tokens_per_block": 32, "copy_gb_s": 2954.0})
     assert line == ("bfloat16 64 pairs of 32: 88.0 us, 89% of a copy, compiled 512 us; copy 2.95 TB/s, error 2e-07")
-    variants = {"off": {"step_ms_mean": 12.3, "over_off": None}, "shadow": {"step_ms_mean": 12.4, "over_off": 0.008}}
+    variants = {
+        "off": {"step_ms_mean": 12.3, "over_off": None, "step_ms_last_tenth": 13.0},
+        "shadow": {"step_ms_mean": 12.4, "over_off": 0.008, "step_ms_last_tenth": 13.1},
+    }
     line = gpu_steps.replay_headline(
         {"variants": variants, "batch_size": 128, "output_tokens": 256, "decode_attention": "Triton"}
     )
-    assert line == "128 x 256: off 12.30 ms, shadow 12.40 ms (+0.8%); Triton"
+    assert line == "128 x 256: off 12.30 ms, 13.00 at the end; shadow 12.40 ms (+0.8%), 13.10 at the end; Triton"
     report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     assert gpu_steps.throughput_headline(report).startswith("requests/s: full ")

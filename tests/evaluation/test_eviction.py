@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.controls import make_control
 from trtllm_memshare.evaluation.eviction import BlockEviction, key_redundancy
 from trtllm_memshare.runners.protocol import StepBatch
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
@@ -107,7 +108,7 @@ def test_the_least_attended_old_blocks_go_and_prompt_and_recent_ones_stay():
 def test_requests_stay_within_their_budget(bundled_model, boundaries, prompts, control):
     config = make_config("aligned", control=control, budget_tokens=96, search_interval=1)
     runner = TorchRunner(load_model(bundled_model), 200, 16)
-    executor = Executor(runner, config, boundaries, max_seq_len=1024)
+    executor = Executor(runner, config, boundaries, max_seq_len=1024, make_control=make_control)
     handles = [executor.submit(p, SamplingParams(400)) for p in prompts[:3]]
     executor.run_until_idle()
     prompt_blocks = sum(-(-len(p) // 16) for p in prompts[:3])
@@ -122,4 +123,4 @@ def test_a_runner_without_attention_is_refused(boundaries):
         num_blocks, num_layers, tokens_per_block = 10, 1, SIZE
 
     with pytest.raises(UserError, match="control rkv scores blocks by attention, got a runner that does not report it"):
-        Executor(Blind(), make_config("aligned", control="rkv"), boundaries, max_seq_len=64)
+        Executor(Blind(), make_config("aligned", control="rkv"), boundaries, 64, make_control=make_control)

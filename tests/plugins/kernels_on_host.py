@@ -16,16 +16,21 @@ from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
 HOST = Path(__file__).resolve().parent / "cuda_on_host"
 KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels"
 # The kernels load vectors in one branch and use them in another of the same condition, which g++ does not follow.
-_FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+
+def find_compiler() -> str:
+    """g++ or clang++; the test is skipped where there is neither."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to build the kernels for the host")
+    return compiler
 
 
 def compile_for_host(folder: Path, source: str, *macros: str) -> ctypes.CDLL:
     """Builds a file of ``cuda_on_host`` with what it includes as a shared library and loads it."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++ or clang++) to build the kernels for the host")
     library = folder / f"{Path(source).stem}.so"
-    command = [compiler, *_FLAGS, *(f"-D{m}" for m in macros), f"-I{HOST}", f"-I{KERNELS}", "-shared", "-fPIC"]
+    command = [find_compiler(), *FLAGS, *(f"-D{m}" for m in macros), f"-I{HOST}", f"-I{KERNELS}", "-shared", "-fPIC"]
     subprocess.run([*command, str(HOST / source), str(HOST / "run.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

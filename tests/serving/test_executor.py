@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.controls import make_control
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
@@ -138,8 +139,13 @@ def test_paused_requests_share_again_and_all_end(runner, boundaries, prompts):
 @pytest.mark.parametrize("settings", [{"count_aliases": False}, {"control": "random"}, {"control": "streaming"}])
 def test_controls_run_and_change_memory(runner, boundaries, prompts, settings):
     config = make_config("aligned", streaming_window_tokens=64, **settings)
-    _, executor = run(runner, boundaries, prompts[:4], config, max_new_tokens=600)
+    _, executor = run(runner, boundaries, prompts[:4], config, max_new_tokens=600, make_control=make_control)
     assert executor.manager.stats().shared_block_fraction > 0
+
+
+def test_a_control_is_not_served_with(runner, boundaries):
+    with pytest.raises(UserError, match=r"control random is an experiment's, got it in settings to serve with"):
+        Executor(runner, make_config("aligned", control="random"), boundaries, max_seq_len=512)
 
 
 def test_sampled_tokens_do_not_depend_on_the_batch(runner, boundaries, prompts):

@@ -104,6 +104,7 @@ def test_optional_inputs_at_their_neutral_values_change_nothing(client, triton):
         ({"repetition_penalty": [[0.0]]}, "repetition_penalty must be above 0"),
         ({"num_return_sequences": [[65]]}, "num_return_sequences must be between 1 and 64, got 65"),
         ({"stop_words": [["x"] * 1025]}, "stop_words may hold 1024 texts, got 1025"),
+        ({"min_tokens": [[6]]}, "min_tokens must be between 0 and 5, got 6"),
         ({"end_id": [[4096]]}, "end_id must be between -1 and"),
     ],
 )
@@ -187,6 +188,10 @@ def test_without_decoupled_models_plain_infer_works(triton):
         assert answer.as_numpy("output_log_probs").shape == (2, 2, 9)
         with pytest.raises(Exception, match="stream needs a repository built with --decoupled"):
             client.infer("whole", tensors(http, text_input=[[OTHER]], max_tokens=[[5]], stream=[[True]]))
+        # NVIDIA's token client names its mode in a parameter, beside the inputs.
+        client.infer("whole", tensors(http, text_input=[[OTHER]], max_tokens=[[5]]), parameters={"Streaming": False})
+        with pytest.raises(Exception, match="top_kk is no input of this model"):
+            client.infer("whole", tensors(http, text_input=[[OTHER]], max_tokens=[[5]]), parameters={"top_kk": 3})
     answer = triton.generate(model="whole", text_input=OTHER, max_tokens=9, return_num_output_tokens=True)
     assert (answer["text_output"].encode(), answer["num_output_tokens"]) == (expected[1], 9)
 
@@ -270,7 +275,7 @@ def test_a_huge_prompt_holds_nobody_up_and_is_named(triton):
         {"temperature": 1e-39, "top_p": 0.9},
         {"bad_words": list("0123456789+-*/=<>abcdefghijklmnopqrstuvwxyz:?. \n"), "temperature": 1.0, "top_k": 5},
         {"frequency_penalty": 100.0, "presence_penalty": -100.0, "repetition_penalty": 100.0},
-        {"min_tokens": 2000000000},
+        {"min_tokens": 20},
     ],
 )
 def test_no_value_stops_the_executor_for_everyone(triton, inputs):

@@ -51,7 +51,13 @@ def main(command: str, arguments: list[str]) -> None:
         type=float,
         help="instead: pool as a share in (0, 1] of the full cache's measured peak demand",
     )
-    parser.add_argument("--variants", nargs="+", default=["full", "aligned"], metavar="NAME", help=", ".join(VARIANTS))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["full", "aligned"],
+        metavar="VARIANT",
+        help=f"NAME[:KEY=VALUE,...]; {', '.join(VARIANTS)}",
+    )
     parser.add_argument("--concurrency", type=int, help="most requests outstanding (default: all)")
     parser.add_argument("--request-rate", type=float, help="mean arrivals per second (default: as fast as possible)")
     parser.add_argument("--num-requests", type=int, help="first lines of the data set only")
@@ -66,6 +72,9 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--plot", type=Path, help="PNG: throughput, blocks in use and requests in flight over time")
     parser.add_argument("--output-texts", type=Path, help="JSON lines with what the first variant generated")
     parser.add_argument(
+        "--read-null", action="store_true", help="torch runner: read null entries instead of skipping them (the same)"
+    )
+    parser.add_argument(
         "--read-aliases",
         choices=("fold", "repeat"),
         default="fold",
@@ -75,6 +84,12 @@ def main(command: str, arguments: list[str]) -> None:
         "--engine-cuda-graphs", action="store_true", help="CUDA graphs of a TensorRT engine's pure decode steps"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="requests generate the outputs of the data set, whatever the model says: equal texts in all arms, and the "
+        "loss on them",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     options = BenchmarkOptions.from_arguments(parser.parse_args(arguments))
     report = run_benchmark(options, command=" ".join(["python", *sys.argv]))

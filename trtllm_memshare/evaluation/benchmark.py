@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from trtllm_memshare.evaluation.controls import make_control
 from trtllm_memshare.evaluation.dataset import DatasetItem
+from trtllm_memshare.evaluation.replay import ReplaySampler
+from trtllm_memshare.evaluation.step_model import GpuModel, ModelledClock
 from trtllm_memshare.evaluation.variants import Variant
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
@@ -19,6 +21,7 @@ from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.ranked_executor import RankedExecutor, Ranks
 from trtllm_memshare.serving.request import RequestHandle, RequestResult, SamplingParams
+from trtllm_memshare.serving.sampling import Sampler
 
 _TIMELINE_POINTS = 400
 
@@ -35,6 +38,7 @@ class Load:
       stop_token_ids: ids that end a request.
       temperature: of the sampling, 0 = greedy.
       seed: of the arrivals.
+      replay: requests generate the outputs of the data set, token by token, whatever the model says.
     """
 
     max_batch_size: int
@@ -46,6 +50,7 @@ class Load:
     request_rate: float | None = None
     temperature: float = 0.0
     seed: int = 0
+    replay: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Measurement:
     results: list[RequestResult]
     right: list[bool]  # of the items that have an answer
     config: MemShareConfig
+    loss: list[float]  # nats a token of each request, of replays
 
 
 def run_variant(
@@ -76,12 +82,14 @@ def run_variant(
     Raises:
       UserError: a request that cannot fit the pool or max_seq_len, before anything runs.
     """
-    executor = _make_executor(variant, runner, boundaries, load, ranks)
+    replayed = ReplaySampler() if load.replay else None
+    executor = _make_executor(variant, runner, boundaries, load, ranks, replayed)
+    clock = ModelledClock(GpuModel())
     rng, count = np.random.default_rng(load.seed), len(items)
     gaps = rng.exponential(1 / load.request_rate, count) if load.request_rate else np.zeros(count)
     due, handles = np.cumsum(gaps), list[RequestHandle]()
     outstanding = load.concurrency or count
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     with tqdm(total=count, desc=f"{variant.name:>15}", unit="req", leave=False) as bar:
         while executor.stats.num_finished < count:
             now = time.perf_counter() - started
@@ -89,21 +97,38 @@ def run_variant(
                 if len(handles) - executor.stats.num_finished >= outstanding:
                     break
                 item = items[len(handles)]
+                script = item.output_ids if load.replay else None
                 params = SamplingParams(
-                    item.output_tokens, load.temperature, seed=item.seed, stop_token_ids=load.stop_token_ids
+                    item.output_tokens if script is None else len(script),
+                    load.temperature,
+                    seed=item.seed,
+                    stop_token_ids=() if load.replay else load.stop_token_ids,
                 )
                 handles.append(executor.submit(item.input_ids, params, item.group))
+                if replayed is not None and script is not None:
+                    replayed.add_script(handles[-1].request_id, script)
             if executor.has_work:
+                before, executor.last_batch = executor.stats.num_steps, None
                 executor.step()
+                if executor.last_batch is not None and executor.stats.num_steps > before:
+                    pool = executor.manager.pool
+                    clock.tick(len(executor.last_batch.input_ids), pool.num_used / pool.num_usable, handles)
             else:
                 time.sleep(max(0.0, min(0.01, due[len(handles)] - now)))
             bar.update(executor.stats.num_finished - bar.n)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     if isinstance(executor, RankedExecutor):
         executor.close()
     results = [handle.result() for handle in handles]
     right = [is_right(i, r.token_ids) for i, r in zip(items, results, strict=True) if i.answer is not None]
-    return Measurement(_entry(variant, executor, results, right, seconds), results, right, variant.config)
+    entry = _entry(variant, executor, results, right, seconds)
+    entry["requests_per_cpu_s"] = count / cpu_seconds
+    entry["modelled_gpu"] = clock.summary()
+    loss = []
+    if replayed is not None:
+        loss = [replayed.loss[h.request_id] / r.stats.num_output_tokens for h, r in zip(handles, results, strict=True)]
+        entry["loss_nats_per_token"] = float(np.mean(loss))
+    return Measurement(entry, results, right, variant.config, loss)
 
 
 def follow_variant(variant: Variant, runner: Runner, boundaries: BoundaryTokens, load: Load, ranks: Ranks) -> None:
@@ -114,12 +139,20 @@ def follow_variant(variant: Variant, runner: Runner, boundaries: BoundaryTokens,
 
 
 def _make_executor(
-    variant: Variant, runner: Runner, boundaries: BoundaryTokens, load: Load, ranks: Ranks | None
+    variant: Variant,
+    runner: Runner,
+    boundaries: BoundaryTokens,
+    load: Load,
+    ranks: Ranks | None,
+    sampler: Sampler | None = None,
 ) -> Executor:
     policy = variant.policy or load.scheduler_policy
     limits = (load.max_batch_size, load.max_num_tokens, policy)
-    make = Executor if ranks is None else ranks.executor
-    return make(runner, variant.config, boundaries, load.max_seq_len, *limits, make_control=make_control)
+    if ranks is not None:
+        return ranks.executor(runner, variant.config, boundaries, load.max_seq_len, *limits, make_control=make_control)
+    return Executor(
+        runner, variant.config, boundaries, load.max_seq_len, *limits, sampler=sampler, make_control=make_control
+    )
 
 
 def _entry(
@@ -146,6 +179,9 @@ def _entry(
             "maximum": float(latencies.max()),
             "average": float(latencies.mean()),
         },
+        "ttft_percentiles_ms": {
+            f"p{q}": float(np.percentile([r.stats.ttft_s * 1e3 for r in results], q)) for q in (50, 99)
+        },
         "avg_ttft_ms": float(np.mean([r.stats.ttft_s for r in results]) * 1e3),
         "avg_tpot_ms": float(np.mean([r.stats.tpot_s for r in results]) * 1e3),
         "accuracy": sum(right) / len(right) if right else None,
@@ -162,6 +198,8 @@ def _entry(
         "refused": cache.refused,
         "rejected": executor.rejected,
         "paused_requests": stats.num_pauses,
+        "recomputed_tokens": stats.num_recomputed_tokens,
+        "pressure": None if executor.pressure is None else asdict(executor.pressure.stats),
         "num_steps": stats.num_steps,
         "search_time_fraction": stats.search_time_fraction,
         "mean_step_ms": stats.busy_seconds / stats.num_steps * 1e3,

@@ -49,6 +49,7 @@ class BenchmarkOptions:
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
+    replay: bool = False
     chat_template: bool = False
     add_special_tokens: bool | None = None
 
@@ -62,6 +63,8 @@ class BenchmarkOptions:
         """Checks parsed arguments. Raises UserError on values that make no sense together."""
         values = vars(arguments)
         settings = tuple(parse_setting(text) for text in values.pop("set"))
+        if values.pop("read_null"):
+            settings += (("read_null", True),)
         values["variants"] = tuple(values["variants"])
         for name, most in _MOST.items():
             check_number(f"--{name.replace('_', '-')}", values[name], 0 if name == "seed" else 1, most)

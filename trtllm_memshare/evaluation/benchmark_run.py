@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine
@@ -23,7 +24,7 @@ from trtllm_memshare.evaluation.benchmark import (
 from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
 from trtllm_memshare.evaluation.dataset import DatasetItem, DatasetLimits, draw_samples, final_answer, read_dataset
 from trtllm_memshare.evaluation.document import make_report
-from trtllm_memshare.evaluation.variants import Variant, make_variant
+from trtllm_memshare.evaluation.variants import Variant, make_variant, parse_variant
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
@@ -43,6 +44,7 @@ _TIMES = (
     "block_seconds_per_request",
     "search_time_fraction",
     "mean_step_ms",
+    "requests_per_cpu_s",
 )
 """Figures that depend on the clock: over several rounds the median is reported."""
 
@@ -54,7 +56,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     """
     engine = load_engine(options.engine_dir)
     overrides = dict(options.settings)
-    variants = [make_variant(name, engine.memshare, **overrides) for name in options.variants]
+    variants = [parse_variant(text, engine.memshare, **overrides) for text in options.variants]
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     device = announce_device(options.device)
     limits = DatasetLimits(engine.build.max_seq_len, engine.vocab_size)
@@ -67,7 +69,10 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
         request_rate=options.request_rate,
         temperature=options.temperature,
         seed=options.seed,
+        replay=options.replay,
     )
+    if options.replay and any(item.output_ids is None for item in items):
+        raise UserError(f"{options.dataset} has requests without an output, which --replay is to replay (leave it out)")
     ranks = _connect(engine)
     bench = _Bench(
         engine,
@@ -106,6 +111,7 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
             "concurrency": options.concurrency,
             "request_rate": options.request_rate,
             "repeat": options.repeat,
+            "replay": options.replay,
             "read_aliases": options.read_aliases if engine.backend == "torch" else "repeat",
             "seed": options.seed,
             "variants": entries,
@@ -260,5 +266,7 @@ def _merge(rounds: list[Measurement], full: Measurement | None) -> dict[str, Any
         entry["same_tokens_as_full"] = sum(same) / len(same)
         pairs = list(zip(full.right, rounds[0].right, strict=True))
         entry["answers_lost"] = sum(before and not after for before, after in pairs)
+        if full.loss:
+            entry["loss_change"] = float(np.mean(np.array(rounds[0].loss) - full.loss))
         entry["answers_gained"] = sum(after and not before for before, after in pairs)
     return entry

@@ -14,16 +14,21 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from trtllm_memshare.serving.request import RequestState
-from trtllm_memshare.serving.sampling import Sampler
+from trtllm_memshare.serving.sampling import Sampler, token_log_probs
 
 
 class ReplaySampler(Sampler):
-    """Takes the arg-max, as greedy decoding would, and then answers with the next token of the request's script."""
+    """Takes the arg-max, as greedy decoding would, and then answers with the next token of the request's script.
+
+    Attributes:
+      loss: nats of each request's script so far, under what the model read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._scripts: dict[int, list[int]] = {}
         self._places: dict[int, int] = {}
+        self.loss: dict[int, float] = {}
 
     def add_script(self, request_id: int, token_ids: list[int]) -> None:
         """Sets what a request will generate, token by token."""
@@ -33,10 +38,12 @@ class ReplaySampler(Sampler):
     def sample(self, logits: torch.Tensor, requests: list[RequestState]) -> list[int]:
         """Next scripted token of each row; see ``Sampler.sample``."""
         super().sample(logits, requests)
-        tokens = []
+        tokens = list[int]()
         for request in requests:
             tokens.append(self._scripts[request.request_id][self._places[request.request_id]])
             self._places[request.request_id] += 1
+        for request, log_prob in zip(requests, token_log_probs(logits, tokens), strict=True):
+            self.loss[request.request_id] = self.loss.get(request.request_id, 0.0) - log_prob
         return tokens
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.evaluation.benchmark_options import parse_setting
 from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT
 
 _CONTROLS = ("random", "streaming", "snapkv", "rkv")
-VARIANTS = ("full", "full-guaranteed", "paper", "aligned", "lexical", "drop-duplicate", "shadow", *_CONTROLS)
+VARIANTS = (
+    "full",
+    "full-guaranteed",
+    "pressure",
+    "pressure-guaranteed",
+    "paper",
+    "aligned",
+    "lexical",
+    "drop-duplicate",
+    "shadow",
+    *_CONTROLS,
+)
+_GUARANTEED = "-guaranteed"
 
 
 @dataclass(frozen=True)
@@ -26,8 +39,9 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
     """Settings of an arm.
 
     Args:
-      name: one of ``VARIANTS``. ``full-guaranteed`` is the full cache under GUARANTEED_NO_EVICT; ``shadow`` and the
-        controls start from the settings of ``aligned``, and so does ``drop-duplicate`` in an engine of that preset.
+      name: one of ``VARIANTS``. ``full-guaranteed`` is the full cache under GUARANTEED_NO_EVICT, and so with
+        ``pressure``; ``shadow`` and the controls start from the settings of ``aligned``, and so does
+        ``drop-duplicate`` in an engine of that preset.
       engine: the engine's own settings; they stand for the preset that they name.
       overrides: settings laid on top of those of sharing arms.
 
@@ -38,7 +52,8 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
         raise UserError(f"unknown variant {name} ({nearest(name, VARIANTS)})")
     if name.startswith("full"):
         return Variant(name, make_config("off"), GUARANTEED_NO_EVICT if name == "full-guaranteed" else None)
-    preset = name if name in PRESETS else "aligned"
+    preset = name.removesuffix(_GUARANTEED)
+    preset = preset if preset in PRESETS else "aligned"
     settings = engine.model_dump() if engine.preset == preset else PRESETS[preset]
     if name == "drop-duplicate" and engine.preset == "aligned":
         settings = {**engine.model_dump(), **PRESETS[name]}  # the engine's sharing, counted once
@@ -47,4 +62,15 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
     if name in _CONTROLS:
         settings["control"] = name
     settings.pop("preset")
-    return Variant(name, make_config(preset, **settings))
+    return Variant(name, make_config(preset, **settings), GUARANTEED_NO_EVICT if name.endswith(_GUARANTEED) else None)
+
+
+def parse_variant(text: str, engine: MemShareConfig, **overrides: Any) -> Variant:
+    """``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE``, for example ``pressure:min_kept=0.25,need=random``.
+
+    Raises:
+      UserError: unknown variant or setting, or a value out of range.
+    """
+    name, _, rest = text.partition(":")
+    settings = dict(parse_setting(part) for part in rest.split(",")) if rest else {}
+    return replace(make_variant(name, engine, **{**overrides, **settings}), name=text)

@@ -23,6 +23,8 @@ COLOURS = (
     "#B8A800",
     "#5B3A8E",
     "#8C510A",
+    "#1B7837",
+    "#A50026",
 )
 _FIRST_LINES = ("full", "aligned")  # drawn thick and on top: what everything else is held against
 _SMALL: dict[str, Any] = {"textcoords": "offset points", "color": "#444444", "fontsize": 9}

@@ -37,13 +37,14 @@ COLUMNS: list[_Column] = [
     ("peak", lambda v: str(v["peak_used_blocks"])),
     ("in flight", _number("mean_requests_in_flight", 1)),
     ("paused", lambda v: str(v["paused_requests"])),
+    ("steps", lambda v: str(v.get("num_steps", "-"))),
     ("search %", _percent("search_time_fraction")),
 ]
 
 _LEGEND = (
     "shared: blocks freed by sharing / blocks filled by generation; TTFT: mean time to first token; tokens: mean "
     "output\nblocks/req: mean blocks held by a request in flight; peak: most blocks in use; in flight: mean requests "
-    "running\npaused: times a request gave its blocks back; search: share of step time"
+    "running\npaused: times a request gave its blocks back; steps: of the whole run; search: share of step time"
 )
 
 

@@ -291,6 +291,8 @@ class Executor(ExecutorLoop):
         now = time.perf_counter()
         record = self.manager.remove_sequence(state.request_id) if in_cache else SharingRecord(0, 0)
         self._forget(state)
+        if self.pressure is not None and reason != "cancelled":
+            self.pressure.learn_length(state.num_generated)
         first = state.first_token_at if state.first_token_at is not None else now
         stats = RequestStats(
             first - state.submitted_at,
@@ -303,6 +305,7 @@ class Executor(ExecutorLoop):
         )
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
+        self.stats.num_recomputed_tokens = self._scheduler.num_recomputed_tokens
         state.handle.finish(
             RequestResult(
                 state.request_id, state.tokens[len(state.prompt) :], reason, stats, tuple(state.handle.log_probs)

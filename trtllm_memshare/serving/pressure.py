@@ -25,6 +25,7 @@ from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.serving.forecast import Lengths, Prospect, least_blocks, peak_blocks
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_redundancy
 from trtllm_memshare.serving.request import Phase, RequestState
@@ -91,6 +92,7 @@ class Pressure:
         self._manager, self._config, self._ledger = manager, config, ledger
         self._agree, self._bytes_per_block = agree, bytes_per_block
         self._marks = Watermarks(config.high_watermark, config.low_watermark)
+        self._lengths = Lengths()
         self.stats = PressureStats()
         self.is_active = False
         self.seconds = 0.0
@@ -147,19 +149,29 @@ class Pressure:
         with self._timed():
             self._ledger.observe_attention(attention, self._manager.pool.generation)
 
-    def least_blocks(self, state: RequestState) -> int:
-        """Blocks with which a request can go on to its longest possible end, when it gives up all that it may."""
-        manager, config = self._manager, self._config
-        size, end = manager.tokens_per_block, state.max_tokens
-        if not state.params.memshare:
-            return manager.blocks_for(end)
-        prompt = manager.blocks_for(len(state.prompt))
+    def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
+        """Whether a request can be admitted without anybody being paused later, as far as can be foreseen.
+
+        Args:
+          is_certain: every request takes all the tokens that it asked for, all at the same time; otherwise each takes
+            as many as others did, and ends when it does.
+        """
+        with self._timed():
+            size, usable = self._manager.tokens_per_block, self._manager.pool.num_usable
+            if is_certain:
+                prospects = [self._prospect(s, s.max_tokens) for s in (*running, state)]
+                ends = np.array([p.end for p in prospects])
+                return int(least_blocks(prospects, ends, size).sum()) <= usable
+            prospects = [
+                self._prospect(s, len(s.prompt) + self._lengths.expect(s.num_generated, s.params.max_new_tokens, size))
+                for s in (*running, state)
+            ]
+            return not running or peak_blocks(prospects, size) <= usable
+
+    def _prospect(self, state: RequestState, end: int) -> Prospect:
+        config, kept = self._config, self.min_kept(state)
         protected = config.max_protected_tokens if config.protected_steps else config.protected_tokens
-        generated = max(0, end // size - prompt)
-        # A block more than the protected tokens fill, since the protection need not begin with a block, and the one
-        # that is being written.
-        kept = max(math.ceil(self.min_kept(state) * generated), min(generated, manager.blocks_for(protected) + 1))
-        return min(manager.blocks_for(end), prompt + kept + 1)
+        return Prospect(len(state.tokens), len(state.prompt), end, kept, protected)
 
     def status(self, running: Sequence[RequestState]) -> PressureStatus:
         """Counts of this moment; safe from any thread, since it only reads."""
@@ -179,6 +191,10 @@ class Pressure:
             retired_now=retired_now,
             bytes_saved_now=retired_now * self._bytes_per_block,
         )
+
+    def learn_length(self, num_generated: int) -> None:
+        """Takes how many tokens a request had that ended by itself: what may come in is foreseen from that."""
+        self._lengths.learn(num_generated)
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""

@@ -2,8 +2,10 @@
 
 Two capacity policies under TensorRT-LLM's names. ``MAX_UTILIZATION`` admits what fits now and, when a running request
 finds no block, pauses the youngest one, which later recomputes its context. ``GUARANTEED_NO_EVICT`` admits only what
-can run to its longest possible end. Both count what a request still needs in logical blocks, so blocks that sharing
-frees admit requests under both; TensorRT-LLM's own scheduler gains under ``MAX_UTILIZATION`` only.
+can run to its longest possible end. Under pressure both count floors: GUARANTEED_NO_EVICT what requests hold when they
+have given up all that they may, MAX_UTILIZATION the same as far as it can be foreseen (``serving.forecast``). Otherwise
+both count what a request still needs in logical blocks, so blocks that sharing frees admit requests under both;
+TensorRT-LLM's own scheduler gains under ``MAX_UTILIZATION`` only.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class Relief(Protocol):
     def free_for_waiting(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
         """Frees blocks for a request to be admitted: all of them, or none and False."""
 
-    def least_blocks(self, state: RequestState) -> int:
-        """Blocks with which a request can reach its longest possible end."""
+    def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
+        """Whether a request can be admitted without a pause later: for certain, or as far as can be foreseen."""
 
 
 class Scheduler:
@@ -86,6 +88,7 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []  # in order of arrival
         self.num_pauses = 0
+        self.num_recomputed_tokens = 0
         self.failed: list[tuple[RequestState, Exception]] = []
 
     def add(self, state: RequestState) -> None:
@@ -131,6 +134,7 @@ class Scheduler:
     def _pause(self, state: RequestState) -> None:
         self.running.remove(state)
         self._manager.pause_sequence(state.request_id)
+        self.num_recomputed_tokens += state.num_computed
         state.phase, state.num_computed = Phase.WAITING, 0
         state.num_pauses += 1
         self.num_pauses += 1
@@ -162,16 +166,14 @@ class Scheduler:
     def _has_room(self, state: RequestState) -> bool:
         """Whether a request can be admitted now; under pressure, after others have given up pages for it."""
         manager, relief, running = self._manager, self._relief, self.running
-        if self._policy == GUARANTEED_NO_EVICT:
-            if relief is not None:
-                # Every request can be brought down to its floor, so that is what it holds in the end.
-                owed = sum(relief.least_blocks(s) for s in running)
-                if relief.least_blocks(state) + owed > manager.pool.num_usable:
-                    return False
-                needed = manager.blocks_to_add(state.request_id, len(state.tokens))
-            else:
-                owed = sum(manager.blocks_for(s.max_tokens) - manager.logical_blocks(s.request_id) for s in running)
-                needed = manager.blocks_for(state.max_tokens) + owed
+        is_certain = self._policy == GUARANTEED_NO_EVICT
+        if relief is not None:
+            if not relief.fits(state, running, is_certain):
+                return False
+            needed = manager.blocks_to_add(state.request_id, len(state.tokens) + 1)
+        elif is_certain:
+            owed = sum(manager.blocks_for(s.max_tokens) - manager.logical_blocks(s.request_id) for s in running)
+            needed = manager.blocks_for(state.max_tokens) + owed
         else:
             # One block of headroom for each running request: all of them, and the new one, then get at least a
             # block's worth of tokens further before anybody is paused again.

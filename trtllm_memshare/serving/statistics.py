@@ -22,6 +22,7 @@ class ExecutorStats:
     num_finished: int = 0
     num_failed: int = 0
     num_pauses: int = 0
+    num_recomputed_tokens: int = 0
     busy_seconds: float = 0.0
     search_seconds: float = 0.0
     block_seconds: float = 0.0

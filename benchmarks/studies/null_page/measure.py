@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.engine.attention_queries import FIRST_POSITION, Queries, observe_queries
 from trtllm_memshare.engine.null_page import NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import calibration_texts, report
@@ -18,14 +19,19 @@ from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.document import make_report, publish
 from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+from trtllm_memshare.runners.protocol import StepBatch
+from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.block_distance import rotate
+from trtllm_memshare.search.config import make_config
+
+PAGE_TOKENS, CONTEXT_TOKENS = 16, 768
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=5120, help="of the trace (default: %(default)s)")
-    parser.add_argument("--range-tokens", type=int, default=1024, help="positions of one row (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4608, help="of the trace (default: %(default)s)")
+    parser.add_argument("--range-tokens", type=int, default=512, help="positions of one row (default: %(default)s)")
     parser.add_argument("--output-json", type=Path, default=Path("benchmarks/results/null_page.json"))
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model_dir, dtype=torch.float32, local_files_only=True).eval()
@@ -61,8 +67,41 @@ def main() -> None:
         "trace": trace.trace.name,
         "tokens": len(trace.ids),
         "rows": rows,
+        "reading": compare_reading(arguments.model_dir, pages, trace.ids[:CONTEXT_TOKENS]),
     }
     publish(make_report(figures), arguments.output_json)
+
+
+def compare_reading(model_dir: Path, pages: NullPageSet, ids: list[int]) -> dict[str, Any]:
+    """Logits after half of the pages were given up, null entries skipped and read: how far apart, in one step each."""
+    found = []
+    for read_null in (False, True):
+        runner = TorchRunner(load_model(model_dir), 80, PAGE_TOKENS, null_page_set=pages)
+        config = make_config("aligned", retired_becomes="null")
+        cache = KVCacheManager(80, runner.num_layers, PAGE_TOKENS, 80, 1, config, None, runner.null_pages)
+        cache.add_sequence(0, np.array(ids, np.int32), num_prompt_tokens=PAGE_TOKENS)
+        retired = np.arange(2, len(ids) // PAGE_TOKENS - 8, 2)
+        for start, stop in ((0, len(ids) - 32), (len(ids) - 32, len(ids))):
+            batch = StepBatch(
+                input_ids=np.array(ids[start:stop], np.int32),
+                position_ids=np.arange(start, stop, dtype=np.int32),
+                num_contexts=1,
+                chunk_lengths=np.array([stop - start], np.int32),
+                sequence_lengths=np.array([stop], np.int32),
+                block_offsets=cache.block_offsets([0]),
+                read_null=read_null,
+            )
+            logits = runner.step(runner.prepare(batch)).logits
+            cache.mark_computed(0, stop)
+            if start == 0:
+                cache.retire(0, retired)
+        found.append(logits[0])
+    return {
+        "tokens": len(ids),
+        "retired_pages": len(retired),
+        "largest_logit": float(found[0].abs().max()),
+        "largest_difference": float((found[0] - found[1]).abs().max()),
+    }
 
 
 def gaps_at(queries: Queries, positions: np.ndarray, keys: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,8 @@ FORMS = [(name, field, width) for name, field in (("v", V), ("k", K)) for width 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
-    parser.add_argument("--texts", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=1536, help="of each text (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=6, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each text (default: %(default)s)")
     parser.add_argument("--output-json", type=Path, default=Path("benchmarks/results/signatures.json"))
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model_dir, dtype=torch.float32, local_files_only=True).eval()

@@ -1,7 +1,7 @@
 // A stand-in for CUDA's header and runtime: kernels run on the host, each thread of a block as a fiber.
 //
-// What it knows is what plugins/kernels uses: grids and blocks of up to three dimensions, static shared memory, block
-// barriers, warp shuffles, read-only loads and cudaLaunchKernelEx. Blocks run one after the other. A thread runs until
+// What it knows is what plugins/ uses: grids and blocks of up to three dimensions, static shared memory, block barriers,
+// warp shuffles, read-only loads, cudaLaunchKernelEx, and as much of memory, streams and graphs as the harness needs. Blocks run one after the other. A thread runs until
 // it waits for others; so a missing barrier shows as another result when the threads run in another order
 // (memshare_run_backwards), and a barrier that some threads never reach ends the launch with an error. Shared memory
 // holds NaN patterns when a block starts, as it holds rubbish on a GPU. Inline PTX is not known: kernels keep a plain
@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,7 @@ enum cudaError_t : int {
     cudaErrorLaunchFailure = 719,
 };
 using cudaStream_t = void*;
+using cudaEvent_t = void*;
 
 struct dim3 {
     unsigned int x, y, z;
@@ -146,10 +148,34 @@ inline cudaError_t cudaPeekAtLastError()
     return cuda_on_host::block.last_error;
 }
 
+// What a stream is asked to do: at once, or when the graph that is being captured is launched.
+struct HostGraph {
+    std::vector<std::function<cudaError_t()>> work;
+};
+
+namespace cuda_on_host {
+
+inline HostGraph* captured = nullptr;
+
+inline cudaError_t enqueue(std::function<cudaError_t()> work)
+{
+    if (captured == nullptr) {
+        return work();
+    }
+    captured->work.push_back(std::move(work));
+    return cudaSuccess;
+}
+
+} // namespace cuda_on_host
+
 template <class... Expected, class... Given>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* config, void (*kernel)(Expected...), Given&&... given)
 {
-    return cuda_on_host::run_grid(config->gridDim, config->blockDim, [&] { kernel(Expected(given)...); });
+    dim3 const grid = config->gridDim;
+    dim3 const threads = config->blockDim;
+    return cuda_on_host::enqueue([=] {
+        return cuda_on_host::run_grid(grid, threads, [&] { kernel(Expected(given)...); });
+    });
 }
 
 inline void __syncthreads()
@@ -184,4 +210,110 @@ template <class T> T __shfl_xor_sync(unsigned int, T value, unsigned int offset)
 template <class T> T __ldg(T const* address)
 {
     return *address;
+}
+
+// Memory, streams and graphs. There is one device; whatever is enqueued has ended when the call returns.
+using cudaGraph_t = HostGraph*;
+using cudaGraphExec_t = HostGraph*;
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+
+inline cudaError_t cudaGetDeviceCount(int* count)
+{
+    *count = 1;
+    return cudaSuccess;
+}
+
+inline char const* cudaGetErrorString(cudaError_t status)
+{
+    return status == cudaSuccess ? "no error" : "an error of the host run";
+}
+
+inline cudaError_t cudaMalloc(void** address, std::size_t bytes)
+{
+    *address = ::operator new(bytes, std::align_val_t{256});
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaFree(void* address)
+{
+    ::operator delete(address, std::align_val_t{256});
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpy(void* target, void const* source, std::size_t bytes, cudaMemcpyKind)
+{
+    std::memcpy(target, source, bytes);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaMemset(void* target, int value, std::size_t bytes)
+{
+    std::memset(target, value, bytes);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t)
+{
+    return cuda_on_host::enqueue([=] { return cudaMemset(target, value, bytes); });
+}
+
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream)
+{
+    *stream = nullptr;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamDestroy(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceSynchronize()
+{
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode)
+{
+    cuda_on_host::captured = new HostGraph;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph)
+{
+    *graph = std::exchange(cuda_on_host::captured, nullptr);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long)
+{
+    *executable = new HostGraph(*graph);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t)
+{
+    cudaError_t status = cudaSuccess;
+    for (auto const& work : executable->work) {
+        status = status == cudaSuccess ? work() : status;
+    }
+    return status;
+}
+
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable)
+{
+    delete executable;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    delete graph;
+    return cudaSuccess;
 }

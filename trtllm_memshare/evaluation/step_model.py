@@ -1,0 +1,78 @@
+"""What a GPU's steps would take: a bandwidth model beside the measured times of a run.
+
+**Modelled, not measured.** A decode step reads the weights once and every page in use once; a step with context
+computes as well. A pool of any size stands for the memory that a GPU has left beside the weights, so that a run of a
+small model is read as one of a large model whose pool is as tight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trtllm_memshare.serving.request import RequestHandle
+
+
+@dataclass(frozen=True)
+class GpuModel:
+    """DeepSeek-R1-Distill-Qwen-7B in bf16 on an H200: sizes and rates from data sheets; the shares of bandwidth and
+    FLOP rate that kernels reach are assumptions."""
+
+    name: str = "R1-Distill-Qwen-7B, bf16, H200"
+    weights_bytes: float = 15.2e9
+    parameters: float = 7.6e9
+    pool_bytes: float = 110e9
+    bandwidth: float = 4.8e12 * 0.8
+    flops: float = 990e12 * 0.5
+    overhead_s: float = 2e-3
+
+    def step_seconds(self, num_tokens: int, pool_use: float) -> float:
+        """Time of one step.
+
+        Args:
+          num_tokens: tokens that it computes, context and generation.
+          pool_use: share of the pool that requests hold, in [0, 1].
+        """
+        reads = (self.weights_bytes + pool_use * self.pool_bytes) / self.bandwidth
+        return max(reads, 2 * self.parameters * num_tokens / self.flops) + self.overhead_s
+
+
+class ModelledClock:
+    """Adds up the modelled times of a run's steps and notes when each request ended.
+
+    Args:
+      machine: the model of a step.
+    """
+
+    def __init__(self, machine: GpuModel) -> None:
+        self._machine = machine
+        self._now = 0.0
+        self._submitted: dict[int, float] = {}
+        self._latency: dict[int, float] = {}
+
+    def tick(self, num_tokens: int, pool_use: float, handles: Sequence[RequestHandle]) -> None:
+        """One step has run.
+
+        Args:
+          num_tokens, pool_use: see ``GpuModel.step_seconds``.
+          handles: of every request that was submitted so far.
+        """
+        for handle in handles[len(self._submitted) :]:
+            self._submitted[handle.request_id] = self._now
+        self._now += self._machine.step_seconds(num_tokens, pool_use)
+        for handle in handles:
+            if handle.request_id not in self._latency and handle.future.done():
+                self._latency[handle.request_id] = self._now - self._submitted[handle.request_id]
+
+    def summary(self) -> dict[str, Any]:
+        """Requests per second and percentiles of latency, in modelled seconds."""
+        latencies = list(self._latency.values())
+        return {
+            "machine": self._machine.name,
+            "request_throughput_req_s": len(latencies) / self._now,
+            "p50_latency_s": float(np.percentile(latencies, 50)),
+            "p99_latency_s": float(np.percentile(latencies, 99)),
+        }
