@@ -10,12 +10,16 @@ venv: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The tests of the real server have the machine to themselves: their bounds are in seconds.
 test: venv
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/triton_server
+	$(BIN)/python -m pytest -q tests/triton_server
 
-# Killed processes, shutdown under load: several servers, minutes.
+# Every test with its long parts (killed servers, a soak, thousands of schedules), then an hour of fuzzing.
 nightly: venv
-	MEMSHARE_NIGHTLY=1 $(BIN)/python -m pytest -q
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 $(BIN)/python -m pytest -q
+	$(BIN)/python tests/fuzz/run.py --seconds 300
 
 lint: venv
 	$(BIN)/ruff check .
