@@ -26,7 +26,6 @@ def main() -> None:
         if text.num_prompt_tokens <= options.max_prompt_tokens and len(rows) < options.num_requests:
             row = {
                 "task_id": len(rows),
-                "name": text.trace.name,
                 "prompt": text.trace.prompt,
                 "output": tokenizer.decode(text.ids[text.num_prompt_tokens :]),
                 "output_tokens": options.output_tokens,
