@@ -27,7 +27,7 @@ demo: venv
 	$(BIN)/python build_scripts/build_engine.py --memshare --force
 	$(BIN)/python benchmarks/inflight_batching.py --engine-dir engines/tiny_reasoner \
 	  --dataset benchmarks/data/demo.jsonl --kv-cache-share 0.5 \
-	  --variants full paper aligned lexical shadow drop-duplicate random streaming \
+	  --variants full pressure paper aligned lexical shadow drop-duplicate random streaming \
 	  --output-json demo/report.json --plot demo/report.png
 
 real: venv

@@ -141,7 +141,7 @@ def _second_part(make: _Commands, python: str) -> list[Step]:
     convert = [python, "benchmarks/real_engine.py", "--model", str(model), "--output-dir", engine]
     requests = str(WORK / "requests.jsonl")
     write = [python, "-m", "benchmarks.studies.pressure.make_requests", "--model-dir", f"{engine}_checkpoint",
-             "--num-requests", "64", "--output-tokens", "768", "--output", requests]  # fmt: skip
+             "--num-requests", "64", "--max-tokens", "1024", "--output", requests]  # fmt: skip
     return [
         Step("real_engine", 40, convert, needs),
         Step("real_requests", 15, write, needs),

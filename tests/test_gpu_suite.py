@@ -207,6 +207,20 @@ def test_the_limits_of_a_part_fit_its_time_and_its_steps_name_files_that_exist(p
             assert step.headline is not None
 
 
+@pytest.mark.parametrize("part", gpu_steps.PARTS)
+def test_the_steps_use_options_that_their_commands_have(part):
+    shared = "".join(path.read_text() for path in (ROOT / "trtllm_memshare" / "evaluation").glob("*.py"))
+    for step in gpu_steps.make_steps(part, sys.executable):
+        for place, argument in enumerate(step.command):
+            script = ROOT / argument if argument.startswith(("benchmarks/", "build_scripts/")) else None
+            if argument.startswith("benchmarks.studies."):
+                script = ROOT / (argument.replace(".", "/") + ".py")
+            if script is not None and script.suffix == ".py":
+                text = script.read_text() + shared
+                for option in (o for o in step.command[place + 1 :] if o.startswith("--")):
+                    assert f'"{option}"' in text, f"{step.name}: {option}"
+
+
 def test_the_most_wanted_figures_come_first():
     first, second = (gpu_steps.make_steps(part, sys.executable) for part in gpu_steps.PARTS)
     search = first[0].command

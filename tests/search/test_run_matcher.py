@@ -117,3 +117,15 @@ def test_a_cosine_on_the_step_matchers_threshold_counts(boundaries, same, paired
     matcher = StepMatcher(make_config("paper", min_step_cosine=0.8), 8, 16, boundaries)
     feed(matcher, [10] * 15 + [newline] + step + other + step[:5], 4)
     assert bool(matcher.ready_blocks()) is paired
+
+
+def test_a_step_that_never_ends_protects_no_more_than_the_cap(boundaries):
+    """One word for ever after ordinary text: protection by steps used to hold all of it."""
+    config = make_config("aligned", max_protected_tokens=256)
+    matcher = RunMatcher(config, SIZE, 1, boundaries)
+    feed(matcher, [*np.random.default_rng(3).integers(10, 70, 200), *[20] * 1300], 1)
+    assert matcher.protected_from() == 1500 - 256
+    assert matcher.ready_blocks()[-1] >= 1500 // SIZE - 3  # so nearly all of the loop can go
+    unbounded = RunMatcher(make_config("aligned", max_protected_tokens=10**6), SIZE, 1, boundaries)
+    feed(unbounded, [20] * 1500, 100)
+    assert unbounded.protected_from() <= 0

@@ -31,6 +31,19 @@ def test_word_pieces(tokens, starts):
     assert BoundaryTokens.from_texts(PIECES).step_starts(tokens, 0).tolist() == starts
 
 
+@pytest.mark.parametrize(
+    ("texts", "starts"),
+    [
+        (["\u6240\u4ee5", "\u3002", "\u90a3\u4e48", "\u3002\u300d", "\u518d"], [2, 4]),
+        (["\u0938\u094b", "\u0964", " \u0905\u092c"], [2]),
+        (["\u0645\u0627", "\u061f", " \u0646\u0639\u0645"], [2]),
+        (["a", "\u2026", " b"], [2]),
+    ],
+)
+def test_sentences_of_other_scripts_end(texts, starts):
+    assert BoundaryTokens.from_texts(texts).step_starts(np.arange(len(texts)), 0).tolist() == starts
+
+
 def test_character_tokens(boundaries):
     text = "x. y\nz 3.5\n\nw"
     starts = boundaries.step_starts(encode_fast(text).astype(np.int32), 0)

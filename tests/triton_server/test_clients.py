@@ -188,6 +188,10 @@ def test_without_decoupled_models_plain_infer_works(triton):
         assert answer.as_numpy("output_log_probs").shape == (2, 2, 9)
         with pytest.raises(Exception, match="stream needs a repository built with --decoupled"):
             client.infer("whole", tensors(http, text_input=[[OTHER]], max_tokens=[[5]], stream=[[True]]))
+        # NVIDIA's token client names its mode in a parameter, beside the inputs.
+        client.infer("whole", tensors(http, text_input=[[OTHER]], max_tokens=[[5]]), parameters={"Streaming": False})
+        with pytest.raises(Exception, match="top_kk is no input of this model"):
+            client.infer("whole", tensors(http, text_input=[[OTHER]], max_tokens=[[5]]), parameters={"top_kk": 3})
     answer = triton.generate(model="whole", text_input=OTHER, max_tokens=9, return_num_output_tokens=True)
     assert (answer["text_output"].encode(), answer["num_output_tokens"]) == (expected[1], 9)
 

@@ -12,6 +12,7 @@ from http.client import HTTPException
 import psutil
 import pytest
 from triton_server.conftest import Triton, start_triton, stop_triton
+from triton_server.test_clients import tensors
 
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
 LONG = "Q: 980 + 9 - 640 - 337 - 11 - 1 = ?\n"
@@ -71,6 +72,24 @@ def test_shutdown_under_load_drains_and_a_full_queue_is_named(served_engine, tmp
     refused = [e for e in ends if e != "answered"]
     assert refused
     assert all("the queue is full: 64 requests are in the system" in e for e in refused)
+
+
+def test_the_token_model_without_decoupled_answers_plain_infer(served_engine, tmp_path):
+    http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    server = start_triton(tmp_path, served_engine, kv_cache_blocks=500, decoupled=False)
+    try:
+        with http.InferenceServerClient(f"127.0.0.1:{server.http}") as client:
+            inputs = {
+                "input_ids": [[5, 6, 7], [5, 6, 0]],
+                "input_lengths": [[3], [2]],
+                "request_output_len": [[4], [5]],
+            }
+            answer = client.infer("tensorrt_llm", tensors(http, **inputs))
+        assert answer.as_numpy("output_ids").shape == (2, 1, 5)
+        assert answer.as_numpy("output_ids")[0, 0, 4] == -1
+        assert answer.as_numpy("sequence_length").tolist() == [[4], [5]]
+    finally:
+        stop_triton(server)
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -242,6 +242,29 @@ def test_samples_with_one_group_share_over_the_socket(tiny_checkpoint, boundarie
     assert (executor.manager.stats().shared > 5) == shares
 
 
+def test_several_answers_to_one_prompt_share_by_themselves_and_one_may_end_early(tiny_checkpoint, boundaries, tmp_path):
+    config = make_config("aligned", scope="group", max_distance=0.001, protected_tokens=8, protected_steps=0)
+    executor = Executor(TorchRunner(load_model(tiny_checkpoint), 60, 8), config, boundaries, 120, 2)
+
+    async def use(client):
+        asked = {**INPUTS, "request_output_len": 100, "num_return_sequences": 2}
+        _, events = await collect(client, {**asked, "streaming": False})
+        call, found = await client.submit(asked), []
+        async for event in call.events():
+            found.append(event)
+            if len(found) == 6:
+                call.cancel(1)
+        return events, found
+
+    with executor:
+        whole, cut = over_socket(service_over(executor), tmp_path, use)
+    assert sorted((e.sequence_index, len(e.token_ids)) for e in whole) == [(0, 100), (1, 100)]
+    assert [e.is_last for e in whole] == [False, True]
+    assert executor.manager.stats().shared > 5
+    reasons = {e.sequence_index: e.finish_reason for e in cut if e.finish_reason}
+    assert reasons == {0: "length", 1: "cancelled"}
+
+
 def test_a_group_needs_an_engine_of_that_scope(service, tmp_path):
     async def use(client):
         with pytest.raises(UserError, match="has scope group, got scope request"):

@@ -52,7 +52,10 @@ def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, o
     program.write_text('#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\nexit 3\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     path = {"PATH": f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin"}
-    code = "import sys; sys.executable = '/none/python'; from trtllm_memshare.__main__ import main; main()"
+    code = (
+        "import importlib.util; importlib.util.find_spec = lambda name: None; "
+        "from trtllm_memshare.__main__ import main; main()"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code, "vllm", *command, *(["--null-pages", "x"] if ours else [])],
         env={**os.environ, **path}, capture_output=True, text=True, check=False,

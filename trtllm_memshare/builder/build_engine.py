@@ -196,7 +196,7 @@ def summarize(engine: Engine, search_engine: str | None = None) -> str:
 
 def _null_page_lines(engine: Engine) -> list[str]:
     """What retired pages become, where that is the null page."""
-    if not engine.memshare.searches or engine.memshare.retired_becomes != "null":
+    if not engine.memshare.shares or engine.memshare.retired_becomes != "null":
         return []
     if engine.backend == "torch" and engine.model_dir != engine.engine_dir / "model":
         return ["null pages: will be calibrated with the build"]
@@ -209,6 +209,14 @@ def describe_sharing(config: MemShareConfig) -> str:
     """One sentence on what a server with these settings does."""
     if config.preset == "off":
         return "off, every request keeps all of its blocks"
+    if config.pressure:
+        becomes = "the null page" if config.retired_becomes == "null" else "nothing"
+        return (
+            f"preset {config.preset} gives nothing up while the pool has room; above {config.high_watermark:.0%} of it "
+            f"pages of generated text go until {config.low_watermark:.0%}, exact repeats first, then by "
+            f"{config.need}, and become {becomes}; every request keeps its prompt, its last {config.protected_tokens} "
+            f"tokens and {config.min_kept:.0%} of its generated pages"
+        )
     what = "reports repeats but shares nothing (shadow)" if config.shadow else "shares the blocks of repeats"
     if config.matcher == "runs":
         where = f"runs of at least {config.min_run_tokens} matching tokens at any shift"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtllm_memshare.errors import UserError, describe_validation_error
+from trtllm_memshare.json_input import check_known_keys
 
 
 class BuildConfig(BaseModel):
@@ -62,6 +63,7 @@ class BuildConfig(BaseModel):
 
 def parse_build_config(values: dict[str, Any], where: str) -> BuildConfig:
     """Validates build settings. Raises UserError naming the key, and the nearest known one for an unknown key."""
+    check_known_keys(values, tuple(BuildConfig.model_fields), where)  # pydantic would list all of 200,000 unknown ones
     try:
         return BuildConfig.model_validate(values)
     except ValidationError as error:

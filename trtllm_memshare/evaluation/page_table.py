@@ -35,6 +35,7 @@ class Comparison:
       difference, difference_error: of the loss change, arm less base, by problem.
       ratio: of the two loss changes.
       p: of the difference, two-sided, by signs of problems.
+      divergence_difference, divergence_error, divergence_p: the same of the divergence.
     """
 
     arm: str
@@ -50,6 +51,9 @@ class Comparison:
     difference_error: float
     ratio: float
     p: float
+    divergence_difference: float
+    divergence_error: float
+    divergence_p: float
 
 
 _HALF = Setting()
@@ -77,6 +81,9 @@ def compare(
     loss = by_problem(problem, [ours[t]["loss_change"] for t in common])
     base_loss = by_problem(problem, [theirs[t]["loss_change"] for t in common])
     difference = loss - base_loss
+    divergence = by_problem(problem, [ours[t]["divergence"] for t in common])
+    diverges = divergence - by_problem(problem, [theirs[t]["divergence"] for t in common])
+    itself = arm == base and other is None
     return Comparison(
         arm,
         base,
@@ -84,13 +91,16 @@ def compare(
         len(loss),
         float(loss.mean()),
         standard_error(loss),
-        float(by_problem(problem, [ours[t]["divergence"] for t in common]).mean()),
+        float(divergence.mean()),
         float(by_problem(problem, [ours[t]["agreement"] for t in common]).mean()),
         float(np.mean([ours[t]["memory_share"] for t in common])),
         float(difference.mean()),
         standard_error(difference),
         float(loss.mean() / base_loss.mean()),
-        1.0 if arm == base and other is None else sign_flip(difference),
+        1.0 if itself else sign_flip(difference),
+        float(diverges.mean()),
+        standard_error(diverges),
+        1.0 if itself else sign_flip(diverges),
     )
 
 

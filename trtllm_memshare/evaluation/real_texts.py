@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trtllm_memshare.errors import UserError
 
 TRACES = Path("benchmarks/data/traces")
@@ -67,6 +69,22 @@ def token_texts(traces: list[Trace], tokenizer: Any, num_tokens: int) -> Iterato
         output = tokenizer(trace.output, add_special_tokens=False, verbose=False)["input_ids"]
         if len(prompt) + len(output) >= num_tokens and 2 * len(prompt) < num_tokens:
             yield TokenText(trace, (prompt + output)[:num_tokens], len(prompt))
+
+
+def cut_traces(tokenizer: Any, count: int, max_tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """Requests of unequal length out of the first traces that are long enough: (problem, written text) as token ids.
+
+    Lengths of problem and text together are drawn evenly from a quarter of ``max_tokens`` upwards, a problem takes a
+    sixth of ``max_tokens`` at most.
+    """
+    rng, requests = np.random.default_rng(seed), list[tuple[list[int], list[int]]]()
+    for text in token_texts(read_traces(), tokenizer, max_tokens):
+        if len(requests) == count:
+            break
+        if text.num_prompt_tokens <= max_tokens // 6:
+            length = int(rng.integers(max_tokens // 4, max_tokens + 1))
+            requests.append((text.ids[: text.num_prompt_tokens], text.ids[text.num_prompt_tokens : length]))
+    return requests
 
 
 def runaway_trace(folder: Path = TRACES) -> Trace:

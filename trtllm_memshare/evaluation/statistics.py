@@ -65,7 +65,7 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def sign_flip(differences: np.ndarray, draws: int = 100_000, seed: int = 0) -> float:
+def sign_flip(differences: np.ndarray, draws: int = 20_000, seed: int = 0) -> float:
     """Two-sided p-value of paired differences: how often random signs give a mean as far from 0 as theirs.
 
     Every assignment of signs is tried where there are no more than ``draws`` of them. Example: differences 1, 2 and 3

@@ -21,7 +21,7 @@ LABELS = {
     "random": "random pages",
     "random-once": "random pages, one draw a page",
     "attention-redundancy": "attention since written, redundancy of K",
-    "attention-redundancy-recency": "the same, and recency",
+    "attention-redundancy-recency": "attention, redundancy of K, recency",
     "redundancy-k": "redundancy of K",
     "redundancy-v": "redundancy of V",
     "redundancy-signature": "redundancy from signatures",
@@ -47,13 +47,13 @@ def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
     """All arms that have rows, beside random pages on the same texts."""
     found = [c for arm in LABELS if (c := compare(rows, arm, BASE, setting)) is not None]
     lines = [
-        "| what goes | texts | Δ loss | KL | same top token | against random pages | p |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| what goes | texts | Δ loss | against random pages | p | KL | against random pages | p | same top token |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for c in sorted(found, key=lambda c: c.ratio):
         lines.append(
-            f"| {LABELS[c.arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | {c.divergence:.4f} | "
-            f"{c.agreement:.1%} | {_difference(c)} |"
+            f"| {LABELS[c.arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | {_difference(c)} | "
+            f"{c.divergence:.4f} | {_divergence(c)} | {c.agreement:.1%} |"
         )
     return "\n".join(lines)
 
@@ -69,8 +69,10 @@ def axes_table(rows: list[Row]) -> str:
         setting = Setting(kept, size, tokens)
         if setting == Setting():
             continue
+        tables = [select(rows, arm, setting) for arm in _ON_AXES]
+        common = [row for table in tables for text, row in table.items() if all(text in other for other in tables)]
         for arm in _ON_AXES:
-            if (c := compare(rows, arm, BASE, setting)) is not None:
+            if (c := compare(common, arm, BASE, setting)) is not None:
                 lines.append(
                     f"| {kept:.0%} | {size} | {LABELS[arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | "
                     f"{c.divergence:.4f} | {_difference(c)} |"
@@ -80,13 +82,16 @@ def axes_table(rows: list[Row]) -> str:
 
 def answers(rows: list[Row]) -> str:
     """The questions that the study was made for, each with its p-value."""
-    lines = ["| question | texts | difference of Δ loss | p |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        "| question | texts | difference of Δ loss | p | difference of KL | p |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
 
     def add(question: str, c: Comparison | None) -> None:
         if c is not None:
             lines.append(
                 f"| {question} | {c.texts} | {c.difference:+.4f} ± {c.difference_error:.4f} ({c.ratio:.2f} of it) | "
-                f"{_p(c.p)} |"
+                f"{_p(c.p)} | {_divergence(c, always=True)} |"
             )
 
     chosen = leave_one_out(rows, [arm for arm in RANKINGS if len(select(rows, arm)) == len(select(rows, BASE))])
@@ -160,9 +165,25 @@ def fill_page(page: Path, tables: dict[str, str]) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-def page_tables(rows: list[Row], recall_rows: list[Row]) -> dict[str, str]:
+def loops_table(rows: list[Row]) -> str:
+    """What a preset holds of endless repeats, and what becomes of the text around them."""
+    lines = [
+        "| passage | tokens | pages before | written in it | halfway | at its end | loss before | in it | after |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        losses = (r["loss_change_before"], r["loss_change_in_loop"], r["loss_change_after"])
+        lines.append(
+            f"| {r['passage']} | {r['passage_tokens']} | {r['pages_before']} | {r['pages_written_in_loop']} | "
+            f"{r['pages_held_halfway']} | {r['pages_held_at_its_end']} | {' | '.join(f'{x:+.4f}' for x in losses)} |"
+        )
+    return "\n".join(lines)
+
+
+def page_tables(rows: list[Row], recall_rows: list[Row], loop_rows: list[Row]) -> dict[str, str]:
     """Every table of ``docs/real_model.md`` by its mark."""
     return {
+        "loops": loops_table(loop_rows),
         "main": main_table(rows),
         "answers": answers(rows),
         "axes": axes_table(rows),
@@ -176,6 +197,12 @@ def _difference(c: Comparison) -> str:
     if c.arm == BASE:
         return "| "
     return f"{c.difference:+.4f} ± {c.difference_error:.4f} | {_p(c.p)}"
+
+
+def _divergence(c: Comparison, always: bool = False) -> str:
+    if c.arm == BASE and not always:
+        return "| "
+    return f"{c.divergence_difference:+.4f} ± {c.divergence_error:.4f} | {_p(c.divergence_p)}"
 
 
 def _p(p: float) -> str:

@@ -25,7 +25,7 @@ def plot_loss_and_recall(rows: list[Row], recall_rows: list[Row], path: Path) ->
             continue
         share = r.right / r.asked
         axis.errorbar(
-            c.loss_change,
+            c.difference,
             share,
             xerr=c.difference_error if arm != BASE else None,
             yerr=np.array([[share - r.low], [r.high - share]]),
@@ -35,7 +35,7 @@ def plot_loss_and_recall(rows: list[Row], recall_rows: list[Row], path: Path) ->
             label=LABELS[arm].replace("`", ""),
         )
     axis.set(
-        xlabel="nats a token above the full cache (bars: standard error of the difference from random pages)",
+        xlabel="change of the loss beside random pages, nats a token (bars: standard error, by problem)",
         ylabel="facts stated once that are recalled (95 %)",
         ylim=(0, 1.02),
         title="Half of the generated pages given up: the next word and what was said",

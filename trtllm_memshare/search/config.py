@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest
+from trtllm_memshare.json_input import check_known_keys
 from trtllm_memshare.search.pressure import Spread
 
 MAX_PAIRS = 4096
@@ -180,6 +181,8 @@ def make_config(preset: str, **overrides: Any) -> MemShareConfig:
 
 def parse_config(values: dict[str, Any], where: str) -> MemShareConfig:
     """Validates a dictionary, e.g. the ``memshare`` part of ``memshare.json``; ``where`` names it in errors."""
+    if isinstance(values, dict):
+        check_known_keys(values, tuple(MemShareConfig.model_fields), where)
     try:
         return MemShareConfig.model_validate(values)
     except ValidationError as error:

@@ -1,7 +1,8 @@
 """Cuts generated tokens into reasoning steps, on token ids alone.
 
-A step starts after a line break, after a sentence end that white space follows, and at an opener such as "Wait"
-wherever it stands. Which ids do what is worked out once from the tokenizer, so nothing is detokenized on the hot path.
+A step starts after a line break, after a sentence end that white space follows (or none, where a script puts none), and
+at an opener such as "Wait" wherever it stands. Which ids do what is worked out once from the tokenizer, so nothing is
+detokenized on the hot path.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from typing import Any
 import numpy as np
 
 OPENERS = ("Wait", "Hmm", "Alternatively", "Actually", "However")
+SENTENCE_ENDS = (".", "!", "?", "\u2026", "\u061f", "\u06d4", "\u0964", "\u0965", "\u0589", "\u1362")
+"""With white space behind them: Latin, Arabic and Urdu, Devanagari, Armenian, Ethiopic."""
+WIDE_SENTENCE_ENDS = ("\u3002", "\uff01", "\uff1f", "\uff0e", "\uff61", "\u17d4", "\u104b")
+"""With none: Chinese and Japanese, Khmer, Burmese."""
+_CLOSERS = "\"')]}\u00bb\u201d\u2019\u300d\u300f\uff09"
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class BoundaryTokens:
 
     Attributes:
       ends_line: the text ends with a line break.
-      ends_sentence: the text ends with a full stop, exclamation or question mark.
+      ends_sentence: the text ends with a full stop, exclamation or question mark, or what other scripts have for it.
+      ends_wide: the same in scripts that put no white space behind it; brackets and quotes may close after it.
       blank: nothing but white space.
       spaced: white space, then text: " The".
       opens_step: an opener.
@@ -28,6 +35,7 @@ class BoundaryTokens:
 
     ends_line: np.ndarray
     ends_sentence: np.ndarray
+    ends_wide: np.ndarray
     blank: np.ndarray
     spaced: np.ndarray
     opens_step: np.ndarray
@@ -44,7 +52,8 @@ class BoundaryTokens:
         stripped = [t.strip() for t in texts]
         return cls(
             ends_line=np.array([t.rstrip(" \t").endswith("\n") for t in texts]),
-            ends_sentence=np.array([s.endswith((".", "!", "?")) for s in stripped]),
+            ends_sentence=np.array([s.endswith(SENTENCE_ENDS) for s in stripped]),
+            ends_wide=np.array([s.rstrip(_CLOSERS).endswith(WIDE_SENTENCE_ENDS) for s in stripped]),
             blank=np.array([bool(t) and not s for t, s in zip(texts, stripped, strict=True)]),
             spaced=np.array([bool(s) and t[0].isspace() for t, s in zip(texts, stripped, strict=True)]),
             opens_step=np.array([s in OPENERS for s in stripped]),
@@ -67,7 +76,7 @@ class BoundaryTokens:
         current, previous, before = padded[2:], padded[1:-1], padded[:-2]
         text = ~self.blank[current]
         starts = (
-            (self.ends_line[previous] & text)
+            ((self.ends_line[previous] | self.ends_wide[previous]) & text)
             | (self.ends_sentence[previous] & self.spaced[current])
             | (self.ends_sentence[before] & self.blank[previous] & text)
             | self.opens_step[current]

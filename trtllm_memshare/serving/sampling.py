@@ -106,7 +106,9 @@ class Sampler:
         if params.top_p < 1:
             # A token stays while those before it have not reached top_p: the first one always does.
             before = probabilities.cumsum(-1) - probabilities
-            probabilities[before >= params.top_p] = 0
+            cut = before >= params.top_p
+            cut[0] = False  # float32 rounds a tiny top_p to 0
+            probabilities[cut] = 0
         return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 

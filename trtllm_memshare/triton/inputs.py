@@ -142,8 +142,9 @@ OUTPUTS: dict[str, tuple[str, tuple[int, ...]]] = {
 TEXT_OUTPUTS = {"text_output": ("STRING", (-1,)), **OUTPUTS}
 TOKEN_OUTPUTS = {"output_ids": ("INT32", (-1, -1)), "sequence_length": ("INT32", (-1,)), **OUTPUTS}
 
-_PARAMETERS_OF_CLIENTS = ("model", "id", "request_id", "sequence_id", "sequence_start", "sequence_end", "priority",
-                          "timeout", "binary_data_output", "triton_enable_empty_final_response")  # fmt: skip
+_PARAMETERS_OF_CLIENTS = ("Streaming", "model", "id", "request_id", "sequence_id", "sequence_start", "sequence_end",
+                          "priority", "timeout", "binary_data_output",
+                          "triton_enable_empty_final_response")  # fmt: skip
 
 
 def check_neutral(arrays: dict[str, np.ndarray], level: str) -> None:

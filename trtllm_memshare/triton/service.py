@@ -17,7 +17,7 @@ from trtllm_memshare.triton.events import QueueFullError, TokenEvent
 from trtllm_memshare.triton.loop import TokenStream
 from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.tensors import RequestTensors
-from trtllm_memshare.triton.token_requests import Limits, TokenRequest, parse_token_request
+from trtllm_memshare.triton.token_requests import MAX_GROUP, Limits, TokenRequest, parse_token_request
 
 
 class ExecutorService:
@@ -46,7 +46,7 @@ class ExecutorService:
             stop_token_ids, tokens_per_block, exclude_input)  # fmt: skip
         self._num_active = 0
         self._by_label: defaultdict[str, set[RequestHandle]] = defaultdict(set)
-        self._own_groups = itertools.count(-2, -1)  # clients' groups are not negative
+        self._own_groups = itertools.count(MAX_GROUP + 1)
 
     def parse(self, tensors: RequestTensors) -> TokenRequest:
         """One prompt's inputs as a request.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 
 _UNBOUNDED = 2**31 - 1
 MAX_WORDS = 1024
@@ -132,6 +132,8 @@ class RequestTensors:
         if array is None or not array.size:
             return ()
         shown, width = self.name(name), array.shape[-1]
+        if array.dtype.kind not in "iu":
+            raise UserError(f"{shown} must hold integers, got {array.dtype}")
         if array.size != 2 * width:
             raise UserError(f"{shown} must have shape [2, n], got {list(array.shape)}")
         if width > MAX_WORD_ELEMENTS:
@@ -140,7 +142,9 @@ class RequestTensors:
         stops = [int(end) for end in ends if end > 0]
         if stops != sorted(stops) or (stops and stops[-1] > width):
             raise UserError(f"{shown} must give the ends of its words in order within {width} tokens, got {stops}")
-        used = ids[: stops[-1]] if stops else ids[:0]
+        if not stops:
+            return ()
+        used = ids[: stops[-1]]
         outside = used[(used < 0) | (used >= vocab_size)]
         if outside.size:
             raise UserError(f"{shown} must lie in the vocabulary 0..{vocab_size - 1}, got {int(outside[0])}")
@@ -153,4 +157,8 @@ class RequestTensors:
             return None
         if array.size != 1:
             raise UserError(f"{self.name(name)} must be one value for each prompt, got shape {list(array.shape)}")
-        return convert(array.reshape(-1)[0])
+        value = array.reshape(-1)[0]
+        try:
+            return convert(value)
+        except (ValueError, OverflowError, TypeError) as error:  # NaN where an integer is expected, say
+            raise UserError(f"{self.name(name)} must be {convert.__name__}, got {quote(value)}") from error

@@ -9,7 +9,9 @@ from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton.tensors import RequestTensors
 
 _MAX_INT = 2**31 - 1
-_MAX_SEED = _MAX_GROUP = 2**63 - 1
+_MAX_SEED = 2**63 - 1
+MAX_GROUP = 2**62 - 1
+"""Largest group of a client; those above are the server's own."""
 MAX_SEQUENCES = 64
 
 
@@ -69,7 +71,7 @@ def parse_token_request(
             f"{tensors.name('request_output_len')} must be between 1 and the limit max_output_tokens "
             f"{limits.max_output_tokens}, got {output_len}"
         )
-    group = tensors.number("memshare_group", -1, -1, _MAX_GROUP)
+    group = tensors.number("memshare_group", -1, -1, MAX_GROUP)
     return TokenRequest(
         _prompt(tensors, limits),
         _sampling(tensors, limits, output_len, stop_token_ids),

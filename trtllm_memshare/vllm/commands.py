@@ -6,6 +6,7 @@ Every option goes on to vLLM. ``vllm calibrate MODEL`` makes the model's null pa
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -73,13 +74,10 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _wrap(arguments: list[str]) -> None:
-    program = shutil.which("vllm", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    if program is None:
-        raise UserError("vllm is not on PATH (install vLLM 0.32, or build its environment with make vllm)")
     runs_engine = arguments[0] not in _WITH_ENGINE or any(a in _WITH_ENGINE[arguments[0]] for a in arguments)
     if not runs_engine:
         print("memshare: this benchmark is a client, the server has the settings")
-    line = [program, *(engine_arguments(arguments) if runs_engine else arguments)]
+    line = [*_program(), *(engine_arguments(arguments) if runs_engine else arguments)]
     environment = {k: v for k, v in os.environ.items() if k != CONFIG_VARIABLE}  # it is in the arguments now
     with tempfile.TemporaryDirectory(prefix="memshare-metrics-") as folder:
         if arguments[0] == "serve":
@@ -88,6 +86,17 @@ def _wrap(arguments: list[str]) -> None:
         print(f"+ {shlex.join(line)}", flush=True)
         status = subprocess.run(line, env=environment, check=False).returncode
     sys.exit(status)
+
+
+def _program() -> list[str]:
+    """vLLM's command line: in this Python if vLLM is here, under whatever name, else on PATH."""
+    found = importlib.util.find_spec("vllm")
+    if found is not None and found.origin is not None:
+        return [sys.executable, "-m", "trtllm_memshare.vllm.launch"]
+    program = shutil.which("vllm")
+    if program is None:
+        raise UserError("vllm is not on PATH (install vLLM 0.32, or build its environment with make vllm)")
+    return [program]
 
 
 def _calibrate(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.benchmark import Load, run_variant
 from trtllm_memshare.evaluation.dataset import DatasetItem
 from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+from trtllm_memshare.evaluation.real_texts import cut_traces
 from trtllm_memshare.evaluation.variants import Variant, parse_variant
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.search.config import make_config
@@ -54,17 +54,19 @@ class ModellessRunner:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model-dir", type=Path, required=True, help="whose tokenizer cuts the traces")
-    parser.add_argument("--num-requests", type=int, default=24)
-    parser.add_argument("--num-tokens", type=int, default=1152, help="of each request, problem and written text")
+    parser.add_argument("--num-requests", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=1536, help="of a request, problem and written text")
+    parser.add_argument("--seed", type=int, default=0, help="of the lengths")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0], help="of the peak demand")
     parser.add_argument("--arms", nargs="+", default=_ARMS, metavar="VARIANT")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, len(tokenizer))
-    items = _items(tokenizer, options.num_requests, options.num_tokens)
-    demand = sum(-(-options.num_tokens // _SIZE) for _ in items)
-    load = Load(64, 2048, options.num_tokens + 1, "MAX_UTILIZATION", (), replay=True)
+    texts = cut_traces(tokenizer, options.num_requests, options.max_tokens, options.seed)
+    items = [DatasetItem(i, prompt, len(output), None, output) for i, (prompt, output) in enumerate(texts)]
+    demand = sum(-(-(len(prompt) + len(output)) // _SIZE) for prompt, output in texts)
+    load = Load(64, 2048, options.max_tokens + 1, "MAX_UTILIZATION", (), replay=True)
     rows = []
     for share in options.shares:
         runner = ModellessRunner(round(share * demand), len(tokenizer))
@@ -73,19 +75,9 @@ def main() -> None:
             entry = run_variant(variant, runner, boundaries, items, load, lambda *_: False).entry
             rows.append(_row(entry, share, runner.num_blocks))
             print(json.dumps(rows[-1]), flush=True)
-    report = {"num_requests": len(items), "num_tokens": options.num_tokens, "demand_blocks": demand, "rows": rows}
-    command = f"python -m benchmarks.studies.pressure.schedule --num-requests {len(items)} --num-tokens "
-    publish(make_report(report, f"{command}{options.num_tokens}"), options.output_json)
-
-
-def _items(tokenizer: Any, count: int, num_tokens: int) -> list[DatasetItem]:
-    """The first traces that are long enough, in turns over the models that wrote them."""
-    items: list[DatasetItem] = []
-    for text in token_texts(read_traces(), tokenizer, num_tokens):
-        prompt, output = text.ids[: text.num_prompt_tokens], text.ids[text.num_prompt_tokens :]
-        if len(items) < count and len(prompt) <= num_tokens // 4:
-            items.append(DatasetItem(len(items), prompt, len(output), None, output))
-    return items
+    report = {"num_requests": len(items), "max_tokens": options.max_tokens, "demand_blocks": demand, "rows": rows}
+    command = "python -m benchmarks.studies.pressure.schedule --model-dir SMOLLM2"
+    publish(make_report(report, command), options.output_json)
 
 
 def _variant(name: str) -> Variant:

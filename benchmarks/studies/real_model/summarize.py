@@ -18,11 +18,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rows", type=Path, default=RESULTS / "real_model.jsonl", help="default: %(default)s")
     parser.add_argument("--recall", type=Path, default=RESULTS / "real_model_recall.jsonl", help="default: %(default)s")
+    parser.add_argument("--loops", type=Path, default=RESULTS / "real_model_loops.json", help="default: %(default)s")
     parser.add_argument("--page", type=Path, help="fill this page's tables, e.g. docs/real_model.md")
     parser.add_argument("--plot", type=Path, help="write the picture")
     arguments = parser.parse_args()
     rows, recall_rows = read_rows(arguments.rows), read_rows(arguments.recall)
-    tables = page_tables(rows, recall_rows)
+    loops = json.loads(arguments.loops.read_text())
+    tables = page_tables(rows, recall_rows, loops)
     if arguments.page is not None:
         fill_page(arguments.page, tables)
     if arguments.plot is not None:

@@ -30,10 +30,19 @@ SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-o
 """On every fourth text."""
 AXES = ("random", "attention-redundancy")
 """On every fourth text: other shares kept, longer pages."""
+ALL_ARMS_UNTIL = 16
+"""Texts after these have fewer arms, so that there can be more of them."""
+LATER = (
+    "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
+    *PAIRED,
+)  # fmt: skip
 
 
 def tasks_of(index: int) -> list[Task]:
     """The rows of a text by its place in the order."""
+    if index >= ALL_ARMS_UNTIL:
+        quarter = [Task(arm, Budget(0.25)) for arm in LATER[:3]]
+        return [Task(arm) for arm in LATER] + (quarter if index % 2 == 0 else [])
     tasks = [Task(arm) for arm in MAIN]
     if index % 4 == 0:
         tasks += [Task(arm) for arm in SOME]
@@ -49,12 +58,14 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=120, help="most texts (default: %(default)s)")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", help="only these, at half of the pages kept (default: the study's)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_model.jsonl"))
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay = MaskedReplay(arguments.model_dir, arguments.compute)
     texts = token_texts(read_traces(), tokenizer, arguments.tokens)
-    wanted = ((text, tasks_of(index)) for index, text in enumerate(islice(texts, arguments.texts)))
+    chosen = [Task(arm) for arm in arguments.arms or ()]
+    wanted = ((text, chosen or tasks_of(index)) for index, text in enumerate(islice(texts, arguments.texts)))
     compute_rows(replay, wanted, RowFile(arguments.output))
 
 

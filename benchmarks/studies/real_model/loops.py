@@ -1,0 +1,82 @@
+"""A model that repeats itself for ever, inside ordinary reasoning: is memory flat, and is the text around it unharmed?
+
+A text is real reasoning, then one passage again and again, then the reasoning goes on. The preset shares exact repeats
+with nothing else to press it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+from trtllm_memshare.evaluation.real_texts import read_traces, runaway_trace, token_texts
+from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
+from trtllm_memshare.evaluation.retirement import Retirements
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.steps import BoundaryTokens
+
+BEFORE, LOOP, AFTER = 512, 1024, 512
+PAGE_TOKENS = 16
+_RUNAWAY_PERIOD = 98  # tokens of SmolLM2's tokenizer, from the end of the 32,768-token trace
+PASSAGES = {
+    "English": "Wait, let me check that again. The sum is 14, so the answer must be 14. Hmm, but is it right?\n\n",
+    "formula": "\\[ x^2 + 3x - 10 = (x + 5)(x - 2) = 0 \\]\n\nSo x = -5 or x = 2. Check: 4 + 6 - 10 = 0.\n\n",
+    "Chinese": "等一下，让我再检查一遍。三加四等于七，所以答案是七。\n\n",
+    "Russian": "Подождите, проверим ещё раз: три плюс четыре равно семи.\n\n",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_model_loops.json"))
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
+    replay = MaskedReplay(arguments.model_dir, "bfloat16")
+    boundaries = BoundaryTokens.from_tokenizer(tokenizer, replay.model.config.vocab_size)
+    endless = tokenizer(runaway_trace().output, add_special_tokens=False, verbose=False)["input_ids"]
+    passages = {"the runaway trace's own": endless[-_RUNAWAY_PERIOD:]}
+    passages |= {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in PASSAGES.items()}
+    texts = islice(token_texts(read_traces(), tokenizer, BEFORE + AFTER), len(passages))
+    found = []
+    for (name, passage), text in zip(passages.items(), texts, strict=True):
+        loop = (passage * (LOOP // len(passage) + 1))[:LOOP]
+        ids = [*text.ids[:BEFORE], *loop, *text.ids[BEFORE:]]
+        full = replay.read(ids, PAGE_TOKENS)
+        retirements = retire_by_preset(make_config("aligned"), full, text.num_prompt_tokens, replay.model, boundaries)
+        loss = replay.change(full, retirements).loss
+        held = [_held(retirements, end) for end in range(0, len(ids) + 1, PAGE_TOKENS)]
+        begin, end = BEFORE // PAGE_TOKENS, (BEFORE + LOOP) // PAGE_TOKENS
+        found.append(
+            {
+                "passage": name,
+                "passage_tokens": len(passage),
+                "pages_before": held[begin],
+                "pages_written_in_loop": end - begin,
+                "pages_held_halfway": held[(begin + end) // 2],
+                "pages_held_at_its_end": held[end],
+                "loss_change_before": round(float(loss[text.num_prompt_tokens : BEFORE - 1].mean()), 5),
+                "loss_change_in_loop": round(float(loss[BEFORE - 1 : BEFORE + LOOP - 1].mean()), 5),
+                "loss_change_after": round(float(loss[BEFORE + LOOP - 1 :].mean()), 5),
+            }
+        )
+        print(json.dumps(found[-1]), flush=True)
+    arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _held(retirements: Retirements, num_tokens: int) -> int:
+    """Pages in memory when so many tokens are written."""
+    written = num_tokens // retirements.tokens_per_block
+    return written - int((np.asarray(retirements.retired_at[:written]) <= num_tokens).sum())
+
+
+if __name__ == "__main__":
+    run_command_line(main)

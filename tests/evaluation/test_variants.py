@@ -1,0 +1,44 @@
+"""Arms from their names: presets, policies and settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.step_model import GpuModel, ModelledClock
+from trtllm_memshare.evaluation.variants import parse_variant
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.serving.request import RequestHandle, RequestResult, RequestStats
+
+
+def test_an_arm_names_its_policy_and_its_settings():
+    variant = parse_variant("pressure-guaranteed:min_kept=0.25,need=random", make_config("aligned"))
+    assert variant.name == "pressure-guaranteed:min_kept=0.25,need=random"
+    assert variant.policy == "GUARANTEED_NO_EVICT"
+    assert (variant.config.preset, variant.config.min_kept, variant.config.need) == ("pressure", 0.25, "random")
+    assert parse_variant("pressure", make_config("pressure", min_kept=0.75)).config.min_kept == 0.75
+    assert parse_variant("aligned", make_config("pressure")).config == make_config("aligned")
+    assert parse_variant("full", make_config("pressure")).config == make_config("off")
+
+
+@pytest.mark.parametrize("text", ["presure", "pressure:min_kept=2", "pressure:min_keep=0.5", "pressure:min_kept"])
+def test_unusable_arms_are_refused(text):
+    with pytest.raises(UserError):
+        parse_variant(text, make_config("aligned"))
+
+
+def test_modelled_time_is_that_of_reading_weights_and_pool_or_of_computing():
+    machine = GpuModel(weights_bytes=1e9, parameters=1e9, pool_bytes=4e9, bandwidth=1e9, flops=1e12, overhead_s=0.5)
+    assert machine.step_seconds(1, 0.5) == pytest.approx(1 + 2 + 0.5)
+    assert machine.step_seconds(4000, 0.5) == pytest.approx(8 + 0.5)
+    clock = ModelledClock(machine)
+    first, second = RequestHandle(0), RequestHandle(1)
+    clock.tick(1, 0.0, [first])
+    stats = RequestStats(0, 0, 1, 1, 0, None, 0)
+    first.finish(RequestResult(0, [1], "stop", stats))
+    clock.tick(1, 0.0, [first, second])
+    second.finish(RequestResult(1, [1], "stop", stats))
+    clock.tick(1, 0.0, [first, second])
+    summary = clock.summary()
+    assert summary["request_throughput_req_s"] == pytest.approx(2 / 4.5)
+    assert summary["p50_latency_s"] == pytest.approx(3.0)  # the first after two steps, the second after two of its own

@@ -1,0 +1,89 @@
+"""Coverage-guided fuzzing of every parser (atheris): `python tests/fuzz/run.py --seconds 60`.
+
+Each target runs in a process of its own, from the committed corpus; inputs that reach new code are kept in
+--new-corpus. docs/reliability.md shows the table that it prints. Needs `pip install -c constraints.txt atheris` (Linux,
+Python 3.11 or later).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CORPUS = Path(__file__).parent / "corpus"
+_TOTAL = re.compile(r"stat::number_of_executed_units:\s+(\d+)")
+_PEAK = re.compile(r"stat::peak_rss_mb:\s+(\d+)")
+_SLOWEST = re.compile(r"stat::slowest_unit_time_sec:\s+(\d+)")
+_COVERAGE = re.compile(r"cov: (\d+)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--targets", nargs="*", default=[], help="default: all")
+    parser.add_argument("--new-corpus", type=Path, help="where inputs that reach new code are kept")
+    parser.add_argument("--output-json", type=Path)
+    options = parser.parse_args()
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from fuzz.targets import TARGETS
+
+    rows = []
+    for name in options.targets or TARGETS:
+        rows.append(_run(name, options.seconds, options.new_corpus))
+        print(json.dumps(rows[-1]), flush=True)
+    summary = {"inputs": sum(row["inputs"] for row in rows), "failed": [r["target"] for r in rows if r["failed"]]}
+    print(json.dumps(summary))
+    if options.output_json:
+        options.output_json.write_text(json.dumps({"targets": rows, **summary}, indent=1) + "\n")
+    sys.exit(bool(summary["failed"]))
+
+
+def _run(name: str, seconds: int, kept: Path | None) -> dict[str, object]:
+    folder = Path(tempfile.mkdtemp()) if kept is None else kept / name
+    folder.mkdir(parents=True, exist_ok=True)
+    limits = [f"-max_total_time={seconds}", "-timeout=2", "-rss_limit_mb=1500", "-max_len=4096", "-print_final_stats=1"]
+    artifacts = f"-artifact_prefix={folder.parent}/{name}-"
+    command = [sys.executable, __file__, "--worker", name, str(folder), str(CORPUS / name), *limits, artifacts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
+    log = done.stderr + done.stdout
+
+    def last(pattern: re.Pattern[str]) -> int:
+        found = pattern.findall(log)
+        return int(found[-1]) if found else 0
+
+    row = {
+        "target": name,
+        "inputs": last(_TOTAL),
+        "seconds": seconds,
+        "coverage": last(_COVERAGE),
+        "peak_mb": last(_PEAK),
+        "slowest_s": last(_SLOWEST),
+        "failed": done.returncode != 0,
+    }
+    if row["failed"]:
+        print(log[-3000:], file=sys.stderr)
+    return row
+
+
+def _work(name: str, arguments: list[str]) -> None:
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import atheris
+
+    with atheris.instrument_imports(include=["trtllm_memshare", "json"]):
+        from fuzz import targets
+
+    atheris.Setup([name, *arguments], lambda data: targets.run_target(name, data) and None)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        _work(sys.argv[2], sys.argv[3:])
+    else:
+        main()

@@ -1,0 +1,95 @@
+"""A whole text through the real executor without a model: K and V are those that the full pass recorded.
+
+Matching, comparison, policy, block tables and settings are the product's own, so that a preset's retirements can be
+turned into a mask. What the executor searches is the full cache's K and V; those of a text that is read through a
+shared cache differ a little in the deeper layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_memshare.evaluation.masked_replay import FullPass
+from trtllm_memshare.evaluation.replay import ReplaySampler
+from trtllm_memshare.evaluation.retirement import NEVER, NO_DONOR, Retirements
+from trtllm_memshare.runners.protocol import StepBatch, StepOutput
+from trtllm_memshare.search.block_search import Distances, make_block_search
+from trtllm_memshare.search.config import MAX_PAIRS, MemShareConfig
+from trtllm_memshare.search.steps import BoundaryTokens
+from trtllm_memshare.search.types import PairBatch
+from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.request import SamplingParams
+
+
+class RecordedRunner:
+    """Writes what was recorded at each position to a pool, and compares its blocks; see ``runners.protocol``.
+
+    Args:
+      full: the pass over the one text that will be replayed.
+      tokens_per_block: tokens of a block.
+      inv_freq: float32 ``[rotary_dim / 2]``.
+      vocab_size: width of its logits, which are all zero.
+    """
+
+    def __init__(self, full: FullPass, tokens_per_block: int, inv_freq: torch.Tensor, vocab_size: int) -> None:
+        self.tokens_per_block, self.vocab_size = tokens_per_block, vocab_size
+        self.num_layers, self.num_blocks = len(full.states), len(full.ids) // tokens_per_block + 2
+        # [tokens, layers, 2, kv_heads, head_dim]
+        self._states = torch.stack([torch.stack(pair) for pair in full.states]).permute(3, 0, 1, 2, 4).contiguous()
+        _, _, _, heads, head_dim = self._states.shape
+        self.pool = torch.zeros(self.num_blocks, self.num_layers, 2, heads, tokens_per_block, head_dim)
+        self.inv_freq = inv_freq
+        self.search = make_block_search(self.pool, inv_freq, MAX_PAIRS)
+
+    def prepare(self, batch: StepBatch) -> StepBatch:
+        """Nothing to prepare."""
+        return batch
+
+    def step(self, batch: StepBatch) -> StepOutput:
+        """Writes K and V of the batch's tokens, of one request."""
+        page, slot = np.divmod(batch.position_ids, self.tokens_per_block)
+        blocks = batch.block_offsets[0, 0, 0, page] // (2 * self.num_layers)
+        for block, place, position in zip(blocks.tolist(), slot.tolist(), batch.position_ids.tolist(), strict=True):
+            self.pool[block, :, :, :, place] = self._states[position]
+        return StepOutput(torch.zeros(len(batch.chunk_lengths), self.vocab_size), None)
+
+    def compare(self, pairs: PairBatch) -> Distances:
+        """See ``ComparingRunner``."""
+        return self.search.compare(pairs)
+
+
+def retire_by_preset(
+    config: MemShareConfig, full: FullPass, num_prompt_tokens: int, replay_model: Any, boundaries: BoundaryTokens
+) -> Retirements:
+    """What a preset shares while a text is written: pages that gave up their memory, and what stands in for them.
+
+    Args:
+      config: settings of the search; entries of retired pages become aliases or, if it says so, nothing.
+      full: the pass over the text.
+      replay_model: the model of ``MaskedReplay``, for its rotary frequencies and the size of its vocabulary.
+      boundaries: step boundaries of its tokenizer.
+    """
+    size, ids = full.facts.tokens_per_block, full.ids.tolist()
+    inv_freq = replay_model.model.rotary_emb.inv_freq.float()
+    runner = RecordedRunner(full, size, inv_freq, replay_model.config.vocab_size)
+    sampler = ReplaySampler()
+    executor = Executor(runner, config, boundaries, len(ids), 1, max_num_tokens=len(ids), sampler=sampler)
+    request = executor.submit(ids[:num_prompt_tokens], SamplingParams(len(ids) - num_prompt_tokens)).request_id
+    sampler.add_script(request, ids[num_prompt_tokens:])
+    retired_at = np.full(len(ids) // size, NEVER, np.int64)
+    donor = np.full(len(retired_at), NO_DONOR, np.int32)
+    position = 0  # of the first query of the next step
+    while executor.has_work:
+        executor.step()
+        if not executor.has_work:
+            break
+        # What was decided before this step is what its queries do not see.
+        origins = executor.manager.origin_blocks(request)[: len(retired_at)]
+        for page in np.flatnonzero((origins != np.arange(len(origins))) & (retired_at[: len(origins)] == NEVER)):
+            retired_at[page], donor[page] = position, origins[page]
+        position = num_prompt_tokens if position == 0 else position + 1
+    executor.manager.check_integrity()
+    return Retirements(size, retired_at, donor)
