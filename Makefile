@@ -10,8 +10,10 @@ venv: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The tests of the real server have the machine to themselves: their bounds are in seconds.
 test: venv
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/triton_server
+	$(BIN)/python -m pytest -q tests/triton_server
 
 # Killed processes, shutdown under load: several servers, minutes.
 nightly: venv

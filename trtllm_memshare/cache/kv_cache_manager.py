@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.candidates import find_candidates
 from trtllm_memshare.cache.givable import GivablePages, givable_pages
 from trtllm_memshare.cache.group_candidates import GroupCandidates
-from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks, is_null
-from trtllm_memshare.cache.offsets import NO_BLOCK, encode_block_offsets
+from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks
+from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.remap import Remapper
-from trtllm_memshare.cache.resume import blocks_at_return, pages_to_retire, retired_pages
+from trtllm_memshare.cache.resume import matcher_at_return, pages_to_retire, retired_pages
 from trtllm_memshare.cache.sequence import CacheStats, Parked, Sequence, SharingRecord
+from trtllm_memshare.cache.state import CacheState
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate, Decision, Matcher
 
 
-class KVCacheManager:
-    """Block tables of all sequences over one pool.
+class KVCacheManager(CacheState):
+    """The only one that changes block tables. See ``CacheState`` for what may be asked.
 
-    Args:
-      num_blocks: physical blocks of the pool.
-      num_layers: layers that one block spans.
-      tokens_per_block: tokens of one block.
-      max_blocks_per_seq: width of the block table.
-      max_batch_size: most sequences at once.
+    Args: as ``CacheState``'s, and
       config: protections and limits of sharing.
       make_matcher: makes stage 1 for a new request of that many prompt tokens; None when nothing is searched.
-      null_pages: blocks of the pool that the runner has written so that no query attends to them, or None.
     """
 
     def __init__(
@@ -46,39 +39,13 @@ class KVCacheManager:
         make_matcher: Callable[[int], Matcher] | None = None,
         null_pages: NullPages | None = None,
     ) -> None:
-        self.pool = BlockPool(num_blocks, tokens_per_block)
-        self.null_pages = null_pages
-        if null_pages is not None:
-            self.pool.reserve(null_pages.blocks)
-        self.num_layers = num_layers
-        self.tokens_per_block = tokens_per_block
-        self.max_blocks_per_seq = max_blocks_per_seq
+        super().__init__(num_blocks, num_layers, tokens_per_block, max_blocks_per_seq, max_batch_size, null_pages)
         self.config = config
         self._make_matcher = make_matcher
-        self._tables = np.full((max_batch_size, max_blocks_per_seq), NO_BLOCK, np.int32)
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
-        self._sequences: dict[int, Sequence] = {}
-        self._parked: dict[int, Parked] = {}  # paused requests
         self._groups: dict[tuple[int, bytes], GroupCandidates] = {}
         self._remapper = Remapper(self.pool, self._tables, config, null_pages)
         self._stats = CacheStats(num_blocks=num_blocks)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that many tokens fill, the last one perhaps partly."""
-        return -(-num_tokens // self.tokens_per_block)
-
-    @property
-    def num_free_blocks(self) -> int:
-        return self.pool.num_free
-
-    def logical_blocks(self, request_id: int) -> int:
-        """Table entries of a sequence, shared or not."""
-        return self._sequences[request_id].num_blocks
-
-    def blocks_to_add(self, request_id: int, num_tokens: int) -> int:
-        """Blocks that ``add_sequence`` takes for a request of so many tokens; one that was paused comes back shared."""
-        parked = self._parked.get(request_id)
-        return blocks_at_return(num_tokens, 0 if parked is None else len(parked.retired), self.tokens_per_block)
 
     def add_sequence(
         self,
@@ -117,14 +84,8 @@ class KVCacheManager:
             return False
         num_prompt_tokens = num_tokens if num_prompt_tokens is None else num_prompt_tokens
         parked = self._parked.pop(request_id, None) or Parked(None, 0, np.zeros(0, np.int64))
-        matcher = parked.matcher
-        if matcher is not None:
-            matcher.reopen()
-            # The token sampled last had no room when the request was paused, so stage 1 has not seen it.
-            matcher.append(token_ids[matcher.num_tokens :])
-        elif self._make_matcher is not None and shares:
-            matcher = self._make_matcher(num_prompt_tokens)
-            matcher.append(token_ids)
+        make_matcher = self._make_matcher if shares else None
+        matcher = matcher_at_return(parked, token_ids, num_prompt_tokens, make_matcher)
         sequence = Sequence(
             request_id=request_id,
             slot=self._free_slots[-1],
@@ -164,36 +125,6 @@ class KVCacheManager:
         sequence.num_computed = num_computed
         if sequence.to_retire.any():
             self._retire_again(sequence)
-
-    def room_for_chunk(self, request_id: int) -> int:
-        """Tokens that the next context chunk of a request may have at most.
-
-        All that are left, but for a request that came back with pages given up: what its blocks have room for, and not
-        beyond the band of positions that its null entries serve.
-        """
-        sequence = self._sequences[request_id]
-        end = sequence.num_tokens
-        if self.null_pages is not None and sequence.retired.any():
-            end = min(end, self.null_pages.end_of_band(sequence.num_computed))
-        return end - sequence.num_computed
-
-    def fills_last_block(self, request_id: int) -> bool:
-        """Whether the next token of a request takes a block."""
-        return self._sequences[request_id].num_tokens % self.tokens_per_block == 0
-
-    def page_counts(self, request_id: int) -> tuple[int, int]:
-        """Full pages of generated tokens, and how many of them were given up; zeros for a request in its context."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None or not sequence.is_generating:
-            return 0, 0
-        first, full = sequence.first_generated_block, sequence.num_computed // self.tokens_per_block
-        return max(0, full - first), int(sequence.retired[first : max(first, full)].sum())
-
-    def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
-        """The first page of generated tokens, the end of the full ones, and the request's row of the block table."""
-        sequence = self._sequences[request_id]
-        full = max(sequence.first_generated_block, sequence.num_computed // self.tokens_per_block)
-        return sequence.first_generated_block, full, self._tables[sequence.slot, : sequence.num_blocks].copy()
 
     def givable_pages(self, request_id: int, find_repeats: bool = True) -> GivablePages:
         """What a request could give up now, see ``GivablePages``; nothing while its context is computed."""
@@ -285,43 +216,6 @@ class KVCacheManager:
         """Counts what would have been shared or given up, for shadow mode; changes nothing else."""
         self._stats.shadowed += len(decisions)
 
-    def resident_full_blocks(self, request_id: int) -> np.ndarray:
-        """Distinct full blocks that a sequence's table names, int32 ``[n]``."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return np.zeros(0, np.int32)
-        row = np.unique(self._tables[sequence.slot, : sequence.num_blocks])
-        row = row[row != NO_BLOCK]
-        return row[self.pool.is_full[row]]
-
-    def origin_blocks(self, request_id: int) -> np.ndarray:
-        """The logical block whose K and V each entry of a sequence's table reads, int32 ``[num_blocks]``; -1: none.
-
-        The identity before anything is shared; under ``scope: group`` a donor's own position in its request.
-        """
-        sequence = self._sequences[request_id]
-        blocks = self._tables[sequence.slot, : sequence.num_blocks]
-        return np.where(is_null(blocks, self.pool), -1, self.pool.origin_position[blocks] // self.tokens_per_block)
-
-    def is_retired(self, request_id: int, logical_block: int) -> bool:
-        """True if the block's own physical block was given up; False for a request that is not in the cache."""
-        sequence = self._sequences.get(request_id)
-        return sequence is not None and bool(sequence.retired[logical_block])
-
-    def block_table(self, request_id: int) -> np.ndarray:
-        """Physical block of each logical one, int32 ``[num_blocks]``; a copy.
-
-        A null page where it was forgotten, ``NO_BLOCK`` where it was dropped.
-        """
-        sequence = self._sequences[request_id]
-        return self._tables[sequence.slot, : sequence.num_blocks].copy()
-
-    def generating_sequences(self) -> list[tuple[int, int, int]]:
-        """(request id, first generated block, tokens computed) of each sequence that is past its prompt."""
-        return [
-            (s.request_id, s.first_generated_block, s.num_computed) for s in self._sequences.values() if s.is_generating
-        ]
-
     def evict_blocks(self, request_id: int, logical_blocks: np.ndarray) -> None:
         """Drops blocks with nothing in their place: for the controls that evict."""
         sequence = self._sequences[request_id]
@@ -330,12 +224,6 @@ class KVCacheManager:
         self._tables[sequence.slot, logical_blocks] = NO_BLOCK
         sequence.num_retired += int((~sequence.retired[logical_blocks]).sum())
         sequence.retired[logical_blocks] = True
-
-    def block_offsets(self, request_ids: Seq[int]) -> np.ndarray:
-        """TensorRT-LLM's ``kv_cache_block_offsets``: int32 ``[1, batch, 2, M]``, M = longest of the batch."""
-        slots = [self._sequences[i].slot for i in request_ids]
-        width = max((self._sequences[i].num_blocks for i in request_ids), default=0)
-        return encode_block_offsets(self._tables[slots, :width], self.num_layers)
 
     def remove_sequence(self, request_id: int) -> SharingRecord:
         """Drops all references of a finished or cancelled request; co-owners keep theirs."""
@@ -372,43 +260,6 @@ class KVCacheManager:
         self._stats.null_entries = entries - counted
         self._stats.refused = dict(self._remapper.refused)
         return self._stats
-
-    def state_digest(self) -> bytes:
-        """Digest of block tables, reference counts and generations: equal on ranks that did the same."""
-        digest = hashlib.blake2b(digest_size=16)
-        for array in (self._tables, self.pool.ref_count, self.pool.generation):
-            digest.update(array.tobytes())
-        return digest.digest()
-
-    def check_integrity(self) -> None:
-        """Compares tables and pool; the property tests call it after every operation.
-
-        Raises:
-          RuntimeError: naming the broken invariant and its numbers.
-        """
-        references = np.zeros(self.pool.num_blocks, np.int64)
-        for sequence in self._sequences.values():
-            row = self._tables[sequence.slot, : sequence.num_blocks]
-            np.add.at(references, row[row != NO_BLOCK], 1)
-        for sequence in self._sequences.values():
-            unwritten = self._tables[
-                sequence.slot, sequence.num_computed // self.tokens_per_block : sequence.num_blocks
-            ]
-            if (references[unwritten] != 1).any() or self.pool.is_null[unwritten].any():
-                raise RuntimeError(
-                    f"blocks {unwritten.tolist()} of request {sequence.request_id} are being written, "
-                    f"with {references[unwritten].tolist()} references, null pages: "
-                    f"{self.pool.is_null[unwritten].tolist()}"
-                )
-            if sequence.matcher is not None:
-                matched = sequence.matcher.num_tokens + len(sequence.unmatched)
-                known = max(sequence.num_tokens, sequence.num_context_tokens)
-                if matched != known:
-                    raise RuntimeError(
-                        f"stage 1 of request {sequence.request_id} has {matched} tokens, the cache {known}: its "
-                        f"positions would name other tokens"
-                    )
-        self.pool.check_integrity(references)
 
     @staticmethod
     def _feed(sequence: Sequence) -> None:

@@ -15,9 +15,12 @@ room for a chunk of one page or more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from trtllm_memshare.cache.sequence import Sequence
+from trtllm_memshare.cache.sequence import Parked, Sequence
+from trtllm_memshare.search.types import Matcher
 
 
 def blocks_at_return(num_tokens: int, num_retired: int, tokens_per_block: int) -> int:
@@ -40,3 +43,22 @@ def pages_to_retire(sequence: Sequence, tokens_per_block: int) -> np.ndarray:
     pages = np.flatnonzero(sequence.to_retire[:full])
     sequence.to_retire[pages] = False
     return pages
+
+
+def matcher_at_return(
+    parked: Parked, token_ids: np.ndarray, num_prompt_tokens: int, make_matcher: Callable[[int], Matcher] | None
+) -> Matcher | None:
+    """Stage 1 of a request that comes, or comes back, with ``token_ids`` int32 ``[n]``: it has seen all of them.
+
+    Args:
+      make_matcher: for a request that has none yet; None = it shares nothing.
+    """
+    matcher = parked.matcher
+    if matcher is not None:
+        matcher.reopen()
+        # The token sampled last had no room when the request was paused, so stage 1 has not seen it.
+        matcher.append(token_ids[matcher.num_tokens :])
+    elif make_matcher is not None:
+        matcher = make_matcher(num_prompt_tokens)
+        matcher.append(token_ids)
+    return matcher
