@@ -209,7 +209,8 @@ def test_the_limits_of_a_part_fit_its_time_and_its_steps_name_files_that_exist(p
 
 @pytest.mark.parametrize("part", gpu_steps.PARTS)
 def test_the_steps_use_options_that_their_commands_have(part):
-    shared = "".join(path.read_text() for path in (ROOT / "trtllm_memshare" / "evaluation").glob("*.py"))
+    commands = ROOT / "trtllm_memshare" / "commands"
+    shared = "".join(path.read_text() for path in commands.glob("*.py"))
     for step in gpu_steps.make_steps(part, sys.executable):
         for place, argument in enumerate(step.command):
             script = ROOT / argument if argument.startswith(("benchmarks/", "build_scripts/")) else None
