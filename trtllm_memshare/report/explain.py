@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.evaluation.benchmark_options import parse_setting
 from trtllm_memshare.evaluation.story import Story, tell_story
 from trtllm_memshare.evaluation.variants import make_variant
@@ -57,7 +57,9 @@ def explain(engine: Engine, config: MemShareConfig, prompt: str, max_new_tokens:
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
     if not prompt.strip() or not num_prompt_tokens:
-        raise UserError(f"--prompt must be text that the tokenizer knows, got {prompt!r} (ask the model a question)")
+        raise UserError(
+            f"--prompt must be text that the tokenizer knows, got {quote(prompt)} (ask the model a question)"
+        )
     length = min(engine.build.max_seq_len, num_prompt_tokens + max_new_tokens)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
