@@ -15,9 +15,11 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/triton_server
 	$(BIN)/python -m pytest -q tests/triton_server
 
-# Killed processes, shutdown under load: several servers, minutes.
+# Every test with its long parts (killed servers, a soak, thousands of schedules), then an hour of fuzzing.
 nightly: venv
-	MEMSHARE_NIGHTLY=1 $(BIN)/python -m pytest -q
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 $(BIN)/python -m pytest -q
+	$(BIN)/python tests/fuzz/run.py --seconds 300
 
 lint: venv
 	$(BIN)/ruff check .

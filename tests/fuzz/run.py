@@ -33,14 +33,18 @@ def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from fuzz.targets import TARGETS
 
-    rows = []
+    rows: list[dict[str, object]] = []
+    summary: dict[str, object] = {}
     for name in options.targets or TARGETS:
         rows.append(_run(name, options.seconds, options.new_corpus))
         print(json.dumps(rows[-1]), flush=True)
-    summary = {"inputs": sum(row["inputs"] for row in rows), "failed": [r["target"] for r in rows if r["failed"]]}
+        summary = {"inputs": sum(int(str(row["inputs"])) for row in rows)}
+        summary["failed"] = [row["target"] for row in rows if row["failed"]]
+        if options.output_json:  # after every row: a run that is cut short keeps what it has
+            command = " ".join(["python", *sys.argv])
+            report = {"command": command, "targets": rows, **summary}
+            options.output_json.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(summary))
-    if options.output_json:
-        options.output_json.write_text(json.dumps({"targets": rows, **summary}, indent=1) + "\n")
     sys.exit(bool(summary["failed"]))
 
 

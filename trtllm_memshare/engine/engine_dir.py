@@ -24,7 +24,7 @@ from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portabl
 from trtllm_memshare.engine.replacement import find_retired, replace_engine
 from trtllm_memshare.engine.tensorrt_record import TensorRTRecord
 from trtllm_memshare.engine.weights import INDEX, SINGLE, weight_files
-from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.errors import UserError, nearest, quote
 from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig, parse_config
 
@@ -107,10 +107,10 @@ def read_torch_engine(engine_dir: Path) -> Engine:
     check_keys(document, ("format_version", "backend", "memshare", "torch"), f"{path}", remedy)
     if document["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {document['format_version']!r}, expected {FORMAT_VERSION} ({REBUILD})"
+            f"{path} has format_version {quote(document['format_version'])}, expected {FORMAT_VERSION} ({REBUILD})"
         )
     if document["backend"] != "torch":
-        raise UserError(f"{path} names backend {document['backend']!r}, expected torch or tensorrt ({REBUILD})")
+        raise UserError(f"{path} names backend {quote(document['backend'])}, expected torch or tensorrt ({REBUILD})")
     check_keys(document["torch"], ("kv_cache_dtype",), f"{path}: torch", remedy)
     memshare = parse_config(document["memshare"], str(path))
     try:
@@ -220,7 +220,9 @@ def copy_small_files(model_dir: Path, target: Path, dtype: str) -> None:
 def read_build(config: dict[str, Any], kv_cache_dtype: Any, path: Path, remedy: str) -> BuildConfig:
     """Build settings from config.json. Raises UserError for another version, or a key missing or out of range."""
     if config.get("version") != TRTLLM_VERSION:
-        raise UserError(f"{path} has version {config.get('version')!r}, expected {TRTLLM_VERSION!r} ({REBUILD})")
+        raise UserError(
+            f"{path} has version {quote(config.get('version'))}, expected {quote(TRTLLM_VERSION)} ({REBUILD})"
+        )
     try:
         section, model = config["build_config"], config["pretrained_config"]
         values = {
@@ -256,7 +258,7 @@ def _check_same(expected: Any, got: Any, where: str, remedy: str) -> None:
         for key, value in expected.items():
             _check_same(value, got[key], f"{where}{key}" + ("." if isinstance(value, dict) else ""), remedy)
     elif expected != got:
-        raise UserError(f"{where} is {got!r}, expected {expected!r} for the model in the engine ({remedy})")
+        raise UserError(f"{where} is {quote(got)}, expected {quote(expected)} for the model in the engine ({remedy})")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.errors import UserError, nearest, quote
 from trtllm_memshare.search.kernel_compiler import (
     ARCHITECTURES,
     KernelResources,
@@ -81,7 +81,7 @@ def nvcc_version(text: str) -> tuple[int, int]:
     """Major and minor release from what ``nvcc --version`` prints. Raises UserError if there is none in it."""
     found = re.search(r"release (\d+)\.(\d+)", text)
     if found is None:
-        raise UserError(f"nvcc --version should name a release, got {text.strip()!r} (reinstall the CUDA toolkit)")
+        raise UserError(f"nvcc --version should name a release, got {quote(text.strip())} (reinstall the CUDA toolkit)")
     return int(found[1]), int(found[2])
 
 

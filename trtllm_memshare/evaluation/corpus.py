@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers import Qwen2Tokenizer
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.json_input import parse_json_line
 
 TRACES = Path("benchmarks/data/traces")
@@ -89,5 +89,5 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     row = parse_json_line(line, where)
     for key in ("problem", "reasoning", "content"):
         if not isinstance(row.get(key), str):
-            raise UserError(f"{where}: {key} must be text, got {row.get(key)!r} (take the committed traces)")
+            raise UserError(f"{where}: {key} must be text, got {quote(row.get(key))} (take the committed traces)")
     return row

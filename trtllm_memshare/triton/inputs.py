@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.errors import UserError, nearest, quote
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def check_neutral(arrays: dict[str, np.ndarray], level: str) -> None:
             value = element.decode(errors="replace") if isinstance(element, bytes) else element
             if value not in neutral:
                 allowed = f"{neutral[0]!r}" if neutral else "empty"
-                raise UserError(f"{name} is not supported by this server and must be {allowed}, got {value!r}")
+                raise UserError(f"{name} is not supported by this server and must be {allowed}, got {quote(value)}")
     decoder = arrays.get(DECODER_INPUT_IDS.token) if level == "token" else None
     if decoder is not None and decoder.shape[-1] > 1:
         raise UserError(f"decoder_input_ids must hold at most a start token, got {decoder.shape[-1]} tokens")

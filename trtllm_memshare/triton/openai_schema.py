@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
@@ -90,7 +90,9 @@ class Common(BaseModel):
                 raise UserError(f"{name} is no field of this endpoint (leave it out)")
             if value not in _NEUTRAL[name]:
                 allowed = _NEUTRAL[name][-1]
-                raise UserError(f"{name} is not supported by this server and must be {allowed!r}, got {value!r}")
+                raise UserError(
+                    f"{name} is not supported by this server and must be {quote(allowed)}, got {quote(value)}"
+                )
 
 
 class CompletionRequest(Common):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ def parse_request_options(extra_args: Mapping[str, Any] | None, default_min_kept
     extra = extra_args or {}
     memshare = extra.get("memshare", True)
     if memshare not in (True, False, 0, 1):  # JSON over HTTP has no booleans here, only numbers and text
-        raise UserError(f"memshare must be true or false, got {memshare!r}")
+        raise UserError(f"memshare must be true or false, got {quote(memshare)}")
     min_kept = extra.get("min_kept")
     if min_kept is None:
         return RequestOptions(bool(memshare), default_min_kept)
     if isinstance(min_kept, bool) or not isinstance(min_kept, (int, float)) or not 0 <= min_kept <= 1:
-        raise UserError(f"min_kept must be a number between 0 and 1, got {min_kept!r}")
+        raise UserError(f"min_kept must be a number between 0 and 1, got {quote(min_kept)}")
     return RequestOptions(bool(memshare), float(min_kept))

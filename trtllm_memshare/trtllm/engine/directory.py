@@ -18,7 +18,7 @@ from typing import Any
 from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, read_checkpoint
 from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, check_keys, read_build, read_documents
 from trtllm_memshare.engine.tensorrt_record import parse_record
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.search.config import parse_config
 from trtllm_memshare.trtllm.engine.refusals import check_engine_config
 from trtllm_memshare.trtllm.engine.spec import EngineSpec, engine_spec
@@ -47,7 +47,7 @@ def read_tensorrt_engine(engine_dir: Path) -> Engine:
     check_keys(document, ("format_version", "backend", "memshare", "tensorrt"), str(path), remedy)
     if document["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {document['format_version']!r}, expected {FORMAT_VERSION} ({REBUILD})"
+            f"{path} has format_version {quote(document['format_version'])}, expected {FORMAT_VERSION} ({REBUILD})"
         )
     memshare = parse_config(document["memshare"], str(path))
     record = parse_record(document["tensorrt"], f"{path}: tensorrt")
@@ -61,11 +61,11 @@ def read_tensorrt_engine(engine_dir: Path) -> Engine:
     for theirs, ours in _CHECKED.items():
         if model.get(theirs) != getattr(checkpoint, ours):
             raise UserError(
-                f"{where}: pretrained_config.{theirs} is {model.get(theirs)!r}, expected {getattr(checkpoint, ours)!r} "
-                f"for the model in the engine ({remedy})"
+                f"{where}: pretrained_config.{theirs} is {quote(model.get(theirs))}, expected "
+                f"{quote(getattr(checkpoint, ours))} for the model in the engine ({remedy})"
             )
     if model.get("dtype") not in ELEMENT_BYTES:
-        raise UserError(f"{where} has dtype {model.get('dtype')!r}, expected one of {', '.join(ELEMENT_BYTES)}")
+        raise UserError(f"{where} has dtype {quote(model.get('dtype'))}, expected one of {', '.join(ELEMENT_BYTES)}")
     checkpoint = replace(checkpoint, dtype=model["dtype"])
     for rank in range(build.tp_size * build.pp_size):
         if not (engine_dir / f"rank{rank}.engine").is_file():
@@ -91,7 +91,7 @@ def _kv_cache_dtype(config: dict[str, Any], where: Path) -> str:
     algorithm = quantization.get("kv_cache_quant_algo")
     if algorithm not in _KV_ALGORITHMS:
         raise UserError(
-            f"{where} has kv_cache_quant_algo {algorithm!r}, expected none, FP8 or INT8: other caches keep scales per "
-            f"block that sharing does not move (build with another --kv-cache-dtype)"
+            f"{where} has kv_cache_quant_algo {quote(algorithm)}, expected none, FP8 or INT8: other caches keep scales "
+            f"per block that sharing does not move (build with another --kv-cache-dtype)"
         )
     return _KV_ALGORITHMS[algorithm]
