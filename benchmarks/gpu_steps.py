@@ -139,11 +139,15 @@ def _second_part(make: _Commands, python: str) -> list[Step]:
     model, engine = _real_model(), str(WORK / "real_engine")
     needs = why_not((*MODEL, "gguf", "accelerate"), (), {"SmolLM2 (build_scripts/get_smollm2.py)": model is not None})
     convert = [python, "benchmarks/real_engine.py", "--model", str(model), "--output-dir", engine]
+    requests = str(WORK / "requests.jsonl")
+    write = [python, "-m", "benchmarks.studies.pressure.make_requests", "--model-dir", f"{engine}_checkpoint",
+             "--num-requests", "64", "--max-tokens", "1024", "--output", requests]  # fmt: skip
     return [
         Step("real_engine", 40, convert, needs),
+        Step("real_requests", 15, write, needs),
         make.script("real_model_pressure", 85, "inflight_batching", "--engine-dir", engine, "--device", "cuda",
-                    "--dataset", "benchmarks/data/small.jsonl", "--num-requests", "48", "--kv-cache-share", "0.5",
-                    "--variants", "full", "aligned", headline=throughput_headline, lacks=needs),
+                    "--dataset", requests, "--replay", "--kv-cache-share", "0.5", "--variants", "full",
+                    "full-guaranteed", "pressure", "pressure-guaranteed", headline=throughput_headline, lacks=needs),
         make.search("search_16_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
         make.search("search_64_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
         Step("ncu", 50, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
@@ -152,12 +156,12 @@ def _second_part(make: _Commands, python: str) -> list[Step]:
         Step("memcheck_plugin", 45, [*make.sanitizer("memcheck"), *_HARNESS],
              why_not((), ("compute-sanitizer",), {"the plugin of part 1": (_PLUGINS / "plugin_harness").is_file()}),
              must_say=_HELD),
-        make.search("search_compiled", 40, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
+        make.search("search_compiled", 30, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
                     references=("eager", "compiled")),
         make.script("replay_half_null", 75, "trace_replay", "--batch-size", "64", "--output-tokens", "1536", "--repeat",
                     "1", "--variants", "off", "half-dropped", "half-null", headline=replay_headline,
                     lacks=why_not(MODEL)),
-        make.script("replay_no_graphs", 40, "trace_replay", "--variants", "off", "full-searches", "--output-tokens",
+        make.script("replay_no_graphs", 35, "trace_replay", "--variants", "off", "full-searches", "--output-tokens",
                     "48", "--repeat", "1", "--no-graphs", headline=replay_headline, lacks=why_not(MODEL)),
     ]  # fmt: skip
 
@@ -190,5 +194,5 @@ def replay_headline(report: dict[str, Any]) -> str:
 
 def throughput_headline(report: dict[str, Any]) -> str:
     """Requests per second of the variants."""
-    rates = [f"{v['variant']} {v['request_throughput_req_s']:.2f}" for v in report["variants"]]
+    rates = [f"{v['variant']} {v['request_throughput_req_s']:.3g}" for v in report["variants"]]
     return f"requests/s: {', '.join(rates)}; {report['kv_cache_blocks']} blocks; {report['decode_attention']}"

@@ -209,7 +209,11 @@ def main() -> None:
         for policy in (MAX_UTILIZATION, GUARANTEED_NO_EVICT):
             base = None
             for preset in options.presets:
-                per_request = hook["rows"][preset]["hook_ms_mean"] * 1e-3 / hook["requests"] if preset != "off" else 0.0
+                per_request = (
+                    hook["rows"].get(preset, hook["rows"]["lexical"])["hook_ms_mean"] * 1e-3 / hook["requests"]
+                    if preset != "off"
+                    else 0.0
+                )
                 machine = Machine(hook_s_per_request=per_request)
                 row = run(texts, boundaries, policy, None if preset == "off" else preset, blocks, size, machine)
                 base = base or row["request_throughput_req_s"]

@@ -4,7 +4,8 @@
 manager's `prepare_resources` and `copy_batch_block_offsets` beyond TensorRT-LLM's own work: reading tokens, stage 1,
 candidates, decisions, page lists, rows. What a GPU does by itself is left to a stand-in: the comparison returns at once
 with a distance of 0, so that everything is shared, which is the most work for the host; page copies and the gather run
-on tiny tensors on the CPU and count in full. The launch of the CUDA kernel is not in it.
+on tiny tensors on the CPU and count in full. The launch of the CUDA kernel is not in it. Preset `pressure` has room for
+three quarters of the pages, so that the others go; how redundant each page is, a GPU says.
 
 The last line is JSON; times in milliseconds.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import torch
 from trtllm_memshare.evaluation.texts import make_streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the fakes hold the recorded contracts
-from trtllm_pytorch.conftest import TextlessFacts, sharing_class
+from trtllm_pytorch.conftest import TextlessFacts, sharing_class, write_null_pages
 from trtllm_pytorch.fake_executor import make_cache_config, make_mapping
 from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
@@ -48,6 +50,16 @@ class InstantSearch:
         return ReadyDistances(sums, 0.0)
 
 
+class InstantRedundancy:
+    """Products on the GPU are not the host's work: every page is as redundant as any."""
+
+    def of(self, request_id: int, first: int, blocks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        return np.zeros(len(wanted), np.float32)
+
+    def forget(self, request_id: int) -> None:
+        pass
+
+
 def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]:
     """Milliseconds of an iteration for one preset, or without sharing (None)."""
     longest = options.max_length + options.warm_up + options.steps + 2
@@ -60,21 +72,27 @@ def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]
     size, count = options.tokens_per_block, options.requests
     manager_class = FakeKVCacheManager
     if preset is not None:
-        settings = Settings(make_config(preset), AdapterOptions(stats_interval=100))
+        folder = write_null_pages(tempfile.mkdtemp(), list(range(0, longest + 2048, 2048)), num_layers=1)
+        settings = Settings(make_config(preset), AdapterOptions(stats_interval=100, null_pages=folder))
         manager_class = sharing_class(FakeKVCacheManager, Facts(None), settings)
+    rng = np.random.default_rng(0)
+    prompts = [int(rng.integers(options.min_length, options.max_length)) for _ in range(count)]
+    blocks = sum(-(-(p + options.steps) // size) for p in prompts)
+    # Under pressure there is room for three quarters; the others have all that they need.
+    blocks = round(0.75 * blocks) if preset == "pressure" else count * (longest // size + 2)
     manager = manager_class(
-        make_cache_config(count * (longest // size + 2), size), "SELF", num_layers=1, num_kv_heads=1, head_dim=2,
+        make_cache_config(blocks, size), "SELF", num_layers=1, num_kv_heads=1, head_dim=2,
         tokens_per_block=size, max_seq_len=longest, max_batch_size=count, mapping=make_mapping(),
     )  # fmt: skip
     shared = getattr(manager, "memshare", None)
     if shared is not None:
         shared._searcher._search = InstantSearch()
-    rng = np.random.default_rng(0)
+        if shared.pressure is not None:
+            shared.pressure._redundancy = InstantRedundancy()
     requests, scripts = [], []
     for request_id in range(count):
         text = streams[request_id % len(streams)].tolist()
-        prompt = int(rng.integers(options.min_length, options.max_length))
-        request = FakeLlmRequest(request_id, text[:prompt])
+        request = FakeLlmRequest(request_id, text[: prompts[request_id]])
         request.orig_prompt_len = 100  # the rest counts as generated: shared from the start
         requests.append(request)
         scripts.append(text)
@@ -83,7 +101,11 @@ def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]
     hook, whole = [], []
     for step in range(options.warm_up + options.steps):
         # Prompts enter a few at a time, as max_num_tokens of a forward pass allows.
-        arriving = requests[len(running) : len(running) + options.admitted_per_step] if step < options.warm_up else []
+        arriving, free = [], manager.get_num_free_blocks() - len(running)
+        for request in requests[len(running) : len(running) + options.admitted_per_step]:
+            free -= request.prompt_len // size + 1
+            if free >= 0 and step < options.warm_up:
+                arriving.append(request)
         batch = ScheduledRequests(arriving, list(running))
         ids = [r.py_request_id for r in batch.all_requests()]
         before, started = shared.seconds if shared else 0.0, time.perf_counter()
@@ -109,7 +131,8 @@ def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]
     }
     if shared is not None:
         stats = shared.manager.stats()
-        result |= {"blocks_shared": stats.shared, "candidates": shared.policy.num_candidates}
+        result |= {"blocks_shared": stats.shared + stats.forgotten, "candidates": shared.policy.num_candidates}
+        assert shared.failures.num_errors == 0
     return result
 
 
@@ -127,8 +150,8 @@ def main() -> None:
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
     rows = {}
-    print(f"{'preset':<10} {'mean ms':>8} {'p50':>6} {'p99':>6} {'max':>6}  {'fake iteration':>14} {'shared':>7}")
-    for preset in (None, "aligned", "lexical"):
+    print(f"{'preset':<10} {'mean ms':>8} {'p50':>6} {'p99':>6} {'max':>6}  {'fake iteration':>14} {'freed':>7}")
+    for preset in (None, "aligned", "lexical", "pressure"):
         rounds = sorted((measure(options, preset) for _ in range(options.repeat)), key=lambda r: r["hook_ms_mean"])
         row = rows[preset or "unpatched"] = rounds[len(rounds) // 2]
         times = " ".join(f"{row[f'hook_ms_{n}']:>6.3f}" for n in ("p50", "p99", "max"))

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build, summarize
 from trtllm_memshare.engine.smollm2 import DEFAULT_DIR, get_smollm2
-from trtllm_memshare.errors import run_command_line
+from trtllm_memshare.errors import UserError, run_command_line
 from trtllm_memshare.evaluation.machine import describe_machine
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.evaluation.page_arms import Budget
@@ -62,6 +62,8 @@ def main() -> None:
     print(f"reading texts of {arguments.tokens} tokens with {len(tasks)} arms each", file=sys.stderr)
     compute_rows(replay, ((text, tasks) for text in texts), rows, lambda: in_time(0.7))
     compute_recall(replay, tokenizer, ["full", *ARMS], Budget(), 4, recalled, lambda: in_time(1.0))
+    if not rows.rows:
+        raise UserError(f"no text was read in {arguments.minutes:g} minutes (give --minutes more, or --tokens fewer)")
     for kept in SHARES:
         print(f"\n{kept:.0%} of the generated pages kept\n{main_table(rows.rows, Setting(kept, 16, arguments.tokens))}")
     if recalled.rows:

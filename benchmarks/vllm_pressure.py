@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--parts", type=int, nargs="+", default=[4], help="pools: one over these of the demand")
     parser.add_argument("--arms", nargs="+", default=["vllm", "admission", "0.75", "0.5", "0.25", "random"])
     parser.add_argument("--admission", default="expected", choices=["vllm", "expected", "max-tokens"])
-    parser.add_argument("--requests", type=int, default=20)
-    parser.add_argument("--in-flight", type=int, default=16, help="vLLM's max_num_seqs")
+    parser.add_argument("--requests", type=int, default=12)
+    parser.add_argument("--in-flight", type=int, default=8, help="vLLM's max_num_seqs")
     parser.add_argument("--shorter-by", type=int, default=16, help="answers are this part of their traces")
-    parser.add_argument("--longest-answer", type=int, default=320, help="tokens")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens")
+    parser.add_argument("--longest-answer", type=int, default=256, help="tokens")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens; on a CPU vLLM takes multiples of 32")
     parser.add_argument("--protected-tokens", type=int, default=32)
     parser.add_argument("--output-json", type=Path, help="runs are added to those in it")
     parser.add_argument("--run-arm", nargs=2, metavar=("ARM", "BLOCKS"), help=argparse.SUPPRESS)
@@ -56,8 +56,8 @@ def main() -> None:
     if options.run_arm:
         print(json.dumps(_run_arm(options, options.run_arm[0], int(options.run_arm[1]))))
         return
-    work = _workload(options)
-    document: dict[str, Any] = {"workload": _describe(options, work), "machine": describe_machine(), "runs": []}
+    work = workload(options)
+    document: dict[str, Any] = {"workload": describe(options, work), "machine": describe_machine(), "runs": []}
     if options.output_json and options.output_json.is_file():
         document = {**document, "runs": json.loads(options.output_json.read_text())["runs"]}
     for part in options.parts:
@@ -78,7 +78,7 @@ def _in_process(arm: str, blocks: int) -> dict[str, Any]:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def _workload(options: argparse.Namespace) -> list[tuple[list[int], int]]:
+def workload(options: argparse.Namespace) -> list[tuple[list[int], int]]:
     """(prompt's token ids, tokens to generate) of each request: the traces in order, again and again."""
     from transformers import AutoTokenizer
 
@@ -94,7 +94,7 @@ def _workload(options: argparse.Namespace) -> list[tuple[list[int], int]]:
     return work
 
 
-def _describe(options: argparse.Namespace, work: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
+def describe(options: argparse.Namespace, work: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
     final = [-(-(len(prompt) + length) // options.block_size) for prompt, length in work]
     return {
         "model": options.model_dir.name, "traces": str(options.traces), "requests": len(work),
@@ -108,13 +108,13 @@ def _describe(options: argparse.Namespace, work: Sequence[tuple[list[int], int]]
 def _run_arm(options: argparse.Namespace, arm: str, blocks: int) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    work = _workload(options)
+    work = workload(options)
     longest = max(len(prompt) + length for prompt, length in work)
     llm = LLM(
         str(options.model_dir), dtype="float32", enforce_eager=True, max_num_seqs=options.in_flight,
         max_model_len=-(-longest // options.block_size) * options.block_size, block_size=options.block_size,
         num_gpu_blocks_override=blocks, enable_prefix_caching=False, disable_log_stats=False, seed=0,
-        **_arm_options(options, arm),
+        **arm_options(options, arm),
     )  # fmt: skip
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
@@ -149,7 +149,7 @@ def _run_arm(options: argparse.Namespace, arm: str, blocks: int) -> dict[str, An
     }  # fmt: skip
 
 
-def _arm_options(options: argparse.Namespace, arm: str) -> dict[str, Any]:
+def arm_options(options: argparse.Namespace, arm: str) -> dict[str, Any]:
     if arm == "vllm":
         return {}
     settings: dict[str, Any] = {"need": "redundancy", "min_kept": 0.5}

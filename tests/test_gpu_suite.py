@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -198,17 +199,34 @@ def test_the_limits_of_a_part_fit_its_time_and_its_steps_name_files_that_exist(p
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
         for argument in step.command:
-            if argument.endswith((".py", ".jsonl")) or argument.startswith("tests/"):
+            if argument.endswith(".py") or argument.startswith("tests/"):
                 assert (ROOT / argument).exists(), argument
+            if argument.startswith("benchmarks.studies."):
+                assert importlib.util.find_spec(argument) is not None, argument
         if step.report is not None:
             assert step.headline is not None
+
+
+@pytest.mark.parametrize("part", gpu_steps.PARTS)
+def test_the_steps_use_options_that_their_commands_have(part):
+    commands = ROOT / "trtllm_memshare" / "commands"
+    shared = "".join(path.read_text() for path in commands.glob("*.py"))
+    for step in gpu_steps.make_steps(part, sys.executable):
+        for place, argument in enumerate(step.command):
+            script = ROOT / argument if argument.startswith(("benchmarks/", "build_scripts/")) else None
+            if argument.startswith("benchmarks.studies."):
+                script = ROOT / (argument.replace(".", "/") + ".py")
+            if script is not None and script.suffix == ".py":
+                text = script.read_text() + shared
+                for option in (o for o in step.command[place + 1 :] if o.startswith("--")):
+                    assert f'"{option}"' in text, f"{step.name}: {option}"
 
 
 def test_the_most_wanted_figures_come_first():
     first, second = (gpu_steps.make_steps(part, sys.executable) for part in gpu_steps.PARTS)
     search = first[0].command
     assert search[search.index("--dtypes") + 1 : search.index("--pairs") + 2] == ["bfloat16", "--pairs", "64"]
-    assert [step.name for step in second[:2]] == ["real_engine", "real_model_pressure"]
+    assert [step.name for step in second[:2]] == ["real_engine", "real_requests"]
     sanitized = next(step for step in first if step.name == "memcheck").command
     test, word = sanitized[sanitized.index("-k") - 1], sanitized[sanitized.index("-k") + 1]
     picked = [

@@ -54,9 +54,9 @@ def test_summary_and_what_is_written(tiny_checkpoint, tmp_path):
     assert lines[2] == (  # 2 layers * K and V * 2 heads * 16 tokens * 8 * 4 bytes
         "KV cache: 4,096 bytes per block of 16 tokens (float32), 262,144 blocks or 4,194,304 tokens per GiB"
     )
-    assert lines[3].startswith("MemShare: preset aligned shares the blocks of repeats: runs of at least ")
+    assert lines[3].startswith("MemShare: preset pressure gives nothing up while the pool has room; above 97% of it ")
     engine = load_engine(tmp_path / "engine")
-    assert engine.memshare == make_config("aligned")
+    assert engine.memshare == make_config("pressure")
     assert engine.build.max_seq_len == 512  # the model's own
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
 
@@ -94,7 +94,7 @@ def test_a_build_that_is_there_needs_force(tiny_checkpoint, tmp_path):
     build(tiny_checkpoint, tmp_path / "engine", "--memshare")
     assert_one_sentence(build(tiny_checkpoint, tmp_path / "engine"), "holds an engine already", "--force")
     assert_one_sentence(build(tiny_checkpoint, tmp_path / "engine", "--dry-run"), "holds an engine already")
-    assert load_engine(tmp_path / "engine").memshare.preset == "aligned"
+    assert load_engine(tmp_path / "engine").memshare.preset == "pressure"
     assert build(tiny_checkpoint, tmp_path / "engine", "--force").returncode == 0
     assert load_engine(tmp_path / "engine").memshare.preset == "off"
     assert_one_sentence(build(tiny_checkpoint, tiny_checkpoint, "--force"), "exists and is no engine directory")

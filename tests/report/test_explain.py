@@ -61,7 +61,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def engine(bundled_model, tmp_path_factory) -> Engine:
     folder = tmp_path_factory.mktemp("explain") / "engine"
-    return build_engine(plan_build(BuildOptions(model_dir=bundled_model, output_dir=folder, memshare=True)))
+    return build_engine(plan_build(BuildOptions(bundled_model, folder, memshare=True, preset="aligned")))
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,7 @@ def stop_triton(triton: Triton) -> None:
 def served_engine(tmp_path_factory) -> Path:
     """The bundled model with sharing on."""
     pytest.importorskip("pytriton", reason="nvidia-pytriton, which carries a Triton server, is not installed")
-    options = BuildOptions(output_dir=tmp_path_factory.mktemp("triton") / "engine", memshare=True,
+    options = BuildOptions(output_dir=tmp_path_factory.mktemp("triton") / "engine", memshare=True, preset="aligned",
                            build={"max_seq_len": 2048, "max_batch_size": 64})  # fmt: skip
     build_engine(plan_build(options))
     return options.output_dir

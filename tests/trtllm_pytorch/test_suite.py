@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import trtllm_memshare
+from trtllm_memshare.errors import UserError
 
 ROOT = Path(trtllm_memshare.__file__).parents[1]
 BENCH = """
@@ -21,14 +23,15 @@ arm = os.path.basename(value("--report_json")).removesuffix(".json")
 assert (os.environ.get("TRTLLM_MEMSHARE_ENABLE") == "1") == (not arm.startswith("alone")), arm
 assert value("--eos_id") == "2"
 assert "max_utilization" in arguments and "TRTLLM" in open(value("--extra_llm_api_options")).read()
-json.dump({"performance": {"request_throughput_req_s": 2.0 if arm == "aligned" else 1.0,
-                           "system_output_throughput_tok_s": 100.0},
+speed = float(os.environ.get("SPEED", "2.0")) if arm == "aligned" else 1.0
+json.dump({"performance": {"request_throughput_req_s": speed, "system_output_throughput_tok_s": 100.0},
            "request_info": {"avg_num_concurrent_requests": 8.0}}, open(value("--report_json"), "w"))
 json.dump(["tokens"] + (os.environ.get("CHANGED", "").split() if arm == "shadow" else []),
           open(value("--output_json"), "w"))
 if "TRTLLM_MEMSHARE_STATS_FILE" in os.environ:
-    json.dump({"blocks_shared": 5, "blocks_generated": 20, "blocks_retired_of_finished": 4},
-              open(os.environ["TRTLLM_MEMSHARE_STATS_FILE"], "w"))
+    shared = 0 if arm in ("shadow", "pressure", os.environ.get("IDLE")) else 5
+    json.dump({"blocks_shared": shared, "blocks_forgotten": 7 * (arm == "pressure"), "blocks_shadowed": 3,
+               "errors": int(os.environ.get("ERRORS", "0"))}, open(os.environ["TRTLLM_MEMSHARE_STATS_FILE"], "w"))
 """
 
 
@@ -51,17 +54,54 @@ def run_suite(tmp_path):
 
 
 def test_all_arms_run_and_are_summed_up(run_suite, tmp_path):
-    done = run_suite()
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "null_pages.safetensors").touch()
+    done = run_suite(NULL_PAGES=str(tmp_path / "engine"))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert list(summary["arms"]) == ["alone", "alone_again", "shadow", "aligned", "lexical"]
-    assert summary["arms"]["aligned"]["request_throughput_req_s"] == 2.0
-    assert summary["arms"]["aligned"]["shared_block_fraction"] == 0.2
-    assert summary["different_answers"] == {"alone_again": 0, "shadow": 0}
+    assert list(summary["arms"]) == ["alone", "alone_again", "shadow", "aligned", "lexical", "pressure"]
+    assert summary["arms"]["aligned"]["ratio"] == 2.0
+    assert summary["active"] == ["aligned", "lexical", "pressure"]
+    printed = done.stdout
+    places = [printed.index(t) for t in ("1 accuracy", "2 activity", "3 A/B", "4 gates: all passed")]
+    assert places == sorted(places)
+    settings = json.loads((tmp_path / "out" / "pressure.settings.json").read_text())
+    assert settings == {"preset": "pressure", "null_pages": str(tmp_path / "engine")}
 
 
-def test_a_shadow_that_changes_tokens_fails_the_suite(run_suite):
-    done = run_suite(CHANGED="other")
-    assert done.returncode == 1
-    assert "failed: summary" in done.stdout
-    assert "shadow must not change a token" in done.stdout
+def write_arms(folder: Path, **changes) -> None:
+    """What the arms of a suite leave behind. ``changes``: by arm, what differs from an arm in which all is well."""
+    for arm in ("alone", "alone_again", "shadow", "aligned", "lexical"):
+        change = changes.get(arm, {})
+        ours = {"blocks_shared": 5 * arm.startswith(("aligned", "lexical")), "blocks_shadowed": 3, "errors": 0}
+        report = {
+            "performance": {
+                "request_throughput_req_s": change.get("speed", 1.0), "system_output_throughput_tok_s": 100.0
+            },
+            "request_info": {"avg_num_concurrent_requests": 8.0},
+            "memshare": {**ours, **change.get("memshare", {})},
+        }  # fmt: skip
+        (folder / f"{arm}.json").write_text(json.dumps(report))
+        (folder / f"{arm}.tokens.json").write_text(json.dumps(change.get("tokens", ["tokens"])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shadow": {"tokens": ["other"]}}, "shadow must not change a token, but 1 answers differ"),
+        ({"lexical": {"memshare": {"blocks_shared": 0}}}, "lexical shared and gave up nothing, so its figures say"),
+        ({"aligned": {"memshare": {"errors": 1}}}, "aligned: 1 errors, 0 requests failed"),
+        ({"aligned": {"speed": 0.5}}, "aligned serves 0.50 times what TensorRT-LLM alone does"),
+    ],
+)
+def test_gates(changes, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    summary = importlib.import_module("trtllm_summary")
+    write_arms(tmp_path, **changes)
+    monkeypatch.setattr(sys, "argv", ["summary", str(tmp_path), "--dataset", "none", "--model", "none"])
+    with pytest.raises(UserError, match=message):
+        summary.main()
+    printed = capsys.readouterr().out
+    idle = "lexical" in changes
+    assert json.loads((tmp_path / "summary.json").read_text())["active"] == ["aligned"] + ["lexical"] * (not idle)
+    assert message in printed

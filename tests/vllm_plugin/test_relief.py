@@ -193,6 +193,26 @@ def test_retiring_what_cannot_go_is_a_broken_invariant() -> None:
     host = Host(12)
     host.add("a", 4, 39)
     blocks: VllmBlocks = host.blocks
-    blocks.retire("a", [2], 0)
+    blocks.retire("a", [2], 0, 38)
     with pytest.raises(RuntimeError, match="at 2 of a cannot be retired: null True"):
-        blocks.retire("a", [2], 0)
+        blocks.retire("a", [2], 0, 38)
+
+
+def test_a_block_that_is_filled_in_the_step_of_a_retirement_leaves_the_prefix_cache() -> None:
+    """vLLM has cached it when it planned the step; what it computes then has gaps."""
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 4, 39)
+    for block in host.table("a"):
+        block.block_hash = object()
+    host.relief.make_room([request], 1, MemShareUpdate())
+    cached = [block.block_hash is not None for block in host.table("a") if not block.is_null]
+    assert cached == [True] * (len(cached) - 1) + [False]
+
+
+def test_room_that_a_waiting_request_missed_is_made_before_the_next_step() -> None:
+    host = Host(25, min_kept=0.0)
+    request = host.add("a", 4, 39)
+    host.relief.begin_step([request], update := MemShareUpdate(), host.blocks.num_free)
+    assert not update.null_entries
+    host.relief.begin_step([request], MemShareUpdate(), host.blocks.num_free + 2)
+    assert len(retired(host, "a")) >= 2

@@ -41,7 +41,8 @@ class BuildOptions:
     Attributes:
       model_dir: a checkpoint directory, or a GGUF file: ``x.gguf`` is dequantized to a checkpoint ``x/`` beside it.
       memshare: whether the engine shares; without it the preset is ``off``.
-      preset: name in ``PRESETS``; ``aligned`` if neither it nor the file gives one.
+      preset: name in ``PRESETS``; if neither it nor the file gives one, ``pressure`` on the torch backend, and
+        ``aligned`` on TensorRT or with ``shadow``.
       build: fields of ``BuildConfig`` as given, None = not given.
       config_file: JSON ``{"build": {...}, "memshare": {...}}``; the command line wins over it.
       search_engine: where a TensorRT engine's search runs: embedded (default) or separate; needs ``memshare``.
@@ -89,7 +90,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     """
     backend, reason = _choose_backend(options.backend)
     file = _read_config_file(options.config_file)
-    memshare = _settle_memshare(options, file["memshare"])
+    memshare = _settle_memshare(options, file["memshare"], backend)
     given = {key: value for key, value in (options.build or {}).items() if value is not None}
     asked = {**file["build"], **given}
     # What needs no model is checked before one is read, which takes seconds.
@@ -241,7 +242,7 @@ def describe_sharing(config: MemShareConfig) -> str:
     )
 
 
-def _settle_memshare(options: BuildOptions, settings: dict[str, Any]) -> MemShareConfig:
+def _settle_memshare(options: BuildOptions, settings: dict[str, Any], backend: str) -> MemShareConfig:
     if not options.memshare:
         for name, given in (
             ("--preset", options.preset is not None),
@@ -252,7 +253,8 @@ def _settle_memshare(options: BuildOptions, settings: dict[str, Any]) -> MemShar
                 raise UserError(f"{name} needs --memshare, got it without (add --memshare)")
         return make_config("off")
     settings = dict(settings)
-    in_file = settings.pop("preset", "aligned")
+    # Shadow reports what a search finds, and TensorRT engines carry the search inside: both mean sharing.
+    in_file = settings.pop("preset", "pressure" if backend == "torch" and not options.shadow else "aligned")
     if options.shadow:
         settings["shadow"] = True
     return make_config(str(options.preset or in_file), **settings)

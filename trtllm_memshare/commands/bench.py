@@ -1,7 +1,7 @@
 """In-flight batching with and without MemShare: same engine, same requests, same KV pool.
 
 Runs every variant over a data set and reports throughput, latency, accuracy and memory, as a table, JSON and a
-picture. The last line on stdout is the report as JSON, without timelines. With --model, `memshare bench` hands
+picture. The last line on stdout is the report as JSON, without timelines. With --model or -m, `memshare bench` hands
 everything on to trtllm-bench instead, with MemShare in TensorRT-LLM's PyTorch backend.
 """
 

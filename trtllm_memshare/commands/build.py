@@ -22,7 +22,8 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, help="default: %(default)s")
     parser.add_argument("--memshare", action="store_true", help="share KV blocks of repeated reasoning")
     parser.add_argument(
-        "--preset", help="aligned (default), pressure, drop-duplicate, paper, lexical or off; needs --memshare"
+        "--preset",
+        help="pressure (default; TensorRT engines: aligned), drop-duplicate, paper, lexical or off; needs --memshare",
     )
     parser.add_argument("--shadow", action="store_true", help="search and report, share nothing; needs --memshare")
     parser.add_argument("--backend", choices=("auto", "torch", "tensorrt"), default="auto", help="default: %(default)s")

@@ -7,7 +7,7 @@ The rotation is undone: a query of a short text then stands for the same query a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,53 @@ def observe_queries(model: Any, token_ids: list[int], max_queries: int) -> Queri
     return Queries(torch.stack(observer.unrotated), torch.stack(observer.log_sum_exp), largest, observer.scaling)
 
 
+@torch.inference_mode()
+def first_layer_queries(model: Any, log_sum_exp: torch.Tensor, most_tokens: int) -> Queries:
+    """Queries of the first layer for tokens of the whole vocabulary, evenly spread: there they hang on nothing else.
+
+    Args:
+      model: as in ``observe_queries``.
+      log_sum_exp: float32 ``[num_heads]``, what each head's queries are taken to have.
+      most_tokens: of the vocabulary.
+
+    Returns:
+      Queries of one layer.
+    """
+    vocabulary = int(model.config.vocab_size)
+    ids = torch.arange(0, vocabulary, -(-vocabulary // most_tokens), device=model.device)
+    parts = []
+    with _observed(model):
+        for chunk in ids.split(2048):
+            observer = _FirstLayer()
+            with suppress(_Enough):
+                model.model(
+                    input_ids=chunk[None],
+                    position_ids=torch.zeros_like(chunk)[None],  # position 0: nothing is turned
+                    use_cache=False,
+                    memshare_observer=observer,
+                )
+            parts.append(observer.query)
+    unrotated = torch.cat(parts, 1)[None]
+    return Queries(
+        unrotated,
+        log_sum_exp[None, :, None].expand(1, -1, unrotated.shape[2]).clone(),
+        torch.zeros(1),
+        float(model.model.layers[0].self_attn.scaling),
+    )
+
+
+class _Enough(Exception):
+    """Ends a pass whose later layers are of no interest."""
+
+
+class _FirstLayer:
+    query: torch.Tensor
+
+    def take(self, query: torch.Tensor, *_: Any) -> None:
+        self.query = query.float().cpu()
+        raise _Enough
+
+
 def join_queries(parts: list[Queries]) -> Queries:
     """Queries of several texts as one."""
     return Queries(
@@ -127,7 +174,7 @@ def _observed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    memshare_observer: Observer | None = None,
+    memshare_observer: Observer | _FirstLayer | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: causal attention over one text, shown to the observer."""

@@ -23,6 +23,7 @@ from trtllm_memshare.search.block_distance import rotate
 _POSITIONS = 48  # of a band, at which every query is tried
 _DRAWS = 4  # positions of a band at which a query is put while a direction is turned
 _STEPS = 200
+_ROWS = 4096  # queries tried at once
 
 
 def mean_directions(means: torch.Tensor, width: int, inv_freq: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -99,11 +100,15 @@ def largest_logits(
     cos, sin = angle.cos().float(), angle.sin().float()
     best = torch.empty(queries.log_sum_exp.shape)
     for layer, of_layer in enumerate(queries.unrotated):
-        q, k = of_layer.unflatten(0, (keys.shape[1], -1)), keys[layer][:, None, None]  # [kv heads, heads, n, head_dim]
-        q1, q2, k1, k2 = q[..., :half], q[..., half : 2 * half], k[..., :half], k[..., half : 2 * half]
-        logits = (q1 * k1 + q2 * k2) @ cos + (q1 * k2 - q2 * k1) @ sin
-        logits += (q[..., 2 * half :] * k[..., 2 * half :]).sum(-1, keepdim=True)
-        best[layer] = logits.amax(-1).flatten(0, 1) * queries.scaling
+        k = keys[layer][:, None, None]
+        k1, k2, k3 = k[..., :half], k[..., half : 2 * half], k[..., 2 * half :]
+        for start in range(0, of_layer.shape[1], _ROWS):
+            part = of_layer[:, start : start + _ROWS]
+            q = part.unflatten(0, (keys.shape[1], -1))  # [kv heads, heads of each, n, head_dim]
+            q1, q2, q3 = q[..., :half], q[..., half : 2 * half], q[..., 2 * half :]
+            logits = (q1 * k1 + q2 * k2) @ cos + (q1 * k2 - q2 * k1) @ sin
+            logits += (q3 * k3).sum(-1, keepdim=True)
+            best[layer, :, start : start + _ROWS] = logits.amax(-1).flatten(0, 1) * queries.scaling
     return best
 
 

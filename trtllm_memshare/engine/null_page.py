@@ -7,6 +7,7 @@ lengths from another, and the result is checked on one that neither has seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,7 +15,13 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from trtllm_memshare.engine.attention_queries import FIRST_POSITION, Queries, join_queries, observe_queries
+from trtllm_memshare.engine.attention_queries import (
+    FIRST_POSITION,
+    Queries,
+    first_layer_queries,
+    join_queries,
+    observe_queries,
+)
 from trtllm_memshare.engine.null_directions import largest_logits, mean_directions, needed_length, turn_away
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.block_distance import rotate
@@ -27,7 +34,10 @@ _FITTED_GAP = -30.0  # what lengths are chosen for, so that text not seen yet st
 _WIDEST_BAND, _NARROWEST_BAND = 4096, 128
 _LONG_KEY = 100.0  # the direction of a key that would be longer is turned
 _LONGEST_KEY = 1000.0
+_LONGEST_TOKEN_KEY = 400.0  # that the vocabulary alone can ask for
 _MAX_QUERIES = 512  # of a text
+_MAX_TOKENS, _FITTED_TOKENS = 32_768, 8192  # of the vocabulary, in the first layer: tried, and fitted on
+_VOCABULARY_SHARE = 0.999  # of it, in each head, is to be as far away as text is
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Largest stored element of the pools that have scales."""
 
@@ -49,6 +59,8 @@ class NullPageSet:
       num_queries: how many queries that were.
       num_turned: KV heads whose direction was turned away from single queries.
       num_lengthened: KV heads whose key had to be lengthened for the last text: their gaps are fitted ones.
+      near_tokens: of ``num_tokens`` tokens of the vocabulary, how many come nearer than the target in some head of the
+        first layer.
     """
 
     keys: torch.Tensor
@@ -57,6 +69,8 @@ class NullPageSet:
     num_queries: int = 0
     num_turned: int = 0
     num_lengthened: int = 0
+    near_tokens: int = 0
+    num_tokens: int = 0
 
     @property
     def num_bands(self) -> int:
@@ -109,8 +123,14 @@ def calibrate_null_pages(
     last = int(max_positions or model.config.max_position_embeddings)
     fit = join_queries([observe_queries(model, list(t), _MAX_QUERIES) for t in texts[:-2]])
     measure, check = (observe_queries(model, list(t), _MAX_QUERIES) for t in texts[-2:])
+    vocabulary = first_layer_queries(model, fit.log_sum_exp[0].amin(-1), _MAX_TOKENS)
     calibration = _Calibration(
-        fit, measure, check, model.model.rotary_emb.inv_freq.double().cpu(), int(model.config.num_key_value_heads)
+        fit,
+        measure,
+        check,
+        vocabulary,
+        model.model.rotary_emb.inv_freq.double().cpu(),
+        int(model.config.num_key_value_heads),
     )
     width = min(_WIDEST_BAND, max(_NARROWEST_BAND, 1 << (last - 1).bit_length()))
     if not calibration.fit_band(width):
@@ -125,22 +145,49 @@ def calibrate_null_pages(
 
 
 class _Calibration:
-    """Queries of three kinds, and the keys of the band ``[0, width)`` that was tried last."""
+    """Queries of three kinds, and the keys of the band ``[0, width)`` that was tried last.
 
-    def __init__(self, fit: Queries, measure: Queries, check: Queries, inv_freq: torch.Tensor, num_kv_heads: int):
-        self._fit, self._measure, self._check = fit, measure, check
+    In the first layer a query hangs on its token alone, and a short text has few of all tokens. So there directions and
+    lengths are taken from the vocabulary too.
+    """
+
+    def __init__(
+        self,
+        fit: Queries,
+        measure: Queries,
+        check: Queries,
+        vocabulary: Queries,
+        inv_freq: torch.Tensor,
+        num_kv_heads: int,
+    ) -> None:
+        self._fit, self._measure, self._check, self._vocabulary = fit, measure, check, vocabulary
         self._inv_freq, self._num_kv_heads = inv_freq, num_kv_heads
         self._heads_each = fit.unrotated.shape[1] // num_kv_heads
 
     def fit_band(self, width: int) -> bool:
         """Directions and lengths for bands of that width; False if some head has none."""
         self._directions = mean_directions(self._fit.unrotated.mean(2), width, self._inv_freq, self._num_kv_heads)
+        self._fit_first_layer(width)
         self._lengths(width)
         self._turned = self.length > _LONG_KEY
+        self._turned[0] = False
         if self._turned.any():
             self._directions = turn_away(self._fit, self._directions, self._turned, width, self._inv_freq, _FITTED_GAP)
             self._lengths(width)
         return bool(self.length.max() <= _LONGEST_KEY)
+
+    def _fit_first_layer(self, width: int) -> None:
+        tokens, text = self._vocabulary, self._fit
+        step = -(-tokens.unrotated.shape[2] // _FITTED_TOKENS)
+        both = Queries(
+            torch.cat([tokens.unrotated[:, :, ::step], text.unrotated[:1]], 2),
+            torch.cat([tokens.log_sum_exp[..., ::step], text.log_sum_exp[:1]], 2),
+            text.largest,
+            text.scaling,
+        )
+        start = mean_directions(tokens.unrotated.mean(2), width, self._inv_freq, self._num_kv_heads)
+        all_heads = torch.ones((1, self._num_kv_heads), dtype=torch.bool)
+        self._directions[:1] = turn_away(both, start, all_heads, width, self._inv_freq, _FITTED_GAP)
 
     def _lengths(self, width: int) -> None:
         logits = [largest_logits(q, self._directions, 0, width, self._inv_freq) for q in (self._measure, self._check)]
@@ -149,6 +196,13 @@ class _Calibration:
         self._short = needed_length(logits[1], self._check, TARGET_GAP, self._num_kv_heads) > length
         longer = needed_length(logits[1], self._check, _FITTED_GAP, self._num_kv_heads)
         self.length = torch.where(self._short, longer, length)
+        tokens = self._vocabulary
+        found = largest_logits(tokens, self._directions[:1], 0, width, self._inv_freq)
+        usual = found.sort(-1).values[..., : math.ceil(_VOCABULARY_SHARE * found.shape[-1])]
+        of_usual = Queries(tokens.unrotated, tokens.log_sum_exp[..., : usual.shape[-1]], tokens.largest, tokens.scaling)
+        needed = needed_length(usual, of_usual, _FITTED_GAP, self._num_kv_heads)[0]
+        # Rare tokens may ask for more than a key can be: the report counts those that are left near.
+        self.length[0] = torch.maximum(self.length[0], needed.clamp_max(_LONGEST_TOKEN_KEY))
 
     def refuse(self, width: int) -> NoReturn:
         """Raises NullPageRefused for the head that is worst off."""
@@ -186,9 +240,11 @@ class _Calibration:
                 f"{-float(gap.max()):.1f} nats below the real keys in a pool of {str(kv_dtype).removeprefix('torch.')}"
                 f", expected at least {-TARGET_GAP:.0f} (take another --kv-cache-dtype)"
             )
+        tokens = self._vocabulary
+        near = largest_logits(tokens, keys[0][:1], 0, int(edges[1]), self._inv_freq) - tokens.log_sum_exp > TARGET_GAP
         return NullPageSet(
             torch.stack(keys), edges, gap, self._check.log_sum_exp.shape[-1], int(self._turned.sum()),
-            int(self._short.sum()),
+            int(self._short.sum()), int(near.any(1).sum()), near.shape[-1],
         )  # fmt: skip
 
 

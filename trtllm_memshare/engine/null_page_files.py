@@ -61,6 +61,8 @@ def report(pages: NullPageSet) -> dict[str, Any]:
         "num_queries": pages.num_queries,
         "num_turned": pages.num_turned,
         "num_lengthened": pages.num_lengthened,
+        "near_tokens": pages.near_tokens,
+        "num_tokens": pages.num_tokens,
         "layers": [
             {
                 "layer": layer,

@@ -34,7 +34,11 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--prompt", required=True, help="text as the model expects it")
     parser.add_argument("--output", type=Path, default=Path("explain.html"), help="page to write")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest answer, in tokens")
-    parser.add_argument("--preset", choices=[p for p in PRESETS if p != "off"], help="instead of the engine's")
+    parser.add_argument(
+        "--preset",
+        choices=[p for p in PRESETS if p not in ("off", "pressure")],
+        help="instead of the engine's, which for pressure is aligned: one request alone is never short of memory",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
@@ -72,7 +76,8 @@ def explain(engine: Engine, config: MemShareConfig, prompt: str, max_new_tokens:
 
 def _settle(engine: Engine, preset: str | None, overrides: dict[str, object]) -> MemShareConfig:
     """The engine's settings, or those of a preset, with changes on top."""
-    name = preset or engine.memshare.preset
+    # A request that is alone with its pool gives nothing up: what can be shown is what repeats.
+    name = preset or ("aligned" if engine.memshare.preset == "pressure" else engine.memshare.preset)
     if name == "off":
         raise UserError("this engine shares nothing, so there is nothing to explain (give --preset aligned)")
     config = make_variant(name, engine.memshare, **overrides).config

@@ -28,6 +28,9 @@ class RedundancySource(Protocol):
     def redundancy(self, request_id: int, pages: np.ndarray) -> np.ndarray:
         """float32 ``[len(pages)]``, the mean over a page's tokens of the largest cosine with a later token."""
 
+    def retired(self, request_id: int, pages: np.ndarray) -> None:
+        """Pages that were looked at have gone: what repeated them does so no more."""
+
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""
 
@@ -120,6 +123,11 @@ class PageLedger:
         if "draw" in read:
             draw = np.random.default_rng([self._seed, request_id]).random(last + 1, np.float32)[pages]
         return PageFacts(pages, redundancy, attention, None, surprisal, draw)
+
+    def retired(self, request_id: int, pages: np.ndarray) -> None:
+        """Pages of a request have gone, int32 ``[n]``."""
+        if self._redundancy is not None:
+            self._redundancy.retired(request_id, pages)
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""

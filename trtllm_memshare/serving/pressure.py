@@ -166,7 +166,7 @@ class Pressure:
                 self._prospect(s, len(s.prompt) + self._lengths.expect(s.num_generated, s.params.max_new_tokens, size))
                 for s in (*running, state)
             ]
-            return not running or peak_blocks(prospects, size) <= usable
+            return not running or peak_blocks(prospects, size) <= self._config.overcommit * usable
 
     def _prospect(self, state: RequestState, end: int) -> Prospect:
         config, kept = self._config, self.min_kept(state)
@@ -240,6 +240,7 @@ class Pressure:
         freed = 0
         for request_id, pages in choice:
             freed += self._manager.retire(request_id, pages)
+            self._ledger.retired(request_id, pages)
             view = views[request_id]
             chosen = np.searchsorted(view.pages, pages)
             repeated = view.repeated[chosen]

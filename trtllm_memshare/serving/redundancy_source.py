@@ -1,6 +1,7 @@
-"""Redundancy of pages for our own executor: how closely each token is met by a later resident one of the same request.
+"""Redundancy of pages for our own executor: how closely each token is met by a later one that the request still has.
 
-By signatures of V of three layers (``search.signatures``): no rotation to undo, and read once, when pressure asks.
+Signatures are V of three layers, which carries no rotation to undo. Pages are looked at when pressure asks, and once
+each, so a pool with room costs nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
-from trtllm_memshare.cache.null_pages import is_null
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.signatures import SignatureIndex, make_projection, page_signatures
@@ -28,37 +28,39 @@ class ValueRedundancy:
     def __init__(self, manager: KVCacheManager, pool: torch.Tensor) -> None:
         self._manager, self._pool = manager, pool
         self._projection = make_projection(pool.shape[1], pool.shape[3], pool.shape[5])
-        self._requests: dict[int, SignatureIndex] = {}
+        self._indexes: dict[int, SignatureIndex] = {}
 
     def catch_up(self, request_ids: list[int]) -> None:
         """See ``RedundancySource``; reads what was filled since, for all requests together."""
-        blocks, places = list[int](), list[tuple[SignatureIndex, int]]()
+        blocks, owners = list[int](), list[tuple[int, int]]()
         for request_id in request_ids:
             first, full, table = self._manager.generated_pages(request_id)
-            index = self._requests.setdefault(request_id, SignatureIndex(self._manager.tokens_per_block))
-            gone = is_null(table[:full], self._manager.pool)
-            index.forget(np.flatnonzero(gone))
-            pages = np.arange(max(first, index.num_pages), full)
-            pages = pages[~gone[pages]]
-            blocks += table[pages].tolist()
-            places += [(index, page) for page in pages.tolist()]
+            index = self._indexes.setdefault(request_id, SignatureIndex(self._manager.tokens_per_block))
+            for page in range(max(first, index.num_pages), full):
+                blocks.append(int(table[page]))
+                owners.append((request_id, page))
         for start in range(0, len(blocks), _PAGES_AT_ONCE):
             stop = start + _PAGES_AT_ONCE
-            for (index, page), signatures in zip(places[start:stop], self._signatures(blocks[start:stop]), strict=True):
-                index.append(page, signatures)
+            signatures = self._signatures(blocks[start:stop])
+            for (request_id, page), of_page in zip(owners[start:stop], signatures, strict=True):
+                self._indexes[request_id].append(page, of_page)
 
     def redundancy(self, request_id: int, pages: np.ndarray) -> np.ndarray:
         """See ``RedundancySource``."""
-        return self._requests[request_id].redundancy()[pages]
+        return self._indexes[request_id].redundancy()[pages]
+
+    def retired(self, request_id: int, pages: np.ndarray) -> None:
+        """See ``RedundancySource``."""
+        self._indexes[request_id].forget(pages)
 
     def forget(self, request_id: int) -> None:
         """See ``RedundancySource``."""
-        self._requests.pop(request_id, None)
+        self._indexes.pop(request_id, None)
 
     @torch.inference_mode()
     def _signatures(self, blocks: list[int]) -> np.ndarray:
-        """float32 ``[len(blocks), tokens_per_block, width]``."""
-        index, none = torch.tensor(blocks), torch.zeros(0)  # V has no rotation to undo
+        none = torch.empty(0, device=self._pool.device)  # neither positions nor frequencies are read for V
+        index = torch.tensor(blocks, device=self._pool.device)
         return page_signatures(self._pool, index, none, none, self._projection).cpu().numpy()
 
 

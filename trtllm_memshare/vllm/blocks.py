@@ -76,10 +76,11 @@ class VllmBlocks:
         blocks = self._group.req_to_blocks.get(request_id, [])
         return [i for i in range(first, min(last, len(blocks))) if not blocks[i].is_null]
 
-    def retire(self, request_id: str, logical_blocks: Iterable[int], band: int) -> None:
+    def retire(self, request_id: str, logical_blocks: Iterable[int], band: int, num_computed: int) -> None:
         """Gives blocks back to the pool, the band's null page in their place; modifies the request's list.
 
-        Blocks that the request fills from now on saw a shorter past than their hash says: none of them is cached.
+        Tokens from ``num_computed`` on see a shorter past than their blocks' hashes say, so none of those blocks may be
+        in the prefix cache: vLLM caches a block when it plans the step that fills it, which may be this one.
         """
         blocks = self._group.req_to_blocks[request_id]
         null_page = self._null_pages[band]
@@ -93,7 +94,8 @@ class VllmBlocks:
                 )
             blocks[logical] = null_page
             freed.append(block)
-        self._pool.evict_blocks({block.block_id for block in freed})
+        gapped = [block for block in blocks[num_computed // self.block_size :] if not block.is_null]
+        self._pool.evict_blocks({block.block_id for block in (*freed, *gapped)})
         self._pool.free_blocks(freed)
         self._group.num_cached_block[request_id] = _NEVER_CACHED
 

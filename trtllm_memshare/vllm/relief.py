@@ -100,12 +100,13 @@ class Relief:
         """What is known of a request's pages."""
         return self._pages[request_id]
 
-    def begin_step(self, running: Iterable[HostRequest], update: MemShareUpdate) -> None:
+    def begin_step(self, running: Iterable[HostRequest], update: MemShareUpdate, wanted_by_waiting: int = 0) -> None:
         """Before vLLM schedules: relief at the high watermark, and pages of resumed requests that had gone before.
 
         Args:
           running: requests whose prompt, and what they had generated before a pause, is computed.
           update: gets the entries that change; modified.
+          wanted_by_waiting: blocks that a waiting request missed in the last step.
         """
         running = list(running)
         for request in running:
@@ -118,6 +119,8 @@ class Relief:
                 self._ask(request, update)
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
         self.make_room(running, wanted, update, force=False)
+        if wanted_by_waiting > self._blocks.num_free:
+            self.make_room(running, wanted_by_waiting, update)
         self._tell_end()
 
     def make_room(
@@ -196,7 +199,7 @@ class Relief:
         """Gives blocks up; the newest token whose query the entries will meet is the first one not computed yet."""
         pages = self._pages[request.request_id]
         band = self._band(request.num_computed_tokens)
-        self._blocks.retire(request.request_id, logical_blocks, band)
+        self._blocks.retire(request.request_id, logical_blocks, band, request.num_computed_tokens)
         self.totals.null_entries += len(logical_blocks)
         if pages.retired and band != pages.band:
             self._blocks.move_band(request.request_id, pages.retired, band)

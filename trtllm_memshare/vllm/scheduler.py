@@ -61,6 +61,7 @@ class MemShareScheduler(Scheduler):
         self.relief = Relief(config, self.blocks, bands, factory)
         self.admission = Admission(options, config.protected_tokens, self.blocks.num_blocks, self.blocks.block_size)
         self._metrics = Metrics()
+        self._wanted_by_waiting = 0
         self._untold = True  # no step has named the null pages to the workers yet
         self._update = MemShareUpdate()
         self._settled: list[Request] = []
@@ -80,7 +81,8 @@ class MemShareScheduler(Scheduler):
         """vLLM's schedule; before it pages are retired at the high watermark, with it goes what workers must know."""
         self._update = MemShareUpdate()
         self._settled = [request for request in self.running if not request.is_prefill_chunk]
-        self.relief.begin_step(self._settled, self._update)
+        self.relief.begin_step(self._settled, self._update, self._wanted_by_waiting)
+        self._wanted_by_waiting = 0
         output = super().schedule(*arguments, **keywords)
         for request_id in output.num_scheduled_tokens:
             # Advanced by the step that was just scheduled: its newest token is the last one computed.
@@ -105,7 +107,10 @@ class MemShareScheduler(Scheduler):
         end = max(request.num_tokens if waiting else 0, request.num_computed_tokens + num_new_tokens)
         wanted = -(-min(end + self.num_lookahead_tokens, self.max_model_len) // size) - held
         if waiting:
-            wanted += self.kv_cache_manager.watermark_blocks
+            # It may have hit blocks that are filled in this very step, exactly as long as their owner keeps its pages
+            # until then: room for it is made before the next step.
+            self._wanted_by_waiting = wanted + self.kv_cache_manager.watermark_blocks
+            return None
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
         if self.relief.make_room(running, wanted, self._update) == 0:
             return None

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.benchmark import Load, run_variant
 from trtllm_memshare.evaluation.dataset import DatasetItem
-from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.evaluation.document import make_report, write_report
 from trtllm_memshare.evaluation.real_texts import cut_traces
 from trtllm_memshare.evaluation.variants import Variant, parse_variant
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
@@ -31,7 +31,7 @@ _SIZE = 16
 _ARMS = (
     "full",
     "full-guaranteed",
-    *(f"pressure{g}:min_kept={kept}" for kept in (0.75, 0.5, 0.25) for g in ("", "-guaranteed")),
+    *(f"pressure:min_kept={kept}" for kept in ("1", "0.75", "0.5", "0.5,overcommit=1.5", "0.25")),
 )
 
 
@@ -68,6 +68,8 @@ def main() -> None:
     demand = sum(-(-(len(prompt) + len(output)) // _SIZE) for prompt, output in texts)
     load = Load(64, 2048, options.max_tokens + 1, "MAX_UTILIZATION", (), replay=True)
     rows = []
+    shares = " ".join(f"{share:g}" for share in options.shares)
+    command = f"python -m benchmarks.studies.pressure.schedule --model-dir models/smollm2 --shares {shares}"
     for share in options.shares:
         runner = ModellessRunner(round(share * demand), len(tokenizer))
         for name in options.arms:
@@ -75,9 +77,9 @@ def main() -> None:
             entry = run_variant(variant, runner, boundaries, items, load, lambda *_: False).entry
             rows.append(_row(entry, share, runner.num_blocks))
             print(json.dumps(rows[-1]), flush=True)
-    report = {"num_requests": len(items), "max_tokens": options.max_tokens, "demand_blocks": demand, "rows": rows}
-    command = "python -m benchmarks.studies.pressure.schedule --model-dir SMOLLM2"
-    publish(make_report(report, command), options.output_json)
+            report = {"num_requests": len(items), "max_tokens": options.max_tokens, "demand_blocks": demand}
+            if options.output_json is not None:
+                write_report(make_report({**report, "rows": rows}, command), options.output_json)
 
 
 def _variant(name: str) -> Variant:

@@ -12,7 +12,8 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.search.block_search import make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS
-from trtllm_memshare.trtllm.pytorch.backends import V1Backend, V2Backend
+from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
+from trtllm_memshare.trtllm.pytorch.backends import CacheBackend, V1Backend, V2Backend
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints, Failures
 from trtllm_memshare.trtllm.pytorch.guards import unsupported_features
@@ -76,6 +77,7 @@ def attach(
             Failures(description),
             KillSwitch(settings.off_file),
             null_rows,
+            _reserve(manager, backend, agreement, settings),
         )
     except Exception as error:  # TensorRT-LLM must run as it is, whatever it has that is not expected here
         problem = error
@@ -101,6 +103,15 @@ def attach(
     )
     Overlay(manager, shared, Reporter(shared, settings) if manager.mapping.rank == 0 else None)
     return shared
+
+
+def _reserve(
+    manager: Any, backend: CacheBackend, agreement: RankAgreement | None, settings: Settings
+) -> AdmissionReserve | None:
+    """For V1 on one rank: V2 suspends requests to the host, and pages that come back from the reuse tree are counted
+    otherwise."""
+    fits = isinstance(backend, V1Backend) and agreement is None and not manager.enable_block_reuse
+    return AdmissionReserve(manager, backend) if settings.memshare.pressure and fits else None
 
 
 def version() -> str:

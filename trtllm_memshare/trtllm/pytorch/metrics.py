@@ -31,11 +31,12 @@ def totals(shared: Sharing, bytes_per_block: int) -> dict[str, Any]:
     stats = shared.manager.stats()
     return {
         "blocks_shared": stats.shared,
+        "blocks_forgotten": stats.forgotten,
         "blocks_shadowed": stats.shadowed,
         "blocks_generated": stats.generated,
         "blocks_retired_of_finished": stats.retired_at_end,
         "pages_copied": shared.tail.num_copies,
-        "saved_bytes": stats.shared * bytes_per_block,
+        "saved_bytes": (stats.shared + stats.forgotten) * bytes_per_block,
         "aliased_entries": stats.aliased_entries,
         "candidates": shared.policy.num_candidates,
         "rejected": dict(shared.policy.rejected),
@@ -49,7 +50,8 @@ def totals(shared: Sharing, bytes_per_block: int) -> dict[str, Any]:
 
 _COUNTERS = {
     "blocks_shared": "KV blocks freed by sharing",
-    "saved_bytes": "Bytes of KV cache freed by sharing",
+    "blocks_forgotten": "KV blocks given up under pressure",
+    "saved_bytes": "Bytes of KV cache freed",
     "pages_copied": "Pages moved into the place of a freed one",
     "candidates": "Pairs of blocks compared",
     "errors": "Errors of sharing that were caught; the first stops new sharing",

@@ -47,7 +47,10 @@ class Overlay:
         """Applies and searches before the manager adds this iteration's tokens."""
         if self._has_switch and not self._manager.kv_compression_manages_history:
             self._manager.kv_compression_manages_history = True
-        self._shared.begin_step(scheduled_batch.generation_requests)
+        size = self._manager.tokens_per_block
+        first = (r for r in scheduled_batch.context_requests if r.is_first_context_chunk)
+        incoming = 0 if self._is_v2 else sum(-(-r.prompt_len // size) for r in first)
+        self._shared.begin_step(scheduled_batch.generation_requests, incoming)
         if self._reporter is not None:
             self._reporter.count_step()
         self._original["prepare_resources"](scheduled_batch)

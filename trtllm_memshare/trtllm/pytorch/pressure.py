@@ -16,10 +16,13 @@ from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve, lengths_of, pages_at_floors
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+
+_FEWEST = 4  # pages that are worth looking for
 
 Choice = list[tuple[int, list[int]]]
 """Logical pages that each request gives up."""
@@ -35,6 +38,7 @@ class Pressure:
       tail: knows the requests' lists.
       config: watermarks, floor, need.
       num_reserved: pages of the pool that are nobody's: the null pages.
+      reserve: holds pages so that TensorRT-LLM admits nobody who could not stay; None = it admits as it likes.
 
     Attributes:
       num_episodes: times that pages were given up.
@@ -48,15 +52,16 @@ class Pressure:
         tail: TailSwap,
         config: MemShareConfig,
         num_reserved: int,
+        reserve: AdmissionReserve | None = None,
     ) -> None:
         self._backend, self._manager, self._requests, self._tail = backend, manager, requests, tail
-        self._config, self._num_pages = config, backend.pool.shape[0] - num_reserved
+        self._config, self._num_pages, self._reserve = config, backend.pool.shape[0] - num_reserved, reserve
+        self._paused: dict[int, int] = {}  # pages that paused requests need to come back
         self._marks = Watermarks(config.high_watermark, config.low_watermark)
         self._need = find_need(config.need)
         self._redundancy = Redundancy(backend.pool) if "redundancy" in self._need.facts else None
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)
         self._size = manager.tokens_per_block
-        self._rest_until = 0  # pages in use below which nobody is asked again: all were at their floors
         self.num_episodes = 0
 
     def choose(self, generation_requests: Sequence[Any], horizon: int) -> Choice:
@@ -66,24 +71,70 @@ class Pressure:
           generation_requests: of this iteration.
           horizon: iterations after this one for which there must be room.
         """
-        lengths = np.fromiter((r.max_beam_num_tokens for r in generation_requests), np.int64, len(generation_requests))
+        lengths = lengths_of(generation_requests)
         # Who opens a page in this iteration or the next ones. With n tokens known to the host, a request opens one when
         # n - 1 fill their pages, or n with the overlap scheduler: both are counted.
         wanted = int(((1 - lengths) % self._size <= horizon + 1).sum())
-        used = self._num_pages - self._backend.num_free_pages()
+        held = 0 if self._reserve is None else self._reserve.num_held
+        used = self._num_pages - self._backend.num_free_pages() - held
         count = self._marks.pages_to_free(used, wanted, self._num_pages)
-        if not count or used < self._rest_until:
-            return []
+        if self._paused and not count:
+            # The next one to come back fits beside the floors of those that run: they make room for it.
+            need = wanted + next(iter(self._paused.values()))
+            if need <= self._allowed(generation_requests, lengths):
+                count = max(0, need - (self._num_pages - used))
+        if not count or used - self._floors(generation_requests, lengths) < min(count, _FEWEST):
+            return []  # all are at their floors, or nearly: a page here and there would be had in every iteration
         views = [v for v in map(self._view, generation_requests) if v is not None]
         chosen = choose_pages(views, count, self._config.spread)
         freed = sum(len(pages) for _, pages in chosen)
-        self._rest_until = 0 if freed >= count else used - freed + max(1, wanted)
         self.num_episodes += freed > 0
         return [(request_id, pages.tolist()) for request_id, pages in chosen]
 
-    def forget(self, request_id: int) -> None:
+    def admit(self, generation_requests: Sequence[Any], num_incoming: int) -> None:
+        """Lets TensorRT-LLM's scheduler see as many free pages as may be taken until it is asked again.
+
+        Args:
+          generation_requests: of this iteration.
+          num_incoming: pages that prompts of this iteration are about to take.
+        """
+        if self._reserve is None:
+            return
+        lengths = lengths_of(generation_requests)
+        wanted = int(((1 - lengths) % self._size <= 2).sum())
+        free = self._backend.num_free_pages() + self._reserve.num_held
+        allowed = self._allowed(generation_requests, lengths) - num_incoming
+        self._reserve.hold(free - num_incoming - wanted - max(0, allowed) if len(lengths) else 0)
+
+    def release(self) -> None:
+        """Holds nothing any more."""
+        if self._reserve is not None:
+            self._reserve.hold(0)
+
+    def _allowed(self, requests: Sequence[Any], lengths: np.ndarray) -> int:
+        """Pages that would be left below the high watermark if all running requests were at their floors."""
+        return int(self._config.high_watermark * self._num_pages) - self._floors(requests, lengths)
+
+    def _floors(self, requests: Sequence[Any], lengths: np.ndarray) -> int:
+        size = self._size
+        first = np.fromiter((-(-r.orig_prompt_len // size) for r in requests), np.int64, len(requests))
+        kept = np.fromiter(map(self.min_kept, requests), np.float64, len(requests))
+        return pages_at_floors(lengths, first, kept, self._config.protected_tokens, size)
+
+    def resume(self, generation_requests: Sequence[Any]) -> None:
+        for request in generation_requests if self._paused else ():
+            self._paused.pop(request.py_request_id, None)
+
+    def forget(self, request: Any, is_last: bool) -> None:
+        """A request is freed; if it is only paused, TensorRT-LLM will compute it anew, all of it."""
+        request_id = request.py_request_id
         if self._redundancy is not None:
             self._redundancy.forget(request_id)
+        self._paused.pop(request_id, None)
+        if getattr(request.state, "name", "") != "GENERATION_COMPLETE":
+            self._paused[request_id] = request.max_beam_num_tokens // self._size + 2
+        if is_last:  # nobody runs: the scheduler may have anything
+            self.release()
 
     def min_kept(self, request: Any) -> float:
         """Share of its generated pages that a request keeps: its own wish, where its object carries one."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,10 @@ from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.policy import SharingPolicy
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
+from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.failures import Failures
+from trtllm_memshare.trtllm.pytorch.forward_stream import ForwardStream
 from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
 from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
@@ -56,6 +58,7 @@ class Sharing:
       failures: counts errors.
       switch: lets a person stop new sharing while the server runs.
       null_rows: null pages for what is given up; None = nothing is given up for need.
+      reserve: see ``Pressure``.
 
     Attributes:
       requests: what is known of the requests.
@@ -76,9 +79,10 @@ class Sharing:
         failures: Failures,
         switch: KillSwitch,
         null_rows: NullRows | None = None,
+        reserve: AdmissionReserve | None = None,
     ) -> None:
         self._backend, self._config, self._say, self._switch = backend, config, say, switch
-        self.failures = failures
+        self.failures, self._stream = failures, ForwardStream()
         size, reserved = backend.pool.shape[4], 0 if null_rows is None else len(null_rows.pages.blocks)
         self.manager = KVCacheManager(
             # Pages of the reuse tree belong to several requests, virtual blocks to one each.
@@ -99,18 +103,18 @@ class Sharing:
         self.requests = KnownRequests(
             self.manager, tokens_at_once, backend.max_batch_size, backend.protects_prompt_only, say
         )
-        self.tail = TailSwap(backend, tokens_at_once, self._wait_for_table)
+        self.tail = TailSwap(backend, tokens_at_once, self._stream.wait_for_table)
         self._rows = TableRows(backend, self.manager, self.requests, null_rows)
         self._giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self._lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)
         self.pressure = (
-            Pressure(backend, self.manager, self.requests, self.tail, config, reserved) if config.pressure else None
+            Pressure(backend, self.manager, self.requests, self.tail, config, reserved, reserve)
+            if config.pressure
+            else None
         )
         self._meetings = None if agreement is None else RankMeetings(agreement, config.search_interval)
         self._pending: Pending | None = None
         self._lost: dict[int, Any] = {}  # requests whose rows cannot be vouched for, not ended yet
-        self._stream: torch.cuda.Stream | None = None
-        self._table_copied: torch.cuda.Event | None = None
         self._step = 0
         self.num_tables = 0
         self.seconds = self.search_seconds = 0.0
@@ -120,17 +124,20 @@ class Sharing:
         """The live pool, see ``CacheBackend.pool``."""
         return self._backend.pool
 
-    def begin_step(self, generation_requests: Sequence[Any]) -> None:
+    def begin_step(self, generation_requests: Sequence[Any], num_incoming: int = 0) -> None:
         """Applies the last search and, every few steps, starts the next; raises nothing.
 
         Args:
           generation_requests: TensorRT-LLM's ``LlmRequest`` objects of this iteration that are past their prompt.
+          num_incoming: pages that prompts of this iteration are about to take.
         """
         started, disagreed = time.perf_counter(), False
         try:
             self._rows.cross(self._step)
             if not self.failures.is_off and self._is_ready(generation_requests):
                 self._advance(generation_requests)
+                if self.pressure is not None and self._config.shares and not self._switch.is_off(self._step):
+                    self.pressure.admit(generation_requests, num_incoming)
         except Exception as error:  # TensorRT-LLM's loop would end with it
             disagreed = isinstance(error, RankDisagreementError)
             self._fail("a step of sharing", error)
@@ -156,10 +163,7 @@ class Sharing:
                     self._lose(request_id)
                     self._rows.overwrite(table, row, request_id)
             self._fail("the rearrangement of rows", error)
-        if table.is_cuda:
-            self._stream = torch.cuda.current_stream(table.device)
-            self._table_copied = self._table_copied or torch.cuda.Event()
-            self._table_copied.record(self._stream)
+        self._stream.table_written(table)
         self.seconds += time.perf_counter() - started
 
     def shares(self, request_id: int) -> bool:
@@ -171,9 +175,10 @@ class Sharing:
         request_id = request.py_request_id
         try:
             self._giving_up.remember(request)
+            is_known = self.requests.get(request_id) is not None
             self.requests.forget(request)
-            if self.pressure is not None:
-                self.pressure.forget(request_id)
+            if self.pressure is not None and is_known:
+                self.pressure.forget(request, is_last=not any(True for _ in self.requests))
         except Exception as error:
             self._fail("the end of a request", error)
         self._rows.forget(request_id)
@@ -190,7 +195,7 @@ class Sharing:
             )
             self.failures.is_off = True
             return False
-        with self._forward_stream():
+        with self._stream.enter():
             return self._rows.take_null_pages()
 
     def _advance(self, generation_requests: Sequence[Any]) -> None:
@@ -198,9 +203,11 @@ class Sharing:
         is_needed = self.manager.pool.num_used >= self._config.min_pool_use * self.pool.shape[0]
         searches = self._config.searches and is_needed and self._step % interval == 0
         self.requests.take_in(generation_requests)
+        if self.pressure is not None:
+            self.pressure.resume(generation_requests)
         meets = self._meetings is not None and self._meetings.is_meeting(self._step)
         active = {r.py_request_id for r in generation_requests}
-        with self._forward_stream():
+        with self._stream.enter():
             self._giving_up.retire_again(self._step)
             if meets if self._meetings is not None else self._pending is not None or self.pressure is not None:
                 self._decide_and_apply(generation_requests, active)
@@ -263,6 +270,9 @@ class Sharing:
         """Stops new sharing; on one rank, ends what cannot be vouched for. Several ranks do that where they meet."""
         self.failures.stop(where, error)
         self._pending = None
+        if self.pressure is not None:
+            with suppress(Exception):  # what is held only keeps requests waiting
+                self.pressure.release()
         if self._meetings is None:
             self._end_lost(str(error))
 
@@ -281,12 +291,3 @@ class Sharing:
                 self._end_lost("a rank could not vouch for it")
         except Exception as error:
             self.failures.stop("the exchange between ranks", error)
-
-    def _wait_for_table(self) -> None:
-        """The last copy of the manager's pinned rows has been read."""
-        if self._table_copied is not None:
-            self._table_copied.synchronize()
-
-    def _forward_stream(self) -> AbstractContextManager[Any]:
-        """The stream that the last table was written on: the forward passes', whatever the manager calls its own."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -1,0 +1,47 @@
+"""Pages that are held so that TensorRT-LLM admits nobody who could not stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from trtllm_pytorch.conftest import make_sharing_class
+from trtllm_pytorch.fake_executor import make_manager
+from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeMainKVCacheManager
+from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
+from trtllm_pytorch.test_pressure import PRESSURE, serve
+
+from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve, pages_at_floors
+from trtllm_memshare.trtllm.pytorch.backends import V1Backend
+
+
+@pytest.mark.parametrize("manager_class", [FakeKVCacheManager, FakeMainKVCacheManager])
+def test_pages_are_held_and_let_go(manager_class):
+    manager = make_manager(manager_class, 100, 8)
+    reserve = AdmissionReserve(manager, V1Backend(manager))
+    for wanted in (70, 71, 40, 3, 99, 12, 0):
+        reserve.hold(wanted)
+        held = 0 if wanted < 4 else wanted
+        assert abs(reserve.num_held - held) < 4
+        assert manager.get_num_free_blocks() == 100 - reserve.num_held
+    assert not manager.impl.sequences
+
+
+def test_floors_count_prompts_protected_pages_and_the_page_being_written():
+    half, tokens = np.array([0.5]), np.array([100 + 30 * 32])
+    assert pages_at_floors(np.array([34 * 32]), np.array([4]), half, 0, 32) == 4 + 15 + 1
+    assert pages_at_floors(tokens, np.array([4]), np.array([0.0]), 128, 32) == 4 + 5 + 1
+    assert pages_at_floors(np.array([50]), np.array([4]), half, 128, 32) == 5
+
+
+def test_requests_wait_instead_of_being_let_in_and_paused_again_and_again(null_pages):
+    """Ten requests of 24 pages in 60: four or so can stay. Whoever is paused waits until floors leave room for it."""
+    plain = serve(FakeKVCacheManager, 60, 10, is_checked=False)
+    executor = serve(make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5}), 67, 10)
+    assert executor.num_pauses < plain.num_pauses / 3
+    assert not executor.manager.memshare.failures.num_errors
+    assert executor.manager.memshare.pressure._reserve.num_held == 0
+
+
+def test_v2_and_several_ranks_hold_nothing(null_pages):
+    make = make_sharing_class(FakeMainKVCacheManagerV2, null_pages=null_pages, **PRESSURE)
+    assert make_manager(make, 60, 8).memshare.pressure._reserve is None
