@@ -43,7 +43,7 @@ def read(page: str) -> str:
 
 
 def look_up(document: Any, key: str) -> Any:
-    """``rows[pool_share=0.25][variant=full].steps``: the value at a key; a filter may leave several rows to the next."""
+    """``rows[pool_share=0.25][variant=full].steps``: the value at a key; a filter may leave several rows."""
     for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
         if name:
             document = document[int(name)] if isinstance(document, list) else document[name]
