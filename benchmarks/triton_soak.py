@@ -98,10 +98,16 @@ def soak(server: Server, prompts: list[str], minutes: float, clients: int, crash
             while time.monotonic() < began + number * 60 * minutes / (crashes + 1):
                 time.sleep(_SAMPLE_S)
                 samples.append(held(server))
+            killed_at = time.monotonic()
             server.processes()[victim].kill()
-            time.sleep(1)
-            seconds = 1 + server.wait_until_ready()
-            recoveries.append({"killed": victim, "ready_after_s": round(seconds, 2)})
+            while server.is_ready() and time.monotonic() < killed_at + _SETTLE_S:
+                time.sleep(0.05)
+            red_after_s = time.monotonic() - killed_at
+            server.wait_until_ready()
+            seconds = time.monotonic() - killed_at
+            recoveries.append(
+                {"killed": victim, "red_after_s": round(red_after_s, 2), "ready_after_s": round(seconds, 2)}
+            )
             print(f"killed {victim}: ready again after {seconds:.1f} s", flush=True)
         while time.monotonic() < deadline:
             time.sleep(_SAMPLE_S)

@@ -83,6 +83,11 @@ def test_the_figures_of_the_pytorch_backend_are_those_of_the_reports():
     for preset, row in json.loads((results / "pytorch_hook.json").read_text())["rows"].items():
         cells = " | ".join(f"{row[f'hook_ms_{n}']:.2f}" for n in ("mean", "p50", "p99", "max"))
         assert preset == "unpatched" or f"| {preset} | {cells} |" in PYTORCH
+    for row in json.loads((results / "modelled_pressure.json").read_text())["rows"]:
+        if row["preset"] == "pressure":
+            given_up = f"{100 * row['shared_block_fraction']:.1f} %"
+            figures = rf"{row['policy']} \| {row['ratio']:.2f} \| .* \| {given_up} \| .* to {row['paused']} \|"
+            assert re.search(rf"\| pressure \| {figures}", PYTORCH), row
     modelled = json.loads((results / "modelled_throughput.json").read_text())["rows"]
     for row in modelled:
         if row["preset"] != "full":

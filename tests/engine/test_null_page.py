@@ -10,7 +10,7 @@ import torch
 from engine.centred_model import write_centred_checkpoint
 from transformers import AutoModelForCausalLM
 
-from trtllm_memshare.engine.attention_queries import observe_queries
+from trtllm_memshare.engine.attention_queries import first_layer_queries, observe_queries
 from trtllm_memshare.engine.null_directions import largest_logits, mean_directions, needed_length, turn_away
 from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageRefused, calibrate_null_pages, stored_keys
 from trtllm_memshare.errors import UserError
@@ -89,6 +89,29 @@ def test_no_query_of_a_new_text_comes_near_a_null_page_wherever_it_stands(centre
             keys = pages.keys[band].repeat_interleave(2, 1)
             logits = (turned * keys[:, :, None]).sum(-1) * queries.scaling
             assert (logits - queries.log_sum_exp).max() < -15
+
+
+def test_queries_of_the_first_layer_are_those_of_the_token_wherever_it_stands(centred):
+    (tokens,) = texts(1, 80)
+    found = first_layer_queries(centred, torch.full((4,), 3.0), 10_000)
+    assert found.unrotated.shape[:3] == (1, 4, centred.config.vocab_size)
+    assert (found.log_sum_exp == 3.0).all()
+    in_text = observe_queries(centred, tokens, 64)
+    at = torch.tensor(tokens)[16:]
+    torch.testing.assert_close(found.unrotated[0, :, at], in_text.unrotated[0], rtol=1e-4, atol=1e-4)
+    half = first_layer_queries(centred, torch.full((4,), 3.0), centred.config.vocab_size // 2)
+    assert torch.equal(half.unrotated, found.unrotated[:, :, ::2])
+
+
+def test_tokens_that_no_calibration_text_has_stay_away_in_the_first_layer(centred):
+    """Texts of the tokens 4 to 29; the queries of all 80 are at least 20 nats away."""
+    few = [np.random.default_rng(seed).integers(4, 30, 150).tolist() for seed in range(4)]
+    pages = calibrate_null_pages(centred, few, 4096)
+    assert (pages.near_tokens, pages.num_tokens) == (0, centred.config.vocab_size)
+    smallest = torch.stack([observe_queries(centred, t, 512).log_sum_exp[0].amin(-1) for t in few[:2]]).amin(0)
+    queries = first_layer_queries(centred, smallest, 1000)
+    logits = largest_logits(queries, pages.keys[0, :1], 0, 2048, centred.model.rotary_emb.inv_freq.double())
+    assert (logits - queries.log_sum_exp).max() <= TARGET_GAP
 
 
 def test_a_small_rotary_base_takes_narrower_bands(tmp_path_factory):

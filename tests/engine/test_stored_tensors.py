@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.engine.checkpoint import read_checkpoint
-from trtllm_memshare.engine.engine_dir import Engine, load_engine, write_engine
+from trtllm_memshare.engine.engine_dir import Engine, write_engine
 from trtllm_memshare.engine.weights import INDEX, SINGLE, read_header
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.torch.runner import load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.self_check import check_engine_runs
@@ -113,6 +114,10 @@ def test_stop_tokens_are_ids(own_checkpoint):
     (own_checkpoint / "generation_config.json").write_text('{"eos_token_id": [-1]}')
     with pytest.raises(UserError, match=r"eos_token_id must be token ids, got \[-1\]"):
         read_checkpoint(own_checkpoint)
+    (own_checkpoint / "generation_config.json").write_text('{"eos_token_id": [1, 200]}')
+    checkpoint = read_checkpoint(own_checkpoint)
+    assert checkpoint.stop_token_ids == (1,)
+    assert checkpoint.notes == ("stop tokens: [200] lie outside the vocabulary and are left out",)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from triton_server.conftest import free_ports
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.runtime import private_dir, runtime_folder
+from trtllm_memshare.triton.runtime import end_with_parent, private_dir, runtime_folder
 from trtllm_memshare.triton.server import Ports, check_ports
 
 # Answers 200 on every path once its two children run; drains for a while on SIGTERM; notes each start.
@@ -46,7 +46,7 @@ RUN = """
     import os, sys
     from trtllm_memshare.triton.supervisor import RestartPolicy, Supervisor
     folder, port, mode = sys.argv[1:]
-    policy = RestartPolicy(answer_s=0.05, drain_s=5, max_wait_s=0.2, max_failures=3)
+    policy = RestartPolicy(0.05, 5, float(os.environ.get("SETTLED", "30")), 0.2, 3)
     command = [sys.executable, f"{folder}/server.py", folder, port, mode]
     sys.exit(Supervisor(command, os.environ, f"http://127.0.0.1:{port}/ready", policy).run())
     """
@@ -76,6 +76,8 @@ def supervised(tmp_path):
     for process in started:
         process.kill()
         process.wait()
+    for child in stubs(tmp_path):  # a real stub ends with its server, see end_with_parent
+        child.kill()
 
 
 def line_with(process: subprocess.Popen, part: str) -> str:
@@ -139,6 +141,16 @@ def test_crashes_in_a_row_wait_longer_and_end(supervised, tmp_path):
     assert "giving up: 3 failures in a row" in process.stdout.read()
 
 
+def test_crashes_that_lie_apart_are_not_a_row(supervised, tmp_path):
+    process = supervised(SETTLED="0.05")
+    for _ in range(5):
+        line_with(process, "ready after")
+        time.sleep(0.2)
+        os.kill(starts(tmp_path)[-1][0], signal.SIGKILL)
+    line_with(process, "ready after")
+    assert [restarts for _, restarts in starts(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
 def test_sigterm_waits_for_the_server_to_drain(supervised, tmp_path):
     process = supervised(DRAIN="1")
     line_with(process, "ready after")
@@ -177,6 +189,16 @@ def test_processes_end_with_their_parent():
             return
         time.sleep(0.05)
     raise AssertionError("the child outlived its parent")
+
+
+def test_an_orphan_ends_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setenv("MEMSHARE_SERVER_NAME", "another")  # this test's parent is something else
+    end_with_parent(codes.append)
+    assert codes == [1]
+    monkeypatch.setenv("MEMSHARE_SERVER_NAME", Path(f"/proc/{os.getppid()}/comm").read_text().strip())
+    end_with_parent(codes.append)
+    assert codes == [1]
 
 
 def test_a_port_in_use_is_named_before_anything_is_loaded():

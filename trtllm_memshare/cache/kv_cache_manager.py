@@ -129,14 +129,14 @@ class KVCacheManager(CacheState):
     def givable_pages(self, request_id: int, find_repeats: bool = True) -> GivablePages:
         """What a request could give up now, see ``GivablePages``; nothing while its context is computed."""
         sequence = self._sequences[request_id]
-        self._feed(sequence)
+        sequence.feed_matcher()
         return givable_pages(sequence, self._tables[sequence.slot], self.pool, find_repeats)
 
     def match(self, request_id: int) -> None:
         """Lets stage 1 look at a request's new tokens now, so that ``candidates`` finds less to do at once."""
         sequence = self._sequences[request_id]
         if sequence.matcher is not None:
-            self._feed(sequence)
+            sequence.feed_matcher()
             sequence.matcher.ready_blocks()
 
     def candidates(self) -> list[Candidate]:
@@ -148,7 +148,7 @@ class KVCacheManager(CacheState):
             room = self.config.max_pairs - len(found)
             if room <= 0:
                 break
-            self._feed(sequence)
+            sequence.feed_matcher()
             found.extend(find_candidates(sequence, self._tables[sequence.slot], self.pool, room, self.config))
             if sequence.group in self._groups:
                 self._groups[sequence.group].look_at(sequence)
@@ -238,7 +238,7 @@ class KVCacheManager(CacheState):
     def pause_sequence(self, request_id: int) -> None:
         """Drops all references but keeps stage 1's state; ``add_sequence`` with the same id resumes it."""
         sequence = self._drop(request_id)
-        self._feed(sequence)
+        sequence.feed_matcher()
         retired = retired_pages(sequence) if self.config.pressure else np.zeros(0, np.int64)
         self._parked[request_id] = Parked(sequence.matcher, sequence.epoch + 1, retired)
 
@@ -261,20 +261,12 @@ class KVCacheManager(CacheState):
         self._stats.refused = dict(self._remapper.refused)
         return self._stats
 
-    @staticmethod
-    def _feed(sequence: Sequence) -> None:
-        """Hands stage 1 the tokens it has not seen: a few at a time cost less than one by one."""
-        if sequence.matcher is not None and sequence.unmatched:
-            sequence.matcher.append(np.array(sequence.unmatched, np.int32))
-            sequence.unmatched.clear()
-
     def _retire_again(self, sequence: Sequence) -> None:
         """Gives up what a request that came back had given up, and lets the blocks carry its next pages at once."""
         pages = pages_to_retire(sequence, self.tokens_per_block)
         blocks = sequence.num_blocks + (self.retire(sequence.request_id, pages) if len(pages) else 0)
-        self._extend(
-            sequence, max(sequence.num_tokens, min(sequence.num_context_tokens, blocks * self.tokens_per_block))
-        )
+        room = min(sequence.num_context_tokens, blocks * self.tokens_per_block)
+        self._extend(sequence, max(sequence.num_tokens, room))
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         start, stop = sequence.num_blocks, self.blocks_for(num_tokens)

@@ -61,6 +61,12 @@ class Sequence:
         """Whether all that came as context is computed, and at most one token is not."""
         return self.num_computed >= max(self.num_tokens - 1, self.num_context_tokens)
 
+    def feed_matcher(self) -> None:
+        """Hands stage 1 the tokens it has not seen: a few at a time cost less than one by one."""
+        if self.matcher is not None and self.unmatched:
+            self.matcher.append(np.array(self.unmatched, np.int32))
+            self.unmatched.clear()
+
 
 @dataclass(frozen=True)
 class Parked:

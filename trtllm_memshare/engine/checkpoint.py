@@ -104,6 +104,9 @@ def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
     skeleton = read_skeleton(model_dir, architecture)
     prefix = check_tensors(tensors, skeleton, num_layers, model_dir) if tensors else None
     notes = [which_files(model_dir)] if tensors else []
+    outside = [i for i in stop_token_ids if i >= skeleton.vocab_size]
+    if outside:  # no such token can be generated, and a request with it would be refused
+        notes.append(f"stop tokens: {quote(outside)} lie outside the vocabulary and are left out")
     if prefix is not None:
         notes.append(f'weights: stored names start with "{prefix.stored}", read as "{prefix.model}"')
     return Checkpoint(
@@ -118,7 +121,7 @@ def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
         vocab_size=skeleton.vocab_size,
         max_position_embeddings=positions,
         rope_theta=theta,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=tuple(i for i in stop_token_ids if i < skeleton.vocab_size),
         longest_sequence=longest_sequence(config, positions),
         renamed_prefix=prefix.stored if prefix else "",
         notes=tuple(note for note in notes if note),

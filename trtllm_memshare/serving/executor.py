@@ -25,9 +25,7 @@ from trtllm_memshare.serving.pressure import open_pressure
 from trtllm_memshare.serving.request import (
     Phase,
     RequestHandle,
-    RequestResult,
     RequestState,
-    RequestStats,
     SamplingParams,
 )
 from trtllm_memshare.serving.sampling import NO_TOKEN, Sampler, token_log_probs
@@ -293,21 +291,7 @@ class Executor(ExecutorLoop):
         self._forget(state)
         if self.pressure is not None and reason != "cancelled":
             self.pressure.learn_length(state.num_generated)
-        first = state.first_token_at if state.first_token_at is not None else now
-        stats = RequestStats(
-            first - state.submitted_at,
-            now - state.submitted_at,
-            len(state.prompt),
-            state.num_generated,
-            state.num_pauses,
-            record,
-            (state.scheduled_at if state.scheduled_at is not None else now) - state.submitted_at,
-        )
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
         self.stats.num_recomputed_tokens = self._scheduler.num_recomputed_tokens
-        state.handle.finish(
-            RequestResult(
-                state.request_id, state.tokens[len(state.prompt) :], reason, stats, tuple(state.handle.log_probs)
-            )
-        )
+        state.handle.finish(state.result(reason, record, now))

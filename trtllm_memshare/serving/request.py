@@ -152,6 +152,22 @@ class RequestState:
         """Length at which generation ends at the latest."""
         return len(self.prompt) + self.params.max_new_tokens
 
+    def result(self, reason: str, record: SharingRecord, now: float) -> RequestResult:
+        """What the caller gets at the end, which is ``now`` in seconds of ``time.perf_counter``."""
+        first = self.first_token_at if self.first_token_at is not None else now
+        scheduled = self.scheduled_at if self.scheduled_at is not None else now
+        stats = RequestStats(
+            first - self.submitted_at,
+            now - self.submitted_at,
+            len(self.prompt),
+            self.num_generated,
+            self.num_pauses,
+            record,
+            scheduled - self.submitted_at,
+        )
+        tokens, log_probs = self.tokens[len(self.prompt) :], tuple(self.handle.log_probs)
+        return RequestResult(self.request_id, tokens, reason, stats, log_probs)
+
 
 class ResultFuture(Future["RequestResult"]):
     """A future whose ``cancel`` asks for the request to be cancelled: it then ends with the tokens so far.

@@ -18,7 +18,6 @@ from trtllm_memshare.triton.loop import LoopThread
 from trtllm_memshare.triton.outputs import joined, merged, output_tensors
 from trtllm_memshare.triton.reply import Reply
 from trtllm_memshare.triton.request_metrics import OutcomeCounter
-from trtllm_memshare.triton.runtime import end_with_parent
 from trtllm_memshare.triton.tensors import RequestTensors
 from trtllm_memshare.triton.triton_metrics import TritonMirror
 
@@ -36,7 +35,6 @@ class ServingModel(ABC):
     """
 
     def __init__(self, pb_utils: Any, args: dict[str, str], level: str) -> None:
-        end_with_parent()
         self.pb, self._level = pb_utils, level
         config = json.loads(args["model_config"])
         self.parameters: dict[str, str] = {k: v["string_value"] for k, v in config["parameters"].items()}

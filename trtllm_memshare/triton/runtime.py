@@ -23,6 +23,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "memshare-"
 
 RUNTIME_VARIABLE = "MEMSHARE_RUNTIME_DIR"
+SERVER_VARIABLE = "MEMSHARE_SERVER_NAME"
+"""What the kernel calls the server: the first 15 characters of its executable's name."""
 PACKAGE_VARIABLE = "MEMSHARE_PACKAGE_ROOT"
 """Folder that holds the launcher's package, for the model processes to use the same."""
 RESTARTS_VARIABLE = "MEMSHARE_RESTARTS"
@@ -88,16 +90,19 @@ def socket_path() -> Path:
 
 
 def end_with_parent(end: Callable[[int], None] = os._exit) -> None:
-    """Ends this process when its parent, the server, has ended.
+    """Ends this process when its parent, the server, has ended, or has ended already.
 
-    Triton's stub otherwise lives on when the server is killed, and keeps its memory and its GPU.
+    Triton's stub otherwise lives on when the server is killed, and keeps its memory and its GPU. To be called before
+    anything that takes long: an orphan has another parent, and sees it only by the name that the launcher has set.
 
     Args:
       end: called with the exit code.
     """
     parent = os.getppid()
     handle = os.pidfd_open(parent)
-    if os.getppid() != parent:  # it ended between the two lines
+    expected = os.environ.get(SERVER_VARIABLE)
+    known = not expected or Path(f"/proc/{parent}/comm").read_text().strip() in (expected, "tritonserver")
+    if os.getppid() != parent or not known:
         end(1)
 
     def wait() -> None:

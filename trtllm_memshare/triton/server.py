@@ -15,7 +15,7 @@ import trtllm_memshare
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.llmapi_repository import llmapi_environment
 from trtllm_memshare.triton.repository import flavour_of
-from trtllm_memshare.triton.runtime import PACKAGE_VARIABLE, RUNTIME_VARIABLE
+from trtllm_memshare.triton.runtime import PACKAGE_VARIABLE, RUNTIME_VARIABLE, SERVER_VARIABLE
 
 _STUB = "triton_python_backend_stub"
 _SHM_BYTES = 256 << 20
@@ -141,6 +141,7 @@ def server_environment(server: Server, repository: Path, runtime: Path) -> dict[
         "LD_LIBRARY_PATH": ":".join(libraries + ([inherited] if inherited else [])),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         RUNTIME_VARIABLE: str(runtime),
+        SERVER_VARIABLE: server.executable.resolve().name[:15],
         PACKAGE_VARIABLE: str(Path(trtllm_memshare.__file__).parents[1]),
         **(llmapi_environment(repository) if flavour_of(repository) == "llmapi" else {}),
     }

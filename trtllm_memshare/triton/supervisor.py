@@ -35,14 +35,14 @@ class RestartPolicy:
       answer_s: between a model process's death and the server's end, so that other processes can still tell their
         clients what happened.
       drain_s: how long requests in flight may take after a request to stop.
-      settled_s: a server that lived this long starts the count of failures anew.
+      settled_s: a server that was ready for so long starts the count of failures anew.
       max_wait_s: longest wait before a start; the wait doubles with each failure.
       max_failures: so many in a row, or a first start that fails, and the supervisor gives up.
     """
 
     answer_s: float = 0.5
     drain_s: float = 60.0
-    settled_s: float = 120.0
+    settled_s: float = 30.0
     max_wait_s: float = 60.0
     max_failures: int = 5
 
@@ -61,6 +61,7 @@ class Supervisor:
     ) -> None:
         self._command, self._environment, self._ready_url, self._policy = command, environment, ready_url, policy
         self._stops = 0
+        self._ready_at = 0.0
         self.num_restarts = 0
 
     def run(self) -> int:
@@ -69,11 +70,11 @@ class Supervisor:
             signal.signal(number, self._stop)
         failures = 0
         while True:
-            started = time.monotonic()
             was_ready, ending = self._serve()
             if self._stops:
                 return ending
-            failures = 1 if was_ready and time.monotonic() - started > self._policy.settled_s else failures + 1
+            settled = was_ready and time.monotonic() - self._ready_at > self._policy.settled_s
+            failures = 1 if settled else failures + 1
             if failures >= self._policy.max_failures or not (was_ready or self.num_restarts):
                 _say(f"giving up: {failures} failures in a row" if was_ready else "the server did not become ready")
                 return 1
@@ -99,7 +100,7 @@ class Supervisor:
                 if self._stops:
                     return bool(models), self._drain(server)
                 if not models and self._is_ready():
-                    models = _watch_models(server.pid)
+                    models, self._ready_at = _watch_models(server.pid), time.monotonic()
                     _say(f"ready after {time.monotonic() - began:.1f} s: {', '.join(sorted(models.values()))}")
                 dead = select.select(list(models), [], [], _POLL_S)[0]
                 if dead and server.poll() is None:

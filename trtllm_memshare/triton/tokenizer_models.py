@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.runtime import end_with_parent
 from trtllm_memshare.triton.tensors import RequestTensors
 
 _PAD_END = -1
@@ -29,7 +28,6 @@ class TokenizerModel:
     """
 
     def __init__(self, pb_utils: Any, args: dict[str, str]) -> None:
-        end_with_parent()
         self._pb = pb_utils
         self.parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
 

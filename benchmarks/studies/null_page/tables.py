@@ -1,0 +1,43 @@
+"""The tables of docs/null_page.md, from the committed results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def calibration_table(report: dict[str, Any]) -> str:
+    """What calibration found."""
+    found, worst = report["calibration"], report["worst_heads"][0]
+    rows = [
+        ("tokens read", f"{sum(report['calibration_tokens']):,}"),
+        ("positions of a band", f"{found['bands'][1]:,}"),
+        ("worst gap on the text that nothing was fitted on", f"{found['worst_gap']:.1f} nats"),
+        ("of", f"layer {worst['layer']}, head {worst['head']}"),
+        ("length of K, median / largest", f"{found['median_length']:.0f} / {found['longest']:.0f}"),
+        (
+            "tokens of the vocabulary that come nearer than 20 nats in the first layer",
+            f"{found['near_tokens']:,} of {found['num_tokens']:,}",
+        ),
+    ]
+    return "\n".join(["| calibration | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def traces_table(report: dict[str, Any]) -> str:
+    """Gaps on real traces."""
+    lines = ["| trace of | queries of all heads | worst gap, nats | nearer than 20 |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {row['model']} | {row['queries']:,} | {row['worst_gap']:.1f} | {row['nearer_than_target']} |"
+        for row in report["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def signatures_table(report: dict[str, Any]) -> str:
+    """Correlations, by text and form."""
+    forms = ("v_16", "v_32", "v_64", "k_16", "k_32", "k_64")
+    names = " | ".join(f"{form[0].upper()}, {form[2:]}" for form in forms)
+    lines = [f"| text of | {names} |", "| --- |" + " ---: |" * len(forms)]
+    for row in report["rows"]:
+        lines.append(f"| {row['model']} | " + " | ".join(f"{row[form]:.3f}" for form in forms) + " |")
+    lines.append("| mean | " + " | ".join(f"{report['mean'][form]:.3f}" for form in forms) + " |")
+    return "\n".join(lines)
