@@ -16,7 +16,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build, summarize
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
+from trtllm_memshare.builder.summary import summarize
 from trtllm_memshare.engine.smollm2 import DEFAULT_DIR, get_smollm2
 from trtllm_memshare.errors import UserError, run_command_line
 from trtllm_memshare.evaluation.machine import describe_machine

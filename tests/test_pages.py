@@ -43,13 +43,14 @@ def read(page: str) -> str:
 
 
 def look_up(document: Any, key: str) -> Any:
-    """``variants[variant=aligned].accuracy``: the value at a key."""
+    """``rows[pool_share=0.25][variant=full].steps``: the value at a key; a filter may leave several rows."""
     for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
         if name:
             document = document[int(name)] if isinstance(document, list) else document[name]
         elif "=" in index:
             field, _, value = index.partition("=")
-            (document,) = [row for row in document if str(row[field]) == value]
+            rows = [row for row in document if str(row[field]) == value]
+            document = rows[0] if len(rows) == 1 else rows
         else:
             document = document[int(index)]
     return document
@@ -77,7 +78,7 @@ def test_tables_are_those_of_the_results(page):
             json.loads((ROOT / found["path"]).read_text()), **options
         )
         below = text[found.end() :]
-        for line in filter(None, table.splitlines()):
+        for line in (row for row in table.splitlines() if row.startswith("|")):
             assert line in below, (found[0], line)
 
 
@@ -85,6 +86,8 @@ def test_the_markers_catch_a_wrong_figure():
     document = {"variants": [{"variant": "a", "accuracy": 0.994}], "rows": [3, 4]}
     assert look_up(document, "variants[variant=a].accuracy") == 0.994
     assert look_up(document, "rows[1]") == 4
+    rows = {"rows": [{"a": 1, "b": 2}, {"a": 1, "b": 3}]}
+    assert look_up(rows, "rows[a=1][b=3].b") == 3
     assert is_shown(0.994, "99.4", True)
     assert not is_shown(0.9946, "99.4", True)
     assert is_shown(12345, "12,345", False)
@@ -165,3 +168,8 @@ def help_of(words: list[str], arguments: list[str], monkeypatch: pytest.MonkeyPa
         if end.code not in (0, None):
             return None
     return output.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_empty(page):
+    assert len(read(page).split()) > 30

@@ -13,7 +13,8 @@ import pytest
 from run_script import run_script
 
 from trtllm_memshare.builder import build_engine as build_module
-from trtllm_memshare.builder.build_engine import BuildOptions, describe_sharing, plan_build
+from trtllm_memshare.builder.build_engine import BuildOptions, plan_build
+from trtllm_memshare.builder.summary import describe_sharing
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.search.config import PRESETS, make_config
 

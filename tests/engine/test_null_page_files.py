@@ -11,7 +11,8 @@ import torch
 from conftest import write_random_checkpoint
 from engine.centred_model import write_centred_checkpoint
 
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build
+from trtllm_memshare.builder.summary import summarize
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.null_page_files import calibration_texts, load_null_pages, save_null_pages

@@ -18,7 +18,8 @@ from fakes.fake_network import LayerType
 
 import trtllm_memshare.trtllm.engine.builder as builder_module
 from trtllm_memshare.__main__ import main
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build
+from trtllm_memshare.builder.summary import summarize
 from trtllm_memshare.engine.tensorrt_record import file_sha256
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.engines import load_engine

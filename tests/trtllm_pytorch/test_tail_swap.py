@@ -267,9 +267,9 @@ def test_a_step_of_ours_leaves_v1s_pinned_rows_alone(kind, monkeypatch):
     begin_step = Sharing.begin_step
     pinned: dict[Sharing, torch.Tensor] = {}
 
-    def unchanged(self, requests):
+    def unchanged(self, *arguments):
         before = pinned[self].clone()
-        begin_step(self, requests)
+        begin_step(self, *arguments)
         assert torch.equal(before, pinned[self])
 
     class Watched(FakeExecutor):

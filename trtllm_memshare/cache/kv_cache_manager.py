@@ -75,17 +75,14 @@ class KVCacheManager(CacheState):
         num_blocks = self.blocks_to_add(request_id, num_tokens)
         if request_id in self._sequences:
             raise ValueError(f"request {request_id} is in the cache already")
-        if self.blocks_for(num_tokens) > self.max_blocks_per_seq:
-            raise ValueError(
-                f"request {request_id} needs {self.blocks_for(num_tokens)} blocks, a table has "
-                f"{self.max_blocks_per_seq}"
-            )
+        if (needed := self.blocks_for(num_tokens)) > self.max_blocks_per_seq:
+            raise ValueError(f"request {request_id} needs {needed} blocks, a table has {self.max_blocks_per_seq}")
         if not self._free_slots or num_blocks > self.pool.num_free:
             return False
         num_prompt_tokens = num_tokens if num_prompt_tokens is None else num_prompt_tokens
         parked = self._parked.pop(request_id, None) or Parked(None, 0, np.zeros(0, np.int64))
-        make_matcher = self._make_matcher if shares else None
-        matcher = matcher_at_return(parked, token_ids, num_prompt_tokens, make_matcher)
+        make = self._make_matcher if shares else None
+        matcher = matcher_at_return(parked, token_ids, num_prompt_tokens, make)
         sequence = Sequence(
             request_id=request_id,
             slot=self._free_slots[-1],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build, summarize
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build
+from trtllm_memshare.builder.summary import summarize
 from trtllm_memshare.engine.build_config import BuildConfig
 
 

@@ -64,6 +64,11 @@ def explain(engine: Engine, config: MemShareConfig, prompt: str, max_new_tokens:
         raise UserError(
             f"--prompt must be text that the tokenizer knows, got {quote(prompt)} (ask the model a question)"
         )
+    if num_prompt_tokens >= engine.build.max_seq_len:
+        raise UserError(
+            f"prompt and answer must fit max_seq_len {engine.build.max_seq_len}, got {num_prompt_tokens} prompt tokens "
+            f"(shorten the prompt, or build with a larger --max-seq-len)"
+        )
     length = min(engine.build.max_seq_len, num_prompt_tokens + max_new_tokens)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from itertools import pairwise
 
-from trtllm_memshare.builder.build_engine import describe_sharing
+from trtllm_memshare.builder.summary import describe_sharing
 from trtllm_memshare.evaluation.story import BlockStory, Fate, Story
 from trtllm_memshare.search.config import MemShareConfig
 
