@@ -60,7 +60,7 @@ def test_a_model_without_null_pages_is_built_all_the_same_where_the_runner_skips
 
 
 def test_nothing_is_calibrated_where_nothing_becomes_null(centred_dir, tmp_path):
-    engine = build_engine(plan(centred_dir, tmp_path / "engine", "alias"))
+    engine = build_engine(plan(centred_dir, tmp_path / "engine", "alias", preset="aligned"))
     assert not list(engine.engine_dir.glob("null_pages*"))
     assert "null pages" not in summarize(engine)
 

@@ -185,6 +185,8 @@ class Executor(ExecutorLoop):
                 distances = None if pairs is None else self._compare(pairs)
             self._advance(schedule, states, output.logits)  # waits for the device
             self._failed_steps.succeeded()
+        except UserError:
+            raise  # settings that this runner cannot serve with concern every request
         except Exception as error:
             self._fail_batch(states, error)
             return

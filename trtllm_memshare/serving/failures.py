@@ -3,6 +3,7 @@
 - An error of one request (choosing its token, its listener, being added) ends that request.
 - An error of a step (the runner, reading logits) ends the requests of that step's batch; the others go on. After
   ``MAX_FAILED_STEPS`` failed steps in a row the executor stops: a GPU that has faulted fails every step.
+- A ``UserError`` of a step names settings that the runner cannot serve with: it stops the executor at once.
 - Any other error, ``SystemExit`` and ``KeyboardInterrupt`` among them, stops the executor.
 
 Whoever waits for a request is answered in every case.
