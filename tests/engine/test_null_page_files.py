@@ -18,6 +18,7 @@ from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.null_page_files import calibration_texts, load_null_pages, save_null_pages
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.open import open_runner
+from trtllm_memshare.serving.self_check import check_engine_runs
 
 TEXT = "\n---\n".join("Q: 12 + 345 = ?\n<think>\n12 + 345: 2+5=7, 1+4=5, 0+3=3, so 357.\n" * 3 for _ in range(4))
 
@@ -57,6 +58,14 @@ def test_a_model_without_null_pages_is_built_all_the_same_where_the_runner_skips
     with pytest.raises(UserError, match="no null page is found for layer"):
         build_engine(plan(model_dir, tmp_path / "reads", read_null=True))
     assert not (tmp_path / "reads").exists()
+
+
+def test_the_self_check_runs_beside_null_pages(centred_dir, tmp_path):
+    """They are the first blocks of the pool: a check that wrote there, or had no room left, would fail."""
+    engine = build_engine(plan(centred_dir, tmp_path / "engine"), check_engine_runs)
+    assert "null pages" in summarize(engine)
+    plain = build_engine(plan(centred_dir, tmp_path / "plain", "alias", preset="aligned"))
+    assert check_engine_runs(engine, "cpu") == check_engine_runs(plain, "cpu")
 
 
 def test_nothing_is_calibrated_where_nothing_becomes_null(centred_dir, tmp_path):

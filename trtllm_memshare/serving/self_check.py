@@ -9,6 +9,7 @@ import torch
 
 from trtllm_memshare.cache.offsets import encode_block_offsets
 from trtllm_memshare.engine.engine_dir import Engine
+from trtllm_memshare.engine.null_page_files import load_null_pages
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.runners.protocol import StepBatch
@@ -37,8 +38,10 @@ def check_engine_runs(engine: Engine, device: str = "auto") -> list[int]:
     known = [i for i in tokenizer(_TEXT)["input_ids"] if i < engine.vocab_size] or [0]
     tokens = known[: engine.build.max_seq_len - num_steps]
     num_blocks = -(-(len(tokens) + num_steps) // size)
-    runner = open_runner(engine, num_blocks, device)
-    table = encode_block_offsets(np.arange(num_blocks, dtype=np.int32)[None], runner.num_layers)
+    null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
+    first = 0 if null_pages is None else null_pages.num_bands  # null pages are the pool's first blocks
+    runner = open_runner(engine, first + num_blocks, device)
+    table = encode_block_offsets(np.arange(first, first + num_blocks, dtype=np.int32)[None], runner.num_layers)
     num_prompt, num_computed = len(tokens), 0
     for _ in range(num_steps):
         chunk = len(tokens) - num_computed
