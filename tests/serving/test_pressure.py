@@ -95,7 +95,7 @@ def test_guaranteed_no_evict_admits_by_floors_and_pauses_nobody():
 
 
 def test_a_waiting_request_is_admitted_on_pages_that_others_give_up():
-    executor = make_executor(60, high_watermark=1.0, low_watermark=1.0)
+    executor = make_executor(60, high_watermark=1.0, low_watermark=1.0, lookahead_tokens=1)
     first = submit(executor, 2, new_tokens=250)
     for _ in range(150):
         executor.step()
@@ -107,6 +107,16 @@ def test_a_waiting_request_is_admitted_on_pages_that_others_give_up():
     assert executor.pressure.stats.num_admitted >= 1
     assert executor.stats.num_pauses == 0
     assert all(len(h.result(0).token_ids) for h in [*first, *waiting])
+
+
+@pytest.mark.parametrize(("lookahead", "running"), [(1, 4), (128, 3), (1000, 2)])
+def test_admission_looks_some_tokens_ahead(lookahead, running):
+    """At their floors requests hold 11 blocks with 128 generated tokens, 16 at their ends."""
+    executor = make_executor(38, min_kept=0.5, protected_tokens=16, lookahead_tokens=lookahead)
+    submit(executor, 4, new_tokens=200)
+    for _ in range(100):
+        executor.step()
+    assert len(executor._scheduler.running) == running
 
 
 @pytest.mark.parametrize("own", [{"min_kept": 1.0}, {"memshare": False}])

@@ -52,7 +52,7 @@ class PressureMachine(RuleBasedStateMachine):
             protected_tokens=draw(0, 4, 16),
             protected_steps=draw(0, 2),
             max_protected_tokens=draw(16, 48),
-            overcommit=draw(1.0, 1.0, 2.0),
+            lookahead_tokens=draw(1, 16, 128),
             min_run_tokens=draw(4, 8),
             shingle_tokens=4,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from trtllm_pytorch.conftest import make_sharing_class
 from trtllm_pytorch.fake_executor import make_manager
@@ -10,7 +9,7 @@ from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeMainKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_pressure import PRESSURE, serve
 
-from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve, pages_at_floors
+from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
 from trtllm_memshare.trtllm.pytorch.backends import V1Backend
 
 
@@ -24,13 +23,6 @@ def test_pages_are_held_and_let_go(manager_class):
         assert abs(reserve.num_held - held) < 4
         assert manager.get_num_free_blocks() == 100 - reserve.num_held
     assert not manager.impl.sequences
-
-
-def test_floors_count_prompts_protected_pages_and_the_page_being_written():
-    half, tokens = np.array([0.5]), np.array([100 + 30 * 32])
-    assert pages_at_floors(np.array([34 * 32]), np.array([4]), half, 0, 32) == 4 + 15 + 1
-    assert pages_at_floors(tokens, np.array([4]), np.array([0.0]), 128, 32) == 4 + 5 + 1
-    assert pages_at_floors(np.array([50]), np.array([4]), half, 128, 32) == 5
 
 
 def test_requests_wait_instead_of_being_let_in_and_paused_again_and_again(null_pages):

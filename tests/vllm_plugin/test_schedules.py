@@ -33,7 +33,7 @@ def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["no-prefix-cache", "prefix-cache"])
-@pytest.mark.parametrize("admission", ["vllm", "expected", "max-tokens"])
+@pytest.mark.parametrize("admission", ["vllm", "lookahead", "max-tokens"])
 def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, prefix_caching, admission):
     retired = null_reads = shared_reads = 0
     for seed in range(9):

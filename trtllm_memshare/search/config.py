@@ -78,10 +78,10 @@ class MemShareConfig(BaseModel):
     high_watermark: float = Field(0.97, gt=0, le=1, description="pool use that the next step must not pass")
     low_watermark: float = Field(0.92, gt=0, le=1, description="pool use down to which pages are given up then")
     min_kept: float = Field(0.5, ge=0, le=1, description="share of its generated pages that a request keeps at least")
-    overcommit: float = Field(
-        1.0,
+    lookahead_tokens: int = Field(
+        128,
         ge=1,
-        description="foreseen peak demand that admission takes on, in pools; above 1 some are paused",
+        description="a waiting request gets in if all can write so many tokens more at their floors",
     )
     need: Literal[
         "redundancy",

@@ -291,8 +291,6 @@ class Executor(ExecutorLoop):
         now = time.perf_counter()
         record = self.manager.remove_sequence(state.request_id) if in_cache else SharingRecord(0, 0)
         self._forget(state)
-        if self.pressure is not None and reason != "cancelled":
-            self.pressure.learn_length(state.num_generated)
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
         self.stats.num_recomputed_tokens = self._scheduler.num_recomputed_tokens

@@ -23,9 +23,9 @@ from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.floors import blocks_at_floors
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
-from trtllm_memshare.serving.forecast import Lengths, Prospect, least_blocks, peak_blocks
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_redundancy
 from trtllm_memshare.serving.request import Phase, RequestState
@@ -92,7 +92,6 @@ class Pressure:
         self._manager, self._config, self._ledger = manager, config, ledger
         self._agree, self._bytes_per_block = agree, bytes_per_block
         self._marks = Watermarks(config.high_watermark, config.low_watermark)
-        self._lengths = Lengths()
         self.stats = PressureStats()
         self.is_active = False
         self.seconds = 0.0
@@ -150,28 +149,24 @@ class Pressure:
             self._ledger.observe_attention(attention, self._manager.pool.generation)
 
     def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
-        """Whether a request can be admitted without anybody being paused later, as far as can be foreseen.
+        """Whether a request can be admitted and everybody go on without a pause, all of them at their floors.
 
         Args:
-          is_certain: every request takes all the tokens that it asked for, all at the same time; otherwise each takes
-            as many as others did, and ends when it does.
+          is_certain: to the last token that each asked for; otherwise for the next ``lookahead_tokens``.
         """
         with self._timed():
-            size, usable = self._manager.tokens_per_block, self._manager.pool.num_usable
-            if is_certain:
-                prospects = [self._prospect(s, s.max_tokens) for s in (*running, state)]
-                ends = np.array([p.end for p in prospects])
-                return int(least_blocks(prospects, ends, size).sum()) <= usable
-            prospects = [
-                self._prospect(s, len(s.prompt) + self._lengths.expect(s.num_generated, s.params.max_new_tokens, size))
-                for s in (*running, state)
-            ]
-            return not running or peak_blocks(prospects, size) <= self._config.overcommit * usable
-
-    def _prospect(self, state: RequestState, end: int) -> Prospect:
-        config, kept = self._config, self.min_kept(state)
-        protected = config.max_protected_tokens if config.protected_steps else config.protected_tokens
-        return Prospect(len(state.tokens), len(state.prompt), end, kept, protected)
+            if not running and not is_certain:
+                return True
+            config, states = self._config, (*running, state)
+            ahead = max(s.max_tokens for s in states) if is_certain else config.lookahead_tokens
+            held = blocks_at_floors(
+                np.array([min(s.max_tokens, len(s.tokens) + ahead) for s in states]),
+                np.array([len(s.prompt) for s in states]),
+                np.array([self.min_kept(s) for s in states]),
+                config.max_protected_tokens if config.protected_steps else config.protected_tokens,
+                self._manager.tokens_per_block,
+            )
+            return held <= self._manager.pool.num_usable
 
     def status(self, running: Sequence[RequestState]) -> PressureStatus:
         """Counts of this moment; safe from any thread, since it only reads."""
@@ -191,10 +186,6 @@ class Pressure:
             retired_now=retired_now,
             bytes_saved_now=retired_now * self._bytes_per_block,
         )
-
-    def learn_length(self, num_generated: int) -> None:
-        """Takes how many tokens a request had that ended by itself: what may come in is foreseen from that."""
-        self._lengths.learn(num_generated)
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""

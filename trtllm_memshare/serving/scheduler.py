@@ -2,8 +2,8 @@
 
 Two capacity policies under TensorRT-LLM's names. ``MAX_UTILIZATION`` admits what fits now and, when a running request
 finds no block, pauses the youngest one, which later recomputes its context. ``GUARANTEED_NO_EVICT`` admits only what
-can run to its longest possible end. Under pressure both count floors: GUARANTEED_NO_EVICT what requests hold when they
-have given up all that they may, MAX_UTILIZATION the same as far as it can be foreseen (``serving.forecast``). Otherwise
+can run to its longest possible end. Under pressure both count what requests hold when they have given up all that
+they may: GUARANTEED_NO_EVICT at their longest ends, MAX_UTILIZATION some tokens ahead (``search.floors``). Otherwise
 both count what a request still needs in logical blocks, so blocks that sharing frees admit requests under both;
 TensorRT-LLM's own scheduler gains under ``MAX_UTILIZATION`` only.
 """
@@ -52,7 +52,7 @@ class Relief(Protocol):
         """Frees blocks for a request to be admitted: all of them, or none and False."""
 
     def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
-        """Whether a request can be admitted without a pause later: for certain, or as far as can be foreseen."""
+        """Whether a request can be admitted without a pause: ever if ``is_certain``, else for some tokens."""
 
 
 class Scheduler:

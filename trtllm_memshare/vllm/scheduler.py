@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.matchers import make_matcher_factory
-from trtllm_memshare.vllm.admission import Admission
+from trtllm_memshare.vllm.admission import admits
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
 from trtllm_memshare.vllm.metrics import Metrics
@@ -59,7 +59,6 @@ class MemShareScheduler(Scheduler):
         self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len)
         factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
         self.relief = Relief(config, self.blocks, bands, factory)
-        self.admission = Admission(options, config.protected_tokens, self.blocks.num_blocks, self.blocks.block_size)
         self._metrics = Metrics()
         self._wanted_by_waiting = 0
         self._untold = True  # no step has named the null pages to the workers yet
@@ -98,7 +97,7 @@ class MemShareScheduler(Scheduler):
     ) -> KVCacheBlocks | None:
         """Takes the place of ``KVCacheManager.allocate_slots``; None makes vLLM wait or preempt, as before."""
         waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        if waiting and not self.admission.admits(request, self.running, self.relief):
+        if waiting and not self._admits(request):
             return None
         blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
         if blocks is not None:
@@ -115,6 +114,19 @@ class MemShareScheduler(Scheduler):
         if self.relief.make_room(running, wanted, self._update) == 0:
             return None
         return self._allocate(request, num_new_tokens, *arguments, **keywords)
+
+    def _admits(self, request: Request) -> bool:
+        config = self.settings.memshare
+        return admits(
+            request,
+            self.running,
+            self.relief,
+            self.settings.options.admission,
+            config.lookahead_tokens,
+            config.protected_tokens,
+            self.blocks.num_blocks,
+            self.blocks.block_size,
+        )
 
     def add_request(self, request: Request) -> None:
         """vLLM's; a request whose options cannot be used ends with an error, it is not served otherwise."""
@@ -160,13 +172,9 @@ class MemShareScheduler(Scheduler):
     def _preempt_request(self, request: Request, *arguments: Any, **keywords: Any) -> None:
         super()._preempt_request(request, *arguments, **keywords)
         self.relief.lose_blocks(request.request_id)
-        self.admission.note_change()
 
     def _free_request(self, request: Request, *arguments: Any, **keywords: Any) -> Any:
-        if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
-            self.admission.lengths.add(request.num_output_tokens)
         self.relief.remove(request.request_id)
-        self.admission.note_change()
         return super()._free_request(request, *arguments, **keywords)
 
     def make_stats(self, *arguments: Any, **keywords: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
 from trtllm_memshare.search.config import PRESETS, MemShareConfig, parse_config
@@ -19,19 +19,21 @@ CONFIG_VARIABLE = "VLLM_MEMSHARE_CONFIG"
 ADDITIONAL_CONFIG_KEY = "memshare"
 
 
+Admission = Literal["vllm", "lookahead", "max-tokens"]
+
+
 class VllmOptions(BaseModel):
     """Settings beside those of the search.
 
     ``null_pages``: the folder that ``memshare vllm calibrate`` wrote. ``admission``: what a waiting request needs
-    before it gets in. vllm: free blocks for its prompt. expected: that the pool holds everybody's kept pages up to the
-    length that finished requests suggest. max-tokens: the same up to each request's max_tokens, so nobody is preempted.
+    before it gets in. vllm: free blocks for its prompt. lookahead: that the pool holds everybody's kept pages
+    ``lookahead_tokens`` further on. max-tokens: the same up to each request's max_tokens, so nobody is preempted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     null_pages: str
-    admission: Literal["vllm", "expected", "max-tokens"] = "expected"
-    admission_quantile: float = Field(0.9, gt=0, lt=1, description="of finished requests' lengths, for expected")
+    admission: Admission = "lookahead"
 
 
 @dataclass(frozen=True)

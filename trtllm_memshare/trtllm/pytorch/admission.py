@@ -70,26 +70,6 @@ class AdmissionReserve:
             self._held.append((made[0], pages))
 
 
-def pages_at_floors(
-    num_tokens: np.ndarray, first: np.ndarray, min_kept: np.ndarray, protected_tokens: int, size: int
-) -> int:
-    """Pages that running requests would hold if each had given up all that it may.
-
-    Args:
-      num_tokens: int ``[n]``, of each request.
-      first: int ``[n]``, pages that hold its prompt.
-      min_kept: float ``[n]``, share of its generated pages that it keeps.
-      protected_tokens: most recent ones, which stay.
-      size: tokens of a page.
-
-    Example: 100 tokens of prompt in pages of 32 are 4 pages; of 30 generated pages 15 stay, one is being written: 20.
-    """
-    generated = np.maximum(num_tokens // size - first, 0)
-    protected = -(-protected_tokens // size) + 1
-    kept = np.maximum(np.ceil(min_kept * generated - 1e-9), np.minimum(generated, protected))
-    return int((first + kept + 1).sum())
-
-
 def lengths_of(requests: Sequence[Any]) -> np.ndarray:
     """Tokens of each request, int64 ``[n]``."""
     return np.fromiter((r.max_beam_num_tokens for r in requests), np.int64, len(requests))

@@ -14,9 +14,10 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.floors import blocks_at_floors
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
-from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve, lengths_of, pages_at_floors
+from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve, lengths_of
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
@@ -116,10 +117,10 @@ class Pressure:
         return int(self._config.high_watermark * self._num_pages) - self._floors(requests, lengths)
 
     def _floors(self, requests: Sequence[Any], lengths: np.ndarray) -> int:
-        size = self._size
-        first = np.fromiter((-(-r.orig_prompt_len // size) for r in requests), np.int64, len(requests))
+        # One token more than now: a request whose pages are full writes into a new one next.
+        prompts = np.fromiter((r.orig_prompt_len for r in requests), np.int64, len(requests))
         kept = np.fromiter(map(self.min_kept, requests), np.float64, len(requests))
-        return pages_at_floors(lengths, first, kept, self._config.protected_tokens, size)
+        return blocks_at_floors(lengths + 1, prompts, kept, self._config.protected_tokens, self._size)
 
     def resume(self, generation_requests: Sequence[Any]) -> None:
         for request in generation_requests if self._paused else ():

@@ -1,0 +1,36 @@
+"""What requests hold at their floors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trtllm_memshare.search.floors import blocks_at_floors
+
+SIZE = 8
+
+
+def at_floor(tokens, prompt=8, kept=0.5, protected=16, size=SIZE):
+    return blocks_at_floors(np.array([tokens]), np.array([prompt]), np.array([kept]), protected, size)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks"), [(8, 1), (9, 2), (32, 4), (64, 1 + 4 + 1), (200, 1 + 12 + 1), (72, 1 + 4 + 1)]
+)
+def test_prompt_what_is_kept_and_the_block_being_written(tokens, blocks):
+    assert at_floor(tokens) == blocks
+
+
+def test_protected_tokens_and_min_kept():
+    assert at_floor(200, kept=0.0) == 1 + 3 + 1
+    assert at_floor(200, kept=1.0) == 25
+    assert at_floor(100 + 30 * 32, prompt=100, kept=0.0, protected=128, size=32) == 4 + 5 + 1
+    assert at_floor(34 * 32, prompt=100, protected=0, size=32) == 4 + 15 + 1
+    assert at_floor(50, prompt=50, protected=128, size=32) == 2
+
+
+def test_requests_add_up():
+    tokens, prompts, kept = np.array([64, 200]), np.array([8, 8]), np.array([0.5, 0.0])
+    assert blocks_at_floors(tokens, prompts, kept, 16, SIZE) == 6 + 5
+    none = np.zeros(0, np.int64)
+    assert blocks_at_floors(none, none, np.zeros(0), 16, SIZE) == 0

@@ -1,0 +1,40 @@
+"""What requests hold when they have given up all that they may: what admission under pressure counts.
+
+A waiting request gets in when everybody, brought down to the floor, could go on for some tokens more::
+
+    pool  | floors now | growth of the next lookahead_tokens of each | free |
+
+How long requests will become is not known, and need not be. Looking ahead to their ends lets in so few that requests/s
+and the first token of the others suffer more than a pause costs (docs/pressure.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def blocks_at_floors(
+    num_tokens: np.ndarray,
+    num_prompt_tokens: np.ndarray,
+    min_kept: np.ndarray,
+    protected_tokens: int,
+    tokens_per_block: int,
+) -> int:
+    """Blocks that requests hold together at given lengths, each at its floor.
+
+    Args:
+      num_tokens: int ``[n]``, prompt and generated tokens of each request.
+      num_prompt_tokens: int ``[n]``, how many of them are prompt.
+      min_kept: float ``[n]``, share of its generated pages that each keeps.
+      protected_tokens: most recent tokens, which stay.
+      tokens_per_block: of a page.
+
+    Example: 100 tokens of prompt in pages of 32 are 4 pages; of 30 generated pages 15 stay, one is being written: 20.
+    """
+    prompt = -(-num_prompt_tokens // tokens_per_block)
+    # A block more than the protected tokens fill, since the protection need not begin with a block.
+    protected = -(-protected_tokens // tokens_per_block) + 1
+    generated = np.maximum(0, num_tokens // tokens_per_block - prompt)
+    stays = np.maximum(np.ceil(min_kept * generated - 1e-9).astype(np.int64), np.minimum(generated, protected))
+    # And the block that is being written.
+    return int(np.minimum(-(-num_tokens // tokens_per_block), prompt + stays + 1).sum())
