@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sass_count, kernel_plan = importlib.import_module("sass_count"), importlib.import_module("kernel_plan")
-sys.path.pop(0)
+from benchmarks.gpu import kernel_plan, sass_count
+
+ROOT = Path(__file__).parents[2]
 
 DATA = "\n".join(f"        /*{i:04x}*/    LDG.E.128.CONSTANT R{8 + 4 * i}, desc[UR4][R60.64+{i}] ;" for i in range(8))
 LISTING = f"""
