@@ -22,13 +22,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or checkpoint folder")
     parser.add_argument("--output-dir", type=Path, required=True, help="the engine; replaced if it is there")
+    parser.add_argument("--max-batch-size", type=int, default=64, help="most requests in flight (default: 64)")
     options = parser.parse_args()
     source = checkpoint_of_gguf(options.model) if is_gguf(options.model) else options.model
     narrow = options.output_dir.with_name(f"{options.output_dir.name}_checkpoint")
     shutil.rmtree(narrow, ignore_errors=True)
     shutil.copytree(source, narrow, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).save_pretrained(narrow)
-    build_engine(plan_build(BuildOptions(model_dir=narrow, output_dir=options.output_dir, memshare=True, force=True)))
+    sizes = {"max_batch_size": options.max_batch_size}
+    build_engine(plan_build(BuildOptions(narrow, options.output_dir, memshare=True, build=sizes, force=True)))
     print(f"engine: {options.output_dir}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from evaluation.step_by_step import step_by_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trtllm_memshare.evaluation import masked_attention, masked_replay, page_facts
+from trtllm_memshare.evaluation.masked_attention import MaskedPass
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay, nothing_retired
 from trtllm_memshare.evaluation.page_arms import ARMS, Budget, ranking_of, retire
+from trtllm_memshare.evaluation.page_facts import CollectingPass, text_signatures
 from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
 from trtllm_memshare.evaluation.retirement import NEVER, Retirements, hold_at_floor, nearest_earlier
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
@@ -112,6 +116,49 @@ def test_bfloat16_products_agree_with_float32(replay, full, tiny_checkpoint):
     retirements = retire("random-once", Budget(0.5, PROTECTED), PROMPT, TOKENS, full.facts, 0)
     exact, quick = replay.change(full, retirements), fast.change(fast.read(IDS, SIZE), retirements)
     assert abs(float(exact.loss.mean()) - float(quick.loss.mean())) < 0.02 * np.abs(exact.loss).mean()
+
+
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_queries_in_smaller_chunks_see_the_same(replay, full, tiny_checkpoint, monkeypatch, chunk):
+    """Memory is bounded by the chunk, whatever the length of the text."""
+    retirements = retire("paper-alias", Budget(0.5, PROTECTED), PROMPT, TOKENS, full.facts, 0)
+    expected = replay.change(full, retirements)
+    monkeypatch.setattr(masked_attention, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(page_facts, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(masked_replay, "_ROWS", 5)
+    again = replay.read(IDS, SIZE)
+    np.testing.assert_allclose(again.losses, full.losses, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(again.facts.attention, full.facts.attention, rtol=1e-4, atol=1e-6)
+    change = replay.change(again, retirements)
+    np.testing.assert_allclose(change.loss, expected.loss, atol=1e-3)
+    np.testing.assert_allclose(change.divergence, expected.divergence, atol=1e-3)
+
+
+def test_nothing_of_a_pass_is_left_on_the_cpu_where_the_model_is_elsewhere(tiny_checkpoint, monkeypatch):
+    """On torch's device without memory, which like CUDA takes no tensor of the CPU beside its own."""
+    replay = MaskedReplay(tiny_checkpoint)
+    replay.model.to("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    layers = replay.model.config.num_hidden_layers
+    collect = CollectingPass(TOKENS, layers, SIZE, replay.model.model.rotary_emb.inv_freq.float())
+    with torch.inference_mode():
+        hidden = [replay._hidden(torch.tensor(IDS), torch.arange(TOKENS), collect)]
+        arm = MaskedPass(nothing_retired(TOKENS, SIZE), TOKENS, 100, collect.states)
+        hidden.append(replay._hidden(torch.tensor(IDS[100:]), torch.arange(100, TOKENS), arm))
+        signatures = text_signatures(collect._units["v"], collect.states[0][0].shape[-1])
+    assert {tensor.device.type for tensor in (*hidden, signatures, *collect.states[0])} == {"meta"}
+    assert collect._attention.device == collect._distance.device == hidden[0].device
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(replay, full, tiny_checkpoint):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    there = MaskedReplay(tiny_checkpoint, device="cuda")
+    retirements = retire("paper-alias", Budget(0.5, PROTECTED), PROMPT, TOKENS, full.facts, 0)
+    expected, found = replay.change(full, retirements), there.change(there.read(IDS, SIZE), retirements)
+    np.testing.assert_allclose(found.loss, expected.loss, atol=1e-3)
+    np.testing.assert_allclose(found.divergence, expected.divergence, atol=1e-3)
 
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs models/smollm2: run build_scripts/get_smollm2.py")

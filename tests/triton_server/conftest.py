@@ -64,12 +64,12 @@ class Triton:
 
     def server_process(self) -> psutil.Process:
         """The server itself, child of the launcher."""
-        return next(c for c in psutil.Process(self.process.pid).children() if c.name() == "tritonserver")
+        servers = [c for c in psutil.Process(self.process.pid).children() if c.name() == "tritonserver"]
+        return min(servers, key=lambda c: c.create_time())  # the other one is its spare
 
     def model_process(self, model: str) -> psutil.Process:
         """The python process of a model."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(c for c in children if f"/{model}/1/model.py" in " ".join(c.cmdline()))
+        return next(c for c in self.server_process().children() if f"/{model}/1/model.py" in " ".join(c.cmdline()))
 
     def wait_until(self, holds, timeout: float = 30) -> None:
         """Waits for a condition; fails with the end of the log."""
@@ -97,9 +97,12 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start_triton(folder: Path, engine_dir: Path, with_whole: bool = False, **options) -> Triton:
+def start_triton(
+    folder: Path, engine_dir: Path, with_whole: bool = False, launch: tuple[str, ...] = ("--no-spare",), **options
+) -> Triton:
     """Writes a repository and starts the server through ``launch_triton.py``.
 
+    ``launch``: its options; a spare would take time from tests that kill nothing.
     ``with_whole``: a further model ``whole``, which is `ensemble` as a repository without decoupled models has it.
     """
     repository = folder / "model_repository"
@@ -112,7 +115,7 @@ def start_triton(folder: Path, engine_dir: Path, with_whole: bool = False, **opt
         config.write_text(config.read_text().replace('name: "ensemble"', 'name: "whole"'))
     http, grpc, metrics = free_ports(3)
     command = [sys.executable, str(ROOT / "build_scripts" / "launch_triton.py"), str(repository),
-               f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]  # fmt: skip
+               f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", *launch]  # fmt: skip
     log = folder / "triton.log"
     # One thread for arithmetic: the machine's cores belong to the server and to the clients of the test.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -34,7 +34,7 @@ def how_it_ended(server: Triton, **inputs) -> str:
 
 
 def test_killed_processes_end_their_requests_and_the_server_comes_back(served_engine, tmp_path):
-    server = start_triton(tmp_path, served_engine, kv_cache_blocks=500)
+    server = start_triton(tmp_path, served_engine, launch=("--spare",), kv_cache_blocks=500)
     try:
         for kill in ("tensorrt_llm", "ensemble", "tritonserver"):
             with ThreadPoolExecutor(8) as clients:
@@ -58,6 +58,23 @@ def test_killed_processes_end_their_requests_and_the_server_comes_back(served_en
     finally:
         if server.process.poll() is None:
             stop_triton(server)
+
+
+@pytest.mark.parametrize("model", ["tensorrt_llm", "ensemble"])
+def test_a_process_that_stands_still_is_noticed_and_replaced(served_engine, tmp_path, model):
+    server = start_triton(tmp_path, served_engine, launch=("--max-stall=5",), kv_cache_blocks=500)
+    try:
+        with ThreadPoolExecutor(1) as clients:
+            call = clients.submit(how_it_ended, server, text_input=LONG, max_tokens=1500, end_id=0)
+            server.wait_until(lambda: server.used_blocks() > 0)
+            server.model_process(model).suspend()
+            server.wait_until(lambda: not server.is_ready(), 20)
+            assert call.result() == "closed"
+        server.wait_until(server.is_ready, 120)
+        assert server.generate(text_input=QUESTION, max_tokens=5)["text_output"].startswith("<think>")
+        assert f"{model} gave no sign of life for 5 s: the server ends" in server.log.read_text()
+    finally:
+        stop_triton(server)
 
 
 def test_shutdown_under_load_drains_and_a_full_queue_is_named(served_engine, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -17,17 +18,26 @@ import pytest
 from triton_server.conftest import free_ports
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.runtime import end_with_parent, private_dir, runtime_folder
+from trtllm_memshare.triton.runtime import (
+    end_with_parent,
+    give_sign_of_life,
+    private_dir,
+    remove_shared_memory,
+    runtime_folder,
+    wait_for_turn,
+)
 from trtllm_memshare.triton.server import Ports, check_ports
 
 # Answers 200 on every path once its two children run; drains for a while on SIGTERM; notes each start.
 SERVER = """
-    import http.server, os, signal, subprocess, sys, threading, time
+    import fcntl, http.server, os, signal, subprocess, sys, threading, time
     folder, port, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     with open(f"{folder}/starts", "a") as f:
         f.write(f"{os.getpid()} {os.environ['MEMSHARE_RESTARTS']}\\n")
-    if mode == "broken":
+    if mode == "broken" or mode == "broken spare" and "MEMSHARE_GATE" in os.environ:
         sys.exit(3)
+    if "MEMSHARE_GATE" in os.environ:
+        fcntl.flock(open(os.environ["MEMSHARE_GATE"]), fcntl.LOCK_SH)
     for model in ("ensemble", "tensorrt_llm"):
         code = f"{folder}/r/{model}/1/model.py"
         subprocess.Popen(["/x/triton_python_backend_stub", code], executable=sys.executable)
@@ -44,11 +54,15 @@ SERVER = """
     """
 RUN = """
     import os, sys
+    from pathlib import Path
+    from trtllm_memshare.triton.server_process import ServerPlan
     from trtllm_memshare.triton.supervisor import RestartPolicy, Supervisor
     folder, port, mode = sys.argv[1:]
-    policy = RestartPolicy(0.05, 5, float(os.environ.get("SETTLED", "30")), 0.2, 3)
+    settled, stall = float(os.environ.get("SETTLED", "30")), float(os.environ.get("STALL", "60"))
+    policy = RestartPolicy(0.05, 5, settled, 0.2, 3, stall, 0.0 if "SPARE" in os.environ else None)
     command = [sys.executable, f"{folder}/server.py", folder, port, mode]
-    sys.exit(Supervisor(command, os.environ, f"http://127.0.0.1:{port}/ready", policy).run())
+    plan = ServerPlan(lambda number: command, os.environ, f"http://127.0.0.1:{port}/ready", Path(folder), True)
+    sys.exit(Supervisor(plan, policy).run())
     """
 
 
@@ -90,6 +104,13 @@ def line_with(process: subprocess.Popen, part: str) -> str:
     finally:
         watchdog.cancel()
     raise AssertionError(f"ended without a line that has {part!r}")
+
+
+def wait_until(holds, timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def starts(folder: Path) -> list[list[int]]:
@@ -149,6 +170,58 @@ def test_crashes_that_lie_apart_are_not_a_row(supervised, tmp_path):
         os.kill(starts(tmp_path)[-1][0], signal.SIGKILL)
     line_with(process, "ready after")
     assert [restarts for _, restarts in starts(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_spare_takes_over_and_the_next_one_is_started(supervised, tmp_path):
+    process = supervised(SPARE="1")
+    line_with(process, "ready after")
+    for life in (1, 2):
+        wait_until(lambda: len(starts(tmp_path)) == life + 1)  # noqa: B023 - called at once
+        (old, _), (spare, number) = starts(tmp_path)[-2:]
+        assert number == life
+        assert not psutil.Process(spare).children()  # it waits
+        os.kill(old, signal.SIGKILL)
+        line_with(process, "ready after")
+        assert len(psutil.Process(spare).children()) == 2
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not any(psutil.pid_exists(pid) for pid, _ in starts(tmp_path))
+
+
+def test_a_spare_that_fails_is_told_once_and_the_next_start_is_a_full_one(supervised, tmp_path):
+    process = supervised("broken spare", SPARE="1")
+    assert "the next start will be a full one" in line_with(process, "the spare server ended with 3")
+    os.kill(starts(tmp_path)[0][0], signal.SIGKILL)
+    assert "restart 1" in line_with(process, "starting")
+    line_with(process, "ready after")
+    assert [restarts for _, restarts in starts(tmp_path)][:3] == [0, 1, 1]
+
+
+def test_a_model_that_lives_without_a_sign_of_life_ends_the_server(supervised, tmp_path, monkeypatch):
+    process = supervised(STALL="1")
+    line_with(process, "ready after")
+    monkeypatch.setenv("MEMSHARE_RUNTIME_DIR", str(tmp_path))
+    give_sign_of_life("tensorrt_llm")
+    assert "tensorrt_llm gave no sign of life for 1 s: the server ends (raise --max-stall" in line_with(process, "sign")
+    line_with(process, "ready after")
+    assert len(starts(tmp_path)) == 2
+
+
+def test_a_model_waits_for_its_turn_behind_the_gate(tmp_path, monkeypatch):
+    did = []
+    wait_for_turn(lambda: did.append("prepared"))  # no spare: no wait
+    assert not did
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("MEMSHARE_GATE", str(gate))
+    with gate.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        model = threading.Thread(target=lambda: (wait_for_turn(lambda: did.append("prepared")), did.append("loaded")))
+        model.start()
+        wait_until(lambda: did == ["prepared"])
+        model.join(0.2)
+        assert model.is_alive()
+    model.join(10)
+    assert did == ["prepared", "loaded"]
 
 
 def test_sigterm_waits_for_the_server_to_drain(supervised, tmp_path):
@@ -213,6 +286,11 @@ def test_a_port_in_use_is_named_before_anything_is_loaded():
 def test_the_runtime_folder_is_private_and_a_killed_one_is_cleared_away(tmp_path):
     with runtime_folder() as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
+        ours, next_one = (Path("/dev/shm") / f"{folder.name}_{number}_x" for number in (1, 11))
+        ours.touch()
+        next_one.touch()
+        remove_shared_memory(folder, 1)  # of a server that was killed; its spare keeps its own
+        assert (ours.exists(), next_one.exists()) == (False, True)
         left = Path("/dev/shm") / f"{folder.name}_x"
         left.touch()
         with runtime_folder() as other:  # a second server leaves the first one's memory alone

@@ -86,8 +86,9 @@ class MaskedPass:
         for chunk in self._chunks:
             # The queries that share a KV head become the rows of one product.
             rows = query[:, chunk.start : chunk.stop].reshape(1, kv_heads, -1, head_dim)
-            k, v = key.index_select(1, chunk.keys), value.index_select(1, chunk.keys)
-            bias = chunk.bias.repeat(query.shape[0] // kv_heads, 1)
+            keys = chunk.keys.to(query.device)
+            k, v = key.index_select(1, keys), value.index_select(1, keys)
+            bias = chunk.bias.to(query.device).repeat(query.shape[0] // kv_heads, 1)
             attended = scaled_dot_product_attention(rows, k[None], v[None], attn_mask=bias, scale=1.0)
             output[:, chunk.start : chunk.stop] = attended[0].view(query.shape[0], -1, head_dim)
         return output

@@ -85,7 +85,7 @@ class CollectingPass:
       num_tokens: length of the text.
       num_layers: layers of the model.
       tokens_per_block: tokens of a page.
-      inv_freq: float32 ``[head_dim / 2]``, to undo the rotation of K.
+      inv_freq: float32 ``[head_dim / 2]``, to undo the rotation of K; on the device of the pass.
     """
 
     num_tokens: int
@@ -96,10 +96,11 @@ class CollectingPass:
 
     def __post_init__(self) -> None:
         num_pages = self.num_tokens // self.tokens_per_block
-        self._attention = torch.zeros(num_pages, num_pages)
-        self._distance = torch.zeros(num_pages, num_pages)
+        device = self.inv_freq.device
+        self._attention = torch.zeros(num_pages, num_pages, device=device)
+        self._distance = torch.zeros(num_pages, num_pages, device=device)
         self._units: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
-        angle = torch.arange(self.num_tokens).double()[:, None] * self.inv_freq.double()
+        angle = torch.arange(self.num_tokens, device=device).double()[:, None] * self.inv_freq.double()
         self._cos, self._sin = angle.cos().float(), angle.sin().float()
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,7 @@ class CollectingPass:
             stop = min(start + step, num_tokens)
             rows = query[:, start:stop].reshape(kv_heads, -1, head_dim)
             logits = (rows @ key[:, :stop].transpose(1, 2)).view(kv_heads, group, stop - start, stop)
-            hidden = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+            hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
             logits[..., start:].masked_fill_(hidden, float("-inf"))
             weights = logits.softmax(-1)
             output[:, start:stop] = (weights.view(kv_heads, -1, stop) @ value[:, :stop]).view(
@@ -145,7 +146,7 @@ class CollectingPass:
         units["signature"] = signature[:whole].bfloat16()
         cosines = {name: _largest_by_page(unit, size) for name, unit in units.items()}
         surprisal = losses[:whole].reshape(num_pages, size).sum(1)
-        return TextFacts(size, self._attention.numpy(), cosines, surprisal, self._distance.numpy())
+        return TextFacts(size, self._attention.cpu().numpy(), cosines, surprisal, self._distance.cpu().numpy())
 
 
 def text_signatures(values: list[torch.Tensor], head_dim: int) -> torch.Tensor:
@@ -158,7 +159,7 @@ def text_signatures(values: list[torch.Tensor], head_dim: int) -> torch.Tensor:
     projection = make_projection(len(values), heads, head_dim)
     sums = sum(
         torch.einsum("thd,hdw->tw", values[layer].float().unflatten(1, (heads, head_dim)), matrix)
-        for layer, matrix in zip(projection.layers.tolist(), projection.matrix, strict=True)
+        for layer, matrix in zip(projection.layers.tolist(), projection.matrix.to(values[0].device), strict=True)
     )
     return torch.nn.functional.normalize(torch.as_tensor(sums), dim=-1)
 
@@ -166,7 +167,7 @@ def text_signatures(values: list[torch.Tensor], head_dim: int) -> torch.Tensor:
 def _largest_by_page(unit: torch.Tensor, size: int) -> np.ndarray:
     """Largest product of each token with a token of each page: ``[tokens, width]`` -> float32 ``[tokens, pages]``."""
     rows = [(unit[i : i + 512] @ unit.T).float().unflatten(1, (-1, size)).amax(2) for i in range(0, len(unit), 512)]
-    return torch.cat(rows).numpy()
+    return torch.cat(rows).cpu().numpy()
 
 
 def _relative_distance(pages: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from trtllm_memshare.triton.client import ServiceClient
 from trtllm_memshare.triton.events import TokenEvent
 from trtllm_memshare.triton.model_base import ServingModel
+from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.request_metrics import OutcomeCounter
 from trtllm_memshare.triton.runtime import socket_path
 from trtllm_memshare.triton.tensors import RequestTensors
@@ -33,6 +34,11 @@ class EnsembleModel(ServingModel):
         tokenizer = AutoTokenizer.from_pretrained(parameters["tokenizer_dir"], local_files_only=True)
         self._service = TextService(tokenizer, self._limits, ServiceClient(socket_path()).submit, self._outcomes)
         self.start()
+
+    @classmethod
+    def prepare(cls, args: dict[str, str]) -> None:
+        """Loads the tokenizer, for all that this imports."""
+        AutoTokenizer.from_pretrained(parameters_of(args)["tokenizer_dir"], local_files_only=True)
 
     def outcomes(self) -> OutcomeCounter:
         return self._outcomes

@@ -15,11 +15,15 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.events import QueueFullError, ServiceLostError, TokenEvent
 from trtllm_memshare.triton.inputs import check_neutral, check_parameters
 from trtllm_memshare.triton.loop import LoopThread
+from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.outputs import joined, merged, output_tensors
 from trtllm_memshare.triton.reply import Reply
 from trtllm_memshare.triton.request_metrics import OutcomeCounter
+from trtllm_memshare.triton.runtime import give_sign_of_life
 from trtllm_memshare.triton.tensors import RequestTensors
 from trtllm_memshare.triton.triton_metrics import TritonMirror
+
+_LIFE_S = 1.0  # between signs of life
 
 
 class ServingModel(ABC):
@@ -37,15 +41,21 @@ class ServingModel(ABC):
     def __init__(self, pb_utils: Any, args: dict[str, str], level: str) -> None:
         self.pb, self._level = pb_utils, level
         config = json.loads(args["model_config"])
-        self.parameters: dict[str, str] = {k: v["string_value"] for k, v in config["parameters"].items()}
+        self.parameters = parameters_of(args)
         self._decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
         self._poll_s = int(self.parameters["cancellation_check_period_ms"]) / 1e3
         self._stats_s = int(self.parameters["stats_check_period_ms"]) / 1e3
+        self._name = str(args["model_name"])
         self.registry = CollectorRegistry()
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._mirror = TritonMirror(pb_utils, self.registry, labels)
         self.loop = LoopThread(f"memshare-{args['model_name']}")
         self._closing = asyncio.Event()
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, args: dict[str, str]) -> None:
+        """What a spare server does before its turn, see ``wait_for_turn``."""
 
     @abstractmethod
     def outcomes(self) -> OutcomeCounter:
@@ -62,9 +72,15 @@ class ServingModel(ABC):
     def look(self) -> None:  # noqa: B027 - most models have nothing to look at
         """Called once in a statistics period."""
 
+    def is_moving(self) -> bool:
+        """Whether there was a step since the last call, or nothing to do; called once in ``_LIFE_S``."""
+        return True
+
     def start(self) -> None:
-        """For the end of a subclass's ``__init__``: begins to show metrics."""
+        """For the end of a subclass's ``__init__``: begins to show metrics and signs of life."""
         self.loop.start(self._watch())
+        give_sign_of_life(self._name)  # before the server is ready: one that never comes is noticed too
+        self.loop.start(self._live())
 
     def execute(self, requests: list[Any]) -> None:
         """Hands each request to the loop."""
@@ -141,10 +157,18 @@ class ServingModel(ABC):
         return rows
 
     async def _watch(self) -> None:
-        while not self._closing.is_set():
+        while not await self._is_closing(within_s=self._stats_s):
             self.look()
             self._mirror.update()
-            try:
-                await asyncio.wait_for(self._closing.wait(), self._stats_s)
-            except asyncio.TimeoutError:
-                continue
+
+    async def _live(self) -> None:
+        while not await self._is_closing(within_s=_LIFE_S):
+            if self.is_moving():
+                give_sign_of_life(self._name)
+
+    async def _is_closing(self, within_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self._closing.wait(), within_s)
+        except asyncio.TimeoutError:
+            return False
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -33,6 +34,10 @@ _POSTPROCESSING_INPUTS = """\
   { name: "TOKENS_BATCH" data_type: TYPE_INT32 dims: [ -1, -1 ] },
   { name: "SEQUENCE_LENGTH" data_type: TYPE_INT32 dims: [ -1 ] }"""
 
+_WITHOUT_TORCH = """\
+sys.modules["torch"] = None  # transformers would import it, which takes longer than all else, and tokenizers need none
+"""
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -62,6 +67,11 @@ MODELS = {
     ),
 }
 """By name, as TensorRT-LLM's repository has them."""
+
+
+def parameters_of(args: dict[str, str]) -> dict[str, str]:
+    """What ``write_model`` was given as ``parameters``; ``args``: as a model's ``initialize`` gets them."""
+    return {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
 
 
 def write_model(repository: Path, name: str, parameters: dict[str, str], max_batch_size: int, decoupled: bool) -> None:
@@ -98,5 +108,7 @@ def write_model(repository: Path, name: str, parameters: dict[str, str], max_bat
     else:
         config = Template((templates / "python.pbtxt").read_text())
         code = Template((templates / "model.py.template").read_text())
-        (version / "model.py").write_text(code.substitute(module=model.code[0], model_class=model.code[1]))
+        module, model_class = model.code
+        preamble = "" if module == "token_model" else _WITHOUT_TORCH
+        (version / "model.py").write_text(code.substitute(module=module, model_class=model_class, preamble=preamble))
     (repository / name / "config.pbtxt").write_text(config.substitute(fields))

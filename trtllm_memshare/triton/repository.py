@@ -71,7 +71,9 @@ def write_repository(options: RepositoryOptions) -> dict[str, str]:
     try:
         for name in MODELS:
             write_model(draft, name, parameters, engine.build.max_batch_size, options.decoupled)
-        (draft / MARKER).write_text(json.dumps({"flavour": "engine", "engine_dir": str(engine.engine_dir)}) + "\n")
+        (draft / MARKER).write_text(
+            json.dumps({"flavour": "engine", "engine_dir": str(engine.engine_dir), "can_wait": True}) + "\n"
+        )
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)
@@ -93,6 +95,12 @@ def flavour_of(repository: Path) -> str:
     """``engine`` or ``llmapi``; a repository that somebody else wrote counts as ``engine``."""
     marker = repository / MARKER
     return json.loads(marker.read_text())["flavour"] if marker.is_file() else "engine"
+
+
+def can_wait(repository: Path) -> bool:
+    """Whether its models wait for their turn in a spare server; those of older versions and of others would load."""
+    marker = repository / MARKER
+    return marker.is_file() and bool(json.loads(marker.read_text()).get("can_wait"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the processes of one server share: a private folder, and an end together.
+"""What the processes of one server share: a private folder, a turn to begin, signs of life, and an end together.
 
 The launcher makes the folder and names it in the environment. Without the launcher (a bare ``tritonserver`` over the
 repository) the model processes meet in a folder of this user, named after the server that is the parent of all of them.
@@ -14,6 +14,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ PACKAGE_VARIABLE = "MEMSHARE_PACKAGE_ROOT"
 """Folder that holds the launcher's package, for the model processes to use the same."""
 RESTARTS_VARIABLE = "MEMSHARE_RESTARTS"
 """How often the launcher has started the server anew."""
+GATE_VARIABLE = "MEMSHARE_GATE"
+"""File that the launcher holds a lock on for as long as a spare server shall load nothing."""
 
 
 @contextlib.contextmanager
@@ -43,9 +46,11 @@ def runtime_folder() -> Iterator[Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(lock.stem)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # mode 700, ours alone
-    descriptor = os.open(_SHARED_MEMORY / f"{folder.name}.lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    draft = _SHARED_MEMORY / f"{folder.name}.draft"
+    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        draft.rename(draft.with_suffix(".lock"))  # another launcher that starts now must not find it unlocked
         yield folder
     finally:
         _remove(folder.name)
@@ -59,6 +64,42 @@ def _remove(name: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for path in (*_SHARED_MEMORY.glob(f"{name}_*"), _SHARED_MEMORY / f"{name}.lock"):
         path.unlink(missing_ok=True)
+
+
+def shared_memory_prefix(runtime: Path, number: int) -> str:
+    """What the names of a server's shared memory begin with; ``number``: of the server among the launcher's."""
+    return f"{runtime.name}_{number}_"
+
+
+def remove_shared_memory(runtime: Path, number: int) -> None:
+    """Frees the shared memory of a server that was killed; Triton frees its own only when it ends by itself."""
+    for path in _SHARED_MEMORY.glob(f"{shared_memory_prefix(runtime, number)}*"):
+        path.unlink(missing_ok=True)
+
+
+def wait_for_turn(prepare: Callable[[], object]) -> None:
+    """Returns at once in a server that shall load its models; in a spare, when the launcher opens the gate.
+
+    Args:
+      prepare: called before the wait: imports, and nothing that would hold much memory or a GPU.
+    """
+    if gate := os.environ.get(GATE_VARIABLE):
+        prepare()
+        with open(gate) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+
+def give_sign_of_life(model: str) -> None:
+    """Tells the launcher, if there is one, that the model's process moves."""
+    if folder := os.environ.get(RUNTIME_VARIABLE):
+        path, now = Path(folder) / f"{model}.alive", time.monotonic()
+        path.touch(mode=0o600)
+        os.utime(path, (now, now))  # the clock that all processes share and nobody sets
+
+
+def signs_of_life(runtime: Path) -> dict[str, float]:
+    """By model, when it last gave one: seconds of ``time.monotonic``."""
+    return {path.stem: path.stat().st_mtime for path in runtime.glob("*.alive")}
 
 
 def private_dir(path: Path) -> Path:

@@ -15,10 +15,15 @@ import trtllm_memshare
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.llmapi_repository import llmapi_environment
 from trtllm_memshare.triton.repository import flavour_of
-from trtllm_memshare.triton.runtime import PACKAGE_VARIABLE, RUNTIME_VARIABLE, SERVER_VARIABLE
+from trtllm_memshare.triton.runtime import (
+    PACKAGE_VARIABLE,
+    RUNTIME_VARIABLE,
+    SERVER_VARIABLE,
+    shared_memory_prefix,
+)
 
 _STUB = "triton_python_backend_stub"
-_SHM_BYTES = 256 << 20
+_SHM_BYTES = 64 << 20  # of each model process; all of it is allocated at the start, and it grows when needed
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,14 @@ def find_server(named: Path | None = None) -> Server:
 
 
 def server_command(
-    server: Server, repository: Path, ports: Ports, host: str, runtime: Path, drain_s: float, extra: list[str]
+    server: Server,
+    repository: Path,
+    ports: Ports,
+    host: str,
+    runtime: Path,
+    drain_s: float,
+    extra: list[str],
+    number: int = 0,
 ) -> list[str]:
     """Arguments that start ``server`` over ``repository``.
 
@@ -79,6 +91,8 @@ def server_command(
     Args:
       runtime: folder of this start; the python backend is laid out in it if the server does not bring its own.
       drain_s: how long requests in flight may take after SIGTERM.
+      extra: options for tritonserver.
+      number: of the server among the launcher's.
 
     Raises:
       UserError: the repository is not a folder, or an option would blind the supervisor.
@@ -93,13 +107,14 @@ def server_command(
         folder = runtime / "backends" / "python"
         folder.mkdir(parents=True, exist_ok=True)
         for path in server.backend_files:
-            (folder / path.name).symlink_to(path)
+            if not (folder / path.name).is_symlink():
+                (folder / path.name).symlink_to(path)
         command.append(f"--backend-directory={folder.parent}")
         command.append("--allow-gpu-metrics=false")  # a CPU build has none
     for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
         command += [f"--{name}-port={port}", f"--{name}-address={host}"]
     # A name of its own for shared memory: a second server on the machine must not find ours.
-    command.append(f"--backend-config=python,shm-region-prefix-name={runtime.name}_")
+    command.append(f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix(runtime, number)}")
     command.append(f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}")
     command.append(f"--exit-timeout-secs={drain_s:.0f}")
     if flavour_of(repository) == "engine":

@@ -23,6 +23,7 @@ from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.triton.events import TokenEvent
 from trtllm_memshare.triton.metrics import ExecutorCollector
 from trtllm_memshare.triton.model_base import ServingModel
+from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.runtime import socket_path
 from trtllm_memshare.triton.service import ExecutorService
@@ -64,7 +65,13 @@ class TokenModel(ServingModel):
         self._socket = SocketServer(self._service, socket_path())
         self.loop.run(self._socket.start())
         self._is_ending = False
+        self._last_step = -1
         self.start()
+
+    @classmethod
+    def prepare(cls, args: dict[str, str]) -> None:
+        """Reads the engine's files, for all that this imports; no weights."""
+        load_engine(Path(parameters_of(args)["engine_dir"]))
 
     def outcomes(self) -> RequestMetrics:
         return self._outcomes
@@ -74,6 +81,12 @@ class TokenModel(ServingModel):
 
     def stop(self, label: str) -> None:
         self._service.stop(label)
+
+    def is_moving(self) -> bool:
+        status = self._executor.status()
+        moved = status.num_steps != self._last_step or not status.num_active + status.num_waiting
+        self._last_step = status.num_steps
+        return moved
 
     def look(self) -> None:
         """A failed executor takes its process with it: the launcher then starts the server anew."""

@@ -6,7 +6,6 @@ pays nothing for it.
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.tensors import RequestTensors
 
 _PAD_END = -1
@@ -29,7 +29,11 @@ class TokenizerModel:
 
     def __init__(self, pb_utils: Any, args: dict[str, str]) -> None:
         self._pb = pb_utils
-        self.parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
+        self.parameters = parameters_of(args)
+
+    @classmethod
+    def prepare(cls, args: dict[str, str]) -> None:
+        """Nothing: the tokenizer comes with the first request."""
 
     @cached_property
     def tokenizer(self) -> Any:

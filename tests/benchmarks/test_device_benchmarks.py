@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu import search_timing
 from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.config import make_config
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -24,10 +26,9 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-def test_a_row_says_why_it_has_no_reference(script, monkeypatch):
-    block_search = script("block_search")
-    pool = block_search.Pool(block_search.ModelShape(1, 1, 32, 1e4), torch.float32, 2, 8, "cpu")
-    monkeypatch.setattr(block_search, "_SET_BYTES", 0)
+def test_a_row_says_why_it_has_no_reference(monkeypatch):
+    pool = search_timing.Pool(search_timing.ModelShape(1, 1, 32, 1e4), torch.float32, 2, 8, "cpu")
+    monkeypatch.setattr(search_timing, "_SET_BYTES", 0)
     calls = []
 
     def fails_at_two_pairs(pool, new_rows, *_):
@@ -35,10 +36,10 @@ def test_a_row_says_why_it_has_no_reference(script, monkeypatch):
         if len(new_rows) == 2:
             raise RuntimeError("no memory\nmore")
 
-    monkeypatch.setattr(block_search, "block_distance", fails_at_two_pairs)
+    monkeypatch.setattr(search_timing, "block_distance", fails_at_two_pairs)
     rows = [{"pairs": 1}, {"pairs": 2}, {"pairs": 100}]
     late = iter([False, False, True])
-    for _ in block_search.references(rows, pool, 1, lambda: next(late)):
+    for _ in search_timing.references(rows, pool, 1, lambda: next(late)):
         pass
     assert rows[2]["reference_us"] > 0
     assert set(calls[:2]) == {64, 36}  # in slices
@@ -49,10 +50,10 @@ def test_a_row_says_why_it_has_no_reference(script, monkeypatch):
 def test_models_of_one_shape_are_one_row_of_the_report(tmp_path):
     report = tmp_path / "deep" / "report.json"
     models = ["QwQ-32B", "DeepSeek-R1-Distill-Qwen-32B"]
-    command = ["block_search.py", "--device", "cpu", "--pairs", "1", "--repeat", "1", "--dtypes", "int8"]
+    command = ["-m", "benchmarks.block_search", "--device", "cpu", "--pairs", "1", "--repeat", "1", "--dtypes", "int8"]
     subprocess.run(
         [sys.executable, *command, "--models", *models, "--output-json", report],
-        cwd=BENCHMARKS,
+        cwd=ROOT,
         check=True,
         timeout=120,
     )

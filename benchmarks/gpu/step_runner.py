@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -35,6 +36,7 @@ class Step:
       report: JSON that it writes, taken into the report whether the step ended well or not.
       headline: what of ``report`` is worth a glance; may hold several lines.
       variables: for its environment.
+      keeps: files that it writes and that are copied beside the report, whatever became of the step.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Step:
     report: Path | None = None
     headline: Callable[[dict[str, Any]], str] | None = None
     variables: dict[str, str] = field(default_factory=dict)
+    keeps: tuple[Path, ...] = ()
 
 
 class Suite:
@@ -84,11 +87,13 @@ class Suite:
             row.update(result="no time left", note=f"{max(0.0, left):.0f} s of {self._seconds:.0f} left")
         else:
             print(f"-- {step.name}: at most {limit:.0f} s", flush=True)
-            if step.report is not None:
-                step.report.unlink(missing_ok=True)  # of an earlier run
+            for written in (*step.keeps, *([step.report] if step.report else ())):
+                written.unlink(missing_ok=True)  # of an earlier run
             row.update(self._execute(step, limit))
             if step.report is not None and step.report.is_file():
                 self._take_report(step, row)
+            for kept in filter(Path.is_file, step.keeps):
+                shutil.copy(kept, self._out / f"{self._name}_{kept.name}")
         self.rows.append(row)
         self.write()
         print(f"== {step.name}: {row['result']} ({row['note']})", *row.get("tail", ()), sep="\n", flush=True)
@@ -101,7 +106,7 @@ class Suite:
             "seconds_allowed": round(self._seconds, 1),
             "steps": self.rows,
         }
-        _replace(self._out / f"{self._name}.json", json.dumps(document, indent=1) + "\n")
+        _replace(self.report, json.dumps(document, indent=1) + "\n")
         _replace(self._out / f"{self._name}.txt", self.table() + "\n")
         partial = self._out / f"{self._name}.partial"
         with tarfile.open(partial, "w:gz") as archive:
@@ -117,6 +122,11 @@ class Suite:
             lines.append(f"{row['step']:<24} {row['result']:<13} {first}")
             lines += [f"{'':<38} {line}" for line in rest]
         return "\n".join(lines)
+
+    @property
+    def report(self) -> Path:
+        """The JSON of all steps."""
+        return self._out / f"{self._name}.json"
 
     @property
     def has_failed(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import os
 import re
@@ -16,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-step_runner, gpu_steps = importlib.import_module("step_runner"), importlib.import_module("gpu_steps")
-sys.path.pop(0)
-Step = step_runner.Step
+from benchmarks.gpu import headlines, needs, step_runner
+from benchmarks.gpu.step_runner import Step
+from benchmarks.gpu.steps import HELD_BACK_S, PARTS, SECONDS_A_PART, make_steps
+
+ROOT = Path(__file__).parents[2]
 FILES = ["gpu_card_part1.json", "gpu_card_part1.txt", "gpu_card_part1_logs.tar.gz"]
 
 
@@ -128,9 +126,9 @@ pathlib.Path({str(report)!r}).write_text(json.dumps({{"us": 7}}))
 def test_a_suite_that_is_told_to_end_keeps_what_it_has(tmp_path):
     program = f"""
 import signal, sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from step_runner import Step, Suite
+from benchmarks.gpu.step_runner import Step, Suite
 suite = Suite(Path("work"), Path("out"), "gpu_card_part1", Path("."), 60, {{}}, grace_s=0.5)
 def end(number, _):
     suite.interrupt()
@@ -164,11 +162,11 @@ def suite_script(*arguments: str, path: str = "") -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-@pytest.mark.skipif(gpu_steps.shutil.which("nvidia-smi") is not None, reason="says what a machine without a GPU says")
+@pytest.mark.skipif(needs.shutil.which("nvidia-smi") is not None, reason="says what a machine without a GPU says")
 def test_a_dry_run_works_anywhere_and_names_what_each_step_lacks():
     done = suite_script("--part", "1", "--dry-run")
     assert done.returncode == 1, done.stderr
-    for step in gpu_steps.make_steps(1, sys.executable):
+    for step in make_steps(1, sys.executable):
         assert f"{step.name:<24} {step.limit_s:>5.0f} s" in done.stdout
     assert "GPU: none that the torch of" in done.stdout
     run = suite_script("--part", "2")
@@ -178,9 +176,9 @@ def test_a_dry_run_works_anywhere_and_names_what_each_step_lacks():
 
 def test_help_and_dry_run_need_nothing_but_python():
     """-S: no site-packages, so neither torch nor pydantic."""
-    command = [sys.executable, "-S", str(ROOT / "benchmarks" / "gpu_suite.py")]
-    assert subprocess.run([*command, "--help"], capture_output=True, check=True).stdout.startswith(b"usage:")
-    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu_suite"]
+    assert subprocess.run([*command, "--help"], capture_output=True, check=True, cwd=ROOT).stdout.startswith(b"usage:")
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 1, done.stderr
     assert "lacks torch, numpy, pydantic, tqdm, cuda.core" in done.stdout
     assert "(pip install 'torch>=2.6' 'numpy' 'pydantic>=2.6,<3'" in done.stdout
@@ -189,44 +187,52 @@ def test_help_and_dry_run_need_nothing_but_python():
 def test_an_unknown_step_is_named():
     done = suite_script("--part", "2", "--steps", "ncu", "serch")
     assert done.returncode == 2
-    assert "part 2 has no step serch (it has real_engine," in done.stderr
+    assert "part 2 has no step serch (it has replay_half_null," in done.stderr
 
 
-@pytest.mark.parametrize("part", gpu_steps.PARTS)
+def program_of(step: Step) -> tuple[Path, list[str]] | None:
+    """The file of this repository that a step runs, and what it passes; None for other programs."""
+    for place, argument in enumerate(step.command):
+        if argument.startswith(("benchmarks.", "benchmarks/", "build_scripts/")):
+            path = ROOT / (argument if "/" in argument else argument.replace(".", "/") + ".py")
+            path = path if path.exists() else path.with_suffix("") / "__main__.py"
+            return path, step.command[place + 1 :]
+    return None
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_the_limits_of_a_part_fit_its_time_and_its_steps_name_files_that_exist(part):
-    steps = gpu_steps.make_steps(part, sys.executable)
-    assert sum(step.limit_s for step in steps) <= gpu_steps.SECONDS_A_PART - gpu_steps.HELD_BACK_S
+    steps = make_steps(part, sys.executable)
+    assert sum(step.limit_s for step in steps) <= SECONDS_A_PART - HELD_BACK_S
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
+        program = program_of(step)
+        assert program is None or program[0].is_file(), step.command
         for argument in step.command:
-            if argument.endswith(".py") or argument.startswith("tests/"):
+            if argument.startswith(("tests/", "benchmarks/data")):
                 assert (ROOT / argument).exists(), argument
-            if argument.startswith("benchmarks.studies."):
-                assert importlib.util.find_spec(argument) is not None, argument
         if step.report is not None:
             assert step.headline is not None
 
 
-@pytest.mark.parametrize("part", gpu_steps.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_the_steps_use_options_that_their_commands_have(part):
     commands = ROOT / "trtllm_memshare" / "commands"
     shared = "".join(path.read_text() for path in commands.glob("*.py"))
-    for step in gpu_steps.make_steps(part, sys.executable):
-        for place, argument in enumerate(step.command):
-            script = ROOT / argument if argument.startswith(("benchmarks/", "build_scripts/")) else None
-            if argument.startswith("benchmarks.studies."):
-                script = ROOT / (argument.replace(".", "/") + ".py")
-            if script is not None and script.suffix == ".py":
-                text = script.read_text() + shared
-                for option in (o for o in step.command[place + 1 :] if o.startswith("--")):
-                    assert f'"{option}"' in text, f"{step.name}: {option}"
+    for step in make_steps(part, sys.executable):
+        program = program_of(step)
+        if program is not None:
+            text = program[0].read_text() + shared
+            for option in (o for o in program[1] if o.startswith("--")):
+                assert f'"{option}"' in text, f"{step.name}: {option}"
 
 
 def test_the_most_wanted_figures_come_first():
-    first, second = (gpu_steps.make_steps(part, sys.executable) for part in gpu_steps.PARTS)
+    first, second, third = (make_steps(part, sys.executable) for part in PARTS)
     search = first[0].command
     assert search[search.index("--dtypes") + 1 : search.index("--pairs") + 2] == ["bfloat16", "--pairs", "64"]
-    assert [step.name for step in second[:2]] == ["real_engine", "real_requests"]
+    assert second[0].name == "replay_half_null"
+    assert [step.name for step in third[:3]] == ["real_engine", "real_requests", "pressure_batch_256"]
     sanitized = next(step for step in first if step.name == "memcheck").command
     test, word = sanitized[sanitized.index("-k") - 1], sanitized[sanitized.index("-k") + 1]
     picked = [
@@ -235,18 +241,49 @@ def test_the_most_wanted_figures_come_first():
     assert sorted(picked) == ["test_cuda_block_distance.py", "test_cuda_signatures.py"]
 
 
+def test_a_real_model_is_measured_in_every_way_that_is_asked_for():
+    """Under pressure where memory binds, at 8,192 tokens, and with answers that can be wrong."""
+    third = {step.name: step for step in make_steps(3, sys.executable)}
+    for name, batch in (("pressure_batch_256", "256"), ("pressure_batch_64", "64")):
+        command = third[name].command
+        assert command[command.index("--concurrency") + 1] == batch
+        assert {"full", "full-guaranteed", "pressure:min_kept=0.5"} <= set(command)
+    table = third["table_8192"]
+    assert table.command[table.command.index("--tokens") + 1] == "8192"
+    assert [path.name for path in table.keeps] == ["real_model_8192.jsonl"]
+    assert third["adapter"].keeps[0].name == "adapter_model.safetensors"
+    assert third["adapted_answers"].command[2:4] == ["--engine-dir", third["adapted_engine"].command[-1]]
+
+
+def test_what_a_step_keeps_lies_beside_the_report_also_when_it_failed(suite, tmp_path):
+    kept, never = tmp_path / "rows.jsonl", tmp_path / "never"
+    code = f"import pathlib; pathlib.Path({str(kept)!r}).write_text('1'); raise SystemExit(4)"
+    suite.run(Step("table", 20, python(code), keeps=(kept, never)))
+    assert (tmp_path / "out" / "gpu_card_part1_rows.jsonl").read_text() == "1"
+    assert not list((tmp_path / "out").glob("*never"))
+
+
 def test_headlines_of_the_reports_that_the_benchmarks_write():
     rows = [{"dtype": "bfloat16", "pairs": 64, "kernel_us": 88.04, "share_of_copy_bandwidth": 0.887,
              "kernel_relative_error": 2e-7, "compiled_us": 512.3}, {"dtype": "int8", "pairs": 1}]  # fmt: skip
-    line = gpu_steps.search_headline({"rows": rows, "tokens_per_block": 32, "copy_gb_s": 2954.0})
+    line = headlines.search_headline({"rows": rows, "tokens_per_block": 32, "copy_gb_s": 2954.0})
     assert line == ("bfloat16 64 pairs of 32: 88.0 us, 89% of a copy, compiled 512 us; copy 2.95 TB/s, error 2e-07")
     variants = {
         "off": {"step_ms_mean": 12.3, "over_off": None, "step_ms_last_tenth": 13.0},
         "shadow": {"step_ms_mean": 12.4, "over_off": 0.008, "step_ms_last_tenth": 13.1},
     }
-    line = gpu_steps.replay_headline(
+    line = headlines.replay_headline(
         {"variants": variants, "batch_size": 128, "output_tokens": 256, "decode_attention": "Triton"}
     )
     assert line == "128 x 256: off 12.30 ms, 13.00 at the end; shadow 12.40 ms (+0.8%), 13.10 at the end; Triton"
     report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
-    assert gpu_steps.throughput_headline(report).startswith("requests/s: full ")
+    assert headlines.throughput_headline(report).startswith("requests/s: full ")
+    for row in report["variants"]:
+        row["accuracy"] = 0.5
+    assert headlines.accuracy_headline(report).startswith("20 problems: full 50.0% right, ")
+    found = {"arm": "paper-null", "loss_change": 0.0123, "ratio": 0.9}
+    line = headlines.page_table_headline({"texts": 3, "tokens": 8192, "comparisons": [found]})
+    assert line == "3 texts of 8192 tokens, nats a token: paper-null +0.0123 (0.90 of random)"
+    log = [{"step": 0, "validation_loss": 1.5}, {"step": 700, "validation_loss": 0.25}]
+    line = headlines.adapter_headline({"log": log, "adapter_bytes": 10 << 20})
+    assert line == "700 steps: validation loss 1.500 to 0.250; 10.0 MiB"

@@ -1,0 +1,58 @@
+"""What of a benchmark's report is worth a glance: the lines that the steps of the GPU suite leave on the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def search_headline(report: Report) -> str:
+    """A line a row: time, share of the bandwidth of a copy, and the reference's time where it was taken."""
+    lines = []
+    for row in report["rows"]:
+        if "kernel_us" not in row:
+            continue
+        line = (f"{row['dtype']} {row['pairs']} pairs of {report['tokens_per_block']}: {row['kernel_us']:.1f} us, "
+                f"{row['share_of_copy_bandwidth']:.0%} of a copy")  # fmt: skip
+        for label in ("reference", "compiled"):
+            if f"{label}_us" in row:
+                line += f", {label} {row[f'{label}_us']:.0f} us"
+        lines.append(line)
+    errors = [row["kernel_relative_error"] for row in report["rows"] if "kernel_relative_error" in row]
+    lines[0] += f"; copy {report['copy_gb_s'] / 1e3:.2f} TB/s, error {max(errors):.0e}" if errors else ""
+    return "\n".join(lines)
+
+
+def replay_headline(report: Report) -> str:
+    """Step times of the variants, and what attended."""
+    parts = []
+    for name, row in report["variants"].items():
+        over = "" if row["over_off"] is None else f" ({row['over_off']:+.1%})"
+        parts.append(f"{name} {row['step_ms_mean']:.2f} ms{over}, {row['step_ms_last_tenth']:.2f} at the end")
+    return f"{report['batch_size']} x {report['output_tokens']}: {'; '.join(parts)}; {report['decode_attention']}"
+
+
+def throughput_headline(report: Report) -> str:
+    """Requests per second of the variants."""
+    rates = [f"{v['variant']} {v['request_throughput_req_s']:.3g}" for v in report["variants"]]
+    return f"requests/s: {', '.join(rates)}; {report['kv_cache_blocks']} blocks; {report['decode_attention']}"
+
+
+def accuracy_headline(report: Report) -> str:
+    """Answers that are right, of the variants, and the most blocks that each held."""
+    parts = [f"{v['variant']} {v['accuracy']:.1%} right, {v['peak_used_blocks']} blocks" for v in report["variants"]]
+    return f"{report['dataset']['num_requests']} problems: {', '.join(parts)}"
+
+
+def page_table_headline(report: Report) -> str:
+    """Change of the loss of each arm, and against random pages."""
+    parts = [f"{row['arm']} {row['loss_change']:+.4f} ({row['ratio']:.2f} of random)" for row in report["comparisons"]]
+    return f"{report['texts']} texts of {report['tokens']} tokens, nats a token: {', '.join(parts) or 'too few texts'}"
+
+
+def adapter_headline(report: Report) -> str:
+    """Loss on problems that were not trained on, at the first and the last entry of the log, and the file's size."""
+    first, last = report["log"][0], report["log"][-1]
+    return (f"{last['step']} steps: validation loss {first['validation_loss']:.3f} to {last['validation_loss']:.3f}; "
+            f"{report['adapter_bytes'] / 2**20:.1f} MiB")  # fmt: skip

@@ -1,0 +1,162 @@
+"""What ``gpu_suite.sh`` runs, in the order of its worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.gpu.headlines import (
+    accuracy_headline,
+    adapter_headline,
+    page_table_headline,
+    replay_headline,
+    search_headline,
+    throughput_headline,
+)
+from benchmarks.gpu.needs import (
+    ADAPTER,
+    KERNEL,
+    MODEL,
+    PLUGINS,
+    REAL_MODEL,
+    TESTS,
+    WORK,
+    plugin_lacks,
+    real_model,
+    real_model_lacks,
+    tensorrt_root,
+    why_not,
+)
+from benchmarks.gpu.step_runner import Step
+
+PARTS = (1, 2, 3)
+SECONDS_A_PART = 540
+"""Of a part, all in: nine minutes."""
+HELD_BACK_S = 35
+"""Of it, for the start, the last report and a step that has to be killed."""
+
+_SEVEN_B = "DeepSeek-R1-Distill-Qwen-7B"
+_SANITIZED = ("tests/search", "-k", "sanitizer")
+_HARNESS = [str(PLUGINS / "plugin_harness"), str(PLUGINS / "libtrtllm_memshare_plugin.so"), "--gpu", "require"]
+_HELD = r"\d+ of \d+ checks held"
+_LONG = 8192  # tokens that SmolLM2 was made for
+
+
+def make_steps(part: int, python: str) -> list[Step]:
+    """The steps of a part, those of most worth first."""
+    return {1: _kernel_part, 2: _detail_part, 3: _real_model_part}[part](_Commands(python))
+
+
+class _Commands:
+    """Builds steps for one interpreter."""
+
+    def __init__(self, python: str) -> None:
+        self.python = python
+
+    def report(
+        self, name: str, limit_s: float, program: str, *arguments: str, headline: Any, lacks: str | None, **more: Any
+    ) -> Step:
+        """A benchmark that writes a report; ``program``: a file, or a module where its name has no slash."""
+        report = WORK / f"{name}.json"
+        start = [program] if "/" in program else ["-m", program]
+        command = [self.python, *start, *arguments, "--output-json", str(report)]
+        return Step(name, limit_s, command, lacks, report=report, headline=headline, **more)
+
+    def tests(self, name: str, limit_s: float, *arguments: str, tool: tuple[str, ...] = ()) -> Step:
+        """GPU tests, under a sanitizer if ``tool`` is one."""
+        command = [*tool, self.python, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", *arguments]
+        # Torch's allocator hands out parts of large blocks, inside which nothing is out of bounds.
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
+        lacks = why_not(TESTS, tool[:1])
+        return Step(name, limit_s, command, lacks, must_say=r"[1-9]\d* passed.*", variables=variables)
+
+    def search(self, name: str, limit_s: float, *arguments: str, references: tuple[str, ...] = ()) -> Step:
+        """The kernel's time at the shape of the 7B model."""
+        arguments = ("--models", _SEVEN_B, *arguments, "--references", *(references or ("none",)))
+        lacks = why_not(KERNEL)
+        return self.report(name, limit_s, "benchmarks.block_search", *arguments, headline=search_headline, lacks=lacks)
+
+    def replay(self, name: str, limit_s: float, *arguments: str) -> Step:
+        """Steps of the 7B model with random weights."""
+        lacks = why_not(MODEL)
+        return self.report(
+            name, limit_s, "benchmarks/trace_replay.py", *arguments, headline=replay_headline, lacks=lacks
+        )
+
+    def bench(self, name: str, limit_s: float, engine: str, *arguments: str, headline: Any, lacks: str | None) -> Step:
+        """In-flight batching on an engine."""
+        arguments = ("--engine-dir", engine, "--device", "cuda", *arguments)
+        return self.report(name, limit_s, "benchmarks/inflight_batching.py", *arguments, headline=headline, lacks=lacks)
+
+    def sanitizer(self, tool: str) -> tuple[str, ...]:
+        return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+
+
+def _kernel_part(make: _Commands) -> list[Step]:
+    root = tensorrt_root()
+    build = [make.python, "build_scripts/build_plugins.py", "--preset", "native", "--output-dir", str(PLUGINS)]
+    return [
+        make.search("search_bf16", 55, "--dtypes", "bfloat16", "--pairs", "64", "1", "8", "512"),
+        Step("plugin_build", 75, build, plugin_lacks(), variables={"TENSORRT_ROOT": root} if root else {}),
+        Step("plugin_harness", 25, _HARNESS, plugin_lacks(), must_say=_HELD),
+        make.tests("gpu_tests", 95, "tests/search", "tests/runners", "tests/evaluation/test_masked_replay.py"),
+        make.search("search_fp8_int8", 45, "--dtypes", "float8_e4m3fn", "int8", "--pairs", "64", "512"),
+        make.tests("memcheck", 75, *_SANITIZED, tool=(*make.sanitizer("memcheck"), "--report-api-errors", "no")),
+        make.replay("replay_7b", 135, "--variants", "off", "shadow", "full-searches", "--output-tokens", "256",
+                    "--budget-s", "90"),
+    ]  # fmt: skip
+
+
+def _detail_part(make: _Commands) -> list[Step]:
+    ncu = ["ncu", "--metrics", "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+           "smsp__issue_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread",
+           "--kernel-name", "block_distance", "--launch-count", "3", make.python, "-m", "benchmarks.block_search",
+           "--models", _SEVEN_B, "--dtypes", "bfloat16", "float8_e4m3fn", "int8", "--pairs", "512", "--repeat", "1",
+           "--references", "none"]  # fmt: skip
+    plugin = {"the plugin of part 1": (PLUGINS / "plugin_harness").is_file()}
+    return [
+        make.replay("replay_half_null", 105, "--batch-size", "64", "--output-tokens", "1536", "--repeat", "1",
+                    "--variants", "off", "half-dropped", "half-null"),
+        make.search("search_16_tokens", 30, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
+        make.search("search_64_tokens", 30, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
+        Step("ncu", 60, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
+        make.tests("racecheck", 65, *_SANITIZED, tool=make.sanitizer("racecheck")),
+        make.tests("initcheck", 65, *_SANITIZED, tool=make.sanitizer("initcheck")),
+        Step("memcheck_plugin", 60, [*make.sanitizer("memcheck"), *_HARNESS],
+             why_not((), ("compute-sanitizer",), plugin), must_say=_HELD),
+        make.search("search_compiled", 40, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "30",
+                    references=("eager", "compiled")),
+        make.replay("replay_no_graphs", 50, "--variants", "off", "full-searches", "--output-tokens", "48", "--repeat",
+                    "1", "--no-graphs"),
+    ]  # fmt: skip
+
+
+def _real_model_part(make: _Commands) -> list[Step]:
+    model, engine, requests = real_model(), str(WORK / "real_engine"), str(WORK / "requests.jsonl")
+    checkpoint, adapter, adapted = f"{engine}_checkpoint", WORK / "adapter", str(WORK / "adapted_engine")
+    lacks, adapter_lacks = real_model_lacks(REAL_MODEL), real_model_lacks(ADAPTER)
+    convert = [make.python, "-m", "benchmarks.real_engine", "--max-batch-size", "256", "--model"]
+    write = [make.python, "-m", "benchmarks.studies.pressure.make_requests", "--model-dir", checkpoint,
+             "--num-requests", "256", "--max-tokens", "1024", "--output", requests]  # fmt: skip
+    pressed = ("--dataset", requests, "--replay", "--kv-cache-share", "0.5",
+               "--variants", "full", "full-guaranteed", "pressure:min_kept=0.5")  # fmt: skip
+    rows = WORK / f"real_model_{_LONG}.jsonl"
+    return [
+        Step("real_engine", 45, [*convert, str(model), "--output-dir", engine], lacks),
+        Step("real_requests", 20, write, lacks),
+        make.bench("pressure_batch_256", 105, engine, *pressed, "--concurrency", "256",
+                   headline=throughput_headline, lacks=lacks),
+        make.bench("pressure_batch_64", 75, engine, *pressed, "--concurrency", "64", "--num-requests", "128",
+                   headline=throughput_headline, lacks=lacks),
+        make.report(f"table_{_LONG}", 85, "benchmarks.studies.real_model.table", "--model-dir", checkpoint, "--device",
+                    "cuda", "--tokens", str(_LONG), "--seconds", "60", "--output", str(rows), "--arms", "random",
+                    "attention-redundancy", "redundancy-k", "surprisal-led-signature", "paper-alias", "paper-null",
+                    headline=page_table_headline, lacks=lacks, keeps=(rows,)),
+        make.report("adapter", 95, "benchmarks.studies.adapter", "--model-dir", checkpoint, "--output-dir",
+                    str(adapter), "--device", "cuda", "--minutes", "1.1", headline=adapter_headline,
+                    lacks=adapter_lacks,
+                    keeps=tuple(adapter / f"adapter_{name}" for name in ("model.safetensors", "config.json"))),
+        Step("adapted_engine", 35, [*convert, str(adapter / "merged"), "--output-dir", adapted], adapter_lacks),
+        make.bench("adapted_answers", 45, adapted, "--dataset", "benchmarks/data/small.jsonl",
+                   "--kv-cache-share", "0.5", "--variants", "full", "pressure:min_kept=0.5", "aligned",
+                   headline=accuracy_headline, lacks=adapter_lacks),
+    ]  # fmt: skip
