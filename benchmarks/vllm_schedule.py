@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=Path("benchmarks/data/traces/r1_math500.jsonl"))
     parser.add_argument("--parts", type=int, nargs="+", default=[4], help="pools: one over these of the demand")
     parser.add_argument("--arms", nargs="+", default=["vllm", "admission", "0.75", "0.5", "0.25"])
-    parser.add_argument("--admissions", nargs="+", default=["expected"], help="vllm, expected or max-tokens")
+    parser.add_argument("--admissions", nargs="+", default=["lookahead"], help="vllm, lookahead or max-tokens")
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--in-flight", type=int, default=16, help="vLLM's max_num_seqs")
     parser.add_argument("--shorter-by", type=int, default=4, help="answers are this part of their traces")

@@ -87,6 +87,19 @@ def cut_traces(tokenizer: Any, count: int, max_tokens: int, seed: int) -> list[t
     return requests
 
 
+def whole_traces(tokenizer: Any, count: int, max_tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """Requests of the lengths that the models wrote, cut at ``max_tokens``, in a drawn order; otherwise ``cut_traces``.
+
+    Traces take turns over the models that wrote them.
+    """
+    requests = list[tuple[list[int], list[int]]]()
+    for trace in read_traces()[:count]:
+        prompt = tokenizer(trace.prompt, add_special_tokens=False)["input_ids"]
+        output = tokenizer(trace.output, add_special_tokens=False, verbose=False)["input_ids"]
+        requests.append((prompt, output[: max_tokens - len(prompt)]))
+    return [requests[i] for i in np.random.default_rng(seed).permutation(len(requests))]
+
+
 def runaway_trace(folder: Path = TRACES) -> Trace:
     """The 32,768-token loop of R1-Distill-Qwen-7B."""
     rows = _read(folder / "r1-distill-math500-pilot" / "pilot_math500_qwen7b.jsonl")
