@@ -46,7 +46,7 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 # Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
 "$python" benchmarks/pytorch_hook.py --output-json "$results/pytorch_hook.json"
 "$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
-"$python" -m benchmarks.triton_soak --engine-dir "$engine" --output-json "$results/triton_soak.json"
+"$python" -m benchmarks.triton_soak --engine-dir "$engine" --minutes 30 --output-json "$results/triton_soak.json"
 # The weights of the model of the traces come from benchmarks/studies/learning_to_copy/train.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.
 real=("$python" -m benchmarks.studies.real_text)
