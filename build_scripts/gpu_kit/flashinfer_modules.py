@@ -48,14 +48,18 @@ def compile_modules(kit: Kit, arch: str) -> None:
     """
     for tool in ("nvcc", "ninja", "c++"):
         if shutil.which(tool) is None:
-            raise KitError(f"FlashInfer's modules need nvcc, ninja and c++ on PATH, got no {tool} (leave out --flashinfer)")
+            raise KitError(
+                f"FlashInfer's modules need nvcc, ninja and c++ on PATH, got no {tool} (leave out --flashinfer)"
+            )
     wheels, site = WORK / "wheels", WORK / "site"
     shutil.rmtree(wheels, ignore_errors=True)
     wheels.mkdir(parents=True)
     for name in (*WHEELS, *_IMPORTED):
         download_wheel(name, wheels, None)
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target"]
-    _check(subprocess.run([*install, str(site), *map(str, wheels.iterdir())], capture_output=True, text=True, check=False))
+    _check(
+        subprocess.run([*install, str(site), *map(str, wheels.iterdir())], capture_output=True, text=True, check=False)
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(site),

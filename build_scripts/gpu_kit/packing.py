@@ -19,6 +19,7 @@ WHEELS = (
 )  # fmt: skip
 """What the suite imports beside torch and transformers; cuda-core needs the pathfinder, pydantic the next three."""
 
+
 @dataclass(frozen=True)
 class PackOptions:
     """What goes in.

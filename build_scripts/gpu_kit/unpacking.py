@@ -34,7 +34,17 @@ def unpack(kit: Kit) -> list[str]:
 
 def _install_wheels(kit: Kit) -> str:
     wheels = sorted(map(str, kit.wheels.glob("*.whl")))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--upgrade",
+    ]
     done = subprocess.run([*command, "--target", str(kit.site), *wheels], capture_output=True, text=True, check=False)
     if done.returncode:
         raise KitError(f"pip must install the {len(wheels)} wheels of the kit, got: {done.stderr.strip()[-500:]}")

@@ -19,7 +19,9 @@ def download_wheel(name: str, folder: Path, python: str | None) -> None:
     Args:
       python: of the machine it is for, None = this one.
     """
-    pinned = re.search(rf"^{re.sub('[-_]', '[-_]', name)}==[^;\s]+", (ROOT / "constraints.txt").read_text(), re.M | re.I)
+    pinned = re.search(
+        rf"^{re.sub('[-_]', '[-_]', name)}==[^;\s]+", (ROOT / "constraints.txt").read_text(), re.M | re.I
+    )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     if python is not None:
         command += ["--implementation", "cp", "--python-version", python]
