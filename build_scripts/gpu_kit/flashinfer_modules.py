@@ -1,6 +1,6 @@
 """FlashInfer's decode attention compiled beforehand, on a machine without a GPU, for one that compiles nothing.
 
-FlashInfer's own specifications say what a module is made of and how; they ask for no GPU once the architecture is named.
+FlashInfer's own specifications say what a module is made of and how; they need no GPU once the architecture is named.
 It looks for ``flashinfer/data/aot/NAME/NAME.so`` before it compiles. A module is 0.4 to 2 MiB.
 """
 
