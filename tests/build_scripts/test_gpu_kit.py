@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from build_scripts.gpu_kit import flashinfer_modules, packing, unpacking
 from build_scripts.gpu_kit.layout import Kit, KitError
 from build_scripts.gpu_kit.packing import PackOptions, pack
