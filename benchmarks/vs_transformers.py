@@ -9,42 +9,21 @@ import argparse
 import logging
 import statistics
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.benchmark import Load, run_variant
-from trtllm_memshare.evaluation.dataset import DatasetItem, read_dataset
+from trtllm_memshare.evaluation.dataset import read_dataset
 from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.evaluation.transformers_batching import run_transformers
 from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.steps import BoundaryTokens
-
-
-def run_transformers(model: Any, items: list[DatasetItem], options: argparse.Namespace, eos: int) -> tuple[float, list]:
-    """Seconds and output ids of `generate_batch`."""
-    generation = GenerationConfig(
-        max_new_tokens=items[0].output_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0, use_cache=True
-    )
-    batching = ContinuousBatchingConfig(
-        page_size=options.page_size,
-        num_blocks=options.kv_cache_blocks,
-        max_batch_tokens=options.max_num_tokens,
-        allow_block_sharing=False,
-    )
-    started = time.perf_counter()
-    outputs = model.generate_batch(
-        [i.input_ids for i in items], generation_config=generation, continuous_batching_config=batching, warmup=False
-    )
-    seconds = time.perf_counter() - started
-    ordered = sorted(outputs.values(), key=lambda o: int(o.request_id.rsplit("_", 1)[-1]))
-    return seconds, [list(o.generated_tokens) for o in ordered]
 
 
 def main() -> None:
@@ -73,7 +52,9 @@ def main() -> None:
     for _ in range(options.repeat):
         mine = run_variant(variant, runner, boundaries, items, load, lambda *_: True)
         ours.append(mine.entry["total_latency_ms"] / 1e3)
-        seconds, outputs = run_transformers(stock, items, options, eos)
+        seconds, outputs = run_transformers(
+            stock, items, eos, options.page_size, options.kv_cache_blocks, options.max_num_tokens
+        )
         theirs.append(seconds)
         agree = sum(a.token_ids == b for a, b in zip(mine.results, outputs, strict=True)) / len(items)
         print(f"round: ours {ours[-1]:.2f} s, transformers {seconds:.2f} s, same tokens {agree:.0%}", file=sys.stderr)

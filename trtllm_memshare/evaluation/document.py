@@ -14,11 +14,17 @@ from trtllm_memshare.evaluation.machine import describe_machine, one_line
 def make_report(figures: dict[str, Any], command: str | None = None) -> dict[str, Any]:
     """``figures`` behind the command (default: this process's), today's date and this machine."""
     return {
-        "command": command or " ".join(["python", *sys.argv]),
+        "command": command or " ".join(["python", *_program(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(),
         **figures,
     }
+
+
+def _program() -> list[str]:
+    """How this process was started: as a file, or as ``-m`` and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [sys.argv[0]] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
 
 
 def publish(report: dict[str, Any], output_json: Path | None) -> None:
