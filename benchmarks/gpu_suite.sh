@@ -27,4 +27,4 @@ if [ -n "${TENSORRT_ROOT:-}" ]; then
 fi
 root=$(realpath "$(dirname "$0")/..")
 export PYTHONPATH="$root:$root/gpu_kit/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-exec "$python" -m benchmarks.gpu_suite "$@"
+exec "$python" "$root/benchmarks/gpu_suite.py" "$@"

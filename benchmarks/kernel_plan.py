@@ -1,14 +1,16 @@
 """What the search and a decode step should take on H100 and H200, from counted bytes and instructions; needs no GPU.
 
-Compiles the kernel of the 7B model with NVRTC for sm_90, counts its machine instructions, and adds up
+Compiles the kernel of the 7B model with NVRTC for sm_90, counts its machine instructions, and works out
 
+    before    the launch, and loads in a row up to the first data: the rows' numbers, then the rows
     memory    bytes of the rows over the bandwidth of a copy
     issue     warp instructions over what the schedulers issue
-    latency   loads in a row of a block's first and last heads, which nothing hides when a GPU is nearly empty
+    chain     loads that a block waits for one after the other, head by head, for all blocks that take turns
 
-A search takes its latency and the larger of the other two, each at the share of its peak that kernels like it reach.
---compare holds the plan against reports of ``gpu_suite.sh``. The plan is a plan: until such a report is in
-benchmarks/results/, nothing in it has been measured. The last line is JSON.
+A search takes what stands before and then the largest of the others, memory and issue at the share of its peak that
+kernels like it reach. While one block waits, the loads of others are under way, so that the chain counts only where too
+few blocks are at work to fill the memory's queue. --compare holds the plan against reports of ``gpu_suite.sh``: until
+one is in benchmarks/results/, nothing in the plan has been measured. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ STEPS = ((64, 2048), (64, 8192), (128, 576))
 
 _MEMORY_SHARE = 0.93  # of a copy's bandwidth: a search only reads
 _ISSUE_SHARE = 0.75
+_REGISTERS, _REGISTERS_OF_THREAD = 65536, 128  # of a multiprocessor; what a thread may take, so no fewer blocks fit
 _LATENCY_S = 0.7e-6  # of a load from DRAM
 _LAUNCH_S = 1.5e-6  # from one kernel to the first instruction of the next, and the sums at the end
 
@@ -49,19 +51,23 @@ def count(dtype: str, folder: Path | None = None) -> tuple[KernelVariant, Kernel
 
 
 def plan_search(variant: KernelVariant, counted: KernelCount, pairs: int, device: Device) -> dict[str, float]:
-    """Microseconds of one search: memory, issue, latency, expected; and its share of a copy's bandwidth."""
+    """Microseconds of one search by what could bound it, and what is expected; its share of a copy's bandwidth."""
     element_bytes = ELEMENT_TYPES[variant.dtype].element_bytes
     read = pairs * 2 * LAYERS * 2 * KV_HEADS * TOKENS * HEAD_DIM * element_bytes
     groups = num_layer_groups(pairs, LAYERS)
     warps = pairs * variant.num_threads // 32
     # Sums over a warp and the rest of a layer: 20 shuffles and as many additions, some addresses.
     instructions = warps * (groups * counted.before_loop + LAYERS * (KV_HEADS * counted.loop + 60))
-    memory = read / device.copy_bytes_s
-    issue = instructions / (device.multiprocessors * 4 * device.clock_hz)
-    latency = _LAUNCH_S + (counted.dependent_loads + KV_HEADS - 1) * _LATENCY_S
-    expected = latency + max(memory / _MEMORY_SHARE, issue / _ISSUE_SHARE)
-    return {"memory_us": memory * 1e6, "issue_us": issue * 1e6, "latency_us": latency * 1e6,
-            "expected_us": expected * 1e6, "share_of_copy_bandwidth": memory / expected}  # fmt: skip
+    memory = read / device.copy_bytes_s / _MEMORY_SHARE
+    issue = instructions / (device.multiprocessors * 4 * device.clock_hz) / _ISSUE_SHARE
+    resident = device.multiprocessors * (_REGISTERS // (_REGISTERS_OF_THREAD * variant.num_threads))
+    turns = math.ceil(pairs * groups / resident) * math.ceil(LAYERS / groups) * KV_HEADS
+    chain = (turns - 1) * _LATENCY_S
+    before_data = _LAUNCH_S + counted.dependent_loads * _LATENCY_S
+    expected = before_data + max(memory, issue, chain)
+    return {"before_data_us": before_data * 1e6, "memory_us": memory * 1e6, "issue_us": issue * 1e6,
+            "chain_us": chain * 1e6, "expected_us": expected * 1e6,
+            "share_of_copy_bandwidth": memory * _MEMORY_SHARE / expected}  # fmt: skip
 
 
 def plan_step(batch: int, tokens: int, device: Device, search_us: float) -> dict[str, Any]:
@@ -131,12 +137,13 @@ def table(report: dict[str, Any]) -> str:
     for dtype, c in rows:
         lines.append(f"{dtype:<22} {c['before_loop']:>11} {c['loop']:>6} {c['dependent_loads']:>14} "
                      f"{c['barriers_before_data']:>8}")  # fmt: skip
-    lines.append(
-        f"\n{'card':<5} {'dtype':<14} {'pairs':>5} {'memory us':>10} {'issue us':>9} {'expected us':>11} {'of copy':>8}"
-    )
+    names = ("before_data", "memory", "issue", "chain", "expected")
+    titles = " ".join(f"{name.removesuffix('_data') + ' us':>11}" for name in names)
+    lines.append(f"\n{'card':<5} {'dtype':<14} {'pairs':>5} {titles} {'of copy':>8}")
     for r in report["search"]:
-        lines.append(f"{r['card']:<5} {r['dtype']:<14} {r['pairs']:>5} {r['memory_us']:>10.1f} {r['issue_us']:>9.1f} "
-                     f"{r['expected_us']:>11.1f} {r['share_of_copy_bandwidth']:>8.0%}")  # fmt: skip
+        times = " ".join(f"{r[f'{name}_us']:>11.1f}" for name in names)
+        share = r["share_of_copy_bandwidth"]
+        lines.append(f"{r['card']:<5} {r['dtype']:<14} {r['pairs']:>5} {times} {share:>8.1%}")
     lines.append(f"\n{'card':<5} {'batch':>5} {'tokens':>6} {'step ms':>8} {'half null':>9} {'search each step':>16} "
                  f"{'each interval':>13}")  # fmt: skip
     for r in report["step"]:

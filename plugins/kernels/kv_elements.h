@@ -135,12 +135,15 @@ MEMSHARE_UNROLL
 // Two e4m3 in one instruction: decoding them one by one would take longer than reading them.
 template <> MEMSHARE_HD void decode_word<Fp8E4M3>(unsigned int word, float* values)
 {
+    unsigned int halves[2];
+    // The unpacking is part of the conversion (R.H1), where a shift of the word would be an instruction of its own.
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+        : "=r"(halves[0]), "=r"(halves[1])
+        : "r"(word));
 MEMSHARE_UNROLL
     for (int i = 0; i < 2; ++i) {
-        unsigned int halves;
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(word >> 16 * i)));
-        values[2 * i] = Fp16::decode(static_cast<unsigned short>(halves));
-        values[2 * i + 1] = Fp16::decode(static_cast<unsigned short>(halves >> 16));
+        values[2 * i] = Fp16::decode(static_cast<unsigned short>(halves[i]));
+        values[2 * i + 1] = Fp16::decode(static_cast<unsigned short>(halves[i] >> 16));
     }
 }
 #endif

@@ -1,4 +1,4 @@
-"""What the GPU kit puts in place on a machine without a package index."""
+"""What the GPU kit holds, and puts in place on a machine without a package index."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from build_scripts.gpu_kit import flashinfer_modules, packing, unpacking
+from build_scripts.gpu_kit.layout import Kit, KitError
+from build_scripts.gpu_kit.packing import PackOptions, pack
+
 ROOT = Path(__file__).parents[2]
 NAME = "pack_gpu_kit.sh"
 
@@ -20,6 +24,7 @@ def checkout(tmp_path):
     """A repository with a kit of one wheel and a model in two parts."""
     (tmp_path / "build_scripts").mkdir()
     shutil.copy(ROOT / "build_scripts" / NAME, tmp_path / "build_scripts")
+    shutil.copytree(ROOT / "build_scripts" / "gpu_kit", tmp_path / "build_scripts" / "gpu_kit")
     kit = tmp_path / "gpu_kit"
     (kit / "wheels").mkdir(parents=True)
     with zipfile.ZipFile(kit / "wheels" / "kit_probe-1.0-py3-none-any.whl", "w") as wheel:
@@ -68,11 +73,95 @@ def test_no_kit_a_wrong_option_and_wrong_headers_are_named(checkout, tmp_path):
     shutil.rmtree(checkout / "gpu_kit")
     assert "there is no gpu_kit/" in unpack(checkout).stderr
     for arguments, expected in (
-        (["--unpak"], "unknown option --unpak"),
-        (["--model"], "--model needs a value"),
+        (["--unpak"], "unrecognized arguments: --unpak"),
+        (["--model"], "--model: expected one argument"),
         (["--tensorrt-root", str(tmp_path)], f"must hold include/NvInferRuntime.h, got {tmp_path}"),
     ):
         command = ["bash", str(checkout / "build_scripts" / NAME), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        environment = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
         assert (done.returncode, expected in done.stderr) == (2, True), done.stderr
     assert not (checkout / "gpu_kit").exists()
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Names and Pythons of the wheels that would be downloaded."""
+    asked: list[tuple[str, str | None]] = []
+    for module in (packing, flashinfer_modules):
+        monkeypatch.setattr(module, "download_wheel", lambda name, folder, python: asked.append((name, python)))
+    return asked
+
+
+def test_a_model_is_packed_in_parts_that_unpack_to_the_same_file(tmp_path, downloads):
+    source, kit = tmp_path / "some.gguf", Kit(tmp_path / "gpu_kit")
+    source.write_bytes(bytes(range(256)) * 9000)  # 2.2 MiB
+    told = pack(kit, PackOptions(model=source, part_mib=1))
+    assert [(kit.folder / name).stat().st_size for name in kit.parts.read_text().split()][:2] == [1 << 20, 1 << 20]
+    assert "    1.0 MiB  model.part01" in told
+    assert {python for _, python in downloads} == {"3.12"}
+    assert {"pydantic", "cuda_core", "gguf"} <= {name for name, _ in downloads}
+    assert not any("flashinfer" in name for name, _ in downloads)
+    assert unpacking._join_model(kit) == f"model: {kit.model}"
+    assert kit.model.read_bytes() == source.read_bytes()
+
+
+def test_wheels_are_pinned_as_the_constraints_say(tmp_path, monkeypatch):
+    from build_scripts.gpu_kit import wheels
+
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, len(commands) - 1, "", "no such wheel")
+
+    monkeypatch.setattr(wheels.subprocess, "run", run)
+    wheels.download_wheel("cuda_core", tmp_path, "3.12")
+    pinned = commands[0][-1]
+    assert pinned.startswith("cuda-core==1.")
+    assert f"{pinned}\n" in (ROOT / "constraints.txt").read_text()
+    assert commands[0][commands[0].index("--python-version") + 1] == "3.12"
+    with pytest.raises(KitError, match=r"wheel of flashinfer_python==0.6.13 for Python 3.12, got: no such wheel"):
+        wheels.download_wheel("flashinfer_python==0.6.13", tmp_path, "3.12")
+
+
+def test_modules_are_compiled_by_flashinfers_own_specification_and_unpacked_where_it_looks(
+    tmp_path, downloads, monkeypatch
+):
+    """A stand-in for the compiler: what it is called with, and where its libraries end up."""
+    work, kit = tmp_path / "work", Kit(tmp_path / "gpu_kit")
+    library = work / "batch_decode" / "batch_decode.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"code")
+    environments = []
+
+    def run(command, **more):
+        environments.append(more.get("env"))
+        return subprocess.CompletedProcess(command, 0, f"{library}\n" if "env" in more else "", "")
+
+    monkeypatch.setattr(flashinfer_modules, "WORK", work)
+    monkeypatch.setattr(flashinfer_modules.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(flashinfer_modules.subprocess, "run", run)
+    pack(kit, PackOptions(with_model=False, flashinfer=True, arch="9.0a"))
+    names = [name for name, python in downloads if python == "3.12"]
+    assert "flashinfer_python==0.6.13" in names
+    assert {("einops", None), ("flashinfer_python==0.6.13", None)} <= set(downloads)
+    used = next(e for e in environments if e is not None)
+    assert used["FLASHINFER_CUDA_ARCH_LIST"] == "9.0a"
+    assert used["LIBRARY_PATH"].startswith(str(work / "stub"))
+    assert (kit.modules / "batch_decode" / "batch_decode.so").read_bytes() == b"code"
+
+    (kit.site / "flashinfer" / "data").mkdir(parents=True)
+    told = unpacking.unpack(kit)
+    assert "FlashInfer: 1 modules compiled beforehand" in told
+    assert (kit.site / "flashinfer" / "data" / "aot" / "batch_decode" / "batch_decode.so").read_bytes() == b"code"
+
+
+def test_a_missing_compiler_and_a_failed_one_are_named(tmp_path, downloads, monkeypatch):
+    kit = Kit(tmp_path / "gpu_kit")
+    monkeypatch.setattr(flashinfer_modules.shutil, "which", lambda tool: None if tool == "ninja" else tool)
+    with pytest.raises(KitError, match=r"on PATH, got no ninja \(leave out --flashinfer\)"):
+        pack(kit, PackOptions(with_model=False, flashinfer=True))
+    done = subprocess.CompletedProcess([], 1, "", "noise\nld: error: cannot find -lcuda\n")
+    with pytest.raises(KitError, match=r"must compile, got: ld: error: cannot find -lcuda$"):
+        flashinfer_modules._check(done)

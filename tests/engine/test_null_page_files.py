@@ -14,7 +14,8 @@ from engine.centred_model import write_centred_checkpoint
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build
 from trtllm_memshare.builder.summary import summarize
 from trtllm_memshare.engine.checkpoint import read_checkpoint
-from trtllm_memshare.engine.null_page import NullPageSet
+from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet
+from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import calibration_texts, load_null_pages, save_null_pages
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.open import open_runner
@@ -122,3 +123,8 @@ def test_a_damaged_file_is_named(saved, tmp_path):
     (tmp_path / "null_pages.safetensors").write_bytes(b"\x07half a file")
     with pytest.raises(UserError, match=r"null_pages\.safetensors is damaged"):
         load_null_pages(tmp_path, saved[0], 512)
+
+
+def test_the_bundled_model_is_refused_by_name(bundled_model):
+    with pytest.raises(NullPageRefused, match=r"no null page is found for layer 3, head \d"):
+        calibrate_checkpoint(bundled_model, 4096, "float32")

@@ -6,7 +6,7 @@ import pytest
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.step_model import GpuModel, ModelledClock
-from trtllm_memshare.evaluation.variants import parse_variant
+from trtllm_memshare.evaluation.variants import default_variants, parse_variant
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.request import RequestHandle, RequestResult, RequestStats
 
@@ -19,6 +19,21 @@ def test_an_arm_names_its_policy_and_its_settings():
     assert parse_variant("pressure", make_config("pressure", min_kept=0.75)).config.min_kept == 0.75
     assert parse_variant("aligned", make_config("pressure")).config == make_config("aligned")
     assert parse_variant("full", make_config("pressure")).config == make_config("off")
+
+
+@pytest.mark.parametrize(
+    ("preset", "names"),
+    [
+        ("pressure", ("full", "aligned", "pressure")),
+        ("paper", ("full", "aligned", "paper")),
+        ("aligned", ("full", "aligned")),
+        ("off", ("full", "aligned")),
+    ],
+)
+def test_a_comparison_shows_what_the_engine_is_set_to(preset, names):
+    assert default_variants(make_config(preset)) == names
+    for name in names:
+        parse_variant(name, make_config(preset))
 
 
 @pytest.mark.parametrize("text", ["presure", "pressure:min_kept=2", "pressure:min_keep=0.5", "pressure:min_kept"])

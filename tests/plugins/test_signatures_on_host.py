@@ -10,9 +10,13 @@ import torch
 from plugins.kernels_on_host import address, compile_for_host
 from tolerances import SIGNATURE_ERROR
 
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search import page_signer
 from trtllm_memshare.search.cuda_signatures import SignatureVariant
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+from trtllm_memshare.search.page_signer import make_page_signer
 from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+from trtllm_memshare.serving.redundancy_source import ValueRedundancy
 
 BLOCKS, LAYERS = 6, 5
 
@@ -70,6 +74,60 @@ def test_signatures_against_the_specification(run, name, field, heads, size, dim
     torch.testing.assert_close(got, expected, **SIGNATURE_ERROR)
     assert (got[0, 2] == 0).all()
     assert torch.equal(run(pool, blocks, frequencies(rotary), positions, projection, backwards=True), got)
+
+
+class OnCuda(torch.Tensor):
+    """A pool that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+class Pages:
+    """Two requests' generated pages, as ``ValueRedundancy`` asks for them."""
+
+    tokens_per_block = 8
+
+    def generated_pages(self, request_id):
+        return (1, 4, np.array([0, 2, 5, 1])) if request_id == 7 else (0, 2, np.array([3, 4]))
+
+
+def test_redundancy_while_serving_is_that_of_the_kernel_where_the_pool_is_on_a_gpu(run, monkeypatch):
+    """The source that pressure asks, once over the kernel and once over PyTorch: the same numbers."""
+    pool = make_pool(torch.bfloat16, 2, 8, 64)
+    asked = []
+
+    class Kernel:
+        description = "the kernel, on the host"
+
+        def __init__(self, pool, inv_freq, projection):
+            self._arguments = pool.as_subclass(torch.Tensor), inv_freq, projection
+
+        def page_signatures(self, block_ids, positions):
+            pool, inv_freq, projection = self._arguments
+            asked.append(block_ids.tolist())
+            return run(pool, block_ids, inv_freq, positions, projection)
+
+    monkeypatch.setattr(page_signer, "CudaSignatures", Kernel)
+    sources = [ValueRedundancy(Pages(), pool.as_subclass(OnCuda)), ValueRedundancy(Pages(), pool)]
+    for source in sources:
+        source.catch_up([7, 9])
+    assert asked == [[2, 5, 1, 3, 4]]  # all requests together
+    for request, pages in ((7, np.arange(1, 4)), (9, np.arange(2))):
+        kernel, plain = (source.redundancy(request, pages) for source in sources)
+        np.testing.assert_allclose(kernel, plain, rtol=1e-5, atol=1e-6)
+        assert plain[0] > 0.1
+
+
+def test_the_signer_says_why_it_is_the_reference(monkeypatch):
+    pool, projection = make_pool(torch.float16, 1, 8, 32), make_projection(LAYERS, 1, 32)
+    assert make_page_signer(pool, frequencies(0), projection).description == "PyTorch reference (the pool is on cpu)"
+
+    def no_cuda_core(*_):
+        raise UserError("cuda.core is missing")
+
+    monkeypatch.setattr(page_signer, "CudaSignatures", no_cuda_core)
+    signer = make_page_signer(pool.as_subclass(OnCuda), frequencies(0), projection)
+    assert signer.description == "PyTorch reference (cuda.core is missing)"
 
 
 def test_a_block_out_of_the_pool_is_not_read(run):

@@ -14,8 +14,9 @@ from trtllm_memshare.report.real_model_plots import plot_curve, plot_loss_and_re
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = read_rows(ROOT / "benchmarks" / "results" / "real_model.jsonl")
-RECALL = read_rows(ROOT / "benchmarks" / "results" / "real_model_recall.jsonl")
-LOOPS = json.loads((ROOT / "benchmarks" / "results" / "real_model_loops.json").read_text())
+RESULTS = ROOT / "benchmarks" / "studies" / "real_model" / "results"
+RECALL = read_rows(RESULTS / "recall.jsonl")
+LOOPS = json.loads((RESULTS / "loops.json").read_text())
 PAGE = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
 
 

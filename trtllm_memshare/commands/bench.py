@@ -54,9 +54,8 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["full", "aligned"],
         metavar="VARIANT",
-        help=f"NAME[:KEY=VALUE,...]; {', '.join(VARIANTS)}",
+        help=f"NAME[:KEY=VALUE,...]; {', '.join(VARIANTS)} (default: full, aligned and the engine's own preset)",
     )
     parser.add_argument("--concurrency", type=int, help="most requests outstanding (default: all)")
     parser.add_argument("--request-rate", type=float, help="mean arrivals per second (default: as fast as possible)")

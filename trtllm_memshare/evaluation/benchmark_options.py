@@ -27,11 +27,15 @@ _MOST = {
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Options of ``benchmarks/inflight_batching.py``; the names are those of its command line."""
+    """Options of ``benchmarks/inflight_batching.py``; the names are those of its command line.
+
+    Attributes:
+      variants: empty = the full cache, ``aligned`` and the engine's own preset.
+    """
 
     engine_dir: Path
     dataset: Path
-    variants: tuple[str, ...]
+    variants: tuple[str, ...] = ()
     kv_cache_blocks: int | None = None
     kv_cache_share: float | None = None
     concurrency: int | None = None
@@ -65,7 +69,7 @@ class BenchmarkOptions:
         settings = tuple(parse_setting(text) for text in values.pop("set"))
         if values.pop("read_null"):
             settings += (("read_null", True),)
-        values["variants"] = tuple(values["variants"])
+        values["variants"] = tuple(values["variants"] or ())
         for name, most in _MOST.items():
             check_number(f"--{name.replace('_', '-')}", values[name], 0 if name == "seed" else 1, most)
         rate = values["request_rate"]

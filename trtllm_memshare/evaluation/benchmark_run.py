@@ -24,7 +24,7 @@ from trtllm_memshare.evaluation.benchmark import (
 from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
 from trtllm_memshare.evaluation.dataset import DatasetItem, DatasetLimits, draw_samples, final_answer, read_dataset
 from trtllm_memshare.evaluation.document import make_report
-from trtllm_memshare.evaluation.variants import Variant, make_variant, parse_variant
+from trtllm_memshare.evaluation.variants import Variant, default_variants, make_variant, parse_variant
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
@@ -56,7 +56,8 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     """
     engine = load_engine(options.engine_dir)
     overrides = dict(options.settings)
-    variants = [parse_variant(text, engine.memshare, **overrides) for text in options.variants]
+    names = options.variants or default_variants(engine.memshare)
+    variants = [parse_variant(text, engine.memshare, **overrides) for text in names]
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     device = announce_device(options.device)
     limits = DatasetLimits(engine.build.max_seq_len, engine.vocab_size)

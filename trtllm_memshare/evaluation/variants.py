@@ -65,6 +65,12 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
     return Variant(name, make_config(preset, **settings), GUARANTEED_NO_EVICT if name.endswith(_GUARANTEED) else None)
 
 
+def default_variants(engine: MemShareConfig) -> tuple[str, ...]:
+    """The full cache, ``aligned`` and what the engine itself is set to, if that is a third thing."""
+    own = engine.preset in VARIANTS and engine.preset != "aligned"
+    return ("full", "aligned", engine.preset) if own else ("full", "aligned")
+
+
 def parse_variant(text: str, engine: MemShareConfig, **overrides: Any) -> Variant:
     """``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE``, for example ``pressure:min_kept=0.25,need=random``.
 

@@ -118,6 +118,7 @@ class CudaSignatures:
         self._num_blocks = torch.tensor([pool.shape[0]], dtype=torch.int32, device=device)
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         code = compile_signatures(self.variant, arch, cache_dir or Path.home() / ".cache" / "trtllm_memshare")
+        self.description = f"CUDA kernel for {arch}"
         with torch.cuda.device(device):
             self._core.Device(device.index).set_current()
             self._sign, self._nearest = (code.get_kernel(name) for name in ("page_signatures", "nearest_later"))

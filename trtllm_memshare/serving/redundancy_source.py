@@ -12,7 +12,8 @@ import torch
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import Runner
-from trtllm_memshare.search.signatures import SignatureIndex, make_projection, page_signatures
+from trtllm_memshare.search.page_signer import make_page_signer
+from trtllm_memshare.search.signatures import SignatureIndex, make_projection
 
 _PAGES_AT_ONCE = 256
 
@@ -26,8 +27,9 @@ class ValueRedundancy:
     """
 
     def __init__(self, manager: KVCacheManager, pool: torch.Tensor) -> None:
-        self._manager, self._pool = manager, pool
-        self._projection = make_projection(pool.shape[1], pool.shape[3], pool.shape[5])
+        self._manager = manager
+        projection = make_projection(pool.shape[1], pool.shape[3], pool.shape[5])
+        self._signer = make_page_signer(pool, torch.empty(0), projection)  # V has no rotation to undo
         self._indexes: dict[int, SignatureIndex] = {}
 
     def catch_up(self, request_ids: list[int]) -> None:
@@ -59,9 +61,8 @@ class ValueRedundancy:
 
     @torch.inference_mode()
     def _signatures(self, blocks: list[int]) -> np.ndarray:
-        none = torch.empty(0, device=self._pool.device)  # neither positions nor frequencies are read for V
-        index = torch.tensor(blocks, device=self._pool.device)
-        return page_signatures(self._pool, index, none, none, self._projection).cpu().numpy()
+        index = torch.tensor(blocks, dtype=torch.int32)
+        return self._signer.page_signatures(index, torch.zeros_like(index)).cpu().numpy()
 
 
 def open_redundancy(manager: KVCacheManager, runner: Runner) -> ValueRedundancy:

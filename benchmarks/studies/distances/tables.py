@@ -90,11 +90,43 @@ def acceptance_table(report: dict[str, Any]) -> str:
     )
 
 
+def by_definition(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A definition's figures by group of pairs, as the page's tables have them side by side."""
+    groups = {name: report["groups"][name]["definitions"] for name in _WIDE}
+    return {name: {group: groups[group][name] for group in groups} for name in groups["all"]}
+
+
 def count_different(report: dict[str, Any], group: str, measure: str) -> tuple[int, int, int]:
     """Distances whose interval of the difference to the first lies above 0, below 0, and how many there are."""
     definitions = report["groups"][group]["definitions"]
     intervals = [d[measure]["gain_interval"] for n, d in definitions.items() if n not in (SHOWN[0], *NO_DISTANCES)]
     return sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals), len(intervals)
+
+
+def above(report: dict[str, Any], group: str, measure: str) -> str:
+    """How many distances are better than the first for sure, ``0 of 91``."""
+    better, _, total = count_different(report, group, measure)
+    return f"{better} of {total}"
+
+
+def below(report: dict[str, Any], group: str, measure: str) -> int:
+    """How many distances are worse than the first for sure."""
+    return count_different(report, group, measure)[1]
+
+
+def largest_weight(report: dict[str, Any]) -> float:
+    """Of all weights that were learned."""
+    return max(weight for entry in report["learned"].values() for row in entry["weights"] for weight in row)
+
+
+def won(report: dict[str, Any], group: str) -> int:
+    """Figures in which a fixed distance beat the first on the test half."""
+    return count_confirmed(report, group)[0]
+
+
+def won_twice(report: dict[str, Any], group: str) -> int:
+    """Figures in which a fixed distance beat the first on both halves."""
+    return count_confirmed(report, group)[1]
 
 
 def count_confirmed(report: dict[str, Any], group: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
     parser.add_argument("--texts", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=640, help="of each trace (default: %(default)s)")
-    parser.add_argument("--output-json", type=Path, default=Path("benchmarks/results/null_page.json"))
+    parser.add_argument("--output-json", type=Path, default=Path("benchmarks/studies/null_page/results/null_page.json"))
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model_dir, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)

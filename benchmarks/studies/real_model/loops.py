@@ -37,7 +37,7 @@ PASSAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_model_loops.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/real_model/results/loops.json"))
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay = MaskedReplay(arguments.model_dir, "bfloat16")

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=52, help="most texts, seven questions each (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--min-kept", type=float, default=0.5, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_model_recall.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/real_model/results/recall.jsonl"))
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay, rows = MaskedReplay(arguments.model_dir, "bfloat16"), RowFile(arguments.output)

@@ -11,14 +11,15 @@ from trtllm_memshare.evaluation.real_rows import read_rows
 from trtllm_memshare.report.real_model import fill_page, page_tables, summary
 from trtllm_memshare.report.real_model_plots import plot_loss_and_recall
 
-RESULTS = Path("benchmarks/results")
+ROWS = Path("benchmarks/results/real_model.jsonl")
+RESULTS = Path("benchmarks/studies/real_model/results")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rows", type=Path, default=RESULTS / "real_model.jsonl", help="default: %(default)s")
-    parser.add_argument("--recall", type=Path, default=RESULTS / "real_model_recall.jsonl", help="default: %(default)s")
-    parser.add_argument("--loops", type=Path, default=RESULTS / "real_model_loops.json", help="default: %(default)s")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="default: %(default)s")
+    parser.add_argument("--recall", type=Path, default=RESULTS / "recall.jsonl", help="default: %(default)s")
+    parser.add_argument("--loops", type=Path, default=RESULTS / "loops.json", help="default: %(default)s")
     parser.add_argument("--page", type=Path, help="fill this page's tables, e.g. docs/real_model.md")
     parser.add_argument("--plot", type=Path, help="write the picture")
     arguments = parser.parse_args()

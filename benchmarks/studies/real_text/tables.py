@@ -73,6 +73,22 @@ def fidelity_table(report: dict[str, Any]) -> str:
     return f"{align(rows, left=2)}\n\n{note}\n{one_line(report['machine'])}"
 
 
+def paired_row(report: dict[str, Any], tokens_per_block: int) -> str:
+    """`aligned` less each control at runs of 4, paired by text: mean and standard error in 0.01 nats."""
+    arms = [arm for arm in report["arms"] if arm["overrides"].startswith("shingle_tokens=4")]
+    changes = {arm["variant"]: arm["loss_change_by_text"] for arm in arms}
+    cells = []
+    for control in ("drop-duplicate", "random", "streaming"):
+        pairs = [100 * (a - c) for a, c in zip(changes["aligned"], changes[control], strict=True)]
+        cells.append(f"{statistics.mean(pairs):+.2f} ({statistics.stdev(pairs) / math.sqrt(len(pairs)):.2f})")
+    return f"| {tokens_per_block} | {' | '.join(cells)} |"
+
+
+def kept_validation_loss(log: dict[str, Any]) -> float:
+    """Of the step whose weights were kept, nats a token."""
+    return next(entry["validation_loss"] for entry in log["log"] if entry["step"] == log["kept_step"])
+
+
 def copying_table(report: dict[str, Any]) -> str:
     """One row per run: the loss on a second copy of 128 tokens along it, and at its end on other lengths."""
     rows = [["step", *(str(entry["step"]) for entry in report["runs"][0]["log"]), "of 16", "of 512"]]

@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
     parser.add_argument("--texts", type=int, default=6, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=1024, help="of each text (default: %(default)s)")
-    parser.add_argument("--output-json", type=Path, default=Path("benchmarks/results/signatures.json"))
+    parser.add_argument(
+        "--output-json", type=Path, default=Path("benchmarks/studies/signatures/results/signatures.json")
+    )
     arguments = parser.parse_args()
     replay = MaskedReplay(arguments.model_dir)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)

@@ -1,8 +1,7 @@
-"""The documents name what exists and print what can be worked out."""
+"""Tables of names and sizes in pages are those of the code: sizing, containers, settings, metrics, contracts."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import yaml
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
 LAYERS_AND_HEADS = {"DeepSeek-R1-Distill-Qwen-7B": (28, 4), "DeepSeek-R1-Distill-Llama-8B": (32, 8),
                     "DeepSeek-R1-Distill-Qwen-32B, QwQ-32B": (64, 8)}  # fmt: skip
@@ -28,9 +27,7 @@ def test_the_sizing_table_follows_from_its_formula():
         assert [int(c) for c in cells.split(" | ")] == expected
 
 
-def test_paths_and_options_in_the_deployment_page_exist():
-    for path in re.findall(r"`((?:deploy|build_scripts|benchmarks)/[\w./]+)`", DEPLOY):
-        assert (ROOT / path).exists(), path
+def test_options_in_the_deployment_page_exist():
     scripts = "".join(p.read_text() for p in (ROOT / "build_scripts").glob("*.py"))
     scripts += "".join(p.read_text() for p in (ROOT / "trtllm_memshare" / "commands").glob("*.py"))
     for name in ("launch", "probe", "openai_serve"):
@@ -74,33 +71,12 @@ def test_the_pages_of_the_pytorch_backend_name_what_exists():
     assert counters <= set(re.findall(r"`(memshare_\w+)", PYTORCH))
     for name in {n.name for n in TABLE}:
         assert f"`{name}" in PYTORCH or f".{name}" in PYTORCH, name
-    for path in re.findall(r"benchmarks/\w+\.(?:py|sh)", PYTORCH):
-        assert (ROOT / path).is_file(), path
-
-
-def test_the_figures_of_the_pytorch_backend_are_those_of_the_reports():
-    results = ROOT / "benchmarks" / "results"
-    for preset, row in json.loads((results / "pytorch_hook.json").read_text())["rows"].items():
-        cells = " | ".join(f"{row[f'hook_ms_{n}']:.2f}" for n in ("mean", "p50", "p99", "max"))
-        assert preset == "unpatched" or f"| {preset} | {cells} |" in PYTORCH
-    for row in json.loads((results / "modelled_pressure.json").read_text())["rows"]:
-        if row["preset"] == "pressure":
-            given_up = f"{100 * row['shared_block_fraction']:.1f} %"
-            figures = rf"{row['policy']} \| {row['ratio']:.2f} \| .* \| {given_up} \| .* to {row['paused']} \|"
-            assert re.search(rf"\| pressure \| {figures}", PYTORCH), row
-    modelled = json.loads((results / "modelled_throughput.json").read_text())["rows"]
-    for row in modelled:
-        if row["preset"] != "full":
-            shared = f"{100 * row['shared_block_fraction']:.1f} %"
-            assert re.search(rf"\| {row['policy']} \| {row['ratio']:.2f} \| .* \| {shared} \|", PYTORCH), row
 
 
 def test_the_page_on_tensorrt_llm_names_what_is_used_and_what_exists():
     page = (ROOT / "docs" / "tensorrt_llm.md").read_text()
     for entry in (*BUILDER, *PARALLEL):
         assert f"`{entry.module}.{entry.name}`" in page, entry.name
-    for path in re.findall(r"`((?:trtllm_memshare|tests|build_scripts|benchmarks)/[\w./]+)`", page):
-        assert (ROOT / path).exists(), path
     scripts = "".join(p.read_text() for p in (ROOT / "build_scripts").glob("*.py"))
     scripts += "".join(p.read_text() for p in (ROOT / "trtllm_memshare" / "commands").glob("*.py"))
     for option in ("--dry-run", "--search-engine", "--quantization", "--kv-cache-dtype", "--tp-size", "--pp-size"):

@@ -1,0 +1,139 @@
+"""Every page says what is there: its figures are those of the results, and its paths, links and make targets exist.
+
+``markers.py`` says how a page refers to a result.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pages.markers import (
+    FIGURE,
+    ROOT,
+    ROWS,
+    TABLE,
+    evaluate,
+    is_shown,
+    look_up,
+    missing_lines,
+    table_below,
+    wrong_cells,
+    wrong_figures,
+)
+
+PAGES = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/studies/*/README.md")]
+    if p.name != "CHANGELOG.md"
+)
+FOLDERS = "trtllm_memshare|benchmarks|build_scripts|tests|docs|plugins|deploy"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_are_those_of_the_results(page):
+    assert not list(wrong_figures(read(page)))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_results(page):
+    assert not list(missing_lines(read(page)))
+    assert not list(wrong_cells(read(page)))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_reference_is_read(page):
+    """A marker with a slip in it would otherwise check nothing."""
+    text = read(page)
+    understood = sum(len(pattern.findall(text)) for pattern in (FIGURE, ROWS, TABLE))
+    assert understood == len(re.findall(r"<!--\s*(?:\w+)?=", text))
+
+
+def test_the_markers_catch_a_wrong_figure():
+    document = {"variants": [{"variant": "a", "accuracy": 0.994}], "rows": [3, 4]}
+    assert look_up(document, "variants[variant=a].accuracy") == 0.994
+    assert look_up(document, "rows[1]") == 4
+    rows = {"rows": [{"a": 1, "b": 2}, {"a": 1, "b": 3}]}
+    assert look_up(rows, "rows[a=1][b=3].b") == 3
+    assert evaluate("1 - rows[b=2].b / $rows[1].b * 3", rows, rows) == -1
+    assert is_shown(0.994, "99.4", True)
+    assert not is_shown(0.9946, "99.4", True)
+    assert is_shown(12345, "12,345", False)
+    assert is_shown(-0.5, "-0.5", False)
+    assert is_shown(4.83e-7, "4.8e-07")
+    assert not is_shown(4.9e-7, "4.8e-07")
+    assert is_shown("42 of 52", "42 of 52")
+    assert FIGURE.search("gains 1.15<!--= r.json a.b --> times")["shown"] == "1.15"
+    assert FIGURE.search("knows 42 of 52<!--= r.jsonl\nm:f arm=1 --> facts")["shown"] == "42 of 52"
+
+
+def test_the_markers_catch_a_wrong_cell():
+    marker = "<!--rows= benchmarks/results/vllm_schedule.json runs\narm: vllm; 0.5 | steps | p50_steps & p99_steps -->"
+    head = "\n\n| arm | steps | steps |\n| --- | ---: | ---: |\n"
+    right = "| vLLM | 5,931 | 2,902 / 5,782 |\n| half kept | 4,247 | "
+    assert [cell for _, _, cell, _ in wrong_cells(f"{marker}{head}{right}2,124 / 4,247 |")] == ["2,124 / 4,247"]
+    with pytest.raises(AssertionError, match="rows are missing"):
+        list(wrong_cells(f"{marker}{head}| vLLM | 5,931 | 2,902 / 5,782 |"))
+    with pytest.raises(AssertionError, match="the result has a value"):
+        list(wrong_cells(f"{marker}{head}| vLLM | - | 2,902 / 5,782 |\n| half | 4,247 | - |"))
+
+
+# Figures without a marker, each with the reason why no result holds it.
+SETTINGS = "a setting, a default or a step of it"
+GOAL = "a goal that was set"
+UNREFERRED = {
+    "README.md": {"1.85": GOAL},
+    "docs/pressure.md": {
+        **{text: SETTINGS for text in ("0.97", "0.92", "0.5")},
+        "0.87": "the report of that run is not committed",
+        **{text: GOAL for text in ("1.85", "2.2", "1.5", "1.4")},
+    },
+    "docs/vllm.md": {"0.5": SETTINGS, "0.25": SETTINGS, "1.5": GOAL},
+}
+PRODUCTS = r"(?:Python|TensorRT|TensorRT-LLM|vLLM|nvcc|CUDA|arXiv) \d+\.[\dx.]+(?: (?:to|and|or) \d+\.[\dx]+)?"
+
+
+def unreferred(text: str) -> set[str]:
+    """Decimal figures and ``N of M`` of a page's prose and tables that no marker stands behind."""
+    ends = [found.end() for pattern in (ROWS, TABLE) for found in pattern.finditer(text)]
+    for row in [row for end in ends for row in table_below(text, end)]:
+        text = text.replace(f"| {' | '.join(row)} |", "")
+    text = FIGURE.sub("", text)
+    text = re.sub(r"^```.*?^```|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(rf"^ {{4}}.*$|`[^`]*`|\]\([^)]*\)|{PRODUCTS}", "", text, flags=re.MULTILINE)
+    return set(re.findall(r"(?<![\w.])\d+\.\d+(?:e-?\d+)?(?![\w.]*\w)|\d+ of \d+", text))
+
+
+@pytest.mark.parametrize("page", sorted(UNREFERRED))
+def test_every_measured_figure_has_its_reference(page):
+    assert unreferred(read(page)) == set(UNREFERRED[page])
+
+
+def test_the_front_door_is_short():
+    lines = read("README.md").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_paths_exist(page):
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", read(page)):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(((?!https?:|#|mailto:)[^)#]+)", read(page)):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_make_targets_exist(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"(?:^ +|`)make ([\w-]+)", read(page), re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_empty(page):
+    assert len(read(page).split()) > 30

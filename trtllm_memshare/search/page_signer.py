@@ -1,0 +1,52 @@
+"""Chooses what computes the signatures of a pool's pages: the CUDA kernel, or the PyTorch specification elsewhere."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.cuda_signatures import CudaSignatures
+from trtllm_memshare.search.signatures import SignatureProjection, page_signatures
+
+
+class PageSigner(Protocol):
+    """Signs pages of one pool. ``description``: which implementation, and why."""
+
+    description: str
+
+    def page_signatures(self, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """See ``search.signatures.page_signatures``: float32 ``[blocks, tokens_per_block, width]``."""
+
+
+class ReferencePageSigner:
+    """The PyTorch specification, on whatever device the pool is."""
+
+    def __init__(
+        self, pool: torch.Tensor, inv_freq: torch.Tensor, projection: SignatureProjection, reason: str
+    ) -> None:
+        self._pool, self._inv_freq, self._projection = pool, inv_freq, projection
+        self.description = f"PyTorch reference ({reason})"
+
+    def page_signatures(self, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """See ``PageSigner``."""
+        return page_signatures(self._pool, block_ids, self._inv_freq, positions, self._projection)
+
+
+def make_page_signer(pool: torch.Tensor, inv_freq: torch.Tensor, projection: SignatureProjection) -> PageSigner:
+    """The CUDA kernel for a pool on a CUDA device, the reference elsewhere or where ``cuda.core`` is missing.
+
+    Args:
+      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
+      inv_freq: float32 ``[rotary_dim / 2]``, radians per token; empty for a projection of V.
+
+    Raises:
+      ValueError: a pool on a CUDA device, or a projection, that no kernel takes.
+    """
+    if not pool.is_cuda:
+        return ReferencePageSigner(pool, inv_freq, projection, f"the pool is on {pool.device}")
+    try:
+        return CudaSignatures(pool, inv_freq, projection)
+    except UserError as error:
+        return ReferencePageSigner(pool, inv_freq, projection, str(error))
