@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 python=${1:-python}
 engine=engines/tiny_reasoner
 results=benchmarks/results
+studies=benchmarks/studies
 bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 
 "$python" build_scripts/build_engine.py --memshare --force
@@ -22,10 +23,10 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
   --variants full full-guaranteed aligned \
   --output-json "$results/pressure_fold.json" --plot "$results/pressure_fold.png"
 # The same over the size of the pool, and on problems whose four re-checks are all restated.
-"$python" -m benchmarks.studies.sweeps.pools --output-json "$results/pressure_curve.json" \
-  --plot "$results/pressure_curve.png"
+"$python" -m benchmarks.studies.sweeps.pools --output-json "$studies/sweeps/results/pressure_curve.json" \
+  --plot "$studies/sweeps/results/pressure_curve.png"
 "$python" -m benchmarks.studies.sweeps.pools --dataset benchmarks/data/repetitive.jsonl --shares 0.25 --repeat 3 \
-  --output-json "$results/pressure_repetitive.json"
+  --output-json "$studies/sweeps/results/pressure_repetitive.json"
 # Where memory does not bind: eight requests at a time, every alias read as TensorRT-LLM's attention kernels do.
 "${bench[@]}" --dataset benchmarks/data/small.jsonl --num-requests 24 --concurrency 8 --repeat 3 \
   --read-aliases repeat --variants full aligned --output-json "$results/unbound.json"
@@ -36,32 +37,31 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 # Share against accuracy, on the problems that settings were chosen on.
 "$python" -m benchmarks.studies.sweeps.settings --variant paper \
   --values max_distance=0.9 max_distance=1.0 max_distance=1.1 max_distance=1.2 \
-  --output-json "$results/sweep_paper.json"
+  --output-json "$studies/sweeps/results/sweep_paper.json"
 "$python" -m benchmarks.studies.sweeps.settings --variant aligned \
   --values max_aliases=8 max_aliases=2 max_aliases=4 max_distance=0.25 max_distance=0.35 protected_tokens=256 \
-  --output-json "$results/sweep_aligned.json"
+  --output-json "$studies/sweeps/results/sweep_aligned.json"
 "$python" -m benchmarks.triton_serving --engine-dir "$engine" \
   --output-json "$results/triton_serving.json"
-"$python" -m benchmarks.studies.rejected_pairs --output-json "$results/rejected_pairs.json"
 # Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
 "$python" benchmarks/pytorch_hook.py --output-json "$results/pytorch_hook.json"
 "$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
-"$python" -m benchmarks.triton_soak --engine-dir "$engine" --output-json "$results/triton_soak.json"
+"$python" -m benchmarks.triton_soak --engine-dir "$engine" --minutes 30 --output-json "$results/triton_soak.json"
 # The weights of the model of the traces come from benchmarks/studies/learning_to_copy/train.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.
 real=("$python" -m benchmarks.studies.real_text)
 runs_of_4=shingle_tokens=4,min_run_tokens=4
-"$python" -m benchmarks.studies.learning_to_copy --output-json "$results/learning_to_copy.json"
-"${real[@]}" reach --output-json "$results/real_text_reach.json"
-"${real[@]}" replay --max-tokens 2048 --output-json "$results/real_text_replay.json" \
-  --plot "$results/real_text_replay.png"
+"$python" -m benchmarks.studies.learning_to_copy --output-json "$studies/learning_to_copy/results/learning_to_copy.json"
+"${real[@]}" reach --output-json "$studies/real_text/results/real_text_reach.json"
+"${real[@]}" replay --max-tokens 2048 --output-json "$studies/real_text/results/real_text_replay.json" \
+  --plot "$studies/real_text/results/real_text_replay.png"
 "${real[@]}" replay --max-tokens 2048 --arms streaming:streaming_window_tokens=128 \
   streaming:streaming_window_tokens=16 aligned:min_run_tokens=16 aligned:min_run_tokens=16,max_gap_tokens=4 \
   aligned:shingle_tokens=8,min_run_tokens=8 "aligned:$runs_of_4,max_distance=0.35" \
-  "aligned:$runs_of_4,max_distance=0.7" paper:max_distance=1.0 --output-json "$results/real_text_curve.json"
+  "aligned:$runs_of_4,max_distance=0.7" paper:max_distance=1.0 --output-json "$studies/real_text/results/real_text_curve.json"
 "${real[@]}" replay --max-tokens 2048 --tokens-per-block 8 --arms aligned "aligned:$runs_of_4" "lexical:$runs_of_4" \
   "drop-duplicate:$runs_of_4" "random:$runs_of_4" "streaming:$runs_of_4" \
-  --output-json "$results/real_text_small_blocks.json"
+  --output-json "$studies/real_text/results/real_text_small_blocks.json"
 # The method under test: accuracy and divergence against memory, controls that evict, paired tests, calibration.
 for options in "wide --max-batch-size 256" "blocks8 --tokens-per-block 8" "calibrated"; do
   # shellcheck disable=SC2086
@@ -86,13 +86,12 @@ samples=(--dataset $data/tuning.jsonl --num-problems 40 --samples 4 --replay-pro
 "${fidelity[@]}" "${samples[@]}" --temperature 1.0 --arms aligned aligned:scope=group \
   --output-json "$results/fidelity_samples_hot.json"
 "$python" -m benchmarks.studies.sweeps.settings --variant aligned --num-requests 15 --samples 4 --temperature 0.7 \
-  --kv-cache-blocks 400 --values scope=request scope=group --output-json "$results/sweep_samples.json"
+  --kv-cache-blocks 400 --values scope=request scope=group --output-json "$studies/sweeps/results/sweep_samples.json"
 # Which distance foretells the harm of sharing one pair of blocks.
 "$python" -m benchmarks.studies.distances --num-problems 200 --keep-dir build/keep \
-  --output-json "$results/distance_study.json"
+  --output-json "$studies/distances/results/distance_study.json"
 "$python" -m benchmarks.studies.distances --traces --pairs-per-kind 16 \
-  --output-json "$results/distance_study_traces.json"
-"$python" -m benchmarks.studies.in_phase --output-json "$results/in_phase.json"
+  --output-json "$studies/distances/results/distance_study_traces.json"
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --arms aligned aligned:settled_tokens=64 drop-duplicate random \
   --output-json "$results/fidelity_evaluation.json" --plot "$results/fidelity_evaluation.png"
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --num-problems 100 --replay-problems 40 \
@@ -114,6 +113,6 @@ for size in "" _all; do
     --output-json "$results/paired_tests$size.json"
 done
 "$python" -m benchmarks.studies.sweeps.settings --variant aligned --num-requests 60 --kv-cache-blocks 400 \
-  --values min_pool_use=0 min_pool_use=0.8 min_pool_use=0.95 --output-json "$results/sweep_min_pool_use.json"
+  --values min_pool_use=0 min_pool_use=0.8 min_pool_use=0.95 --output-json "$studies/sweeps/results/sweep_min_pool_use.json"
 "$python" -m trtllm_memshare calibrate --engine-dir engines/calibrated --dataset $data/tuning.jsonl --num-problems 50 \
   --replay-problems 25 --max-accuracy-drop 0.01 --keep-dir build/keep --output-json "$results/calibrate.json"

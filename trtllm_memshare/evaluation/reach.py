@@ -66,22 +66,3 @@ def measure_reach(
     shared = manager.stats().shared
     generated = manager.remove_sequence(0).generated_blocks
     return Reach(num_tokens, generated, policy.num_candidates, shared, seconds / max(1, len(output)) * 1e6)
-
-
-def count_in_phase_copies(prompt: list[int], output: list[int], size: int) -> tuple[int, int]:
-    """Blocks whose text another block of the request holds slot by slot: a bound for sharing V alone.
-
-    V carries no position, so it could be shared where K is not; but a table entry replaces a whole block, so the two
-    must be in phase.
-
-    Args:
-      prompt, output: token ids; only blocks without tokens of the prompt count.
-      size: tokens per block.
-
-    Returns:
-      blocks that are not the first of their text, and all blocks.
-    """
-    tokens = np.array([*prompt, *output], np.int32)
-    first, stop = -(-len(prompt) // size), len(tokens) // size
-    blocks = [tokens[b * size : (b + 1) * size].tobytes() for b in range(first, stop)]
-    return len(blocks) - len(set(blocks)), len(blocks)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def calibration_tokens(report: dict[str, Any]) -> int:
+    """Tokens of all calibration texts."""
+    return sum(report["calibration_tokens"])
+
+
 def calibration_table(report: dict[str, Any]) -> str:
     """What calibration found."""
     found, worst = report["calibration"], report["worst_heads"][0]

@@ -1,0 +1,68 @@
+"""Puts a kit in place on a machine without a package index. Needs nothing but Python and pip."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+
+from build_scripts.gpu_kit.layout import Kit, KitError
+
+
+def unpack(kit: Kit) -> list[str]:
+    """Installs wheels and FlashInfer's modules into ``site``, joins the model; returns what to tell.
+
+    Parts of the model may come one after the other: until the last is there, it says which are missing.
+
+    Raises:
+      KitError: no kit, a wheel that pip refuses, parts that do not make the file that was packed.
+    """
+    if not kit.folder.is_dir():
+        raise KitError(f"there is no {kit.folder.name}/: pack it on a machine with a package index and copy it here")
+    said = [_install_wheels(kit)]
+    aot = kit.site / "flashinfer" / "data" / "aot"
+    if kit.modules.is_dir() and aot.parent.is_dir():
+        shutil.copytree(kit.modules, aot, dirs_exist_ok=True)
+        said.append(f"FlashInfer: {len(list(kit.modules.iterdir()))} modules compiled beforehand")
+    if kit.digest.is_file() and not kit.model.is_file():
+        said.append(_join_model(kit))
+    if kit.headers.is_dir():
+        said.append(f"TensorRT's headers: {kit.headers.parent}")
+    return said
+
+
+def _install_wheels(kit: Kit) -> str:
+    wheels = sorted(map(str, kit.wheels.glob("*.whl")))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--upgrade",
+    ]
+    done = subprocess.run([*command, "--target", str(kit.site), *wheels], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KitError(f"pip must install the {len(wheels)} wheels of the kit, got: {done.stderr.strip()[-500:]}")
+    return f"wheels: {len(wheels)} installed into {kit.site}"
+
+
+def _join_model(kit: Kit) -> str:
+    parts = [kit.folder / name for name in kit.parts.read_text().split()]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        return f"model: {' '.join(missing)} not here yet"
+    partial, digest = kit.model.with_suffix(".partial"), hashlib.sha256()
+    with partial.open("wb") as whole:
+        for part in parts:
+            whole.write(part.read_bytes())
+            digest.update(part.read_bytes())
+    if digest.hexdigest() != kit.digest.read_text().split()[0]:
+        partial.unlink()
+        raise KitError("the parts of the model do not make the file that was packed: copy them again")
+    partial.replace(kit.model)
+    return f"model: {kit.model}"
