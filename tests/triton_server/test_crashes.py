@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from http.client import HTTPException
 
 import psutil
 import pytest
-from triton_server.conftest import Triton, start_triton, stop_triton
+from triton_server.conftest import ROOT, Triton, start_triton, stop_triton
 from triton_server.test_clients import tensors
 
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
@@ -111,3 +113,18 @@ def test_the_token_model_without_decoupled_answers_plain_infer(served_engine, tm
 
 def _runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_short_soak_has_no_faults(served_engine, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.triton_soak", "--engine-dir", str(served_engine), "--minutes", "0.5"]
+    output = subprocess.run([*command, "--clients", "30", "--crashes", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert output.returncode == 0, output.stdout[-3000:] + output.stderr[-3000:]
+    assert "no faults" in output.stdout
+
+
+def test_the_cost_of_triton_is_measured_to_its_end(served_engine, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.triton_serving", "--engine-dir", str(served_engine), "--repeat", "1"]
+    small = ["--num-requests", "8", "--clients", "4", "--first-tokens", "3"]
+    output = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr[-3000:]
+    assert json.loads(output.stdout.splitlines()[-1])["cpu_ratio"] > 0

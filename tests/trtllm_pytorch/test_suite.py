@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -10,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_script import run_script
 
 import trtllm_memshare
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.trtllm_suite import Answers, failed_gates, read_arms
+from trtllm_memshare.report.trtllm_suite import suite_table
 
 ROOT = Path(trtllm_memshare.__file__).parents[1]
 BENCH = """
@@ -94,14 +96,30 @@ def write_arms(folder: Path, **changes) -> None:
         ({"aligned": {"speed": 0.5}}, "aligned serves 0.50 times what TensorRT-LLM alone does"),
     ],
 )
-def test_gates(changes, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    summary = importlib.import_module("trtllm_summary")
+def test_gates(changes, message, tmp_path):
     write_arms(tmp_path, **changes)
-    monkeypatch.setattr(sys, "argv", ["summary", str(tmp_path), "--dataset", "none", "--model", "none"])
-    with pytest.raises(UserError, match=message):
-        summary.main()
-    printed = capsys.readouterr().out
+    done = run_script(ROOT / "benchmarks" / "trtllm_summary.py", str(tmp_path), "--dataset", "none", "--model", "none")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: 1 gates failed: {message}")
     idle = "lexical" in changes
     assert json.loads((tmp_path / "summary.json").read_text())["active"] == ["aligned"] + ["lexical"] * (not idle)
-    assert message in printed
+    assert f"4 gates: {message}" in done.stdout
+
+
+def test_accuracy_may_fall_by_two_points(tmp_path):
+    """Outputs are token ids by request; the answer has to stand at their end."""
+    right = {"1": {"output_tokens": [7]}, "2": {"output_tokens": [8]}}
+    write_arms(tmp_path, aligned={"tokens": {**right, "2": {"output_tokens": [7]}}}, **{
+        arm: {"tokens": right} for arm in ("alone", "alone_again", "shadow", "lexical")
+    })  # fmt: skip
+    rows = read_arms(tmp_path, ["shadow", "aligned", "lexical"], Answers(["7", "8"], lambda ids: f"so it is {ids[0]}"))
+    assert [row["right"] for row in rows.values()] == [1.0, 1.0, 1.0, 0.5, 1.0]
+    assert failed_gates(rows) == ["aligned has 50.0% right, TensorRT-LLM alone 100.0%"]
+    assert "  aligned        50.0% right      1 answers differ" in suite_table(rows)
+
+
+def test_an_arm_that_did_not_finish_is_named(tmp_path):
+    write_arms(tmp_path)
+    (tmp_path / "aligned.json").unlink()
+    with pytest.raises(UserError, match=r"that arm did not finish, its log is aligned\.log"):
+        read_arms(tmp_path, ["shadow", "aligned"], None)

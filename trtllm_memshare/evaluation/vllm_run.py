@@ -1,0 +1,134 @@
+"""One arm of a comparison with vLLM: the engine itself on its clock, or its scheduler alone, counted in steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.vllm_work import VllmWork
+
+_MAX_IDLE_STEPS = 2  # in a row; then nothing will ever change
+
+
+def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[str, Any]:
+    """Serves the work with vLLM's engine in this process; all requests are there at the start.
+
+    Raises:
+      UserError: an answer has not its trace's length.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        **work.engine_arguments(), **work.arm_arguments(arm, admission), num_gpu_blocks_override=blocks,
+        disable_log_stats=False, seed=0,
+    )  # fmt: skip
+    engine: Any = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    llm.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=2), use_tqdm=False)  # warm-up
+    for index, (prompt, length) in enumerate(work.requests):
+        parameters = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, parameters)
+    clock, cpu = time.perf_counter(), time.process_time()
+    ends, cpu_ends, answers, steps, in_flight = [], [], dict[int, list[int]](), 0, 0
+    while engine.has_unfinished_requests():
+        steps += 1
+        outputs = engine.step()
+        in_flight += len(scheduler.running)
+        for output in outputs:
+            if output.finished:
+                ends.append(time.perf_counter() - clock)
+                cpu_ends.append(time.process_time() - cpu)
+                answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+    lengths = [len(answers[i]) for i in range(len(work.requests))]
+    if lengths != [length for _, length in work.requests]:
+        raise UserError(f"answers must have their traces' lengths, got {lengths}")
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    return {
+        "blocks": blocks, "seconds": ends[-1], "cpu_seconds": cpu_ends[-1], "steps": steps,
+        "mean_in_flight": in_flight / steps, "preemptions": metrics["vllm:num_preemptions"],
+        "prompt_tokens_computed": metrics["vllm:prompt_tokens"], "answer_tokens": sum(lengths),
+        "latency": {q: float(np.percentile(ends, int(q[1:]))) for q in ("p50", "p99")},
+        "cpu_latency": {q: float(np.percentile(cpu_ends, int(q[1:]))) for q in ("p50", "p99")},
+        "retired": _num_retired(scheduler),
+        "answers_hash": hashlib.sha256(json.dumps(sorted(answers.items())).encode()).hexdigest()[:16],
+        "all_free": _is_all_free(scheduler),
+    }  # fmt: skip
+
+
+def run_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[str, Any]:
+    """Schedules the work to its end without a model; any token will do.
+
+    Raises:
+      UserError: nobody can go on, since the pool is too small for one request.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+    scheduler = _make_scheduler(work, arm, admission, blocks)
+    for index, (prompt, length) in enumerate(work.requests):
+        sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+        scheduler.add_request(
+            Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=sampling, pooling_params=None)
+        )
+    steps = in_flight = computed = preempted = idle = 0
+    ends = list[int]()
+    while scheduler.requests:
+        output = scheduler.schedule()
+        steps += 1
+        in_flight += len(output.num_scheduled_tokens)
+        computed += output.total_num_scheduled_tokens
+        preempted += len(output.preempted_req_ids or ())
+        names = list(output.num_scheduled_tokens)
+        idle = 0 if names else idle + 1
+        if idle > _MAX_IDLE_STEPS:
+            raise UserError(f"a pool of {blocks} blocks is too small for one request (give fewer --parts)")
+        # A request that still reads its text samples nothing.
+        sampled = [[] if scheduler.requests[name].is_prefill_chunk else [steps % 1000 + 10] for name in names]
+        places = {n: i for i, n in enumerate(names)}
+        before = len(scheduler.requests)
+        scheduler.update_from_output(
+            output, ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=sampled)
+        )
+        ends += [steps] * (before - len(scheduler.requests))
+    return {
+        "blocks": blocks, "steps": steps, "mean_in_flight": in_flight / steps, "preemptions": preempted,
+        "tokens_computed": computed, "p50_steps": float(np.percentile(ends, 50)),
+        "p99_steps": float(np.percentile(ends, 99)), "retired": _num_retired(scheduler),
+        "all_free": _is_all_free(scheduler),
+    }  # fmt: skip
+
+
+def _make_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> Any:
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    ours = work.arm_arguments(arm, admission)
+    if arm not in ("vllm", "random"):
+        ours["additional_config"]["memshare"]["need"] = "age"  # which pages go does not change how many
+    config = EngineArgs(**work.engine_arguments(), **ours, max_num_batched_tokens=2048).create_engine_config()
+    config.cache_config.num_gpu_blocks = blocks
+    spec = FullAttentionSpec(block_size=work.block_size, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    kind = config.scheduler_config.get_scheduler_cls() if arm != "vllm" else Scheduler
+    return kind(
+        vllm_config=config, kv_cache_config=KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config), block_size=work.block_size, log_stats=False,
+    )  # fmt: skip
+
+
+def _num_retired(scheduler: Any) -> int:
+    relief = getattr(scheduler, "relief", None)
+    return relief.totals.retired if relief else 0
+
+
+def _is_all_free(scheduler: Any) -> bool:
+    pool = scheduler.kv_cache_manager.block_pool
+    return bool(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1)
