@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.evaluation.replay import ReplaySampler
 from trtllm_memshare.evaluation.retirement import NEVER, NO_DONOR, Choice, Moment, Retirements
 from trtllm_memshare.runners.torch.runner import TorchRunner
-from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.pressure import floor_room
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
@@ -50,18 +52,10 @@ def step_by_step(
     """
     # Stage 1 looks once, at the first step, when there is nothing to find.
     config = make_config("lexical", retired_becomes=become, search_interval=10**6, max_aliases=64)
-    sampler = Recorder()
-    executor = Executor(runner, config, boundaries, len(ids), 1, max_num_tokens=4096, sampler=sampler)
-    handle = executor.submit(ids[:num_prompt_tokens], SamplingParams(len(ids) - num_prompt_tokens))
-    sampler.add_script(handle.request_id, ids[num_prompt_tokens:])
-    size, manager = runner.tokens_per_block, executor.manager
-    first, num_pages = -(-num_prompt_tokens // size), len(ids) // size
-    retired_at, donor = np.full(num_pages, NEVER, np.int64), np.full(num_pages, NO_DONOR, np.int32)
-    while executor.has_work:
-        executor.step()
-        computed = num_prompt_tokens + len(sampler.logits) - 1  # the last sampled token has no K and V yet
-        if not executor.has_work or computed % size or computed // size <= first:
-            continue
+    walk = _Walk(runner, config, boundaries, ids, num_prompt_tokens)
+    size, manager, handle = runner.tokens_per_block, walk.executor.manager, walk.handle
+    first, retired_at, donor = walk.first, walk.retired_at, walk.donor
+    for computed in walk:
         table = manager.block_table(handle.request_id)
         generated = np.arange(first, computed // size)
         own = np.array([not manager.is_retired(handle.request_id, page) for page in generated])
@@ -79,7 +73,62 @@ def step_by_step(
             retired_at[page], donor[page] = computed, other
         manager.check_integrity()
         assert (manager.block_table(handle.request_id)[generated] != NO_BLOCK).sum() >= len(resident) - len(pages)
-    return Retirements(size, retired_at, donor), torch.stack(sampler.logits)
+    return Retirements(size, retired_at, donor), torch.stack(walk.sampler.logits)
+
+
+def served_at_floor(
+    runner: TorchRunner, boundaries: BoundaryTokens, ids: list[int], num_prompt_tokens: int, config: MemShareConfig
+) -> tuple[Retirements, np.ndarray, torch.Tensor]:
+    """The same with what serving itself gives up, asked after each page for all that a request may give.
+
+    Args:
+      config: of preset ``pressure`` with need ``nearest-earlier``; with room in the pool nothing else asks.
+
+    Returns:
+      What was retired, distances of pages ``[pages, pages]`` as they were compared (inf: they were not), and logits.
+    """
+    walk = _Walk(runner, config, boundaries, ids, num_prompt_tokens)
+    executor, manager, now = walk.executor, walk.executor.manager, 0
+    retire = manager.retire
+
+    def watched(request_id: int, pages: np.ndarray, donors: Mapping[int, int]) -> int:
+        walk.retired_at[pages] = now
+        for page in pages.tolist():
+            walk.donor[page] = donors.get(page, NO_DONOR)
+        return retire(request_id, pages, donors)
+
+    manager.retire = watched
+    distance = np.full((len(walk.donor), len(walk.donor)), np.inf, np.float32)
+    for now in walk:  # noqa: B007 - read by ``watched``
+        executor.pressure._retire(manager.pool.num_blocks, executor._scheduler.running)
+        manager.check_integrity()
+        pages = executor.pressure._ledger._source._requests.get(walk.handle.request_id)
+        if pages is not None:
+            seen = slice(walk.first, walk.first + pages.num_seen)
+            distance[seen, seen] = pages.distance[: pages.num_seen, : pages.num_seen]
+    retirements = Retirements(runner.tokens_per_block, walk.retired_at, walk.donor)
+    return retirements, distance, torch.stack(walk.sampler.logits)
+
+
+class _Walk:
+    """Feeds a text to an executor; iterating stops after each generated page and yields the tokens computed."""
+
+    def __init__(self, runner, config, boundaries, ids, num_prompt_tokens) -> None:
+        self.sampler = Recorder()
+        self.executor = Executor(runner, config, boundaries, len(ids), 1, max_num_tokens=4096, sampler=self.sampler)
+        self.handle = self.executor.submit(ids[:num_prompt_tokens], SamplingParams(len(ids) - num_prompt_tokens))
+        self.sampler.add_script(self.handle.request_id, ids[num_prompt_tokens:])
+        self._size, self._num_prompt_tokens = runner.tokens_per_block, num_prompt_tokens
+        num_pages, self.first = len(ids) // self._size, -(-num_prompt_tokens // self._size)
+        self.retired_at, self.donor = np.full(num_pages, NEVER, np.int64), np.full(num_pages, NO_DONOR, np.int32)
+
+    def __iter__(self) -> Iterator[int]:
+        while self.executor.has_work:
+            self.executor.step()
+            # The last sampled token has no K and V yet.
+            computed = self._num_prompt_tokens + len(self.sampler.logits) - 1
+            if self.executor.has_work and computed % self._size == 0 and computed // self._size > self.first:
+                yield computed
 
 
 def _alias(manager, request_id: int, page: int, block: int, other: int) -> Decision:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation.step_by_step import step_by_step
+from evaluation.step_by_step import served_at_floor, step_by_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.evaluation import masked_attention, masked_replay, page_facts
@@ -19,6 +19,7 @@ from trtllm_memshare.evaluation.page_facts import CollectingPass, text_signature
 from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
 from trtllm_memshare.evaluation.retirement import NEVER, Retirements, hold_at_floor, nearest_earlier
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,24 @@ def test_decisions_and_logits_are_those_of_the_executor(replay, full, runner, pl
     assert np.array_equal(masked.retired_at, stepped.retired_at)
     assert np.array_equal(masked.donor, stepped.donor)
     torch.testing.assert_close(replay.logits(IDS, masked)[PROMPT - 1 : -1], logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("min_kept", [0.62, 0.53, 0.1])
+@pytest.mark.parametrize("becomes", ["alias", "dropped"])
+def test_the_papers_choice_while_serving_is_that_of_the_study(replay, full, runner, plain, becomes, min_kept):
+    """From the pages that serving compares: what was written after an alias differs a little from the full pass."""
+    changes = {"protected_tokens": PROTECTED, "min_kept": min_kept, "retired_becomes": becomes}
+    config = make_config("pressure", need="nearest-earlier", **changes)
+    served, distance, logits = served_at_floor(runner, plain, IDS, PROMPT, config)
+    studied = hold_at_floor(PROMPT, TOKENS, SIZE, min_kept, PROTECTED, nearest_earlier(distance, 8))
+    studied = studied if becomes == "alias" else studied.forgotten()
+    assert (studied.retired_at < NEVER).sum() >= 8
+    assert np.array_equal(studied.retired_at, served.retired_at)
+    assert np.array_equal(studied.donor, served.donor)
+    untouched = slice(-(-PROMPT // SIZE), studied.first // SIZE)
+    compared, expected = (np.tril(d[untouched, untouched], -1) for d in (distance, full.facts.distance))
+    np.testing.assert_allclose(compared, expected, atol=2e-3)
+    torch.testing.assert_close(replay.logits(IDS, studied)[PROMPT - 1 : -1], logits, rtol=1e-3, atol=1e-3)
 
 
 def test_the_full_pass_is_the_models_own(replay, full, tiny_checkpoint):

@@ -1,8 +1,9 @@
 """A runner without a model: its pool holds a token and a position for each row, and it reads them as attention would.
 
 Every step checks what a kernel relies on: rows are written to blocks that nobody else refers to, in their place, and
-what is read is the request's own text or a null entry. The next token comes from a text that repeats itself; with
-``depends_on_reads`` it also depends on every row that was read, so that two runs which read different things part.
+what is read is the request's own text, that of an earlier page of it, or a null entry. The next token comes from a text
+that repeats itself; with ``depends_on_reads`` it also depends on every row that was read, so that two runs which read
+different things part.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ VOCAB_SIZE = 64
 MAX_TOKENS = 1024
 _RNG = np.random.default_rng(1)
 PHRASES = [[*_RNG.integers(4, 60, n).tolist(), 2] for n in (24, 31, 17, 8, 40)]
+_VALUES = torch.from_numpy(np.random.default_rng(2).standard_normal((VOCAB_SIZE, 2, 4)).astype(np.float32))
 _WEIGHTS = _RNG.integers(1, 2**31, MAX_TOKENS).astype(np.int64)
 
 
@@ -43,6 +45,7 @@ class ReadingRunner:
       tokens_per_block: tokens of one block.
       depends_on_reads: whether the next token depends on what was read.
       chunk_unit_size: see ``Scheduler``.
+      shows_pool: has a ``pool`` with K and V of the tokens, one layer and one head.
 
     Attributes:
       manager: the cache whose pool this is, to hold the step against; set once it is made.
@@ -52,13 +55,19 @@ class ReadingRunner:
     num_layers, vocab_size, skips_entries = 2, VOCAB_SIZE, True
 
     def __init__(
-        self, num_blocks: int, tokens_per_block: int, depends_on_reads: bool = False, chunk_unit_size: int = 1
+        self,
+        num_blocks: int,
+        tokens_per_block: int,
+        depends_on_reads: bool = False,
+        chunk_unit_size: int = 1,
+        shows_pool: bool = False,
     ) -> None:
         self.num_blocks, self.tokens_per_block = num_blocks, tokens_per_block
         self.chunk_unit_size = chunk_unit_size
         self._depends_on_reads = depends_on_reads
         self._tokens = np.full(num_blocks * tokens_per_block, -1, np.int64)
         self._positions = np.full(num_blocks * tokens_per_block, -1, np.int64)
+        self.pool = torch.zeros(num_blocks, 1, 2, 1, tokens_per_block, 4) if shows_pool else None
         self.manager: KVCacheManager | None = None
         self.null_pages: NullPages | None = None
 
@@ -92,6 +101,8 @@ class ReadingRunner:
             assert (pool.origin_position[blocks] == positions // size * size).all(), "a block starts somewhere else"
         rows = blocks * size + positions % size
         self._tokens[rows], self._positions[rows] = ids, positions
+        if self.pool is not None:
+            self.pool[blocks, 0, :, 0, positions % size] = _VALUES[ids]
 
     def _read(self, table: np.ndarray, chunk: int, length: int) -> int:
         size, positions = self.tokens_per_block, np.arange(length)
@@ -101,7 +112,10 @@ class ReadingRunner:
             seen &= ~self.manager.pool.is_null[blocks]
         assert seen[length - chunk :].all(), "a token of the step cannot see itself"
         rows = blocks[seen] * size + positions[seen] % size
-        assert (self._positions[rows] == positions[seen]).all(), "a row of another position is read"
+        # A page that is named more than once is that of the first entry which names it.
+        _, first, place = np.unique(table, return_index=True, return_inverse=True)
+        written = first[place.ravel()][positions[seen] // size] * size + positions[seen] % size
+        assert (self._positions[rows] == written).all(), "a row of another page is read"
         tokens = self._tokens[rows]
         assert seen[0], "the first row of the prompt is gone"
         text = repeating_text(int(tokens[0]))

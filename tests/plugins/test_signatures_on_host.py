@@ -113,7 +113,7 @@ def test_redundancy_while_serving_is_that_of_the_kernel_where_the_pool_is_on_a_g
         source.catch_up([7, 9])
     assert asked == [[2, 5, 1, 3, 4]]  # all requests together
     for request, pages in ((7, np.arange(1, 4)), (9, np.arange(2))):
-        kernel, plain = (source.redundancy(request, pages) for source in sources)
+        kernel, plain = (source.measure(request, pages, len(pages)) for source in sources)
         np.testing.assert_allclose(kernel, plain, rtol=1e-5, atol=1e-6)
         assert plain[0] > 0.1
 

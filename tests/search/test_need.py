@@ -20,6 +20,7 @@ ALL = facts(
     recent_attention=[0.3, 0.1, 0.2],
     surprisal=[5.0, 20.0, 10.0],
     draw=[0.5, 0.7, 0.2],
+    distance=[np.inf, 1.1, 0.4],
 )
 
 
@@ -28,6 +29,7 @@ ALL = facts(
     [
         ("random", [2, 0, 1]),
         ("age", [0, 1, 2]),
+        ("nearest-earlier", [2, 1, 0]),
         ("attention", [1, 2, 0]),
         ("surprisal", [0, 2, 1]),
         ("redundancy", [0, 1, 2]),  # equal redundancy: the older page first
@@ -46,8 +48,8 @@ def test_who_goes_first(name, order):
 
 
 def test_every_formula_is_tested_above_and_takes_no_pages():
-    assert len(NEEDS) == 11
-    empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(5)))
+    assert len(NEEDS) == 12
+    empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(6)))
     assert all(len(page_need(name, empty)) == 0 for name in NEEDS)
 
 

@@ -12,6 +12,7 @@ from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
 
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.need import find_need
@@ -181,6 +182,67 @@ def test_the_bundled_model_answers_with_less_memory(bundled_model, boundaries, p
     assert sum(a == b for a, b in zip(*answers, strict=True)) >= 3
 
 
+PAPER = {"need": "nearest-earlier", "retired_becomes": "alias"}
+
+
+def paper_executor(num_blocks, **changes):
+    runner = ReadingRunner(num_blocks, SIZE, shows_pool=True)
+    executor = Executor(runner, make_config("pressure", **{**QUICK, **PAPER, **changes}), TEXTS, 320, 8, 64)
+    runner.manager = executor.manager
+    return executor
+
+
+def test_the_papers_pages_become_aliases_and_nobody_is_paused():
+    executor = paper_executor(110, max_aliases=4)
+    handles, pauses_before_a_resume, most = submit(executor, 6), executor.stats.num_pauses, 0
+    while executor.has_work:
+        executor.step()
+        executor.manager.check_integrity()
+        most = max(most, executor.manager.stats().aliased_entries)
+    assert executor.stats.num_pauses == pauses_before_a_resume == 0
+    assert most > 20
+    cache = executor.manager.stats()
+    assert cache.shared > 5 * cache.forgotten  # those without a donor go only where somebody would be paused
+    assert executor.pressure.stats.retired_pages == {"repeated": 0, "needed_least": cache.shared + cache.forgotten}
+    for handle in handles:
+        record = handle.result(0).stats.sharing
+        assert 0 < record.retired_blocks <= record.generated_blocks / 2
+
+
+def test_a_page_without_a_donor_goes_only_where_somebody_would_be_paused():
+    """One block serves two entries: half of the pages stay, whatever the floor says."""
+    executor = paper_executor(100, max_aliases=2, min_kept=0.0, protected_tokens=SIZE)
+    submit(executor, 1)
+    while not executor.manager.page_counts(0)[0] >= 12:
+        executor.step()
+    running = executor._scheduler.running
+    assert not executor.pressure.free_for_waiting(9, running)
+    assert executor.pressure.free_for_waiting(5, running)
+    assert (executor.manager.stats().shared, executor.manager.stats().forgotten) == (5, 0)
+    assert executor.pressure.free_for_running(4, running)
+    assert executor.manager.stats().forgotten == 4
+    executor.manager.check_integrity()
+
+
+def test_a_request_that_comes_back_reads_the_same_pages_in_place_of_others():
+    executor = paper_executor(110)
+    submit(executor, 6)
+    while executor.manager.stats().aliased_entries < 30:
+        executor.step()
+    scheduler, manager = executor._scheduler, executor.manager
+    state = max(scheduler.running, key=lambda s: manager.page_counts(s.request_id)[1])
+    before = manager._sequences[state.request_id].donors.copy()
+    assert len(before) > 3
+    scheduler._pause(state)
+    while state.request_id not in manager._sequences or not manager._sequences[state.request_id].is_generating:
+        executor.step()
+        manager.check_integrity()
+    table, after = manager.block_table(state.request_id), manager._sequences[state.request_id].donors
+    assert before.keys() <= after.keys()
+    assert all(table[page] == table[donor] for page, donor in before.items())
+    executor.run_until_idle()
+
+
 class Manager:
     """The pages of one request, as ``ValueRedundancy`` asks for them."""
 
@@ -202,14 +264,14 @@ def test_redundancy_is_of_pages_that_are_still_there():
     manager = Manager([1, 2, 4], 1)
     source = ValueRedundancy(manager, pool)
     source.catch_up([7])
-    assert source.redundancy(7, np.array([1]))[0] < 0.95
+    assert source.measure(7, np.array([1]), 1)[0] < 0.95
     manager.blocks = np.array([1, 2, 4, 5, 6, 7])
     source.catch_up([7])
-    found = source.redundancy(7, np.arange(1, 6))
+    found = source.measure(7, np.arange(1, 6), 5)
     assert found[0] == pytest.approx(1.0, abs=1e-5)
     assert (found[1:] < 0.95).all()
     source.retired(7, np.array([4], np.int32))
-    assert source.redundancy(7, np.array([1]))[0] < 0.95
+    assert source.measure(7, np.array([1]), 1)[0] < 0.95
     source.forget(7)
     assert not source._indexes
 
@@ -224,7 +286,7 @@ def test_surprisal_of_a_page_adds_up_over_its_tokens():
     for token in (0, 1, 1):
         ledger.observe_tokens(logits, [State], [token])
         State.tokens = [*State.tokens, token]
-    facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]))
+    facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]), 2)
     np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
 
 
@@ -234,7 +296,7 @@ def test_attention_starts_anew_in_a_block_that_was_freed():
     ledger.observe_attention(np.array([0.5, 0.1, 0.0], np.float32), generations)
     generations[0] = 1
     ledger.observe_attention(np.array([0.2, 0.3, 0.0], np.float32), generations)
-    facts = ledger.facts(0, np.array([5, 6]), np.array([0, 1]))
+    facts = ledger.facts(0, np.array([5, 6]), np.array([0, 1]), 2)
     np.testing.assert_allclose(facts.attention, [0.2, 0.2], rtol=1e-6)
 
 
@@ -246,5 +308,10 @@ def test_what_cannot_be_served_is_refused():
         make_config("pressure", high_watermark=0.5)
     with pytest.raises(UserError, match="preset pressure"):
         make_config("aligned", pressure=True)
-    with pytest.raises(UserError, match="retired_becomes alias"):
+    with pytest.raises(UserError, match="retired_becomes alias with need redundancy"):
         make_config("pressure", retired_becomes="alias")
+    paper = make_config("pressure", need="nearest-earlier", retired_becomes="alias")
+    with pytest.raises(UserError, match="need nearest-earlier reads K and V of pages, got a runner that does not show"):
+        Executor(runner, paper, TEXTS, 320)
+    with pytest.raises(UserError, match="got several ranks that hold parts of them"):
+        Executor(ReadingRunner(60, SIZE, shows_pool=True), paper, TEXTS, 320, agreement=RankAgreement(None, 2))

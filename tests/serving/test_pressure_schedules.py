@@ -39,12 +39,14 @@ class PressureMachine(RuleBasedStateMachine):
         def draw(*choices):
             return data.draw(st.sampled_from(choices))
 
-        self.becomes = draw("null", "null", "dropped")
+        need = draw("age", "random", "surprisal", "nearest-earlier", "nearest-earlier")
+        self.becomes = draw("null", "dropped") if need != "nearest-earlier" else draw("alias", "alias", "null")
         high = draw(0.7, 0.9, 1.0, 1.0)
         self.config = make_config(
             "pressure",
             retired_becomes=self.becomes,
-            need=draw("age", "random", "surprisal"),
+            need=need,
+            max_aliases=draw(2, 4, 8),
             spread=draw("need", "longest", "equal"),
             min_kept=draw(0.0, 0.25, 0.5, 0.5, 0.75, 1.0),
             high_watermark=high,
@@ -58,8 +60,8 @@ class PressureMachine(RuleBasedStateMachine):
         )
         unit, most = draw(1, 1, SIZE), data.draw(st.integers(2, 6))
         num_blocks = data.draw(st.integers(42, 70))
-        runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit)
-        if self.becomes == "null":
+        runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit, shows_pool=need == "nearest-earlier")
+        if draw(self.becomes == "null", self.becomes != "dropped"):
             runner.null_pages = NullPages([0, 1], [0, MAX_LEN // 2, MAX_LEN])
         self.policy = draw(*POLICIES)
         self.executor = Executor(
@@ -99,7 +101,7 @@ class PressureMachine(RuleBasedStateMachine):
 
     def blocks_held(self, request_id):
         table = self.manager.block_table(request_id)
-        return int(((table >= 0) & ~self.manager.pool.is_null[table]).sum())
+        return len(np.unique(table[(table >= 0) & ~self.manager.pool.is_null[table]]))
 
     def floor(self, state, num_generated):
         return math.ceil(self.min_kept(state) * num_generated - 1e-9)
@@ -190,6 +192,11 @@ class PressureMachine(RuleBasedStateMachine):
             table = manager.block_table(state.request_id)
             gone = (table < 0) | pool.is_null[table]
             assert not gone[: sequence.first_generated_block].any(), "a prompt page is gone"
+            donors = {p: d for p, d in sequence.donors.items() if sequence.retired[p]}
+            assert not donors or self.becomes == "alias"
+            assert all(table[p] == table[d] and not sequence.retired[d] and d < p for p, d in donors.items())
+            assert all(1 + list(donors.values()).count(d) <= self.config.max_aliases for d in donors.values())
+            gone[list(donors)] = True
             assert (gone == sequence.retired[: len(table)]).all()
             full = max(sequence.first_generated_block, sequence.num_computed // SIZE)
             kept = int((~sequence.retired[sequence.first_generated_block : full]).sum())

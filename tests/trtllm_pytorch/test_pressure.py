@@ -179,6 +179,7 @@ def test_settings_that_cannot_work_here_are_named(tmp_path, monkeypatch):
         ('{"preset": "pressure"}', "needs null_pages, a folder"),
         ('{"preset": "pressure", "null_pages": "x", "need": "attention-redundancy"}', "does not hand out"),
         ('{"preset": "pressure", "null_pages": "x", "retired_becomes": "dropped"}', "got dropped"),
+        ('{"preset": "pressure", "null_pages": "x", "need": "nearest-earlier"}', "need nearest-earlier reads distance"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -52,12 +52,13 @@ def describe_sharing(config: MemShareConfig) -> str:
     if config.preset == "off":
         return "off, every request keeps all of its blocks"
     if config.pressure:
-        becomes = "the null page" if config.retired_becomes == "null" else "nothing"
+        becomes = {"null": "the null page", "alias": "the nearest earlier page", "dropped": "nothing"}
+        repeats = "" if config.need == "nearest-earlier" else "exact repeats first, then "
         return (
             f"preset {config.preset} gives nothing up while the pool has room; above {config.high_watermark:.0%} of it "
-            f"pages of generated text go until {config.low_watermark:.0%}, exact repeats first, then by "
-            f"{config.need}, and become {becomes}; every request keeps its prompt, its last {config.protected_tokens} "
-            f"tokens and {config.min_kept:.0%} of its generated pages"
+            f"pages of generated text go until {config.low_watermark:.0%}, {repeats}by {config.need}, "
+            f"and become {becomes[config.retired_becomes]}; every request keeps its prompt, its last "
+            f"{config.protected_tokens} tokens and {config.min_kept:.0%} of its generated pages"
         )
     what = "reports repeats but shares nothing (shadow)" if config.shadow else "shares the blocks of repeats"
     if config.matcher == "runs":

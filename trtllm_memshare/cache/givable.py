@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trtllm_memshare.cache.block_pool import BlockPool
+from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.sequence import Sequence
 
 _HOPS = 16
@@ -18,8 +19,8 @@ class GivablePages:
     """Pages of one request that may go, and the counts that its floor is worked out from.
 
     Attributes:
-      pages: int32 ``[n]``, ascending logical pages: full, generated, not protected, referred to by nobody else, and
-        not given up before.
+      pages: int32 ``[n]``, ascending logical pages: full, generated, not protected, referred to by no other request,
+        and not given up before.
       repeated: bool ``[n]``, whether every token of the page stands once more, later, in what the request keeps.
       num_generated: full pages of generated tokens, those given up included.
       num_retired: how many of them were given up.
@@ -49,7 +50,9 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     pages = np.arange(first, max(first, end), dtype=np.int32)
     pages = pages[~sequence.retired[pages]]
     blocks = table[pages]
-    pages = pages[(pool.ref_count[blocks] == 1) & pool.is_full[blocks]]
+    row = table[: sequence.num_blocks]
+    own = np.bincount(row[row != NO_BLOCK], minlength=pool.num_blocks)
+    pages = pages[(pool.ref_count[blocks] == own[blocks]) & pool.is_full[blocks]]
     repeated = np.zeros(len(pages), bool)
     if find_repeats and len(pages):
         ready = set(sequence.matcher.ready_blocks())

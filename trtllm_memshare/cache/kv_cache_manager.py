@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -10,11 +10,12 @@ import numpy as np
 from trtllm_memshare.cache.candidates import find_candidates
 from trtllm_memshare.cache.givable import GivablePages, givable_pages
 from trtllm_memshare.cache.group_candidates import GroupCandidates
-from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks
+from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks, null_entry
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.remap import Remapper
 from trtllm_memshare.cache.resume import matcher_at_return, pages_to_retire, retired_pages
 from trtllm_memshare.cache.sequence import CacheStats, Parked, Sequence, SharingRecord
+from trtllm_memshare.cache.stand_ins import NO_DONORS, let_stand_in
 from trtllm_memshare.cache.state import CacheState
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate, Decision, Matcher
@@ -80,7 +81,7 @@ class KVCacheManager(CacheState):
         if not self._free_slots or num_blocks > self.pool.num_free:
             return False
         num_prompt_tokens = num_tokens if num_prompt_tokens is None else num_prompt_tokens
-        parked = self._parked.pop(request_id, None) or Parked(None, 0, np.zeros(0, np.int64))
+        parked = self._parked.pop(request_id, None) or Parked()
         make = self._make_matcher if shares else None
         matcher = matcher_at_return(parked, token_ids, num_prompt_tokens, make)
         sequence = Sequence(
@@ -95,6 +96,7 @@ class KVCacheManager(CacheState):
             matcher=matcher,
             epoch=parked.epoch,
             num_context_tokens=num_tokens,
+            donors=parked.donors,
         )
         sequence.to_retire[parked.retired] = True
         self._free_slots.pop()  # nothing that could fail stands between this line and the next
@@ -162,23 +164,22 @@ class KVCacheManager(CacheState):
         self._stats.shared += freed
         return freed
 
-    def retire(self, request_id: int, logical_blocks: np.ndarray) -> int:
+    def retire(self, request_id: int, logical_blocks: np.ndarray, donors: Mapping[int, int] = NO_DONORS) -> int:
         """Gives up full, generated blocks of a request, between two steps; returns how many became free.
 
-        Their entries, and those of their aliases, point at the null page of the request's band from then on, or at
-        nothing under ``retired_becomes: dropped``.
+        Their entries, and those of their aliases, point at their donors from then on (see ``let_stand_in``); without
+        one at the null page of the request's band, or at nothing where the runner skips entries.
 
         Raises:
           ValueError: a block with prompt tokens or one that is not full; or there are no null pages to point at.
         """
-        sequence, become = self._sequences[request_id], NO_BLOCK
-        if self.config.retired_becomes != "dropped":
-            if self.null_pages is None:
-                raise ValueError("blocks can be retired to null pages only where the runner has written some, got none")
-            become = self.null_pages.block_at(sequence.num_tokens - 1)
-        freed = forget_blocks(sequence, self._tables[sequence.slot], logical_blocks, self.pool, become)
-        self._stats.forgotten += freed
-        return freed
+        sequence = self._sequences[request_id]
+        table, become = self._tables[sequence.slot], null_entry(sequence, self.null_pages, self.config)
+        shared = let_stand_in(sequence, table, logical_blocks, donors, self.pool)
+        forgotten = forget_blocks(sequence, table, logical_blocks, self.pool, become)
+        self._stats.shared += shared
+        self._stats.forgotten += forgotten
+        return shared + forgotten
 
     def cross_bands(self, request_ids: Seq[int], sequence_lengths: Seq[int] | np.ndarray) -> int:
         """Moves null entries on to the page of the band that the next step's queries are in; returns how many moved.
@@ -237,7 +238,7 @@ class KVCacheManager(CacheState):
         sequence = self._drop(request_id)
         sequence.feed_matcher()
         retired = retired_pages(sequence) if self.config.pressure else np.zeros(0, np.int64)
-        self._parked[request_id] = Parked(sequence.matcher, sequence.epoch + 1, retired)
+        self._parked[request_id] = Parked(sequence.matcher, sequence.epoch + 1, retired, sequence.donors)
 
     def forget_paused(self, request_id: int) -> None:
         """Lets go of a paused request that will not come back."""
@@ -261,7 +262,8 @@ class KVCacheManager(CacheState):
     def _retire_again(self, sequence: Sequence) -> None:
         """Gives up what a request that came back had given up, and lets the blocks carry its next pages at once."""
         pages = pages_to_retire(sequence, self.tokens_per_block)
-        blocks = sequence.num_blocks + (self.retire(sequence.request_id, pages) if len(pages) else 0)
+        freed = self.retire(sequence.request_id, pages, sequence.donors) if len(pages) else 0
+        blocks = sequence.num_blocks + freed
         room = min(sequence.num_context_tokens, blocks * self.tokens_per_block)
         self._extend(sequence, max(sequence.num_tokens, room))
 

@@ -19,6 +19,7 @@ import numpy as np
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.sequence import Sequence
+from trtllm_memshare.search.config import MemShareConfig
 
 
 class NullPages:
@@ -100,10 +101,27 @@ def forget_blocks(
     freed = pool.release(row[entries])
     row[entries] = become
     sequence.retired[: sequence.num_blocks] |= entries
+    for page in np.flatnonzero(entries).tolist():
+        sequence.donors.pop(page, None)
     rows = sequence.token_rows[: sequence.num_blocks * size]
     rows[np.isin(rows // size, blocks)] = -1
     sequence.num_retired += freed
     return freed
+
+
+def null_entry(sequence: Sequence, null_pages: NullPages | None, config: MemShareConfig) -> int:
+    """What entries of a request become that are forgotten now.
+
+    Under pressure with aliases a page that finds no donor is forgotten too, on a runner that skips entries.
+
+    Raises:
+      ValueError: there are no null pages to point at, and entries cannot be without a block.
+    """
+    if config.retired_becomes == "dropped" or (config.pressure and null_pages is None):
+        return NO_BLOCK
+    if null_pages is None:
+        raise ValueError("blocks can be retired to null pages only where the runner has written some, got none")
+    return null_pages.block_at(sequence.num_tokens - 1)
 
 
 def follow_bands(sequence: Sequence, table: np.ndarray, length: int, null_pages: NullPages, pool: BlockPool) -> int:

@@ -30,6 +30,8 @@ class Sequence:
       retired: bool ``[max_blocks_per_seq]``, logical blocks that were given up: another one of the request stands in
         for them, or they are forgotten.
       to_retire: bool ``[max_blocks_per_seq]``, blocks that were given up before a pause and go again once computed.
+      donors: of blocks given up under pressure, those before a pause included: the logical block that is read in place
+        of each; one that is not named is forgotten.
       num_context_tokens: tokens that came as context in this life; all have room at once unless it came back.
       num_retired: blocks that were freed when the request gave up its references.
       peak_blocks: most blocks that it held at once, those given up left out.
@@ -55,6 +57,7 @@ class Sequence:
     peak_blocks: int = 0
     num_offered_to_group: int = 0
     unmatched: list[int] = field(default_factory=list)
+    donors: dict[int, int] = field(default_factory=dict)
 
     @property
     def is_generating(self) -> bool:
@@ -76,11 +79,13 @@ class Parked:
       matcher: stage 1's state.
       epoch: of the next life.
       retired: int ``[n]``, pages to give up again.
+      donors: see ``Sequence``.
     """
 
-    matcher: Matcher | None
-    epoch: int
-    retired: np.ndarray
+    matcher: Matcher | None = None
+    epoch: int = 0
+    retired: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    donors: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

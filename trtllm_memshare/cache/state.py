@@ -163,6 +163,13 @@ class CacheState:
                     f"with {references[unwritten].tolist()} references, null pages: "
                     f"{self.pool.is_null[unwritten].tolist()}"
                 )
+            row = self._tables[sequence.slot]
+            pairs = [(p, d) for p, d in sequence.donors.items() if sequence.retired[p]]
+            if any(row[p] != row[d] or sequence.retired[d] for p, d in pairs):
+                raise RuntimeError(
+                    f"pages of request {sequence.request_id} are not read in place of those that were given up: "
+                    f"(page, donor) {pairs} in table {row[: sequence.num_blocks].tolist()}"
+                )
             if sequence.matcher is not None:
                 matched = sequence.matcher.num_tokens + len(sequence.unmatched)
                 known = max(sequence.num_tokens, sequence.num_context_tokens)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from trtllm_memshare.evaluation.retirement import Moment
+from trtllm_memshare.search.nearest_page import relative_distances_of_rows
 from trtllm_memshare.search.need import PageFacts
 from trtllm_memshare.search.signatures import make_projection
 
@@ -133,7 +134,7 @@ class CollectingPass:
             unit = torch.nn.functional.normalize(states, dim=-1) / (self.num_layers * kv_heads) ** 0.5
             self._units[name].append(unit.transpose(0, 1).flatten(1).bfloat16())
         stored = [states[:, :whole].unflatten(1, (-1, size)).transpose(0, 1).flatten(1) for states in (key, value)]
-        self._distance += torch.maximum(*map(_relative_distance, stored)) / self.num_layers
+        self._distance += torch.maximum(*(relative_distances_of_rows(s, s) for s in stored)) / self.num_layers
         return output
 
     def facts(self, losses: np.ndarray) -> TextFacts:
@@ -168,10 +169,3 @@ def _largest_by_page(unit: torch.Tensor, size: int) -> np.ndarray:
     """Largest product of each token with a token of each page: ``[tokens, width]`` -> float32 ``[tokens, pages]``."""
     rows = [(unit[i : i + 512] @ unit.T).float().unflatten(1, (-1, size)).amax(2) for i in range(0, len(unit), 512)]
     return torch.cat(rows).cpu().numpy()
-
-
-def _relative_distance(pages: torch.Tensor) -> torch.Tensor:
-    """Euclidean distance of every two rows over the root mean square of their lengths: ``[n, width]`` -> ``[n, n]``."""
-    squares = (pages * pages).sum(1)
-    mean = (squares[:, None] + squares[None]) / 2
-    return ((2 * mean - 2 * pages @ pages.T).clamp_min(0) / mean).sqrt()

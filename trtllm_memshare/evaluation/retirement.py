@@ -10,6 +10,7 @@ import numpy as np
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.nearest_page import pair_with_earlier
 from trtllm_memshare.search.pressure import PressureView, choose_pages, floor_room
 
 NEVER = np.iinfo(np.int64).max
@@ -106,21 +107,12 @@ def nearest_earlier(distance: np.ndarray, max_aliases: int) -> Choice:
     counts = np.ones(len(distance), np.int64)
 
     def choose(moment: Moment, room: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen: list[tuple[int, int]] = []
-        resident = moment.resident
-        for _ in range(room):
-            pages = np.setdiff1d(moment.may_go, [page for page, _ in chosen])
-            near = distance[pages][:, resident].copy()
-            near[resident >= pages[:, None]] = np.inf
-            near[counts[pages][:, None] + counts[resident] > max_aliases] = np.inf
-            if not len(pages) or not np.isfinite(near).any():
-                break
-            row, column = np.unravel_index(near.argmin(), near.shape)
-            page, donor = int(pages[row]), int(resident[column])
+        pages = moment.may_go  # what is earlier than one of them may go too
+        pairs = pair_with_earlier(distance[np.ix_(pages, pages)], counts[pages], max_aliases, room)
+        going, donors = pages[np.array(pairs, np.int64).reshape(-1, 2).T]
+        for page, donor in zip(going, donors, strict=True):
             counts[donor] += counts[page]
-            chosen.append((page, donor))
-            resident = resident[resident != page]
-        return np.array([page for page, _ in chosen], np.int64), np.array([donor for _, donor in chosen], np.int64)
+        return going, donors
 
     return choose
 

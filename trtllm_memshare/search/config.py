@@ -94,6 +94,7 @@ class MemShareConfig(BaseModel):
         "surprisal",
         "age",
         "random",
+        "nearest-earlier",
     ] = Field("redundancy", description="how pages are ranked once exact repeats have gone")
     spread: Spread = Field(
         "need", description="who gives first: whose page is needed least, the longest request, or all equally"
@@ -124,10 +125,10 @@ class MemShareConfig(BaseModel):
                 f"pressure belongs to the preset pressure, got pressure {self.pressure} with preset {self.preset} "
                 f"(choose --preset pressure)"
             )
-        if self.pressure and self.retired_becomes == "alias":
+        if self.pressure and self.retired_becomes == "alias" and self.need != "nearest-earlier":
             raise ValueError(
-                "pages that are given up under pressure have no page to stand in for them, got retired_becomes alias "
-                "(choose null or dropped)"
+                f"under pressure need nearest-earlier alone names a page to stand in for one that is given up, got "
+                f"retired_becomes alias with need {self.need} (choose null or dropped, or need nearest-earlier)"
             )
         return self
 

@@ -35,6 +35,8 @@ class PageFacts:
       recent_attention: float32, the same from the last queries only (SnapKV's observation window).
       surprisal: float32, -log p of the page's tokens when they were sampled, summed, in nats.
       draw: float32 in [0, 1), a number drawn for each page.
+      distance: float32, of the page to the earlier one that would be read in its place, as stored and relative (see
+        ``nearest_page``); inf = there is none.
     """
 
     position: np.ndarray
@@ -43,6 +45,7 @@ class PageFacts:
     recent_attention: np.ndarray | None = None
     surprisal: np.ndarray | None = None
     draw: np.ndarray | None = None
+    distance: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ NEEDS: dict[str, Need] = {
     "random": Need(("draw",), lambda draw: draw),
     "age": Need(("position",), lambda position: position),  # StreamingLLM: the oldest page goes first
     "attention": Need(("recent_attention",), lambda attention: attention),  # SnapKV, by page
+    "nearest-earlier": Need(("distance",), lambda distance: distance),  # the paper, at a budget
     "surprisal": Need(("surprisal",), lambda surprisal: surprisal),
     "redundancy": Need(("redundancy",), lambda redundancy: -redundancy),
     "recent-attention-redundancy": Need(("recent_attention", "redundancy"), _with_redundancy),  # R-KV, by page

@@ -1,35 +1,42 @@
 """Collects what the chosen need reads of each page: surprisal, attention, redundancy, age, or a draw.
 
-Only what the formula names is collected. Redundancy is worked out when pressure asks for it, so that a pool with room
-costs nothing; surprisal and attention have to be taken while tokens are generated.
+Only what the formula names is collected. What has to be read from the pool is worked out when pressure asks for it, so
+that a pool with room costs nothing; surprisal and attention have to be taken while tokens are generated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import Need, PageFacts
 from trtllm_memshare.serving.request import RequestState
 from trtllm_memshare.serving.sampling import token_log_probs
 
-_MEASURED = ("position", "draw", "surprisal", "attention", "redundancy")
+_MEASURED = ("position", "draw", "surprisal", "attention", "redundancy", "distance")
 
 
-class RedundancySource(Protocol):
-    """Knows how much of each page the request repeats later."""
+class PageSource(Protocol):
+    """Works out one fact of pages from the pool. ``fact``: its name in ``PageFacts``."""
+
+    fact: str
 
     def catch_up(self, request_ids: list[int]) -> None:
         """Looks at the pages of requests that were filled since the last call, while all of them are resident."""
 
-    def redundancy(self, request_id: int, pages: np.ndarray) -> np.ndarray:
-        """float32 ``[len(pages)]``, the mean over a page's tokens of the largest cosine with a later token."""
+    def measure(self, request_id: int, pages: np.ndarray, limit: int) -> np.ndarray:
+        """The fact of pages that were looked at, float32 ``[len(pages)]``; at most ``limit`` of them go now."""
+
+    def donors(self, request_id: int) -> Mapping[int, int]:
+        """Pages that could be read in place of those last measured, by page, in the order in which these go."""
 
     def retired(self, request_id: int, pages: np.ndarray) -> None:
-        """Pages that were looked at have gone: what repeated them does so no more."""
+        """Pages that were looked at have gone: nothing rests on them any more."""
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""
@@ -43,14 +50,14 @@ class PageLedger:
       tokens_per_block: tokens of a page.
       num_blocks: of the pool.
       seed: of the draws.
-      redundancy: where redundancy comes from; None if the formula does not read it.
+      source: of what is read from the pool; None if the formula reads nothing of that.
 
     Raises:
       UserError: the formula reads a fact that serving does not measure.
     """
 
     def __init__(
-        self, need: Need, tokens_per_block: int, num_blocks: int, seed: int, redundancy: RedundancySource | None
+        self, need: Need, tokens_per_block: int, num_blocks: int, seed: int, source: PageSource | None
     ) -> None:
         unknown = [fact for fact in need.facts if fact not in _MEASURED]
         if unknown:
@@ -59,7 +66,7 @@ class PageLedger:
                 f"{', '.join(_MEASURED)})"
             )
         self._facts, self._size, self._seed = need.facts, tokens_per_block, seed
-        self._redundancy = redundancy
+        self._source = source
         self.observes_attention = "attention" in need.facts
         self.observes_tokens = "surprisal" in need.facts
         self._surprisal: dict[int, np.ndarray] = {}
@@ -101,36 +108,41 @@ class PageLedger:
 
     def catch_up(self, request_ids: list[int]) -> None:
         """Brings what is worked out on demand up to date; all requests at once cost less than one by one."""
-        if self._redundancy is not None:
-            self._redundancy.catch_up(request_ids)
+        if self._source is not None:
+            self._source.catch_up(request_ids)
 
-    def facts(self, request_id: int, pages: np.ndarray, blocks: np.ndarray) -> PageFacts:
+    def facts(self, request_id: int, pages: np.ndarray, blocks: np.ndarray, limit: int) -> PageFacts:
         """What is known of pages of one request.
 
         Args:
           pages: int32 ``[n]``, logical pages.
           blocks: int32 ``[n]``, their physical blocks.
+          limit: most of them that go now.
         """
         read = self._facts
         last = int(pages.max(initial=0))
-        surprisal = attention = redundancy = draw = None
+        surprisal = attention = draw = None
         if "surprisal" in read:
             surprisal = self._surprisal.get(request_id, np.zeros(last + 1, np.float32))[pages]
         if "attention" in read:
             attention = (self._attention[blocks] / np.maximum(self._queries[blocks], 1)).astype(np.float32)
-        if "redundancy" in read and self._redundancy is not None:
-            redundancy = self._redundancy.redundancy(request_id, pages)
         if "draw" in read:
             draw = np.random.default_rng([self._seed, request_id]).random(last + 1, np.float32)[pages]
-        return PageFacts(pages, redundancy, attention, None, surprisal, draw)
+        source = self._source
+        measured = {} if source is None else {source.fact: source.measure(request_id, pages, limit)}
+        return PageFacts(pages, attention=attention, surprisal=surprisal, draw=draw, **measured)
+
+    def donors(self, request_id: int) -> Mapping[int, int]:
+        """Pages that could be read in place of those last asked about, by page, in the order in which these go."""
+        return NO_DONORS if self._source is None else self._source.donors(request_id)
 
     def retired(self, request_id: int, pages: np.ndarray) -> None:
         """Pages of a request have gone, int32 ``[n]``."""
-        if self._redundancy is not None:
-            self._redundancy.retired(request_id, pages)
+        if self._source is not None:
+            self._source.retired(request_id, pages)
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""
         self._surprisal.pop(request_id, None)
-        if self._redundancy is not None:
-            self._redundancy.forget(request_id)
+        if self._source is not None:
+            self._source.forget(request_id)

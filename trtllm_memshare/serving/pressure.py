@@ -20,6 +20,8 @@ import torch
 
 from trtllm_memshare.cache.givable import GivablePages
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.cache.stand_ins import NO_DONORS
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
@@ -27,7 +29,7 @@ from trtllm_memshare.search.floors import blocks_at_floors
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
 from trtllm_memshare.serving.page_facts import PageLedger
-from trtllm_memshare.serving.redundancy_source import open_redundancy
+from trtllm_memshare.serving.redundancy_source import open_source
 from trtllm_memshare.serving.request import Phase, RequestState
 from trtllm_memshare.serving.statistics import PressureStatus
 
@@ -97,6 +99,8 @@ class Pressure:
         self.seconds = 0.0
         self.observes_attention = ledger.observes_attention
         self.watch: Callable[[Retirement], None] | None = None
+        # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
+        self._finds_repeats = "distance" not in find_need(config.need).facts
         self._is_exhausted = False  # the last relief did not reach the low watermark
         self._retired_before = 0  # when the present episode began
 
@@ -121,13 +125,13 @@ class Pressure:
             # With all requests at their floors a page here and there would be had at every step: then only for need.
             if self._is_exhausted and not is_short:
                 return
-            self._is_exhausted = self._retire(count, running) < count
+            self._is_exhausted = self._retire(count, running, is_short) < count
             self.stats.num_pauses_avoided += is_short and wanted <= pool.num_free
 
     def free_for_running(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
         """Frees blocks that a running request has not found; False if all are at their floors."""
         with self._timed():
-            freed = self._retire(num_blocks, running) >= num_blocks
+            freed = self._retire(num_blocks, running, is_urgent=True) >= num_blocks
         self.stats.num_pauses_avoided += freed
         return freed
 
@@ -200,15 +204,21 @@ class Pressure:
     def _low(self) -> int:
         return math.floor(self._config.low_watermark * self._manager.pool.num_usable)
 
-    def _retire(self, num_blocks: int, running: Sequence[RequestState], all_or_none: bool = False) -> int:
-        """Gives up pages of running requests, at most ``num_blocks``; returns how many blocks that freed."""
+    def _retire(
+        self, num_blocks: int, running: Sequence[RequestState], is_urgent: bool = False, all_or_none: bool = False
+    ) -> int:
+        """Gives up pages of running requests, at most ``num_blocks``; returns how many blocks that freed.
+
+        Args:
+          is_urgent: somebody would be paused otherwise: pages of infinite need may go too.
+        """
         manager = self._manager
         givable: dict[int, GivablePages] = {}
         rooms: dict[int, int] = {}
         for state in running:
             if state.phase is not Phase.GENERATION or not state.params.memshare:
                 continue
-            pages = manager.givable_pages(state.request_id)
+            pages = manager.givable_pages(state.request_id, self._finds_repeats)
             room = min(floor_room(pages.num_generated, pages.num_retired, self.min_kept(state)), len(pages.pages))
             if room:
                 givable[state.request_id], rooms[state.request_id] = pages, room
@@ -217,9 +227,13 @@ class Pressure:
         self._ledger.catch_up(list(rooms))
         views = []
         for request_id, pages in givable.items():
-            facts = self._ledger.facts(request_id, pages.pages, manager.block_table(request_id)[pages.pages])
+            blocks = manager.block_table(request_id)[pages.pages]
+            facts = self._ledger.facts(request_id, pages.pages, blocks, min(rooms[request_id], num_blocks))
             need = page_need(self._config.need, facts)
-            views.append(PressureView(request_id, pages.pages, need, pages.repeated, rooms[request_id]))
+            room = rooms[request_id] if is_urgent else min(rooms[request_id], int((~np.isposinf(need)).sum()))
+            views.append(PressureView(request_id, pages.pages, need, pages.repeated, room))
+        if all_or_none and sum(view.room for view in views) < num_blocks:
+            return 0
         choice = choose_pages(views, num_blocks, self._config.spread)
         if self._agree is not None:
             choice = self._agree(choice)
@@ -228,9 +242,9 @@ class Pressure:
         return self._carry_out(choice, {v.request_id: v for v in views})
 
     def _carry_out(self, choice: Choice, views: dict[int, PressureView]) -> int:
-        freed = 0
+        freed, aliases = 0, self._config.retired_becomes == "alias"
         for request_id, pages in choice:
-            freed += self._manager.retire(request_id, pages)
+            freed += self._manager.retire(request_id, pages, self._ledger.donors(request_id) if aliases else NO_DONORS)
             self._ledger.retired(request_id, pages)
             view = views[request_id]
             chosen = np.searchsorted(view.pages, pages)
@@ -270,8 +284,13 @@ def open_pressure(
     if not config.pressure:
         return None
     need = find_need(config.need)
-    redundancy = open_redundancy(manager, runner) if "redundancy" in need.facts else None
-    ledger = PageLedger(need, manager.tokens_per_block, manager.pool.num_blocks, config.control_seed, redundancy)
+    if agreement is not None and "distance" in need.facts:
+        raise UserError(
+            f"need {config.need} compares whole pages, got several ranks that hold parts of them (take redundancy, "
+            f"surprisal, age or random)"
+        )
+    source = open_source(config, manager, runner)
+    ledger = PageLedger(need, manager.tokens_per_block, manager.pool.num_blocks, config.control_seed, source)
     pool = getattr(runner, "pool", None)
     bytes_per_block = int(pool[0].nbytes) if isinstance(pool, torch.Tensor) else 0
     return Pressure(manager, config, ledger, bytes_per_block, None if agreement is None else agreement.same_choice)

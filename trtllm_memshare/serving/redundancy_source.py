@@ -6,14 +6,21 @@ each, so a pool with room costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import Runner
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.need import find_need
 from trtllm_memshare.search.page_signer import make_page_signer
 from trtllm_memshare.search.signatures import SignatureIndex, make_projection
+from trtllm_memshare.serving.nearest_earlier import NearestEarlier
+from trtllm_memshare.serving.page_facts import PageSource
 
 _PAGES_AT_ONCE = 256
 
@@ -26,6 +33,8 @@ class ValueRedundancy:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, the runner's.
     """
 
+    fact = "redundancy"
+
     def __init__(self, manager: KVCacheManager, pool: torch.Tensor) -> None:
         self._manager = manager
         projection = make_projection(pool.shape[1], pool.shape[3], pool.shape[5])
@@ -33,7 +42,7 @@ class ValueRedundancy:
         self._indexes: dict[int, SignatureIndex] = {}
 
     def catch_up(self, request_ids: list[int]) -> None:
-        """See ``RedundancySource``; reads what was filled since, for all requests together."""
+        """See ``PageSource``; reads what was filled since, for all requests together."""
         blocks, owners = list[int](), list[tuple[int, int]]()
         for request_id in request_ids:
             first, full, table = self._manager.generated_pages(request_id)
@@ -47,16 +56,20 @@ class ValueRedundancy:
             for (request_id, page), of_page in zip(owners[start:stop], signatures, strict=True):
                 self._indexes[request_id].append(page, of_page)
 
-    def redundancy(self, request_id: int, pages: np.ndarray) -> np.ndarray:
-        """See ``RedundancySource``."""
+    def measure(self, request_id: int, pages: np.ndarray, limit: int) -> np.ndarray:
+        """See ``PageSource``: the mean over a page's tokens of the largest cosine with a later token."""
         return self._indexes[request_id].redundancy()[pages]
 
+    def donors(self, request_id: int) -> Mapping[int, int]:
+        """See ``PageSource``: what repeats a page need not be one page."""
+        return NO_DONORS
+
     def retired(self, request_id: int, pages: np.ndarray) -> None:
-        """See ``RedundancySource``."""
+        """See ``PageSource``."""
         self._indexes[request_id].forget(pages)
 
     def forget(self, request_id: int) -> None:
-        """See ``RedundancySource``."""
+        """See ``PageSource``."""
         self._indexes.pop(request_id, None)
 
     @torch.inference_mode()
@@ -65,16 +78,19 @@ class ValueRedundancy:
         return self._signer.page_signatures(index, torch.zeros_like(index)).cpu().numpy()
 
 
-def open_redundancy(manager: KVCacheManager, runner: Runner) -> ValueRedundancy:
-    """The source for a runner.
+def open_source(config: MemShareConfig, manager: KVCacheManager, runner: Runner) -> PageSource | None:
+    """What reads the pool for the need of the settings; None if that reads nothing of it.
 
     Raises:
       UserError: the runner does not show its pool.
     """
+    read = {"redundancy", "distance"} & set(find_need(config.need).facts)
+    if not read:
+        return None
     pool = getattr(runner, "pool", None)
     if not isinstance(pool, torch.Tensor):
         raise UserError(
-            "this need reads the redundancy of pages, got a runner that does not show its pool (use the torch runner, "
-            "or set need=age, need=random or need=surprisal)"
+            f"need {config.need} reads K and V of pages, got a runner that does not show its pool (use the torch "
+            f"runner, or set need=age, need=random or need=surprisal)"
         )
-    return ValueRedundancy(manager, pool)
+    return NearestEarlier(manager, pool, config.max_aliases) if "distance" in read else ValueRedundancy(manager, pool)

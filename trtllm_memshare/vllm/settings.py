@@ -84,10 +84,10 @@ def parse_settings(values: object, where: str) -> VllmSettings:
             f"retired_becomes must be null with vLLM, got {config.retired_becomes} (its kernels read every entry)"
         )
     facts = find_need(config.need).facts
-    if "attention" in facts or "recent_attention" in facts:
+    if {"attention", "recent_attention", "distance"} & set(facts):
         raise UserError(
             f"need must be one that vLLM can tell, got {config.need} (take redundancy, surprisal-redundancy, "
-            f"surprisal, age or random: its kernels do not report attention)"
+            f"surprisal, age or random: its kernels do not report attention, and whole pages are not compared there)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})
