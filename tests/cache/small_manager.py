@@ -16,7 +16,9 @@ _BOUNDARIES = BoundaryTokens.from_texts(["\n", ". ", *(f"w{i}" for i in range(60
 _OPEN = {"protected_tokens": 4, "protected_steps": 0, "min_run_tokens": 8, "shingle_tokens": 4, "max_aliases": 4}
 
 
-def make_manager(direction="keep-latest", num_blocks=40, null_pages=None, **changes) -> KVCacheManager:
-    config = make_config("aligned", direction=direction, **{**_OPEN, **changes})
+def make_manager(
+    direction="keep-latest", num_blocks=40, null_pages=None, preset="aligned", **changes
+) -> KVCacheManager:
+    config = make_config(preset, direction=direction, **{**_OPEN, **changes})
     factory = make_matcher_factory(config, SIZE, _BOUNDARIES)
     return KVCacheManager(num_blocks, 2, SIZE, 24, 6, config, factory, null_pages)
