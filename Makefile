@@ -12,7 +12,7 @@ venv: .venv/ready
 
 # The tests of the real server have the machine to themselves: their bounds are in seconds.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/triton_server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/triton_server
 	$(BIN)/python -m pytest -q tests/triton_server
 
 # Every test with its long parts (killed servers, a soak, thousands of schedules), then an hour of fuzzing.

@@ -44,8 +44,8 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" -m benchmarks.triton_serving --engine-dir "$engine" \
   --output-json "$results/triton_serving.json"
 # Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
-"$python" benchmarks/pytorch_hook.py --output-json "$results/pytorch_hook.json"
-"$python" benchmarks/modelled_throughput.py --output-json "$results/modelled_throughput.json"
+PYTHONPATH=tests "$python" -m trtllm_pytorch.pytorch_hook --output-json "$results/pytorch_hook.json"
+PYTHONPATH=tests "$python" -m trtllm_pytorch.modelled_throughput --output-json "$results/modelled_throughput.json"
 "$python" -m benchmarks.triton_soak --engine-dir "$engine" --minutes 30 --output-json "$results/triton_soak.json"
 # The weights of the model of the traces come from benchmarks/studies/learning_to_copy/train.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.

@@ -5,7 +5,8 @@ demand is what all requests in flight hold at their ends; pools are parts of it.
 requests are there at the start. Seconds are counted twice: on the clock, and as the process's own CPU time, which other
 work on the machine does not lengthen; the engine runs on one thread.
 
-Arms are named in ``trtllm_memshare/evaluation/vllm_work.py``.
+The arms: ``vllm`` is vLLM as it comes. ``admission`` is our admission alone, nothing retired. A number is ``min_kept``
+with the need ``redundancy``; ``random`` and ``age`` are needs at ``min_kept`` 0.5.
 """
 
 from __future__ import annotations

@@ -36,6 +36,20 @@ _FAMILIES = {
 }
 
 
+_LONGEST = (
+    "trtllm_engine/test_benchmark.py", "evaluation/test_benchmark.py", "serving/test_executor.py",
+    "ranks/test_ranks.py", "trtllm_pytorch/test_tail_swap.py", "evaluation/test_curve.py",
+    "trtllm_engine/test_ranked_engine.py", "trtllm_engine/test_builder.py", "evaluation/test_calibrate.py",
+    "trtllm_pytorch/test_pressure.py", "report/test_explain.py", "plugins/test_kernels_on_host.py",
+)  # fmt: skip
+"""Files that take longest. They start first, so that at the end both workers of ``make test`` are busy."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))
+
+
 def write_random_checkpoint(folder: Path, family: str = "qwen2", **changes) -> Path:
     """A two-layer model with random weights and the bundled tokenizer."""
     config_class, model_class, extra = _FAMILIES[family]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_script import run_script
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, script, *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_script(ROOT / script, *map(str, options))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")

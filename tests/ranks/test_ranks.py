@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -33,13 +34,19 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_random_checkpoint(folder, num_key_value_heads=4, num_hidden_layers=1)
 
 
+@pytest.fixture(scope="module")
+def run_alone(checkpoint):
+    """What the model gives with its heads together, worked out once for each number of rounds."""
+    return functools.cache(lambda rounds, preset: ranked_worker.run(str(checkpoint), 0, 1, "", rounds, preset, -1))
+
+
 def run_ranks(function, place, tmp_path, size, *arguments):
     """What ``function(place, rank, size, rendezvous, *arguments)`` returned on every rank.
 
     The processes are forked from one that has imported everything once.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["serving.ranked_worker"])
+    context.set_forkserver_preload(["ranks.ranked_worker"])
     paths = [tmp_path / f"rank{r}.json" for r in range(size)]
     processes = [
         context.Process(
@@ -59,13 +66,12 @@ def run_ranks(function, place, tmp_path, size, *arguments):
 
 
 @pytest.mark.parametrize(("size", "rounds", "preset"), [(2, 5, "aligned"), (4, 5, "aligned")])
-def test_ranks_hold_identical_tables_over_thousands_of_steps(checkpoint, tmp_path, size, rounds, preset):
-    alone = ranked_worker.run(str(checkpoint), 0, 1, "", rounds, preset, -1)
+def test_ranks_hold_identical_tables_over_thousands_of_steps(checkpoint, run_alone, tmp_path, size, rounds, preset):
     results = run_ranks(ranked_worker.run, checkpoint, tmp_path, size, rounds, preset, -1)
     assert all(r == results[0] for r in results)
     assert results[0]["steps"] >= 400 * rounds
     assert results[0]["shared"] > 20 * rounds
-    assert results[0] == alone  # the tables of a model whose heads are together
+    assert results[0] == run_alone(rounds, preset)  # the tables of a model whose heads are together
 
 
 def test_every_rank_stops_when_one_differs(checkpoint, tmp_path):

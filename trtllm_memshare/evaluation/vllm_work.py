@@ -1,7 +1,6 @@
 """Work for vLLM with and without memory pressure: requests of recorded traces, a pool, and the settings of each arm.
 
-The arms: ``vllm`` is vLLM as it comes. ``admission`` is our admission alone, nothing retired. A number is ``min_kept``
-with the need ``redundancy``; ``random`` and ``age`` are needs at ``min_kept`` 0.5.
+What the names of the arms mean stands in benchmarks/vllm_pressure.py.
 """
 
 from __future__ import annotations
