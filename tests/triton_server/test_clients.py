@@ -19,7 +19,7 @@ http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is no
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
 OTHER = "Q: 1 + 1 = ?\n"
 LONG = "Q: 980 + 9 - 640 - 337 - 11 - 1 = ?\n"
-_DTYPES = {"O": "BYTES", "b": "BOOL", "f": "FP32", "i": "INT32"}
+_DTYPES = {"O": "BYTES", "b": "BOOL", "f": "FP32", "i": "INT32", "u": "UINT64"}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,18 @@ def test_the_text_client_s_request_gets_text_in_one_dimension(client, triton):
     )  # fmt: skip
     assert [r.as_numpy("text_output").shape for r in results] == [(1,)]
     assert text_of(results) == triton.generate(text_input=QUESTION, max_tokens=20)["text_output"]
+
+
+def test_the_inputs_of_llama_index_s_client(client, triton):
+    # llama-index-llms-nvidia-triton 0.6.0, which asks for a stream each time and joins the pieces.
+    inputs = [("text_input", [[QUESTION.encode()]], np.object_), ("max_tokens", [[40]], np.int32),
+              ("top_k", [[1]], np.int32), ("top_p", [[0]], np.float32), ("temperature", [[1]], np.float32),
+              ("length_penalty", [[1]], np.float32), ("repetition_penalty", [[1]], np.float32),
+              ("random_seed", [[0]], np.uint64), ("beam_width", [[1]], np.int32),
+              ("stream", [[True]], np.bool_)]  # fmt: skip
+    answers = streamed(client, "ensemble", **{name: np.array(value, dtype) for name, value, dtype in inputs})
+    text = "".join(piece.decode() for answer in answers for piece in answer.as_numpy("text_output"))
+    assert text == triton.generate(text_input=QUESTION, max_tokens=40)["text_output"]
 
 
 def test_optional_inputs_at_their_neutral_values_change_nothing(client, triton):

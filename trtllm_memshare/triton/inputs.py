@@ -99,6 +99,8 @@ ONLY_NEUTRAL: dict[Input, tuple[Any, ...]] = {
     Input("prompt_table_extra_id", "", "UINT64"): (0,),
     Input("", "prompt_table_extra_ids", "UINT64", (-1,)): (0,),
     _both("lora_task_id", "UINT64"): (0,),
+    # `seed` as TensorRT-LLM called it until 2024; LlamaIndex's client still sends 0.
+    _both("random_seed", "UINT64"): (0,),
     Input("lora_weights", "lora_weights", "FP16", (-1, -1)): (),
     Input("lora_config", "lora_config", "INT32", (-1, 3)): (),
     _both("guided_decoding_guide_type", "STRING"): ("",),
