@@ -78,11 +78,13 @@ class ValueRedundancy:
         return self._signer.page_signatures(index, torch.zeros_like(index)).cpu().numpy()
 
 
-def open_source(config: MemShareConfig, manager: KVCacheManager, runner: Runner) -> PageSource | None:
+def open_source(
+    config: MemShareConfig, manager: KVCacheManager, runner: Runner, is_ranked: bool = False
+) -> PageSource | None:
     """What reads the pool for the need of the settings; None if that reads nothing of it.
 
     Raises:
-      UserError: the runner does not show its pool.
+      UserError: the runner does not show its pool, or whole pages are asked for and each of several ranks has a part.
     """
     read = {"redundancy", "distance"} & set(find_need(config.need).facts)
     if not read:
@@ -93,4 +95,11 @@ def open_source(config: MemShareConfig, manager: KVCacheManager, runner: Runner)
             f"need {config.need} reads K and V of pages, got a runner that does not show its pool (use the torch "
             f"runner, or set need=age, need=random or need=surprisal)"
         )
-    return NearestEarlier(manager, pool, config.max_aliases) if "distance" in read else ValueRedundancy(manager, pool)
+    if "distance" not in read:
+        return ValueRedundancy(manager, pool)
+    if is_ranked:
+        raise UserError(
+            f"need {config.need} compares whole pages, got several ranks that hold parts of them (take redundancy, "
+            f"surprisal, age or random)"
+        )
+    return NearestEarlier(manager, pool, config.max_aliases)
