@@ -16,7 +16,9 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.story import BlockStory, Fate, Story
 from trtllm_memshare.report.explain import explain
 from trtllm_memshare.report.explain_page import render
+from trtllm_memshare.report.explain_words import describe_story
 from trtllm_memshare.search.config import make_config
+from trtllm_memshare.serving import pressure
 
 PROMPT = "Q: 372 + 323 + 6 + 19 = ?\n"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -90,7 +92,7 @@ def test_donors_stay_and_list_the_blocks_that_read_them(story):
             assert donor.fate is Fate.DONOR
             assert block.index in donor.readers
             assert 0 <= block.distance <= 0.5
-            assert block.shared_at >= (block.index + 1) * story.tokens_per_block
+            assert block.given_up_at >= (block.index + 1) * story.tokens_per_block
         else:
             assert block.donor is None
             assert bool(block.readers) == (block.fate is Fate.DONOR)
@@ -159,6 +161,86 @@ def test_a_chain_of_copies_ends_at_a_block_that_stays(engine):
     assert all(story.blocks[b.donor].donor is None for b in story.blocks if b.donor is not None)
 
 
+@pytest.fixture(scope="module")
+def pressed(engine):
+    """A story under pressure, and what went in it: (page, repeated, need, tokens of the request) as pressure saw it."""
+    seen, class_ = [], pressure.Pressure
+    carry_out, retirement, executors = class_._carry_out, pressure.Retirement, []
+
+    def watched(self, choice, views):
+        executors.append(self)
+        return carry_out(self, choice, views)
+
+    def noted(request_id, pages, repeated, need):
+        # The token sampled last is written, but has no place in the cache before its step.
+        tokens = executors[-1]._manager._sequences[request_id].num_tokens + 1
+        seen.extend((p, r, n, tokens) for p, r, n in zip(pages, repeated, need, strict=True))
+        return retirement(request_id, pages, repeated, need)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_, "_carry_out", watched)
+        patch.setattr(pressure, "Retirement", noted)
+        config = make_config("pressure", min_kept=0.3, retired_becomes="dropped")
+        story = explain(engine, config, PROMPT, 2048, "cpu")
+    return story, seen, executors[-1].stats.retired_pages, render(story, config, engine.bytes_per_block)
+
+
+def test_a_story_under_pressure_is_what_pressure_did(pressed):
+    story, seen, retired, _ = pressed
+    gone = {b.index: b for b in story.blocks if b.fate is Fate.RETIRED}
+    assert len(seen) == len(gone) == story.freed
+    for page, repeated, need, tokens in seen:
+        block = gone[page]
+        assert block.reason == ("repeated" if repeated else "needed least")
+        assert block.need == pytest.approx(need)
+        assert block.given_up_at == tokens
+        assert tokens - (page + 1) * story.tokens_per_block >= 127, "among the last 128 tokens"
+    assert story.reasons == {"repeated": retired["repeated"], "needed least": retired["needed_least"]}
+    assert min(story.reasons.values()) > 0
+    assert all(b.reason is b.need is b.given_up_at is None for b in story.blocks if b.fate is not Fate.RETIRED)
+    assert all(b.fate is not Fate.SHARED and b.donor is None for b in story.blocks)
+
+
+def test_memory_under_pressure_stays_within_the_pool_and_the_floor_is_kept(pressed):
+    story = pressed[0]
+    assert max(held for _, held, _ in story.memory) <= story.pool_blocks < story.memory[-1][2]
+    assert story.memory[-1][2] - story.memory[-1][1] == story.freed
+    assert 0.3 * story.filled <= story.filled - story.freed
+
+
+def test_the_page_and_the_lines_show_which_blocks_went_when_and_why(pressed):
+    story, _, _, html = pressed
+    page = Page(html)
+    assert page.texts == {f"b{b.index}": "".join(b.pieces) for b in story.blocks}
+    assert not page.links
+    lines = describe_story(story).splitlines()
+    counts = f"{story.reasons['needed least']} needed least, {story.reasons['repeated']} repeated"
+    assert lines[0].startswith(f"{story.freed} of {story.filled} generated blocks given up")
+    assert counts in lines[0]
+    assert counts in html
+    told = {int(line.split(":")[0].removeprefix("at token ")): line for line in lines[1:]}
+    for block in (b for b in story.blocks if b.fate is Fate.RETIRED):
+        sentence = f"Block {block.index}, given up at token {block.given_up_at}: {block.reason}, need {block.need:.3g}."
+        assert html.count(sentence) == 2, "on the map and in the text"
+        assert f'<span class="tag">{block.index} ✕{block.given_up_at}</span>' in html
+        assert f"{block.index} ({block.reason}, need {block.need:.3g})" in told[block.given_up_at]
+    assert f'<span class="block retired">given up</span>{story.freed} blocks' in html
+    assert 'class="block shared"' not in html
+    assert f"pool: {story.pool_blocks} blocks" in html
+
+
+def test_a_pool_that_is_given_is_taken_and_one_with_room_gives_nothing_up(engine, tmp_path, capsys):
+    base = ["explain", "--engine-dir", str(engine.engine_dir), "--prompt", PROMPT, "--device", "cpu"]
+    base += ["--output", str(tmp_path / "page.html"), "--preset", "pressure", "--set", "retired_becomes=dropped"]
+    main([*base, "--max-new-tokens", "240", "--kv-cache-blocks", "14"])
+    assert re.search(r"^4 of 15 generated blocks given up .* in a pool of 14 blocks$", capsys.readouterr().out, re.M)
+    main([*base, "--max-new-tokens", "240", "--kv-cache-blocks", "100"])
+    assert "0 of" in capsys.readouterr().out
+    html = (tmp_path / "page.html").read_text()
+    assert "Nothing was given up: the pool had room" in html
+    assert "the same text" in html
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -168,6 +250,9 @@ def test_a_chain_of_copies_ends_at_a_block_that_stays(engine):
         (["--output", "no/such/folder/page.html"], "cannot write no/such/folder/page.html"),
         (["--prompt", "Q: 1 + 1 = ?\n" * 400], "must fit max_seq_len"),
         (["--max-new-tokens", "0"], "max_new_tokens must be between 1 and"),
+        (["--kv-cache-blocks", "40"], "--kv-cache-blocks is for preset pressure, got it with aligned"),
+        (["--preset", "pressure", "--kv-cache-blocks", "1"], "need 2 blocks of 16 at their floor, the pool has 1"),
+        (["--preset", "pressure", "--kv-cache-blocks", "0"], "must have between 1 and"),
     ],
 )
 def test_errors_of_users(engine, tmp_path, changes, message):

@@ -94,6 +94,25 @@ def test_guaranteed_no_evict_admits_by_floors_and_pauses_nobody():
     assert in_flight[1.0] < in_flight[0.5] < in_flight[0.25]
 
 
+def test_requests_may_be_longer_than_the_pool_that_holds_them_at_their_floors():
+    """216 tokens are 27 blocks; at the floor 2 of prompt, 13 of 25 generated ones and the one that is written."""
+    full = Executor(ReadingRunner(16, SIZE), make_config("off"), TEXTS, 320, 8, 64)
+    with pytest.raises(UserError, match="216 tokens need 27 blocks of 8, the pool has 16"):
+        submit(full, 1)
+    with pytest.raises(UserError, match=r"216 tokens need 16 blocks of 8 at their floor, .*has 15 .*blocks 16 or more"):
+        submit(make_executor(15), 1)
+    with pytest.raises(UserError, match="216 tokens need 27 blocks of 8 at their floor"):
+        submit(make_executor(16), 1, memshare=False)
+    executor = make_executor(16)
+    handles = submit(executor, 3)
+    for _ in range(2000):
+        executor.step()
+        executor.manager.check_integrity()
+    assert not executor.has_work
+    for handle, first in zip(handles, range(4, 7), strict=True):
+        assert handle.result(0).token_ids == repeating_text(first)[16:216]
+
+
 def test_a_waiting_request_is_admitted_on_pages_that_others_give_up():
     executor = make_executor(60, high_watermark=1.0, low_watermark=1.0, lookahead_tokens=1)
     first = submit(executor, 2, new_tokens=250)

@@ -57,7 +57,7 @@ class PressureMachine(RuleBasedStateMachine):
             shingle_tokens=4,
         )
         unit, most = draw(1, 1, SIZE), data.draw(st.integers(2, 6))
-        num_blocks = data.draw(st.integers(42, 70))
+        num_blocks = data.draw(st.integers(26, 70))  # a request alone may be longer than the pool
         runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit)
         if self.becomes == "null":
             runner.null_pages = NullPages([0, 1], [0, MAX_LEN // 2, MAX_LEN])
@@ -140,6 +140,9 @@ class PressureMachine(RuleBasedStateMachine):
         params = SamplingParams(
             min(new, MAX_LEN - len(prompt)), stop_token_ids=stop, min_kept=min_kept, memshare=shares
         )
+        self.submit_request(prompt, params)
+
+    def submit_request(self, prompt, params):
         try:
             handle = self.executor.submit(prompt, params)
         except UserError:
@@ -158,8 +161,7 @@ class PressureMachine(RuleBasedStateMachine):
     def burst(self, count):
         for first in range(4, 4 + count):
             prompt = [first, *repeating_text(first + 1000)[1:20]]
-            handle = self.executor.submit(prompt, SamplingParams(MAX_LEN - 20))
-            self.requests[handle.request_id] = (self.executor._submitted[-1], prompt, handle)
+            self.submit_request(prompt, SamplingParams(MAX_LEN - 20))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

@@ -1,8 +1,15 @@
-"""What became of each block of one request: generates an answer and writes down every remap."""
+"""What became of each block of one request: generates an answer and writes down every remap and retirement.
+
+Settings that share are seen at work in a pool with room. Settings that give up pages under pressure are so in a pool
+that is short for this one answer.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -17,6 +24,7 @@ from trtllm_memshare.search.matching import TokenHistory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Decision
 from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.pressure import Pressure, Retirement
 from trtllm_memshare.serving.request import RequestResult, SamplingParams
 from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer
 
@@ -28,6 +36,7 @@ class Fate(Enum):
     OWN = "own"
     SHARED = "shared"
     DONOR = "donor"
+    RETIRED = "retired"
     PROTECTED = "protected"
 
 
@@ -41,7 +50,9 @@ class BlockStory:
       donor: the logical block that it reads at the end, None = its own memory.
       readers: logical blocks that read this one at the end, itself left out.
       distance: relative KV distance of the pair when the block was given up; None = not given up, or not compared.
-      shared_at: tokens in the cache when it was given up.
+      given_up_at: tokens written when it was given up.
+      reason: why it went under pressure, ``repeated`` or ``needed least``; None = it did not.
+      need: how much it was needed when it went under pressure, by the settings' ``need``.
     """
 
     index: int
@@ -51,7 +62,9 @@ class BlockStory:
     donor: int | None = None
     readers: tuple[int, ...] = ()
     distance: float | None = None
-    shared_at: int | None = None
+    given_up_at: int | None = None
+    reason: str | None = None
+    need: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Story:
       memory: (tokens in the cache, blocks held, blocks the full cache would hold), one per decode step.
       same_text: whether the full cache gave the same tokens.
       rejected, refused: pairs that stage 2, then the cache, turned down, by reason.
+      pool_blocks: blocks that requests can hold in the pool that was short; None = the pool had room.
     """
 
     prompt: str
@@ -74,6 +88,7 @@ class Story:
     same_text: bool
     rejected: dict[str, int]
     refused: dict[str, int]
+    pool_blocks: int | None = None
 
     @property
     def filled(self) -> int:
@@ -83,23 +98,35 @@ class Story:
     @property
     def freed(self) -> int:
         """Blocks given up."""
-        return sum(b.fate is Fate.SHARED for b in self.blocks)
+        return sum(b.fate in (Fate.SHARED, Fate.RETIRED) for b in self.blocks)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Blocks given up under pressure, by reason."""
+        return dict(Counter(b.reason for b in self.blocks if b.reason is not None))
 
 
 @dataclass
 class _Remaps:
-    """Remaps of one request by logical block."""
+    """Remaps and retirements of one request by logical block."""
 
     manager: KVCacheManager
     donors: dict[int, int] = field(default_factory=dict)
     distances: dict[int, float] = field(default_factory=dict)
     times: dict[int, int] = field(default_factory=dict)
+    retired: dict[int, tuple[str, float]] = field(default_factory=dict)
     now: int = 0
 
     def note(self, decision: Decision) -> None:
         block, size = decision.candidate.logical, self.manager.tokens_per_block
         donor = int(self.manager.pool.origin_position[decision.candidate.donor]) // size
         self.donors[block], self.distances[block], self.times[block] = donor, decision.distance, self.now
+
+    def note_retirement(self, retirement: Retirement) -> None:
+        columns = (column.tolist() for column in (retirement.pages, retirement.repeated, retirement.need))
+        for block, repeated, need in zip(*columns, strict=True):
+            self.retired[block] = "repeated" if repeated else "needed least", need
+            self.times[block] = self.now
 
     def final_donor(self, block: int) -> int | None:
         """Where the entry of ``block`` points in the end: a donor may have been given up in its turn."""
@@ -118,12 +145,15 @@ def tell_story(
     max_new_tokens: int,
     max_seq_len: int,
     stop_token_ids: tuple[int, ...] = (),
+    num_blocks: int | None = None,
 ) -> Story:
-    """Generates greedily, with sharing and without, and says what became of each block.
+    """Generates greedily, with the full cache and as the settings say, and tells what became of each block.
 
     Args:
       runner: its pool has to hold the request unshared.
       tokenizer: a transformers tokenizer.
+      num_blocks: of the runner's pool, how many the request may use under pressure, null pages included; None = what
+        the answer of the full cache needs at its floor. The answer ends where it would need more at its floor.
 
     Raises:
       UserError: an empty prompt, or one that does not fit.
@@ -131,9 +161,19 @@ def tell_story(
     ids = list(tokenizer(prompt)["input_ids"])
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, runner.vocab_size)
     params = SamplingParams(max_new_tokens, stop_token_ids=stop_token_ids)
+    full = _run_full(runner, boundaries, ids, params, max_seq_len)
     executor = Executor(runner, config, boundaries, max_seq_len, 1, make_control=make_control)
+    if executor.pressure is not None:
+        least = executor.pressure.blocks_at_floor(len(ids), replace(params, max_new_tokens=len(full.token_ids)))
+        num_null = runner.num_blocks - executor.manager.pool.num_usable
+        short = copy.copy(runner)  # the first blocks of the same pool
+        short.num_blocks = least + num_null if num_blocks is None else num_blocks
+        params = _cut(executor.pressure, len(ids), params, short.num_blocks - num_null)
+        executor = Executor(short, config, boundaries, max_seq_len, 1)
     remaps = _Remaps(executor.manager)
     executor.manager.watch_remaps(remaps.note)
+    if executor.pressure is not None:
+        executor.pressure.watch = remaps.note_retirement
     handle, memory = executor.submit(ids, params), list[tuple[int, int, int]]()
     while executor.has_work:
         remaps.now = len(ids) + len(memory)
@@ -152,9 +192,10 @@ def tell_story(
         result.finish_reason,
         len(ids),
         len(result.token_ids),
-        _run_full(runner, boundaries, ids, params, max_seq_len).token_ids == result.token_ids,
+        full.token_ids == result.token_ids,
         executor.rejected,
         executor.manager.stats().refused,
+        None if executor.pressure is None else executor.manager.pool.num_usable,
     )
 
 
@@ -186,6 +227,8 @@ def _blocks(
             fate = Fate.PROMPT
         elif index in donors:
             fate = Fate.SHARED
+        elif index in remaps.retired:
+            fate = Fate.RETIRED
         elif readers:
             fate = Fate.DONOR
         else:
@@ -200,9 +243,20 @@ def _blocks(
                 readers,
                 None if config.accept_all else remaps.distances.get(index),
                 remaps.times.get(index),
+                *remaps.retired.get(index, (None, None)),
             )
         )
     return tuple(blocks)
+
+
+def _cut(pressure: Pressure, num_prompt_tokens: int, params: SamplingParams, num_blocks: int) -> SamplingParams:
+    """The longest answer that so many blocks hold at its floor; one token if they hold none: ``submit`` refuses it."""
+
+    def needed(new_tokens: int) -> int:
+        return pressure.blocks_at_floor(num_prompt_tokens, replace(params, max_new_tokens=new_tokens))
+
+    longest = bisect_right(range(1, params.max_new_tokens + 1), num_blocks, key=needed)
+    return replace(params, max_new_tokens=max(1, longest))
 
 
 def _run_full(

@@ -9,12 +9,15 @@ import torch
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine
+from trtllm_memshare.engine.null_page_files import load_null_pages
 from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.evaluation.benchmark_options import parse_setting
 from trtllm_memshare.evaluation.story import Story, tell_story
 from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.report.explain_page import render
+from trtllm_memshare.report.explain_words import describe_story
 from trtllm_memshare.runners.engines import load_engine
+from trtllm_memshare.runners.open import check_pool
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import PRESETS, MemShareConfig
 
@@ -36,8 +39,13 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest answer, in tokens")
     parser.add_argument(
         "--preset",
-        choices=[p for p in PRESETS if p not in ("off", "pressure")],
-        help="instead of the engine's, which for pressure is aligned: one request alone is never short of memory",
+        choices=[p for p in PRESETS if p != "off"],
+        help="instead of the engine's; under pressure the answer is written in a short pool",
+    )
+    parser.add_argument(
+        "--kv-cache-blocks",
+        type=int,
+        help="pool of preset pressure, in blocks (default: what the answer of the full cache needs at its floor)",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -46,18 +54,36 @@ def main(command: str, arguments: list[str]) -> None:
     config = _settle(engine, options.preset, dict(parse_setting(text) for text in options.set))
     if options.output.is_dir() or not options.output.parent.is_dir():
         raise UserError(f"cannot write {options.output}: its folder must exist and it must be a file (set --output)")
-    story = explain(engine, config, options.prompt, options.max_new_tokens, options.device)
+    story = explain(engine, config, options.prompt, options.max_new_tokens, options.device, options.kv_cache_blocks)
     try:
         options.output.write_text(render(story, config, engine.bytes_per_block), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {options.output}: {error.strerror} (choose another --output)") from error
-    share = story.freed / story.filled if story.filled else 0.0
-    print(f"{story.freed} of {story.filled} generated blocks given back ({share:.0%})")
+    print(describe_story(story))
     print(f"page: {options.output}")
 
 
-def explain(engine: Engine, config: MemShareConfig, prompt: str, max_new_tokens: int, device: str = "auto") -> Story:
-    """Generates the answer on the engine; ``max_new_tokens`` is cut to what fits behind the prompt."""
+def explain(
+    engine: Engine,
+    config: MemShareConfig,
+    prompt: str,
+    max_new_tokens: int,
+    device: str = "auto",
+    num_blocks: int | None = None,
+) -> Story:
+    """Generates the answer on the engine.
+
+    Args:
+      max_new_tokens: is cut to what fits behind the prompt.
+      num_blocks: pool of settings that give up pages under pressure, see ``tell_story``.
+    """
+    if num_blocks is not None:
+        if not config.pressure:
+            raise UserError(
+                f"--kv-cache-blocks is for preset pressure, got it with {config.preset}, which needs no short pool "
+                f"(leave it out, or give --preset pressure)"
+            )
+        check_pool(engine, num_blocks)
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
     if not prompt.strip() or not num_prompt_tokens:
@@ -73,16 +99,18 @@ def explain(engine: Engine, config: MemShareConfig, prompt: str, max_new_tokens:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     size = engine.build.tokens_per_block
-    # One request, and the block of headroom that the scheduler keeps.
-    runner = TorchRunner(load_model(engine.model_dir, device), -(-length // size) + 2, size)
+    null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
+    # One request, the block of headroom that the scheduler keeps, and the null pages.
+    roomy = -(-length // size) + 2 + (0 if null_pages is None else null_pages.num_bands)
+    model = load_model(engine.model_dir, device)
+    runner = TorchRunner(model, max(roomy, num_blocks or 0), size, null_page_set=null_pages)
     room = length - num_prompt_tokens
-    return tell_story(runner, config, tokenizer, prompt, room, length, engine.stop_token_ids)
+    return tell_story(runner, config, tokenizer, prompt, room, length, engine.stop_token_ids, num_blocks)
 
 
 def _settle(engine: Engine, preset: str | None, overrides: dict[str, object]) -> MemShareConfig:
     """The engine's settings, or those of a preset, with changes on top."""
-    # A request that is alone with its pool gives nothing up: what can be shown is what repeats.
-    name = preset or ("aligned" if engine.memshare.preset == "pressure" else engine.memshare.preset)
+    name = preset or engine.memshare.preset
     if name == "off":
         raise UserError("this engine shares nothing, so there is nothing to explain (give --preset aligned)")
     config = make_variant(name, engine.memshare, **overrides).config

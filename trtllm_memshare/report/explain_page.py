@@ -9,16 +9,8 @@ from itertools import pairwise
 
 from trtllm_memshare.builder.summary import describe_sharing
 from trtllm_memshare.evaluation.story import BlockStory, Fate, Story
+from trtllm_memshare.report.explain_words import describe_block, describe_reasons, fates, paragraphs
 from trtllm_memshare.search.config import MemShareConfig
-
-MEANING = {
-    Fate.PROMPT: ("prompt", "holds part of the question: never given back"),
-    Fate.OWN: ("kept", "its text has no copy, or too different a one"),
-    Fate.SHARED: ("given back", "one of several copies: its memory was freed, another block is read in its place"),
-    Fate.DONOR: ("read by several", "the copy that stays, and stands for the places that point to it"),
-    Fate.PROTECTED: ("recent", "too new to be given back: the last steps are left alone"),
-}
-"""Name of a fate on the page, and what it means."""
 
 _WIDTH, _LEFT = 1000, 46  # of both drawings, in their own units
 _CHART_HEIGHT = 240
@@ -31,59 +23,44 @@ def render(story: Story, config: MemShareConfig, bytes_per_block: int) -> str:
       bytes_per_block: K and V of one block over all layers.
     """
     template = resources.files("trtllm_memshare") / "report" / "templates" / "explain.html"
-    shared = [b for b in story.blocks if b.fate is Fate.SHARED]
-    share = story.freed / story.filled if story.filled else 0.0
+    gone = [b for b in story.blocks if b.fate in (Fate.SHARED, Fate.RETIRED)]
     lengths = [len(piece) for block in story.blocks for piece in block.pieces]
     characters = max(lengths, default=0) <= 1 or sum(n == 1 for n in lengths) / len(lengths) > 0.9
-    headline = f"{share:.0%} of this answer's blocks were given back" if shared else "Nothing was shared in this answer"
     return string.Template(template.read_text(encoding="utf-8")).substitute(
-        headline=headline,
+        paragraphs(story, config),
         subline=f"Question: {escape(' '.join(story.prompt.split()))}",
         figures=_figures(story, bytes_per_block),
         tokens_per_block=story.tokens_per_block,
-        kept="newer" if config.direction == "keep-latest" else "older",
-        retired="older" if config.direction == "keep-latest" else "newer",
         token_word="single characters" if characters else "words and parts of words",
-        legend="\n".join(_legend_entry(story, fate) for fate in Fate),
+        legend="\n".join(_legend_entry(story, fate) for fate in fates(story)),
         map=_block_map(story),
         chart=_memory_chart(story, bytes_per_block),
         text=_text(story),
-        table_summary=f"{len(shared)} blocks" if shared else "none",
-        table=_table(shared, story),
+        table_summary=f"{len(gone)} blocks" if gone else "none",
+        table=_table(gone, story) if story.pool_blocks is None else _pressure_table(gone),
         settings=escape(_settings(story, config)),
     )
-
-
-def describe_block(block: BlockStory) -> str:
-    """One sentence on a block."""
-    name, meaning = MEANING[block.fate]
-    if block.fate is Fate.SHARED:
-        how = "" if block.distance is None else f"; the notes of the two differ by {block.distance:.0%}"
-        return f"Block {block.index}, {name} at token {block.shared_at}: block {block.donor} is read in its place{how}."
-    if block.fate is Fate.DONOR:
-        listed = ", ".join(map(str, block.readers))
-        return f"Block {block.index}, {name}: it also stands for block{'s' * (len(block.readers) > 1)} {listed}."
-    return f"Block {block.index}, {name}: {meaning}."
 
 
 def _figures(story: Story, bytes_per_block: int) -> str:
     peak_with = max((m[1] for m in story.memory), default=0)
     peak_without = max((m[2] for m in story.memory), default=0)
     same = "the same text" if story.same_text else "another text"
+    how = "given back" if story.pool_blocks is None else f"given up: {describe_reasons(story)}"
     cells = [
-        (f"{story.freed} of {story.filled}", "blocks that the model wrote were given back"),
+        (f"{story.freed} of {story.filled}", f"blocks that the model wrote were {how}"),
         (
             f"{peak_with} in place of {peak_without}",
             f"blocks held at once at most: {_size(peak_with * bytes_per_block)} in place of "
             f"{_size(peak_without * bytes_per_block)}",
         ),
-        (same, "came out as without sharing" if story.same_text else "came out than without sharing"),
+        (same, f"came out {'as' if story.same_text else 'than'} with the full cache"),
     ]
     return "\n".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in cells)
 
 
 def _legend_entry(story: Story, fate: Fate) -> str:
-    name, meaning = MEANING[fate]
+    name, meaning = fates(story)[fate]
     count = sum(b.fate is fate for b in story.blocks)
     return f'<li><span class="block {fate.value}">{name}</span>{count} blocks: {meaning}</li>'
 
@@ -97,7 +74,7 @@ def _block_map(story: Story) -> str:
     top, cells, arcs = height + 4, [], []
     for block in story.blocks:
         x = 1 + block.index * step
-        title = escape(describe_block(block))
+        title = escape(describe_block(story, block))
         cells.append(
             f'<rect class="cell {block.fate.value}" x="{x:.1f}" y="{top:.1f}" width="{step * 0.86:.1f}" height="26" '
             f'rx="2"><title>{title}</title></rect>'
@@ -119,7 +96,8 @@ def _block_map(story: Story) -> str:
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="6" markerHeight="6" '
         'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="context-stroke"/></marker></defs>'
     )
-    label = f"{len(story.blocks)} blocks in a row; {story.freed} of them point to another block"
+    what = "point to another block" if story.pool_blocks is None else "were given up"
+    label = f"{len(story.blocks)} blocks in a row; {story.freed} of them {what}"
     return (
         f'<svg viewBox="0 0 {_WIDTH} {top + 50:.0f}" role="img" aria-label="{label}">{marker}'
         f"{''.join(cells)}{''.join(arcs)}</svg>"
@@ -127,10 +105,10 @@ def _block_map(story: Story) -> str:
 
 
 def _memory_chart(story: Story, bytes_per_block: int) -> str:
-    """Blocks held with and without sharing, against tokens written."""
+    """Blocks held with and without sharing or pressure, against tokens written; a line where the pool ends."""
     points = story.memory or ((0, 0, 0),)
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
-    top = max(m[2] for m in points) or 1
+    top = max(*(m[2] for m in points), story.pool_blocks or 0, 1)
     bottom, right, roof = _CHART_HEIGHT - 34, _WIDTH - 150, 16
 
     def place(tokens: int, blocks: int) -> str:
@@ -157,15 +135,22 @@ def _memory_chart(story: Story, bytes_per_block: int) -> str:
     for tokens in (first, (first + last) // 2, last):
         x = place(tokens, 0).split(",")[0]
         ticks.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{tokens} tokens</text>')
+    if story.pool_blocks is not None:
+        y = float(place(first, story.pool_blocks).split(",")[1])
+        ticks.append(
+            f'<line class="pool" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/><text x="{_LEFT + 8}" '
+            f'y="{y - 6:.1f}">pool: {story.pool_blocks} blocks, {_size(story.pool_blocks * bytes_per_block)}</text>'
+        )
+    with_name = "with sharing" if story.pool_blocks is None else "under pressure"
     end_with, end_without = points[-1][1:]
     y_with, y_without = (float(place(last, n).split(",")[1]) for n in (end_with, end_without))
     y_with = max(y_with, y_without + 32)  # two labels of two lines must not touch
     names = "".join(
         f'<text class="name" x="{right + 8}" y="{y + 4:.1f}">{name}</text>'
         f'<text x="{right + 8}" y="{y + 18:.1f}">{blocks} blocks, {_size(blocks * bytes_per_block)}</text>'
-        for name, y, blocks in (("without", y_without, end_without), ("with sharing", y_with, end_with))
+        for name, y, blocks in (("without", y_without, end_without), (with_name, y_with, end_with))
     )
-    label = f"Blocks held while writing: {end_with} at the end with sharing, {end_without} without"
+    label = f"Blocks held while writing: {end_with} at the end {with_name}, {end_without} without"
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_CHART_HEIGHT}" role="img" aria-label="{label}">'
         f'<polygon class="saved" points="{" ".join(full + held[::-1])}"/>{"".join(ticks)}'
@@ -183,6 +168,8 @@ def _text(story: Story) -> str:
             tag += f"→{block.donor}"
         elif block.readers:
             tag += f" ×{len(block.readers) + 1}"
+        elif block.fate is Fate.RETIRED:
+            tag += f" ✕{block.given_up_at}"
         body = list[str]()
         for place, (piece, starts) in enumerate(zip(block.pieces, block.step_starts, strict=True)):
             if starts:
@@ -194,11 +181,11 @@ def _text(story: Story) -> str:
             body.append(escape(piece))
             line_open = not piece.endswith("\n") if piece else line_open
         # What is connected can be reached with the keyboard; a block that was given back leads to its stand-in.
-        common = f'class="block {block.fate.value}" id="b{block.index}" title="{escape(describe_block(block))}"'
+        common = f'class="block {block.fate.value}" id="b{block.index}" title="{escape(describe_block(story, block))}"'
         if block.donor is not None:
             element = f'<a {common} href="#b{block.donor}" data-donor="b{block.donor}">{"".join(body)}</a>'
         else:
-            focus = ' tabindex="0"' if block.readers else ""
+            focus = ' tabindex="0"' if block.readers or block.reason else ""
             element = f"<span {common}{focus}>{''.join(body)}</span>"
         parts.append(element)
     return "".join(parts)
@@ -214,7 +201,7 @@ def _table(shared: list[BlockStory], story: Story) -> str:
         rows.append(
             f'<tr><td class="number">{block.index}</td><td><code>{escape("".join(block.pieces).strip())}</code></td>'
             f'<td class="number">{block.donor}</td><td><code>{escape("".join(donor.pieces).strip())}</code></td>'
-            f'<td class="number">{distance}</td><td class="number">{block.shared_at}</td></tr>'
+            f'<td class="number">{distance}</td><td class="number">{block.given_up_at}</td></tr>'
         )
     titles = ("block", "its text", "reads block", "text of that block", "difference", "given back at token")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
@@ -226,11 +213,28 @@ def _table(shared: list[BlockStory], story: Story) -> str:
     return f"{note}<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
+def _pressure_table(gone: list[BlockStory]) -> str:
+    if not gone:
+        return "<p>No block was given up: the answer fits the pool.</p>"
+    rows = [
+        f'<tr><td class="number">{block.given_up_at}</td><td class="number">{block.index}</td>'
+        f'<td>{block.reason}</td><td class="number">{block.need:.3g}</td>'
+        f"<td><code>{escape(''.join(block.pieces).strip())}</code></td></tr>"
+        for block in sorted(gone, key=lambda b: (b.given_up_at or 0, b.index))
+    ]
+    titles = ("given up at token", "block", "why", "need", "its text")
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
 def _settings(story: Story, config: MemShareConfig) -> str:
     turned = ", ".join(f"{count} {reason}" for reason, count in {**story.rejected, **story.refused}.items())
     counts = f"{story.num_prompt_tokens} tokens of question, {story.num_output_tokens} of answer"
     ended = "the model ended it" if story.finish_reason == "stop" else "cut off at the longest length"
-    return f"MemShare {describe_sharing(config)}. {counts} ({ended}). Pairs turned down: {turned or 'none'}."
+    rest = (
+        f"Pairs turned down: {turned or 'none'}" if story.pool_blocks is None else f"Pool: {story.pool_blocks} blocks"
+    )
+    return f"MemShare {describe_sharing(config)}. {counts} ({ended}). {rest}."
 
 
 def _size(num_bytes: int) -> str:

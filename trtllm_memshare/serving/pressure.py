@@ -28,7 +28,7 @@ from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_redundancy
-from trtllm_memshare.serving.request import Phase, RequestState
+from trtllm_memshare.serving.request import Phase, RequestState, SamplingParams
 from trtllm_memshare.serving.statistics import PressureStatus
 
 log = logging.getLogger("trtllm_memshare.pressure")
@@ -100,11 +100,16 @@ class Pressure:
         self._is_exhausted = False  # the last relief did not reach the low watermark
         self._retired_before = 0  # when the present episode began
 
-    def min_kept(self, state: RequestState) -> float:
+    def min_kept(self, params: SamplingParams) -> float:
         """Share of its generated pages that a request keeps; 1 where it shares nothing."""
-        if not state.params.memshare:
+        if not params.memshare:
             return 1.0
-        return self._config.min_kept if state.params.min_kept is None else state.params.min_kept
+        return self._config.min_kept if params.min_kept is None else params.min_kept
+
+    def blocks_at_floor(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Blocks that one request holds at its longest end, with all given up that may go."""
+        longest = num_prompt_tokens + params.max_new_tokens
+        return self._at_floors([longest], [num_prompt_tokens], [self.min_kept(params)])
 
     def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
         """Keeps the next step of the running requests below the high watermark, or brings use to the low one."""
@@ -157,14 +162,12 @@ class Pressure:
         with self._timed():
             if not running and not is_certain:
                 return True
-            config, states = self._config, (*running, state)
-            ahead = max(s.max_tokens for s in states) if is_certain else config.lookahead_tokens
-            held = blocks_at_floors(
-                np.array([min(s.max_tokens, len(s.tokens) + ahead) for s in states]),
-                np.array([len(s.prompt) for s in states]),
-                np.array([self.min_kept(s) for s in states]),
-                config.max_protected_tokens if config.protected_steps else config.protected_tokens,
-                self._manager.tokens_per_block,
+            states = (*running, state)
+            ahead = max(s.max_tokens for s in states) if is_certain else self._config.lookahead_tokens
+            held = self._at_floors(
+                [min(s.max_tokens, len(s.tokens) + ahead) for s in states],
+                [len(s.prompt) for s in states],
+                [self.min_kept(s.params) for s in states],
             )
             return held <= self._manager.pool.num_usable
 
@@ -174,7 +177,7 @@ class Pressure:
         for state in running:
             generated, retired = self._manager.page_counts(state.request_id)
             retired_now += retired
-            at_floor += retired > 0 and floor_room(generated, retired, self.min_kept(state)) == 0
+            at_floor += retired > 0 and floor_room(generated, retired, self.min_kept(state.params)) == 0
         stats = self.stats
         return PressureStatus(
             is_active=self.is_active,
@@ -197,6 +200,13 @@ class Pressure:
         yield
         self.seconds += time.perf_counter() - started
 
+    def _at_floors(self, lengths: list[int], prompts: list[int], min_kept: list[float]) -> int:
+        """``blocks_at_floors`` under these settings."""
+        config = self._config
+        protected = max(config.protected_tokens, config.max_protected_tokens if config.protected_steps else 0)
+        size = self._manager.tokens_per_block
+        return blocks_at_floors(np.array(lengths), np.array(prompts), np.array(min_kept), protected, size)
+
     def _low(self) -> int:
         return math.floor(self._config.low_watermark * self._manager.pool.num_usable)
 
@@ -209,7 +219,9 @@ class Pressure:
             if state.phase is not Phase.GENERATION or not state.params.memshare:
                 continue
             pages = manager.givable_pages(state.request_id)
-            room = min(floor_room(pages.num_generated, pages.num_retired, self.min_kept(state)), len(pages.pages))
+            room = min(
+                floor_room(pages.num_generated, pages.num_retired, self.min_kept(state.params)), len(pages.pages)
+            )
             if room:
                 givable[state.request_id], rooms[state.request_id] = pages, room
         if not rooms or (all_or_none and sum(rooms.values()) < num_blocks):

@@ -78,19 +78,26 @@ def check_params(params: Any, vocab_size: int) -> SamplingParams:
     return replace(params, **checked)
 
 
-def check_lengths(num_prompt: int, max_new_tokens: int, max_seq_len: int, manager: KVCacheManager) -> None:
-    """Raises UserError if prompt and output do not fit max_seq_len, or the pool when nobody else is there."""
+def check_lengths(
+    num_prompt: int, max_new_tokens: int, max_seq_len: int, manager: KVCacheManager, at_floor: int | None = None
+) -> None:
+    """Raises UserError if prompt and output do not fit max_seq_len, or the pool when nobody else is there.
+
+    Args:
+      at_floor: blocks that the request holds when it has given up all that it may; None = it gives nothing up.
+    """
     total = num_prompt + max_new_tokens
     if total > max_seq_len:
         raise UserError(
             f"prompt and output must fit max_seq_len {max_seq_len}, got {num_prompt} + {max_new_tokens} tokens "
             f"(shorten the prompt, lower max_new_tokens, or build with a larger --max-seq-len)"
         )
-    needed, blocks = manager.blocks_for(total), manager.pool.num_usable
-    if needed > blocks:
+    needed = manager.blocks_for(total) if at_floor is None else at_floor
+    if needed > manager.pool.num_usable:
+        size = f"{manager.tokens_per_block}{'' if at_floor is None else ' at their floor'}"
         raise UserError(
-            f"the KV pool is too small for one request: {total} tokens need {needed} blocks of "
-            f"{manager.tokens_per_block}, the pool has {blocks} (set --kv-cache-blocks {needed} or more)"
+            f"the KV pool is too small for one request: {total} tokens need {needed} blocks of {size}, the pool has "
+            f"{manager.pool.num_usable} (set --kv-cache-blocks {needed} or more)"
         )
 
 
