@@ -72,7 +72,8 @@ def test_the_markers_catch_a_wrong_figure():
 
 
 def test_the_markers_catch_a_wrong_cell():
-    marker = "<!--rows= benchmarks/results/vllm_schedule.json runs[part=4]\narm: vllm; 0.5 | steps | p50_steps & p99_steps -->"
+    rows = "benchmarks/results/vllm_schedule.json runs[part=4]"
+    marker = f"<!--rows= {rows}\narm: vllm; 0.5 | steps | p50_steps & p99_steps -->"
     head = "\n\n| arm | steps | steps |\n| --- | ---: | ---: |\n"
     right = "| vLLM | 5,931 | 2,902 / 5,782 |\n| half kept | 4,097 | "
     assert [cell for _, _, cell, _ in wrong_cells(f"{marker}{head}{right}2,047 / 4,097 |")] == ["2,047 / 4,097"]
