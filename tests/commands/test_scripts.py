@@ -13,7 +13,6 @@ FILES = sorted(
     p
     for pattern in ("benchmarks/*.py", "benchmarks/gpu/**/*.py", "benchmarks/studies/*/*.py", "build_scripts/**/*.py")
     for p in ROOT.glob(pattern)
-    if p.parent.name != "pressure"  # being written anew
 )
 
 

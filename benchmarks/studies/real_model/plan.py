@@ -1,0 +1,45 @@
+"""Which arms the table has for which text: all of them at first, then those that decide."""
+
+from __future__ import annotations
+
+from trtllm_memshare.evaluation.page_arms import PAIRED, Budget
+from trtllm_memshare.evaluation.page_study import Task
+
+TEXT_TOKENS = 2048
+MAIN = (
+    "random", "attention-redundancy", "attention-redundancy-recency",
+    "redundancy-k", "surprisal-redundancy", "surprisal-led-signature",
+    "attention-surprisal-redundancy", "rkv", *PAIRED,
+)  # fmt: skip
+SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once")
+"""On every fourth text; the first two on every second of the later ones."""
+AXES = ("random", "attention-redundancy")
+"""On every fourth text: other shares kept, longer pages."""
+ALL_ARMS_UNTIL = 16
+"""Texts after these have fewer arms, so that there can be more of them."""
+LATER = (
+    "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
+    "redundancy-signature", *PAIRED,
+)  # fmt: skip
+
+
+def tasks_of(index: int) -> list[Task]:
+    """The rows of a text by its place in the order."""
+    if index >= ALL_ARMS_UNTIL:
+        tasks = [Task(arm) for arm in LATER]
+        if index % 2 == 0:
+            tasks += [Task(arm, Budget(0.25)) for arm in LATER[:3]] + [Task(arm) for arm in SOME[:2]]
+        if index % 4 == 2:
+            tasks += [task for arm in AXES for task in (Task(arm, Budget(0.75)), *_longer_pages(arm))]
+        return tasks
+    tasks = [Task(arm) for arm in MAIN]
+    if index % 4 == 0:
+        tasks += [Task(arm) for arm in SOME]
+    if index % 4 == 2:
+        tasks += [Task(arm, Budget(kept)) for arm in AXES for kept in (0.25, 0.75)]
+        tasks += [task for arm in AXES for task in _longer_pages(arm)]
+    return tasks
+
+
+def _longer_pages(arm: str) -> list[Task]:
+    return [Task(arm, pages_merged=count) for count in (2, 4)]
