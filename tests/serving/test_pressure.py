@@ -334,3 +334,17 @@ def test_what_cannot_be_served_is_refused():
         Executor(runner, paper, TEXTS, 320)
     with pytest.raises(UserError, match="got several ranks that hold parts of them"):
         Executor(ReadingRunner(60, SIZE, shows_pool=True), paper, TEXTS, 320, agreement=RankAgreement(None, 2))
+
+
+@pytest.mark.parametrize("find_repeats", [True, False])
+def test_what_is_protected_by_steps_is_known_up_to_the_newest_token(find_repeats):
+    changes = {"protected_tokens": 0, "protected_steps": 2, "max_protected_tokens": 48, "min_run_tokens": 8}
+    executor, most = make_executor(200, **changes), 0
+    (handle,) = submit(executor, 1, new_tokens=150)
+    for _ in range(140):
+        executor.step()
+        found = executor.manager.givable_pages(handle.request_id, find_repeats).pages.tolist()
+        executor.manager.match(handle.request_id)
+        assert executor.manager.givable_pages(handle.request_id, find_repeats).pages.tolist() == found
+        most = max(most, len(found))
+    assert most > 8

@@ -46,6 +46,7 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     num_retired = int(sequence.retired[first:full].sum())
     if sequence.matcher is None:  # memory-sharing is off for this request
         return GivablePages(np.zeros(0, np.int32), np.zeros(0, bool), full - first, num_retired)
+    ready = set(sequence.matcher.ready_blocks())  # asked first: it is what brings the protected steps up to date
     end = min(sequence.matcher.protected_from(), sequence.num_computed) // size
     pages = np.arange(first, max(first, end), dtype=np.int32)
     pages = pages[~sequence.retired[pages]]
@@ -55,7 +56,6 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     pages = pages[(pool.ref_count[blocks] == own[blocks]) & pool.is_full[blocks]]
     repeated = np.zeros(len(pages), bool)
     if find_repeats and len(pages):
-        ready = set(sequence.matcher.ready_blocks())
         repeated = np.array([p in ready and _stands_again(sequence, p, size) for p in pages.tolist()], bool)
     return GivablePages(pages, repeated, full - first, num_retired)
 
