@@ -175,10 +175,10 @@ def test_a_dry_run_works_anywhere_and_names_what_each_step_lacks():
 
 
 def test_help_and_dry_run_need_nothing_but_python():
-    """-S: no site-packages, so neither torch nor pydantic."""
-    command = [sys.executable, "-S", "-m", "benchmarks.gpu_suite"]
-    assert subprocess.run([*command, "--help"], capture_output=True, check=True, cwd=ROOT).stdout.startswith(b"usage:")
-    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False, cwd=ROOT)
+    """-S -E: no site-packages, so neither torch nor pydantic, and no path from outside; from another folder."""
+    command = [sys.executable, "-S", "-E", ROOT / "benchmarks" / "gpu_suite.py"]
+    assert subprocess.run([*command, "--help"], capture_output=True, check=True, cwd="/").stdout.startswith(b"usage:")
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 1, done.stderr
     assert "lacks torch, numpy, pydantic, tqdm, cuda.core" in done.stdout
     assert "(pip install 'torch>=2.6' 'numpy' 'pydantic>=2.6,<3'" in done.stdout
