@@ -19,10 +19,10 @@ from typing import Any
 # A bare machine runs this file by its path, before anything is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.needs import KIT, ROOT, WORK  # noqa: E402
-from benchmarks.gpu.software import describe_software, gpu_name, list_steps  # noqa: E402
-from benchmarks.gpu.step_runner import Step, Suite  # noqa: E402
-from benchmarks.gpu.steps import HELD_BACK_S, PARTS, SECONDS_A_PART, make_steps  # noqa: E402
+from benchmarks.gpu.needs import KIT, ROOT, WORK
+from benchmarks.gpu.software import describe_software, gpu_name, list_steps
+from benchmarks.gpu.step_runner import Step, Suite
+from benchmarks.gpu.steps import HELD_BACK_S, PARTS, SECONDS_A_PART, make_steps
 
 
 def main() -> int:
