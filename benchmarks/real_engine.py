@@ -1,4 +1,4 @@
-"""An engine of a real model in bf16, out of a GGUF file or a checkpoint, for the GPU suite.
+"""An engine of a real model, out of a GGUF file or a checkpoint, for the GPU suite: in bf16 if nothing else is asked.
 
 bf16 is what attention kernels of a GPU take; ``build_engine.py`` leaves a checkpoint's dtype alone, and GGUF files
 become float32.
@@ -23,12 +23,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or checkpoint folder")
     parser.add_argument("--output-dir", type=Path, required=True, help="the engine; replaced if it is there")
     parser.add_argument("--max-batch-size", type=int, default=64, help="most requests in flight (default: 64)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     options = parser.parse_args()
     source = checkpoint_of_gguf(options.model) if is_gguf(options.model) else options.model
     narrow = options.output_dir.with_name(f"{options.output_dir.name}_checkpoint")
     shutil.rmtree(narrow, ignore_errors=True)
     shutil.copytree(source, narrow, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).save_pretrained(narrow)
+    AutoModelForCausalLM.from_pretrained(
+        source, dtype=getattr(torch, options.dtype), local_files_only=True
+    ).save_pretrained(narrow)
     sizes = {"max_batch_size": options.max_batch_size}
     build_engine(plan_build(BuildOptions(narrow, options.output_dir, memshare=True, build=sizes, force=True)))
     print(f"engine: {options.output_dir}")

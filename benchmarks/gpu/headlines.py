@@ -15,6 +15,8 @@ def search_headline(report: Report) -> str:
             continue
         line = (f"{row['dtype']} {row['pairs']} pairs of {report['tokens_per_block']}: {row['kernel_us']:.1f} us, "
                 f"{row['share_of_copy_bandwidth']:.0%} of a copy")  # fmt: skip
+        if "profiled_us" in row:
+            line += f" (by itself {row['profiled_us']:.1f} us, {row['profiled_share']:.0%})"
         for label in ("reference", "compiled"):
             if f"{label}_us" in row:
                 line += f", {label} {row[f'{label}_us']:.0f} us"
@@ -43,12 +45,6 @@ def accuracy_headline(report: Report) -> str:
     """Answers that are right, of the variants, and the most blocks that each held."""
     parts = [f"{v['variant']} {v['accuracy']:.1%} right, {v['peak_used_blocks']} blocks" for v in report["variants"]]
     return f"{report['dataset']['num_requests']} problems: {', '.join(parts)}"
-
-
-def page_table_headline(report: Report) -> str:
-    """Change of the loss of each arm, and against random pages."""
-    parts = [f"{row['arm']} {row['loss_change']:+.4f} ({row['ratio']:.2f} of random)" for row in report["comparisons"]]
-    return f"{report['texts']} texts of {report['tokens']} tokens, nats a token: {', '.join(parts) or 'too few texts'}"
 
 
 def adapter_headline(report: Report) -> str:

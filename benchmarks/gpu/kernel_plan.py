@@ -54,13 +54,13 @@ def plan_search(variant: KernelVariant, counted: KernelCount, pairs: int, device
     """Microseconds of one search by what could bound it, and what is expected; its share of a copy's bandwidth."""
     element_bytes = ELEMENT_TYPES[variant.dtype].element_bytes
     read = pairs * 2 * LAYERS * 2 * KV_HEADS * TOKENS * HEAD_DIM * element_bytes
-    groups = num_layer_groups(pairs, LAYERS)
+    resident = device.multiprocessors * (_REGISTERS // (_REGISTERS_OF_THREAD * variant.num_threads))
+    groups = num_layer_groups(pairs, LAYERS, resident)
     warps = pairs * variant.num_threads // 32
     # Sums over a warp and the rest of a layer: 20 shuffles and as many additions, some addresses.
     instructions = warps * (groups * counted.before_loop + LAYERS * (KV_HEADS * counted.loop + 60))
     memory = read / device.copy_bytes_s / _MEMORY_SHARE
     issue = instructions / (device.multiprocessors * 4 * device.clock_hz) / _ISSUE_SHARE
-    resident = device.multiprocessors * (_REGISTERS // (_REGISTERS_OF_THREAD * variant.num_threads))
     turns = math.ceil(pairs * groups / resident) * math.ceil(LAYERS / groups) * KV_HEADS
     chain = (turns - 1) * _LATENCY_S
     before_data = _LAUNCH_S + counted.dependent_loads * _LATENCY_S

@@ -7,7 +7,6 @@ from typing import Any
 from benchmarks.gpu.headlines import (
     accuracy_headline,
     adapter_headline,
-    page_table_headline,
     replay_headline,
     search_headline,
     throughput_headline,
@@ -28,7 +27,7 @@ from benchmarks.gpu.needs import (
 )
 from benchmarks.gpu.step_runner import Step
 
-PARTS = (1, 2, 3)
+PARTS = (1, 2, 3, 4)
 SECONDS_A_PART = 540
 """Of a part, all in: nine minutes."""
 HELD_BACK_S = 35
@@ -38,12 +37,12 @@ _SEVEN_B = "DeepSeek-R1-Distill-Qwen-7B"
 _SANITIZED = ("tests/search", "-k", "sanitizer")
 _HARNESS = [str(PLUGINS / "plugin_harness"), str(PLUGINS / "libtrtllm_memshare_plugin.so"), "--gpu", "require"]
 _HELD = r"\d+ of \d+ checks held"
-_LONG = 8192  # tokens that SmolLM2 was made for
+_PROCESSES = 12  # that share the device where most of the work is the host's
 
 
 def make_steps(part: int, python: str) -> list[Step]:
     """The steps of a part, those of most worth first."""
-    return {1: _kernel_part, 2: _detail_part, 3: _real_model_part}[part](_Commands(python))
+    return {1: _kernel_part, 2: _detail_part, 3: _real_model_part, 4: _table_part}[part](_Commands(python))
 
 
 class _Commands:
@@ -86,6 +85,25 @@ class _Commands:
         """In-flight batching on an engine."""
         arguments = ("--engine-dir", engine, "--device", "cuda", *arguments)
         return self.report(name, limit_s, "benchmarks/inflight_batching.py", *arguments, headline=headline, lacks=lacks)
+
+    def real_engine(
+        self, limit_s: float, dtype: str, model: str, engine: str, lacks: str | None, name: str = "real_engine"
+    ) -> Step:
+        """SmolLM2, or what became of it, as an engine; its checkpoint lies beside it."""
+        command = [self.python, "-m", "benchmarks.real_engine", "--max-batch-size", "256", "--dtype", dtype]
+        return Step(name, limit_s, [*command, "--model", model, "--output-dir", engine], lacks)
+
+    def rows(self, module: str, tokens: int | None, limit_s: float, engine: str, *arguments: str) -> Step:
+        """Rows of the study of pages, texts of one length dealt out to processes; none starts a text too late."""
+        name = module if tokens is None else f"{module}_{tokens}"
+        kept = WORK / f"real_model_{name}.jsonl"
+        command = ["bash", "benchmarks/studies/real_model/shards.sh", str(_PROCESSES), str(kept), module]
+        command += ["--model-dir", f"{engine}_checkpoint", "--device", "cuda", "--seconds", str(limit_s - 30)]
+        command += ["--tokens", str(tokens)] if tokens else []
+        variables = {"PYTHON": self.python}
+        lacks = real_model_lacks(REAL_MODEL)
+        return Step(name, limit_s, [*command, *arguments], lacks, must_say=r"[1-9]\d* rows", variables=variables,
+                    keeps=(kept,))  # fmt: skip
 
     def plugin(self, limit_s: float) -> Step:
         """The plugin library and its harness; takes a moment where they are there."""
@@ -136,31 +154,36 @@ def _detail_part(make: _Commands) -> list[Step]:
 
 def _real_model_part(make: _Commands) -> list[Step]:
     model, engine, requests = real_model(), str(WORK / "real_engine"), str(WORK / "requests.jsonl")
-    checkpoint, adapter, adapted = f"{engine}_checkpoint", WORK / "adapter", str(WORK / "adapted_engine")
+    adapter, adapted = WORK / "adapter", str(WORK / "adapted_engine")
     lacks, adapter_lacks = real_model_lacks(REAL_MODEL), real_model_lacks(ADAPTER)
-    convert = [make.python, "-m", "benchmarks.real_engine", "--max-batch-size", "256", "--model"]
-    write = [make.python, "-m", "benchmarks.studies.pressure.make_requests", "--model-dir", checkpoint,
-             "--num-requests", "256", "--max-tokens", "1024", "--output", requests]  # fmt: skip
-    pressed = ("--dataset", requests, "--replay", "--kv-cache-share", "0.5",
-               "--variants", "full", "full-guaranteed", "pressure:min_kept=0.5")  # fmt: skip
-    rows = WORK / f"real_model_{_LONG}.jsonl"
+    write = [make.python, "-m", "benchmarks.studies.pressure.make_requests", "--model-dir", f"{engine}_checkpoint",
+             "--num-requests", "256", "--max-tokens", "2048", "--output", requests]  # fmt: skip
+    pressed = ("--dataset", requests, "--replay", "--kv-cache-share", "0.25", "--variants", "full", "full-guaranteed",
+               "pressure:min_kept=0.5", "pressure:min_kept=0.25")  # fmt: skip
     return [
-        Step("real_engine", 45, [*convert, str(model), "--output-dir", engine], lacks),
-        Step("real_requests", 20, write, lacks),
-        make.bench("pressure_batch_256", 105, engine, *pressed, "--concurrency", "256",
+        make.real_engine(30, "bfloat16", str(model), engine, lacks),
+        Step("real_requests", 15, write, lacks),
+        make.bench("pressure_batch_256", 190, engine, *pressed, "--concurrency", "256",
                    headline=throughput_headline, lacks=lacks),
-        make.bench("pressure_batch_64", 75, engine, *pressed, "--concurrency", "64", "--num-requests", "128",
+        make.bench("pressure_batch_64", 110, engine, *pressed, "--concurrency", "64", "--num-requests", "160",
                    headline=throughput_headline, lacks=lacks),
-        make.report(f"table_{_LONG}", 85, "benchmarks.studies.real_model.table", "--model-dir", checkpoint, "--device",
-                    "cuda", "--tokens", str(_LONG), "--seconds", "60", "--output", str(rows), "--arms", "random",
-                    "attention-redundancy", "redundancy-k", "surprisal-led-signature", "paper-alias", "paper-null",
-                    headline=page_table_headline, lacks=lacks, keeps=(rows,)),
-        make.report("adapter", 95, "benchmarks.studies.adapter", "--model-dir", checkpoint, "--output-dir",
-                    str(adapter), "--device", "cuda", "--minutes", "1.1", headline=adapter_headline,
+        make.report("adapter", 80, "benchmarks.studies.adapter", "--model-dir", f"{engine}_checkpoint", "--output-dir",
+                    str(adapter), "--device", "cuda", "--minutes", "0.9", headline=adapter_headline,
                     lacks=adapter_lacks,
                     keeps=tuple(adapter / f"adapter_{name}" for name in ("model.safetensors", "config.json"))),
-        Step("adapted_engine", 35, [*convert, str(adapter / "merged"), "--output-dir", adapted], adapter_lacks),
+        make.real_engine(25, "bfloat16", str(adapter / "merged"), adapted, adapter_lacks, "adapted_engine"),
         make.bench("adapted_answers", 45, adapted, "--dataset", "benchmarks/data/small.jsonl",
                    "--kv-cache-share", "0.5", "--variants", "full", "pressure:min_kept=0.5", "aligned",
                    headline=accuracy_headline, lacks=adapter_lacks),
     ]  # fmt: skip
+
+
+def _table_part(make: _Commands) -> list[Step]:
+    engine = str(WORK / "float32_engine")  # what the rows of a CPU are of
+    return [
+        make.real_engine(30, "float32", str(real_model()), engine, real_model_lacks(REAL_MODEL), "float32_engine"),
+        make.rows("table", 8192, 160, engine, "--every-arm"),
+        make.rows("table", 4096, 110, engine, "--every-arm"),
+        make.rows("recall", None, 70, engine, "--texts", "96"),
+        make.rows("table", 2048, 130, engine, "--every-arm", "--texts", "330"),
+    ]

@@ -236,19 +236,25 @@ MEMSHARE_HD int num_threads(PoolShape const& shape, int count)
 }
 
 // Most layers that one thread block takes in turn.
-constexpr int kMaxLayersOfBlock = 4;
+constexpr int kMaxLayersOfBlock = 32;
 
-// Height of the grid: into how many groups the layers of a pair are dealt. A block works out its angles once for all
-// layers of its group, so few groups mean less work, and many groups keep a GPU busy when there are few pairs: 768
-// blocks are about six for each of the 132 multiprocessors of an H100. No sum depends on it.
-MEMSHARE_HD int num_layer_groups(int num_pairs, int num_layers)
+// Height of the grid: into how many groups the layers of a pair are dealt. A thread block starts once for all layers of
+// its group and then keeps the memory busy, so that the best grid fills the device once, or a whole number of times, with
+// blocks that are as long as that allows. num_slots: blocks that the device runs at a time. No sum depends on it.
+MEMSHARE_HD int num_layer_groups(int num_pairs, int num_layers, int num_slots)
 {
-    int groups = (num_layers + kMaxLayersOfBlock - 1) / kMaxLayersOfBlock;
-    for (int layers = kMaxLayersOfBlock; layers > 1 && static_cast<long long>(num_pairs) * groups < 768;) {
-        layers /= 2;
-        groups = (num_layers + layers - 1) / layers;
+    int best = num_layers;
+    long long least = -1;
+    for (int layers = kMaxLayersOfBlock; layers > 0; --layers) {
+        int const groups = (num_layers + layers - 1) / layers;
+        long long const rounds = (static_cast<long long>(num_pairs) * groups + num_slots - 1) / num_slots;
+        long long const cost = rounds * (2 * layers + 1); // a start takes about as long as half a layer
+        if (layers <= num_layers && (least < 0 || cost < least)) {
+            best = groups;
+            least = cost;
+        }
     }
-    return groups;
+    return best;
 }
 
 // Shapes that the kernels take: tokens_per_block 8 to 128, head_dim 32 to 256 and even, rotary_dim even and no larger.

@@ -18,17 +18,40 @@ struct Arguments {
     cudaStream_t stream;
 };
 
+// Blocks of a kernel that the current device runs at a time. Only asks the driver, which a capture allows.
+cudaError_t count_slots(void const* kernel, int threads, int& slots)
+{
+    int device = 0, multiprocessors = 0, resident = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) {
+        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (status == cudaSuccess) {
+        status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0);
+    }
+    slots = multiprocessors * resident > 0 ? multiprocessors * resident : 1;
+    return status;
+}
+
 template <class Element, int kCount, bool kInterleaved> cudaError_t launch(Arguments const& a)
 {
+    auto const kernel = block_distance<Element, kCount, kInterleaved>;
+    int const threads = num_threads(a.shape, kCount);
+    int slots = 1;
+    cudaError_t status = count_slots(reinterpret_cast<void const*>(kernel), threads, slots);
+    if (status != cudaSuccess) {
+        static_cast<void>(cudaGetLastError());
+        return status;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned int>(a.num_pairs),
-        static_cast<unsigned int>(num_layer_groups(a.num_pairs, a.shape.num_layers)));
-    config.blockDim = dim3(static_cast<unsigned int>(num_threads(a.shape, kCount)));
+        static_cast<unsigned int>(num_layer_groups(a.num_pairs, a.shape.num_layers, slots)));
+    config.blockDim = dim3(static_cast<unsigned int>(threads));
     config.stream = a.stream;
     // The status of this launch alone. An error of an earlier one, which cudaPeekAtLastError would go on returning, is
     // not ours; and ours is taken back from the runtime, so that whoever asks next is not told of it.
-    cudaError_t const status = cudaLaunchKernelEx(&config, block_distance<Element, kCount, kInterleaved>,
-        a.pool_pointers, a.num_blocks, a.new_rows, a.old_rows, a.position_delta, a.inv_freq, a.distances, a.shape);
+    status = cudaLaunchKernelEx(&config, kernel, a.pool_pointers, a.num_blocks, a.new_rows, a.old_rows,
+        a.position_delta, a.inv_freq, a.distances, a.shape);
     if (status != cudaSuccess) {
         static_cast<void>(cudaGetLastError());
     }

@@ -14,6 +14,7 @@ from trtllm_memshare.search.block_distance import block_distance
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, MAX_LAYERS_OF_BLOCK, KernelVariant, num_layer_groups
 
 BLOCKS, LAYERS = 5, 2
+SLOTS = 8  # blocks that the played device runs at a time, see cuda_runtime_api.h
 
 
 def make_pool(dtype, heads=2, size=16, dim=64, seed=0):
@@ -92,28 +93,30 @@ def test_the_order_in_which_threads_run_changes_no_bit(host_kernel, dtype, heads
 
 
 def test_a_block_takes_several_layers_where_pairs_are_many_and_no_bit_depends_on_it(host_kernel):
-    """7 layers: groups of 4 and 3, of 2 and of 1; padding and an invalid row among the pairs."""
+    """7 layers, on a device that runs 8 blocks at a time: groups of 1, of 2, of 4 and 3, of all; padding and an invalid
+    row among the pairs."""
     generator = torch.Generator().manual_seed(5)
     pool = torch.randn(BLOCKS, 7, 2, 1, 8, 32, generator=generator).to(torch.bfloat16)
-    new, old, delta = make_pairs(400, 8)
+    new, old, delta = make_pairs(7, 8)
     new[3], old[3] = -1, -1
     new[5, 2] = BLOCKS * 8
-    groups = {n: num_layer_groups(n, 7) for n in (1, 200, 400)}
-    assert groups == {1: 7, 200: 4, 400: 2}
+    groups = {n: num_layer_groups(n, 7, SLOTS) for n in (1, 2, 4, 7)}
+    assert groups == {1: 7, 2: 4, 4: 2, 7: 1}
     sums = {n: run_block_distance(host_kernel, pool, new[:n], old[:n], delta[:n], frequencies(32)) for n in groups}
     for count, part in sums.items():
-        assert torch.equal(part[:1], sums[400][:1])
-        torch.testing.assert_close(part, sums[400][:count], rtol=0, atol=0, equal_nan=True)
-    assert torch.isnan(sums[400][5]).all()
-    assert torch.equal(sums[400][3], torch.zeros(7, 4))
+        assert torch.equal(part[:1], sums[7][:1])
+        torch.testing.assert_close(part, sums[7][:count], rtol=0, atol=0, equal_nan=True)
+    assert torch.isnan(sums[7][5]).all()
+    assert torch.equal(sums[7][3], torch.zeros(7, 4))
 
 
 def test_both_hosts_deal_out_layers_alike(host_kernel):
     for pairs in (1, 2, 27, 28, 29, 63, 64, 110, 192, 512, 4096, 1 << 20):
         for layers in (1, 2, 3, 5, 28, 32, 64, 4096):
-            groups = num_layer_groups(pairs, layers)
-            assert groups == host_kernel.memshare_num_layer_groups(pairs, layers)
-            assert -(-layers // groups) <= MAX_LAYERS_OF_BLOCK
+            for slots in (1, SLOTS, 264, 528):
+                groups = num_layer_groups(pairs, layers, slots)
+                assert groups == host_kernel.memshare_num_layer_groups(pairs, layers, slots)
+                assert -(-layers // groups) <= MAX_LAYERS_OF_BLOCK
 
 
 def test_a_shape_that_no_kernel_takes_is_refused_and_blames_nobody_else(host_kernel):
@@ -149,7 +152,7 @@ def test_a_kernel_compiled_for_one_shape_gives_the_bits_of_the_one_for_any(
     out = torch.full((3, LAYERS, 4), -1.0)
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in (new, old, delta, inv_freq, out)]
     status = library.memshare_block_distance_variant(
-        ctypes.c_void_p(pool.data_ptr()), BLOCKS, *addresses, 3, num_layer_groups(3, LAYERS), variant.num_threads
+        ctypes.c_void_p(pool.data_ptr()), BLOCKS, *addresses, 3, num_layer_groups(3, LAYERS, SLOTS), variant.num_threads
     )
     assert status == 0
     assert torch.equal(out, run_block_distance(host_kernel, pool, new, old, delta, inv_freq, interleaved))

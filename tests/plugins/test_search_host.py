@@ -23,6 +23,7 @@ from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, num_layer_groups
 from trtllm_memshare.search.types import PairBatch
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 7, 3, 2, 16, 64
+MULTIPROCESSORS, RESIDENT = 4, 2  # of the played device
 INV_FREQ = (1.0 / 1e4 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)).float()
 
 
@@ -43,12 +44,14 @@ class PlayedDevice:
 
     def compile(self, variant, arch, cache_dir):
         self.compiled.append((variant.rotary_dim, arch))
-        return SimpleNamespace(get_kernel=lambda name: variant)
+        occupancy = SimpleNamespace(max_active_blocks_per_multiprocessor=lambda threads, shared: RESIDENT)
+        return SimpleNamespace(get_kernel=lambda name: SimpleNamespace(variant=variant, occupancy=occupancy))
 
-    def launch(self, stream, config, variant, pool, num_blocks, new_rows, old_rows, delta, inv_freq, distances):
+    def launch(self, stream, config, kernel, pool, num_blocks, new_rows, old_rows, delta, inv_freq, distances):
+        variant = kernel.variant
         assert stream == f"stream {self.handle}"
         count, groups = config.grid
-        assert groups == num_layer_groups(count, variant.num_layers)
+        assert groups == num_layer_groups(count, variant.num_layers, MULTIPROCESSORS * RESIDENT)
         assert config.block == variant.num_threads
         read = lambda kind, address: kind.from_address(address).value  # noqa: E731
         status = self._library.memshare_block_distance(
@@ -81,6 +84,8 @@ def device(host_kernel, monkeypatch):
     monkeypatch.setattr(cuda_block_distance, "import_cuda_core", lambda: played)
     monkeypatch.setattr(cuda_block_distance, "compile_variant", played.compile)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=played.handle))
     monkeypatch.setattr(torch.cuda, "Event", PlayedEvent)

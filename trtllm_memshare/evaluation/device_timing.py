@@ -24,7 +24,9 @@ class Timing:
     launch_ms: float
 
 
-def time_calls(run: Callable[[int], object], repeat: int, device: str) -> Timing:
+def time_calls(
+    run: Callable[[int], object], repeat: int, device: str, prepare: Callable[[int], object] = lambda _: None
+) -> Timing:
     """Median and largest time of ``repeat`` calls, after three to warm up.
 
     On a GPU by two events around each call. The stream is kept busy until the host has enqueued the call and both
@@ -37,6 +39,7 @@ def time_calls(run: Callable[[int], object], repeat: int, device: str) -> Timing
       run: takes the number of the call, from 0, warm-ups included.
       repeat: timed calls.
       device: ``cuda`` or ``cpu``.
+      prepare: what comes before each call and does not count.
     """
     times, launch_s = [], 0.0
     for index in range(_WARM_UPS + repeat):
@@ -47,6 +50,7 @@ def time_calls(run: Callable[[int], object], repeat: int, device: str) -> Timing
                 lead = min(_MAX_LEAD_S, 2 * launch_s + 1e-4)
                 torch.cuda._sleep(int(lead * _CLOCK_HZ))
             clock = time.perf_counter()
+            prepare(index)
             started.record()
             run(index)
             ended.record()
@@ -55,12 +59,31 @@ def time_calls(run: Callable[[int], object], repeat: int, device: str) -> Timing
             ended.synchronize()
             taken = started.elapsed_time(ended)
         else:
+            prepare(index)
             clock = time.perf_counter()
             run(index)
             taken = (time.perf_counter() - clock) * 1e3
         if index >= _WARM_UPS:
             times.append(taken)
     return Timing(statistics.median(times), max(times), launch_s * 1e3)
+
+
+def kernel_time_ms(run: Callable[[int], object], repeat: int, name: str, prepare: Callable[[int], object]) -> float:
+    """Median of what the kernel called ``name`` took on the device, as its profiler (CUPTI) says: no gap counts.
+
+    Raises:
+      ValueError: no such kernel ran.
+    """
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for index in range(repeat):
+            prepare(index)
+            run(index)
+        torch.cuda.synchronize()
+    times = [event.time_range.elapsed_us() * 1e-3 for event in profile.events() if name in event.name]
+    if not times:
+        raise ValueError(f"the profiler must see a kernel called {name}, got none")
+    return statistics.median(times)
 
 
 def copy_bandwidth(device: str, repeat: int) -> float:

@@ -43,6 +43,12 @@ class QueryChunk:
     keys: torch.Tensor
     bias: torch.Tensor
 
+    def on(self, device: torch.device) -> QueryChunk:
+        """The same on a device: itself if it is there."""
+        if self.keys.device == device:
+            return self
+        return QueryChunk(self.start, self.stop, self.keys.to(device), self.bias.to(device))
+
 
 class MaskedPass:
     """One pass over a text from ``start`` on, under an arm's retirements.
@@ -83,14 +89,14 @@ class MaskedPass:
             )
         kv_heads, head_dim = key.shape[0], key.shape[2]
         output = torch.empty_like(query)
+        self._chunks = [chunk.on(query.device) for chunk in self._chunks]
         for chunk in self._chunks:
             # The queries that share a KV head become the rows of one product.
             rows = query[:, chunk.start : chunk.stop].reshape(1, kv_heads, -1, head_dim)
-            keys = chunk.keys.to(query.device)
-            k, v = key.index_select(1, keys), value.index_select(1, keys)
-            bias = chunk.bias.to(query.device).repeat(query.shape[0] // kv_heads, 1)
+            k, v = key.index_select(1, chunk.keys), value.index_select(1, chunk.keys)
+            bias = chunk.bias.repeat(query.shape[0] // kv_heads, 1)
             attended = scaled_dot_product_attention(rows, k[None], v[None], attn_mask=bias, scale=1.0)
-            output[:, chunk.start : chunk.stop] = attended[0].view(query.shape[0], -1, head_dim)
+            output[:, chunk.start : chunk.stop] = attended[0].reshape(query.shape[0], -1, head_dim)
         return output
 
 

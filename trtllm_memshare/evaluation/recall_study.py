@@ -32,6 +32,7 @@ def compute_recall(
     rows: RowFile,
     may_go_on: Callable[[], bool] = lambda: True,
     traces: Path = TRACES,
+    shard: tuple[int, int] = (0, 1),
 ) -> None:
     """Computes the rows that are not there yet, all arms of a text before the next.
 
@@ -39,8 +40,9 @@ def compute_recall(
       arms: names in ``page_arms``, and ``full``.
       num_texts: first texts of the traces.
       may_go_on: asked before each text.
+      shard: (i, n): every nth text from the ith.
     """
-    for text in islice(token_texts(read_traces(traces), tokenizer, _SOURCE_TOKENS), num_texts):
+    for text in islice(token_texts(read_traces(traces), tokenizer, _SOURCE_TOKENS), shard[0], num_texts, shard[1]):
         if not may_go_on():
             return
         seed = zlib.crc32(text.trace.name.encode())

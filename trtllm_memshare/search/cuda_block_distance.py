@@ -87,6 +87,7 @@ class CudaBlockDistance:
         self.arch = "sm_{}{}".format(*torch.cuda.get_device_capability(pool.device))
         self.description = f"CUDA kernel for {self.arch}, compiled by NVRTC"
         self._kernels: dict[bool, tuple[KernelVariant, Any]] = {}
+        self._slots: dict[bool, int] = {}  # blocks of each that the device runs at a time
         self._bound = threading.local()
         self._streams: dict[int, Any] = {}  # by torch's handle; wrapping one takes longer than the rest of a launch
         # The kernel reads these two on the device, as the TensorRT plugin does.
@@ -156,7 +157,7 @@ class CudaBlockDistance:
         with torch.cuda.device(device):
             self._bind_thread()
             variant, kernel = self.kernel(undo_rope)
-            grid = (count, num_layer_groups(count, variant.num_layers))
+            grid = (count, num_layer_groups(count, variant.num_layers, self._slots[undo_rope]))
             config = self._core.LaunchConfig(grid=grid, block=variant.num_threads)
             arguments = (
                 self._pool_pointer,
@@ -178,7 +179,11 @@ class CudaBlockDistance:
             code = compile_variant(variant, self.arch, self._cache_dir)
             with torch.cuda.device(self._pool.device):
                 self._bind_thread()
-                self._kernels[undo_rope] = variant, code.get_kernel(ENTRY_POINT)
+                kernel = code.get_kernel(ENTRY_POINT)
+                resident = kernel.occupancy.max_active_blocks_per_multiprocessor(variant.num_threads, 0)
+                multiprocessors = torch.cuda.get_device_properties(self._pool.device).multi_processor_count
+                self._slots[undo_rope] = multiprocessors * resident
+                self._kernels[undo_rope] = variant, kernel
         return self._kernels[undo_rope]
 
     def _bind_thread(self) -> None:

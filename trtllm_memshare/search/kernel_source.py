@@ -18,10 +18,8 @@ ENTRY_POINT = "block_distance"
 """Name of the kernel in a compiled variant."""
 
 FULL_VECTOR_BYTES = 16
-MAX_LAYERS_OF_BLOCK = 4
+MAX_LAYERS_OF_BLOCK = 32
 """Most layers that one thread block takes in turn."""
-
-_ENOUGH_BLOCKS = 768  # about six for each of the 132 multiprocessors of an H100
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,18 @@ class KernelVariant:
         return macros if self.any_shape else [*macros, ("MEMSHARE_SHAPE", ",".join(map(str, shape)))]
 
 
-def num_layer_groups(num_pairs: int, num_layers: int) -> int:
-    """Height of the kernel's grid: into how many groups the layers of a pair are dealt; see ``block_distance.h``."""
-    layers = MAX_LAYERS_OF_BLOCK
-    while layers > 1 and num_pairs * -(-num_layers // layers) < _ENOUGH_BLOCKS:
-        layers //= 2
+def num_layer_groups(num_pairs: int, num_layers: int, num_slots: int) -> int:
+    """Height of the kernel's grid: into how many groups the layers of a pair are dealt; see ``block_distance.h``.
+
+    Args:
+      num_slots: thread blocks that the device runs at a time.
+    """
+
+    def cost(layers: int) -> int:
+        rounds = -(-num_pairs * -(-num_layers // layers) // num_slots)
+        return rounds * (2 * layers + 1)
+
+    layers = min(range(min(MAX_LAYERS_OF_BLOCK, num_layers), 0, -1), key=cost)
     return -(-num_layers // layers)
 
 

@@ -1,6 +1,9 @@
-"""Which arms the table has for which text: all of them at first, then those that decide."""
+"""Which arms the table has for which text: all of them at first, then those that decide; and which texts a process
+has."""
 
 from __future__ import annotations
+
+import argparse
 
 from trtllm_memshare.evaluation.page_arms import PAIRED, Budget
 from trtllm_memshare.evaluation.page_study import Task
@@ -41,5 +44,20 @@ def tasks_of(index: int) -> list[Task]:
     return tasks
 
 
+def every_task() -> list[Task]:
+    """All rows of a text, for a machine that has the time: every arm, and both arms of the axes."""
+    tasks = [Task(arm) for arm in (*MAIN, *SOME)]
+    tasks += [Task(arm, Budget(0.25)) for arm in LATER[:3]] + [Task(arm, Budget(0.75)) for arm in AXES]
+    return [*tasks, *(task for arm in AXES for task in _longer_pages(arm))]
+
+
 def _longer_pages(arm: str) -> list[Task]:
     return [Task(arm, pages_merged=count) for count in (2, 4)]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``I/N`` as two numbers; raises argparse's error for anything else."""
+    shard, slash, count = text.partition("/")
+    if not (slash and shard.isdigit() and count.isdigit() and int(shard) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text}")
+    return int(shard), int(count)

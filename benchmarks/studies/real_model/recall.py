@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from benchmarks.studies.real_model.plan import parse_shard
 from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
@@ -26,12 +28,21 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
     parser.add_argument("--texts", type=int, default=52, help="most texts, seven questions each (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="every Nth text from the Ith")
+    parser.add_argument("--seconds", type=float, help="start no text after so many (default: no limit)")
     parser.add_argument("--min-kept", type=float, default=0.5, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/real_model/results/recall.jsonl"))
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
-    replay, rows = MaskedReplay(arguments.model_dir, "bfloat16"), RowFile(arguments.output)
-    compute_recall(replay, tokenizer, arguments.arms, Budget(arguments.min_kept), arguments.texts, rows)
+    replay, rows = MaskedReplay(arguments.model_dir, "bfloat16", arguments.device), RowFile(arguments.output)
+    started = time.monotonic()
+
+    def may_go_on() -> bool:
+        return arguments.seconds is None or time.monotonic() - started < arguments.seconds
+
+    budget = Budget(arguments.min_kept)
+    compute_recall(replay, tokenizer, arguments.arms, budget, arguments.texts, rows, may_go_on, shard=arguments.shard)
 
 
 if __name__ == "__main__":

@@ -8,31 +8,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.studies.real_model.plan import TEXT_TOKENS, tasks_of
+from benchmarks.studies.real_model.plan import TEXT_TOKENS, every_task, parse_shard, tasks_of
 from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import make_report, write_report
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.evaluation.page_study import Task, compute_rows
-from trtllm_memshare.evaluation.page_table import BASE, Setting, compare
 from trtllm_memshare.evaluation.real_rows import RowFile
 from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
-
-
-def comparisons(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Texts there are, and each arm beside random pages at half of the pages kept."""
-    of_length = [row for row in rows if row["tokens"] == tokens]
-    arms = dict.fromkeys(row["arm"] for row in of_length if row["arm"] not in ("full", BASE))
-    found = [compare(of_length, arm, setting=Setting(tokens=tokens)) for arm in arms]
-    return {"tokens": tokens, "texts": len({row["text"] for row in of_length}),
-            "comparisons": [asdict(f) for f in found if f is not None]}  # fmt: skip
 
 
 def main() -> None:
@@ -42,25 +29,24 @@ def main() -> None:
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", help="only these, at half of the pages kept (default: the study's)")
+    parser.add_argument("--every-arm", action="store_true", help="of every text (default: the study's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="every Nth text from the Ith")
     parser.add_argument("--seconds", type=float, help="start no text after so many (default: no limit)")
-    parser.add_argument("--output-json", type=Path, help="what the rows of this length say, after each text")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/real_model.jsonl"))
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay = MaskedReplay(arguments.model_dir, arguments.compute, arguments.device)
-    texts = token_texts(read_traces(), tokenizer, arguments.tokens)
-    chosen = [Task(arm) for arm in arguments.arms or ()]
-    wanted = ((text, chosen or tasks_of(index)) for index, text in enumerate(islice(texts, arguments.texts)))
+    texts = islice(enumerate(token_texts(read_traces(), tokenizer, arguments.tokens)), arguments.texts)
+    shard, num_shards = arguments.shard
+    chosen = every_task() if arguments.every_arm else [Task(arm) for arm in arguments.arms or ()]
+    wanted = ((text, chosen or tasks_of(index)) for index, text in texts if index % num_shards == shard)
     rows, started = RowFile(arguments.output), time.monotonic()
 
     def may_go_on() -> bool:
-        if arguments.output_json is not None and rows.rows:
-            write_report(make_report(comparisons(rows.rows, arguments.tokens)), arguments.output_json)
         return arguments.seconds is None or time.monotonic() - started < arguments.seconds
 
     compute_rows(replay, wanted, rows, may_go_on)
-    may_go_on()
 
 
 if __name__ == "__main__":

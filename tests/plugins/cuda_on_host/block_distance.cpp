@@ -48,7 +48,7 @@ extern "C" void memshare_decode(void const* elements, float* values, int count, 
 }
 
 // What one layer group and one thread count of the kernel would be, for the Python host to agree with.
-extern "C" int memshare_num_layer_groups(int num_pairs, int num_layers)
+extern "C" int memshare_num_layer_groups(int num_pairs, int num_layers, int num_slots)
 {
-    return memshare::num_layer_groups(num_pairs, num_layers);
+    return memshare::num_layer_groups(num_pairs, num_layers, num_slots);
 }

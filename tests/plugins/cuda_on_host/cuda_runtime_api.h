@@ -224,6 +224,29 @@ inline cudaError_t cudaGetDeviceCount(int* count)
     return cudaSuccess;
 }
 
+// Of a small device, so that grids are dealt out in every way at sizes that the host can run.
+constexpr int kMultiprocessors = 4;
+constexpr int kBlocksOfMultiprocessor = 2;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+inline cudaError_t cudaGetDevice(int* device)
+{
+    *device = 0;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int)
+{
+    *value = kMultiprocessors;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void const*, int, std::size_t)
+{
+    *blocks = kBlocksOfMultiprocessor;
+    return cudaSuccess;
+}
+
 inline char const* cudaGetErrorString(cudaError_t status)
 {
     return status == cudaSuccess ? "no error" : "an error of the host run";

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# One module of this study in N processes that share a device: each takes every Nth text.
+#
+#   bash benchmarks/studies/real_model/shards.sh N OUTPUT MODULE [OPTION...]
+#   bash benchmarks/studies/real_model/shards.sh 12 build/rows.jsonl table --device cuda --tokens 8192 --seconds 100
+#
+# OUTPUT gets the rows of all, also of those that were there before a process failed; the status is 1 if one did.
+set -uo pipefail
+count=$1 output=$2 module=$3
+shift 3
+python=${PYTHON:-python}
+parts=$(mktemp -d)
+trap 'cat "$parts"/rows_*.jsonl > "$output" 2>/dev/null; kill $(jobs -p) 2>/dev/null; rm -rf "$parts"' EXIT
+status=0
+for ((i = 0; i < count; i++)); do
+  OMP_NUM_THREADS=1 "$python" -m "benchmarks.studies.real_model.$module" --shard "$i/$count" \
+    --output "$parts/rows_$i.jsonl" "$@" > "$parts/log_$i" 2>&1 &
+done
+for process in $(jobs -p); do wait "$process" || status=1; done
+[ "$status" = 0 ] || tail -n 3 "$parts"/log_*
+cat "$parts"/rows_*.jsonl | wc -l | sed 's/$/ rows/'
+exit "$status"
