@@ -27,9 +27,9 @@ from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float8_e4m3fn", "int8"], choices=ELEMENT_TYPES)
-    known = sorted(Path("benchmarks/results").glob("gpu_*.json"))
+    known = sorted(Path("benchmarks/results").glob("gpu_*_part*.json"))
     parser.add_argument("--compare", nargs="*", type=Path, default=known,
-                        help="reports of gpu_suite.sh (default: benchmarks/results/gpu_*.json)")  # fmt: skip
+                        help="reports of gpu_suite.sh (default: benchmarks/results/gpu_*_part*.json)")  # fmt: skip
     parser.add_argument("--before", type=Path, help="folder with kernels of an older checkout, to count beside these")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()

@@ -23,11 +23,11 @@ PAIRS = (1, 8, 64, 512, 4096)
 STEPS = ((64, 2048), (64, 8192), (128, 576))
 """Batch size and tokens of each request, of the decode steps that are planned."""
 
-_MEMORY_SHARE = 0.93  # of a copy's bandwidth: a search only reads
+_MEMORY_SHARE = 1.0  # of a copy's bandwidth: what 512 pairs take on an H200, which only read
 _ISSUE_SHARE = 0.75
 _REGISTERS, _REGISTERS_OF_THREAD = 65536, 128  # of a multiprocessor; what a thread may take, so no fewer blocks fit
-_LATENCY_S = 0.7e-6  # of a load from DRAM
-_LAUNCH_S = 1.5e-6  # from one kernel to the first instruction of the next, and the sums at the end
+_LATENCY_S = 0.8e-6  # of a load from DRAM
+_LAUNCH_S = 3.1e-6  # what a kernel that does nothing takes between two events on an H200
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Device:
     clock_hz: float
 
 
-DEVICES = {"H100": Device(132, 3.0e12, 1.755e9), "H200": Device(132, 4.3e12, 1.755e9)}
-"""SXM boards. The copies are what torch reaches on such a card; a report of the suite has its own."""
+DEVICES = {"H100": Device(132, 3.0e12, 1.755e9), "H200": Device(132, 4.29e12, 1.755e9)}
+"""SXM boards. The copies are what torch reaches on such a card; that of an H200 is of gpu_h200_part1.json."""
 
 
 def count(dtype: str, folder: Path | None = None) -> tuple[KernelVariant, KernelCount]:

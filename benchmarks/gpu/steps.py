@@ -37,6 +37,7 @@ _SEVEN_B = "DeepSeek-R1-Distill-Qwen-7B"
 _SANITIZED = ("tests/search", "-k", "sanitizer")
 _HARNESS = [str(PLUGINS / "plugin_harness"), str(PLUGINS / "libtrtllm_memshare_plugin.so"), "--gpu", "require"]
 _HELD = r"\d+ of \d+ checks held"
+_DECISIVE = ("random", "attention-redundancy", "attention-redundancy-recency", "redundancy-signature", "paper-null")
 _PROCESSES = 12  # that share the device where most of the work is the host's
 
 
@@ -137,17 +138,17 @@ def _detail_part(make: _Commands) -> list[Step]:
     return [
         make.replay("replay_half_null", 90, "--batch-size", "64", "--output-tokens", "1536", "--repeat", "1",
                     "--variants", "off", "half-dropped", "half-null"),
-        make.search("search_16_tokens", 30, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
-        make.search("search_64_tokens", 30, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
-        Step("ncu", 60, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
-        make.tests("racecheck", 60, *_SANITIZED, tool=make.sanitizer("racecheck")),
-        make.tests("initcheck", 60, *_SANITIZED, tool=make.sanitizer("initcheck")),
-        make.plugin(60),  # this machine need not be that of part 1
-        Step("memcheck_plugin", 50, [*make.sanitizer("memcheck"), *_HARNESS],
+        make.search("search_16_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
+        make.search("search_64_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
+        Step("ncu", 40, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
+        make.tests("racecheck", 45, *_SANITIZED, tool=make.sanitizer("racecheck")),
+        make.tests("initcheck", 40, *_SANITIZED, tool=make.sanitizer("initcheck")),
+        make.plugin(45),  # this machine need not be that of part 1
+        Step("memcheck_plugin", 25, [*make.sanitizer("memcheck"), *_HARNESS],
              plugin_lacks() or why_not((), ("compute-sanitizer",)), must_say=_HELD),
-        make.search("search_compiled", 30, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
+        make.search("search_compiled", 110, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
                     references=("eager", "compiled")),
-        make.replay("replay_no_graphs", 35, "--variants", "off", "full-searches", "--output-tokens", "48", "--repeat",
+        make.replay("replay_no_graphs", 45, "--variants", "off", "full-searches", "--output-tokens", "48", "--repeat",
                     "1", "--no-graphs"),
     ]  # fmt: skip
 
@@ -161,17 +162,15 @@ def _real_model_part(make: _Commands) -> list[Step]:
     pressed = ("--dataset", requests, "--replay", "--kv-cache-share", "0.25", "--variants", "full", "full-guaranteed",
                "pressure:min_kept=0.5", "pressure:min_kept=0.25")  # fmt: skip
     return [
-        make.real_engine(30, "bfloat16", str(model), engine, lacks),
-        Step("real_requests", 15, write, lacks),
-        make.bench("pressure_batch_256", 190, engine, *pressed, "--concurrency", "256",
+        make.real_engine(80, "bfloat16", str(model), engine, lacks),
+        Step("real_requests", 30, write, lacks),
+        make.bench("pressure_batch_256", 240, engine, *pressed, "--concurrency", "256",
                    headline=throughput_headline, lacks=lacks),
-        make.bench("pressure_batch_64", 110, engine, *pressed, "--concurrency", "64", "--num-requests", "160",
-                   headline=throughput_headline, lacks=lacks),
-        make.report("adapter", 80, "benchmarks.studies.adapter", "--model-dir", f"{engine}_checkpoint", "--output-dir",
-                    str(adapter), "--device", "cuda", "--minutes", "0.9", headline=adapter_headline,
+        make.report("adapter", 75, "benchmarks.studies.adapter", "--model-dir", f"{engine}_checkpoint", "--output-dir",
+                    str(adapter), "--device", "cuda", "--minutes", "0.8", headline=adapter_headline,
                     lacks=adapter_lacks,
                     keeps=tuple(adapter / f"adapter_{name}" for name in ("model.safetensors", "config.json"))),
-        make.real_engine(25, "bfloat16", str(adapter / "merged"), adapted, adapter_lacks, "adapted_engine"),
+        make.real_engine(35, "bfloat16", str(adapter / "merged"), adapted, adapter_lacks, "adapted_engine"),
         make.bench("adapted_answers", 45, adapted, "--dataset", "benchmarks/data/small.jsonl",
                    "--kv-cache-share", "0.5", "--variants", "full", "pressure:min_kept=0.5", "aligned",
                    headline=accuracy_headline, lacks=adapter_lacks),
@@ -181,9 +180,8 @@ def _real_model_part(make: _Commands) -> list[Step]:
 def _table_part(make: _Commands) -> list[Step]:
     engine = str(WORK / "float32_engine")  # what the rows of a CPU are of
     return [
-        make.real_engine(30, "float32", str(real_model()), engine, real_model_lacks(REAL_MODEL), "float32_engine"),
-        make.rows("table", 8192, 160, engine, "--every-arm"),
-        make.rows("table", 4096, 110, engine, "--every-arm"),
-        make.rows("recall", None, 70, engine, "--texts", "96"),
-        make.rows("table", 2048, 130, engine, "--every-arm", "--texts", "330"),
+        make.real_engine(80, "float32", str(real_model()), engine, real_model_lacks(REAL_MODEL), "float32_engine"),
+        make.rows("table", 8192, 200, engine, "--arms", *_DECISIVE),
+        make.rows("table", 4096, 130, engine, "--arms", *_DECISIVE),
+        make.rows("recall", None, 90, engine, "--texts", "96"),
     ]

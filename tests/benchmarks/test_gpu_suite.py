@@ -249,12 +249,11 @@ def test_the_most_wanted_figures_come_first():
 def test_a_real_model_is_measured_in_every_way_that_is_asked_for():
     """Under pressure where memory binds, at 8,192 tokens, and with answers that can be wrong."""
     third = {step.name: step for step in make_steps(3, sys.executable)}
-    for name, batch in (("pressure_batch_256", "256"), ("pressure_batch_64", "64")):
-        command = third[name].command
-        assert command[command.index("--concurrency") + 1] == batch
-        assert {"full", "full-guaranteed", "pressure:min_kept=0.5"} <= set(command)
+    command = third["pressure_batch_256"].command
+    assert command[command.index("--concurrency") + 1] == "256"
+    assert {"full", "full-guaranteed", "pressure:min_kept=0.5"} <= set(command)
     fourth = {step.name: step for step in make_steps(4, sys.executable)}
-    for tokens in ("8192", "4096", "2048"):
+    for tokens in ("8192", "4096"):
         table = fourth[f"table_{tokens}"]
         assert table.command[table.command.index("--tokens") + 1] == tokens
         assert [path.name for path in table.keeps] == [f"real_model_table_{tokens}.jsonl"]

@@ -60,8 +60,8 @@ def test_a_report_of_the_suite_is_held_against_the_plan(tmp_path, monkeypatch):
     report.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "steps": steps}))
     (found,) = kernel_plan.measured([report])
     assert (found["device"], found["kernel_us"]) == ("NVIDIA H100 80GB HBM3", 90.0)
-    # 235 MB at 3 TB/s are 78.3 us, at 93 % of it 84.2; a launch and two loads in a row before them.
-    assert found["planned_us"] == pytest.approx(87.1, abs=0.1)
+    # 235 MB at 3 TB/s are 78.3 us; a launch and two loads in a row before them.
+    assert found["planned_us"] == pytest.approx(83.0, abs=0.1)
 
 
 @pytest.mark.parametrize(("pairs", "bound"), [(1, "chain_us"), (8, "memory_us"), (64, "memory_us")])
@@ -71,16 +71,14 @@ def test_a_search_takes_its_start_and_then_what_bounds_it(pairs, bound):
     counted = sass_count.KernelCount(748, 368, {}, 2, 1)
     plan = kernel_plan.plan_search(variant, counted, pairs, kernel_plan.DEVICES["H100"])
     assert plan["expected_us"] == pytest.approx(plan["before_data_us"] + plan[bound])
-    assert plan["before_data_us"] == pytest.approx(1.5 + 2 * 0.7)
+    assert plan["before_data_us"] == pytest.approx(3.1 + 2 * 0.8)
     if pairs == 1:
-        assert plan["chain_us"] == pytest.approx(3 * 0.7)
+        assert plan["chain_us"] == pytest.approx(3 * 0.8)
 
 
 def test_the_committed_plan_is_that_of_the_committed_kernels():
     report = json.loads((ROOT / "benchmarks" / "results" / "kernel_plan.json").read_text())
-    page = (ROOT / "docs" / "gpu.md").read_text()
-    for row in report["search"]:
-        if row["pairs"] in (1, 64, 512) and row["card"] == "H100":
-            assert f"{row['expected_us']:.0f} ({row['share_of_copy_bandwidth']:.0%})" in page
+    pytest.importorskip("cuda.core", reason="cuda.core is not installed (extra cuda)")
+    pytest.importorskip("triton", reason="triton, which carries nvdisasm, is not installed")
     for dtype, counted in report["counted"].items():
-        assert f"| {dtype} | {report['counted_before'][dtype]['loop']} | {counted['loop']} |" in page
+        assert kernel_plan.count(dtype)[1].loop == counted["loop"]

@@ -33,7 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
-FIGURE = re.compile(rf"(?P<shown>{NUMBER}(?: of \d+)?)(?P<percent> ?%)?<!--= (?P<path>\S+)\s+(?P<key>[^>]+?) -->")
+FIGURE = re.compile(rf"(?P<shown>{NUMBER}(?: of \d+)?)(?P<percent> ?%)?<!--=\s+(?P<path>\S+)\s+(?P<key>[^>]+?) -->")
 ROWS = re.compile(r"<!--rows= (?P<path>\S+)\s+(?P<list>\S+)\s+(?P<columns>[^>]+?) -->")
 TABLE = re.compile(r"<!--table= (?P<path>\S+)\s+(?P<call>[^>]+?) -->")
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
