@@ -59,6 +59,11 @@ def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
     return "\n".join(lines)
 
 
+def long_table(rows: list[Row], tokens: int) -> str:
+    """The same for texts of another length."""
+    return main_table(rows, Setting(tokens=tokens))
+
+
 def axes_table(rows: list[Row]) -> str:
     """Other shares kept and longer pages."""
     lines = [
