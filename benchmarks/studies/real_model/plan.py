@@ -14,7 +14,7 @@ MAIN = (
     "redundancy-k", "surprisal-redundancy", "surprisal-led-signature",
     "attention-surprisal-redundancy", "rkv", *PAIRED,
 )  # fmt: skip
-SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once")
+SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once", "aligned")
 """On every fourth text; the first two on every second of the later ones."""
 AXES = ("random", "attention-redundancy")
 """On every fourth text: other shares kept, longer pages."""
