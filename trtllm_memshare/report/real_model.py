@@ -55,7 +55,8 @@ def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
     settings = {arm: (unlimited, setting) if arm in PRESETS else (setting, None) for arm in LABELS}
     found = [c for arm, of_arm in settings.items() if (c := compare(rows, arm, BASE, *of_arm)) is not None]
     lines = [
-        "| what goes | texts | kept | Δ loss | against random pages | p | KL | against random pages | p | same top token |",
+        "| what goes | texts | kept | Δ loss | against random pages | p | "
+        "KL | against random pages | p | same top token |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for c in sorted(found, key=lambda c: c.ratio):
