@@ -101,7 +101,7 @@ def kernel_times(row: dict[str, Any], pool: Pool, search: CudaBlockDistance, rep
         torch.stack(sets[index % len(sets)].part(0, count), out=given)
 
     def kernel(index: int) -> None:
-        search.launch(*given, out)
+        search.launch(given[0], given[1], given[2], out)
 
     timing = time_calls(kernel, repeat, "cuda", copy_in)
     row["kernel_us"], row["kernel_max_us"] = timing.median_ms * 1e3, timing.max_ms * 1e3

@@ -143,12 +143,16 @@ def _detail_part(make: _Commands) -> list[Step]:
         Step("ncu", 40, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
         make.tests("racecheck", 45, *_SANITIZED, tool=make.sanitizer("racecheck")),
         make.tests("initcheck", 40, *_SANITIZED, tool=make.sanitizer("initcheck")),
-        make.plugin(45),  # this machine need not be that of part 1
+        make.plugin(30),  # this machine need not be that of part 1
         Step("memcheck_plugin", 25, [*make.sanitizer("memcheck"), *_HARNESS],
              plugin_lacks() or why_not((), ("compute-sanitizer",)), must_say=_HELD),
         make.search("search_compiled", 110, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
                     references=("eager", "compiled")),
-        make.replay("replay_no_graphs", 45, "--variants", "off", "full-searches", "--output-tokens", "48", "--repeat",
+        # A step of the executor waits for the host: what its time goes into is in the log.
+        Step("step_profile", 40, [make.python, "-m", "cProfile", "-s", "tottime", "benchmarks/trace_replay.py",
+             "--variants", "off", "--batch-size", "64", "--output-tokens", "96", "--repeat", "1"],
+             why_not(MODEL), must_say=r"\d+ function calls.* in [\d.]+ seconds"),
+        make.replay("replay_no_graphs", 35, "--variants", "off", "full-searches", "--output-tokens", "48", "--repeat",
                     "1", "--no-graphs"),
     ]  # fmt: skip
 

@@ -86,12 +86,17 @@ def test_the_markers_catch_a_wrong_cell():
 # Figures without a marker, each with the reason why no result holds it.
 SETTINGS = "a setting, a default or a step of it"
 GOAL = "a goal that was set"
+VERSION = "a version of software"
 UNREFERRED = {
     "README.md": {"1.85": GOAL},
     "docs/pressure.md": {
         **{text: SETTINGS for text in ("0.97", "0.92", "0.5")},
         **{text: GOAL for text in ("1.85", "2.2", "1.5", "1.4")},
     },
+    "docs/deploy.md": {"0.5": SETTINGS, "2.51": VERSION, "3.11": VERSION, "3.12": VERSION},
+    "docs/gpu.md": {"1.85": GOAL, "10.14": VERSION},
+    "docs/null_page.md": {"99.9": SETTINGS},
+    "docs/plugins.md": {"10.14": VERSION, "11.1": VERSION},
     "docs/vllm.md": {"0.75": SETTINGS, "0.5": SETTINGS, "0.25": SETTINGS, "1.5": GOAL},
 }
 PRODUCTS = r"(?:Python|TensorRT|TensorRT-LLM|vLLM|nvcc|CUDA|arXiv) \d+\.[\dx.]+(?: (?:to|and|or) \d+\.[\dx]+)?"

@@ -31,10 +31,7 @@ def test_every_arm_has_a_name_and_every_row_its_arm():
     arms = {row["arm"] for row in [*ROWS, *RECALL]}
     assert arms <= set(LABELS)
     assert arms - {"full", "aligned"} <= {*ARMS, *PAIRED}
-    assert {name for name in ARMS if name not in LABELS} <= {
-        "surprisal-redundancy-signature",
-        "attention-redundancy-signature",
-    }
+    assert {name for name in ARMS if name not in LABELS} <= {"surprisal-redundancy-signature"}
 
 
 def test_rows_are_unique_and_complete():

@@ -1,4 +1,4 @@
-"""The fault matrix through Triton: every input of both models at the extremes of its type, over gRPC.
+"""The fault matrix through Triton: every input of both models at the extremes of its type, over gRPC and HTTP.
 
 In each row, which is one input, two other requests run. They must end with their own text; each cell must end with an
 answer or with a sentence, within a bound; afterwards both probes are green and all blocks are back. Every run takes a
@@ -7,8 +7,10 @@ sample of the rows, `make nightly` takes all.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -89,6 +91,23 @@ def ask(address: str, level: str, inputs: dict[str, np.ndarray]) -> str:
     return errors[0].message() if errors else "answer"
 
 
+def ask_over_http(triton, level: str, inputs: dict[str, np.ndarray]) -> str:
+    """The same through the generate endpoint; NaN and infinities go as ``NaN`` and ``Infinity``, which JSON has not."""
+    values = {}
+    for name, array in inputs.items():
+        listed = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()]
+        values[name] = listed[0] if len(listed) == 1 else listed
+    model = "ensemble" if level == "text" else "tensorrt_llm"
+    try:
+        with triton.open("generate_stream", BOUND_S, model, **values) as response:
+            lines = response.readlines()
+    except urllib.error.HTTPError as error:
+        lines = error.readlines()
+    events = [json.loads(line.removeprefix(b"data:")) for line in lines if line.strip()]
+    assert events, "neither an answer nor an error"
+    return next((event["error"] for event in events if "error" in event), "answer")
+
+
 def _name(array: np.ndarray) -> str:
     return next(name for name, dtype in DTYPES.items() if array.dtype == dtype)
 
@@ -104,10 +123,11 @@ def test_an_input_at_its_extremes_harms_nobody(triton, undisturbed, level, known
     with ThreadPoolExecutor(2) as others:
         calls = [others.submit(triton.generate, BOUND_S, **OTHERS) for _ in range(2)]
         for array in arrays(known):
-            end = ask(address, level, {**base(level), name: array})
-            assert "Deadline" not in end, f"{array!r} had no end within {BOUND_S} s"
-            assert "Traceback" not in end, end
-            assert "the request failed" not in end, f"{array!r} was not foreseen: {end}"
+            inputs = {**base(level), name: array}
+            for end in (ask(address, level, inputs), ask_over_http(triton, level, inputs)):
+                assert "Deadline" not in end, f"{array!r} had no end within {BOUND_S} s"
+                assert "Traceback" not in end, end
+                assert "the request failed" not in end, f"{array!r} was not foreseen: {end}"
         assert [call.result()["text_output"] for call in calls] == [undisturbed] * 2
     server = f"http://127.0.0.1:{triton.http}"
     assert why_not_ready(server, 10) == ""

@@ -12,7 +12,7 @@ from trtllm_memshare.evaluation.masked_replay import Change, FullPass
 from trtllm_memshare.evaluation.real_texts import TokenText
 from trtllm_memshare.evaluation.retirement import NEVER, Retirements
 
-_KEY = ("text", "arm", "min_kept", "tokens_per_block", "tokens")
+_KEY = ("text", "arm", "min_kept", "tokens_per_block", "tokens", "decoding")
 BUCKET_TOKENS = 256
 """Positions that one entry of ``by_position`` covers."""
 

@@ -25,6 +25,7 @@ LABELS = {
     "redundancy-k": "redundancy of K",
     "redundancy-v": "redundancy of V",
     "redundancy-signature": "redundancy from signatures",
+    "attention-redundancy-signature": "attention since written, redundancy from signatures",
     "surprisal-redundancy": "surprisal, redundancy of K",
     "surprisal-led-signature": "surprisal, redundancy from signatures",
     "attention-surprisal-redundancy": "attention, surprisal, redundancy of K",
@@ -56,6 +57,11 @@ def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
             f"{c.divergence:.4f} | {_divergence(c)} | {c.agreement:.1%} |"
         )
     return "\n".join(lines)
+
+
+def long_table(rows: list[Row], tokens: int) -> str:
+    """The same for texts of another length."""
+    return main_table(rows, Setting(tokens=tokens))
 
 
 def axes_table(rows: list[Row]) -> str:
@@ -91,7 +97,7 @@ def answers(rows: list[Row]) -> str:
         if c is not None:
             lines.append(
                 f"| {question} | {c.texts} | {c.difference:+.4f} ± {c.difference_error:.4f} ({c.ratio:.2f} of it) | "
-                f"{_p(c.p)} | {_divergence(c, always=True)} |"
+                f"{p_value(c.p)} | {_divergence(c, always=True)} |"
             )
 
     chosen = leave_one_out(rows, [arm for arm in RANKINGS if len(select(rows, arm)) == len(select(rows, BASE))])
@@ -131,7 +137,7 @@ def recall_table(rows: list[Row], min_kept: float = 0.5) -> str:
     for r in found:
         pairs = [r.by_kind.get(kind) for kind in kinds]
         cells = " | ".join("-" if pair is None else f"{pair[0]}/{pair[1]}" for pair in pairs)
-        p = "" if r.p is None or r.arm == "full" else _p(r.p)
+        p = "" if r.p is None or r.arm == "full" else p_value(r.p)
         lines.append(f"| {LABELS[r.arm]} | {r.right} of {r.asked} | {r.low:.2f} to {r.high:.2f} | {cells} | {p} |")
     return "\n".join(lines)
 
@@ -196,16 +202,17 @@ def page_tables(rows: list[Row], recall_rows: list[Row], loop_rows: list[Row]) -
 def _difference(c: Comparison) -> str:
     if c.arm == BASE:
         return "| "
-    return f"{c.difference:+.4f} ± {c.difference_error:.4f} | {_p(c.p)}"
+    return f"{c.difference:+.4f} ± {c.difference_error:.4f} | {p_value(c.p)}"
 
 
 def _divergence(c: Comparison, always: bool = False) -> str:
     if c.arm == BASE and not always:
         return "| "
-    return f"{c.divergence_difference:+.4f} ± {c.divergence_error:.4f} | {_p(c.divergence_p)}"
+    return f"{c.divergence_difference:+.4f} ± {c.divergence_error:.4f} | {p_value(c.divergence_p)}"
 
 
-def _p(p: float) -> str:
+def p_value(p: float) -> str:
+    """As tables show it."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
