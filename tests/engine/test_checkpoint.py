@@ -166,6 +166,8 @@ def test_missing_and_half_written_files(own_checkpoint, damage, message):
         ({"architectures": ["MistralForCausalLM"], "sliding_window": ...}, r"uses a sliding window"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"rope_type dynamic, expected one of default"),
         ({"rope_parameters": {"rope_type": "longrope"}}, r"rope_type longrope"),
+        ({"partial_rotary_factor": 0.75}, r"rotates a part of each head \(partial_rotary_factor 0.75\)"),
+        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, r"uses a sliding window"),
         ({"quantization_config": {"quant_method": "awq"}}, r"holds quantized weights"),
         ({"hidden_size": ...}, r"config.json lacks hidden_size"),
         ({"num_hidden_layers": "two"}, r"num_hidden_layers must be a positive integer, got 'two'"),

@@ -2,13 +2,12 @@
 
 Each keeps what its published config.json says of attention and rotation: heads per KV head, head_dim, base and scaling
 of the rotation, norms, biases, tied embeddings. Hidden size, layers and vocabulary are small, weights are random.
-MEMSHARE_NIGHTLY=1 runs all of them in both types with 64 tokens.
+``pytest -rP`` shows the ties.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 
-IS_NIGHTLY = os.environ.get("MEMSHARE_NIGHTLY") == "1"
-NEW_TOKENS = 64 if IS_NIGHTLY else 24
+NEW_TOKENS = 64
 LLAMA_31 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -42,24 +40,22 @@ MODELS: dict[str, tuple[str, int, int, float, dict | None, dict]] = {
     "QwQ-32B": ("qwen2", 5, 128, 1e6, None, {"rms_norm_eps": 1e-5, "max_window_layers": 64}),
     "QwQ-32B with yarn": ("qwen2", 5, 128, 1e6, YARN, {"rms_norm_eps": 1e-5}),
     "R1-Distill-Llama-8B": ("llama", 4, 128, 5e5, LLAMA_31, {"rms_norm_eps": 1e-5}),
+    "R1-Distill-Llama-70B": ("llama", 8, 128, 5e5, LLAMA_31, {"rms_norm_eps": 1e-5}),
     "Llama-3.2-1B": ("llama", 4, 64, 5e5, {**LLAMA_31, "factor": 32.0}, {"tie_word_embeddings": True}),
     "Qwen3-4B-Thinking-2507": ("qwen3", 4, 128, 5e6, None, {"tie_word_embeddings": True}),
     "Qwen3-32B": ("qwen3", 8, 128, 1e6, None, {"rms_norm_eps": 1e-6}),
+    "Phi-4-reasoning": ("phi3", 4, 128, 5e5, None, {"rms_norm_eps": 1e-5}),
     "Magistral-Small-2506": ("mistral", 4, 128, 1e9, None, {"rms_norm_eps": 1e-5}),
     "SmolLM2-1.7B": ("llama", 1, 64, 1.3e5, None, {"tie_word_embeddings": True}),
 }
-IN_EVERY_RUN = {
-    ("R1-Distill-Qwen-1.5B", "bfloat16"),
-    ("R1-Distill-Llama-8B", "bfloat16"),
-    ("Qwen3-4B-Thinking-2507", "bfloat16"),
-    *((name, "float32") for name in MODELS),
-}
-CASES = [(n, d) for n in MODELS for d in ("float32", "bfloat16") if IS_NIGHTLY or (n, d) in IN_EVERY_RUN]
+TIE = {"float32": 1e-4, "bfloat16": 0.1}
+"""Logits that are no further apart may fall either way: a few times what the type rounds in two layers."""
+MOST_TIES = {"float32": 0, "bfloat16": NEW_TOKENS // 8}
 
 
 def write(folder: Path, name: str, dtype: str) -> Path:
     family, ratio, head_dim, theta, scaling, others = MODELS[name]
-    hidden = ratio * head_dim if family == "qwen2" else 64
+    hidden = ratio * head_dim if family in ("qwen2", "phi3") else 64
     write_random_checkpoint(
         folder,
         family,
@@ -67,8 +63,9 @@ def write(folder: Path, name: str, dtype: str) -> Path:
         num_attention_heads=ratio,
         num_key_value_heads=1,
         max_position_embeddings=131072 if scaling else 4096,
-        initializer_range=0.08,
-        **({} if family == "qwen2" else {"head_dim": head_dim}),
+        # Scores of attention vary by about 5: what a token looks at, and so the rotation, decides the next one.
+        initializer_range=(5 / hidden) ** 0.5,
+        **({} if hidden > 64 else {"head_dim": head_dim}),
         **others,
     )
     path = folder / "config.json"
@@ -90,31 +87,48 @@ def greedy_choices(model, prompt: list[int], tokens: list[int]) -> tuple[list[in
     return logits.argmax(-1).tolist(), behind.tolist()
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+def generate(folder: Path, boundaries, prompts: list[list[int]]) -> list[list[int]]:
+    """Our tokens; prompts are computed in chunks, the requests side by side."""
+    executor = Executor(TorchRunner(load_model(folder), 64, 16), make_config("off"), boundaries, 512, max_num_tokens=64)
+    handles = [executor.submit(p, SamplingParams(NEW_TOKENS)) for p in prompts]
+    executor.run_until_idle()
+    return [h.result(0).token_ids for h in handles]
+
+
+@pytest.mark.parametrize("dtype", TIE)
+@pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_those_of_transformers(tmp_path, boundaries, prompts, name, dtype):
     folder = write(tmp_path, name, dtype)
     checkpoint = read_checkpoint(folder)
     assert (checkpoint.dtype, checkpoint.head_dim) == (dtype, MODELS[name][2])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    runner = TorchRunner(load_model(folder), 64, 16)
-    executor = Executor(runner, make_config("off"), boundaries, 512, max_num_tokens=64)
-    chosen = prompts[: 3 if IS_NIGHTLY else 2]
-    handles = [executor.submit(p, SamplingParams(NEW_TOKENS)) for p in chosen]
-    executor.run_until_idle()
-    for prompt, handle in zip(chosen, handles, strict=True):
-        tokens = handle.result(0).token_ids
+    generated = generate(folder, boundaries, prompts[:3])
+    for number, (prompt, tokens) in enumerate(zip(prompts, generated, strict=False)):
+        assert len(tokens) == NEW_TOKENS
         choices, behind = greedy_choices(model, prompt, tokens)
-        # A tie, to the rounding of the type, may fall either way.
-        tie = {"float32": 1e-4, "bfloat16": 0.1}[dtype]
-        wrong = [(i, gap) for i, (a, b, gap) in enumerate(zip(tokens, choices, behind, strict=True))
-                 if a != b and gap > tie]  # fmt: skip
-        assert not wrong, f"{name}: other tokens at {wrong}"
-        assert sum(a == b for a, b in zip(tokens, choices, strict=True)) >= 0.8 * NEW_TOKENS
+        others = [i for i, (a, b) in enumerate(zip(tokens, choices, strict=True)) if a != b]
+        for i in others:
+            where = f"{name}, {dtype}, prompt {number}, token {i}"
+            tie = f"{where}: {tokens[i]}, transformers {choices[i]} by {behind[i]:.4f}"
+            assert behind[i] <= TIE[dtype], tie
+            print("tie:", tie)
+        assert len(others) <= MOST_TIES[dtype]
 
 
-@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "Phi3ForCausalLM", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize("name", ["R1-Distill-Qwen-7B", "R1-Distill-Llama-8B"])
+def test_a_rotation_that_is_slightly_wrong_is_seen(tmp_path, boundaries, prompts, name):
+    folder = write(tmp_path, name, "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "rope_theta": 1.02 * document["rope_theta"]}))
+    generated = generate(folder, boundaries, prompts[:3])
+    assert any(greedy_choices(model, p, t)[0] != t for p, t in zip(prompts, generated, strict=False))
+
+
+@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM"])
 def test_models_that_are_refused_by_name(own_checkpoint, architecture):
-    """gpt-oss, Phi-4-reasoning and DeepSeek-R1 itself: windows, another layout of weights, another cache."""
+    """gpt-oss, DeepSeek-R1 itself and Qwen3-30B-A3B: windows, another cache, experts."""
     path = own_checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [architecture]}))
     with pytest.raises(UserError, match=f"has architecture {architecture}, expected one of LlamaForCausalLM"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_random_checkpoint
 from engine.test_engine_dir import edit_json
 from fakes import fake_tensorrt_llm
 from fakes.fake_network import LayerType
@@ -332,6 +333,12 @@ def test_what_cannot_be_adopted(trtllm, plan, bundled_model, tmp_path):
 def test_plans_that_tensorrt_llm_would_build_wrongly(plan, options, build, message):
     with pytest.raises(UserError, match=message):
         plan(build=build, **options)
+
+
+def test_a_model_whose_conversion_is_untried(tmp_path):
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "phi3")
+    with pytest.raises(UserError, match=r"architecture must be one of .*, got Phi3ForCausalLM, whose conversion is"):
+        plan_build(BuildOptions(checkpoint, tmp_path / "e", backend="tensorrt"))
 
 
 def test_a_pool_that_no_kernel_takes(tiny_checkpoint, tmp_path):

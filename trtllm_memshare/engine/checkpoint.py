@@ -13,7 +13,7 @@ from trtllm_memshare.engine.weights import main_dtype, stored_tensors, which_fil
 from trtllm_memshare.errors import UserError, quote, shorten
 from trtllm_memshare.json_input import read_json
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_LAYERS = 1000  # the largest model served anywhere has 126
@@ -177,6 +177,8 @@ def _slides(config: dict[str, Any], architecture: str, num_layers: int, path: Pa
     if architecture == "MistralForCausalLM":
         # A config without the key means 4096: that is transformers' default for Mistral.
         return config.get("sliding_window", 4096) is not None
+    if architecture == "Phi3ForCausalLM":
+        return config.get("sliding_window") is not None
     if not config.get("use_sliding_window") or layer_types is not None:
         return False
     # The first max_window_layers layers attend to everything, by default 28 of them.

@@ -40,6 +40,12 @@ def check_rope(config: dict[str, Any], path: Path) -> None:
             f"cannot be compared when rotations change with the length of the text (take a model without it)"
         )
     settings = rope_settings(config)
+    part = settings.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise UserError(
+            f"{path.parent} rotates a part of each head (partial_rotary_factor {quote(part)}), expected all of "
+            f"it: null pages and engines are made for whole heads (take a model without it)"
+        )
     for key in _NUMBERS[kind]:
         value = settings.get(key)
         if value is None:

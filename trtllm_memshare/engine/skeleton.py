@@ -44,7 +44,7 @@ def read_skeleton(model_dir: Path, architecture: str) -> Skeleton:
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         attention = model.model.layers[0].self_attn
         head_dim = int(attention.head_dim)
-        kv_rows = int(attention.k_proj.weight.shape[0])
+        num_kv_heads = int(config.num_key_value_heads)
     except Exception as error:  # whatever a foreign library makes of a foreign file
         raise UserError(
             f"{model_dir / 'config.json'} describes no model that transformers can build: {describe(error)} (take the "
@@ -59,7 +59,7 @@ def read_skeleton(model_dir: Path, architecture: str) -> Skeleton:
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         is_tied=bool(config.tie_word_embeddings),
         head_dim=head_dim,
-        num_kv_heads=kv_rows // head_dim,
+        num_kv_heads=num_kv_heads,
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
     )
 

@@ -17,6 +17,9 @@ from trtllm_memshare.trtllm.engine.io_table import IoTensor, dynamic_ranges, io_
 from trtllm_memshare.trtllm.engine.plugins import PLUGIN
 from trtllm_memshare.trtllm.engine.spec import EngineSpec, engine_spec
 
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Those whose conversion was read in TensorRT-LLM and that its stand-in converts."""
+
 QUANTIZATIONS = {"fp8": "FP8", "w8a16": "W8A16", "w4a16": "W4A16"}
 """Values of ``--quantization`` to members of TensorRT-LLM's ``QuantAlgo``."""
 
@@ -60,9 +63,15 @@ def check_plan(plan: EnginePlan) -> None:
     """Refuses settings with which TensorRT-LLM would build something that sharing or chunks cannot work with.
 
     Raises:
-      UserError: an unknown quantization, a cache that switches chunks off, or a pool that no kernel takes.
+      UserError: a model whose conversion is untried, an unknown quantization, a cache that switches chunks off, or a
+        pool that no kernel takes.
     """
     build = plan.build
+    if plan.checkpoint.architecture not in ARCHITECTURES:
+        raise UserError(
+            f"architecture must be one of {', '.join(ARCHITECTURES)} on the tensorrt backend, got "
+            f"{plan.checkpoint.architecture}, whose conversion is untried (leave out --backend tensorrt)"
+        )
     if build.quantization is not None and build.quantization not in QUANTIZATIONS:
         raise UserError(
             f"quantization must be one of {', '.join(QUANTIZATIONS)} on the tensorrt backend, got {build.quantization} "
