@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from trtllm_memshare.evaluation.head_retirement import HeadRetirements
 from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay
 from trtllm_memshare.evaluation.page_arms import Budget, retire
 from trtllm_memshare.evaluation.real_rows import RowFile, change_row, full_row
@@ -20,6 +21,8 @@ PAGE_TOKENS = 16
 
 PRESETS = ("aligned",)
 """Arms without a budget: a preset of the product shares what it finds, over the full cache's K and V."""
+BY_HEAD = "attention-by-head"
+"""The reference that no engine can serve: single tokens, for each layer and KV head on its own."""
 
 _HALF = Budget()
 
@@ -29,7 +32,7 @@ class Task:
     """One row to compute.
 
     Attributes:
-      arm: name in ``page_arms``, or one of ``PRESETS``.
+      arm: name in ``page_arms``, one of ``PRESETS``, or ``BY_HEAD``.
       pages_merged: length of a page, in pages of ``PAGE_TOKENS``.
     """
 
@@ -76,12 +79,15 @@ def compute_rows(
 
 def _retire(
     task: Task, text: TokenText, full: FullPass, replay: MaskedReplay, boundaries: BoundaryTokens | None
-) -> Retirements:
+) -> Retirements | HeadRetirements:
     """What a row's arm gives up while its text is written."""
     if task.arm in PRESETS:
         if boundaries is None:
             raise ValueError(f"arm {task.arm} cuts text into steps, got no boundaries of the tokenizer")
         return retire_by_preset(make_config(task.arm), full, text.num_prompt_tokens, replay.model, boundaries)
+    if task.arm == BY_HEAD:
+        budget = task.budget
+        return replay.choose_by_head(full, text.num_prompt_tokens, budget.min_kept, budget.protected_tokens)
     facts = full.facts if task.pages_merged == 1 else full.facts.merged(task.pages_merged)
     seed = zlib.crc32(text.trace.name.encode())
     return retire(task.arm, task.budget, text.num_prompt_tokens, len(text.ids), facts, seed)
