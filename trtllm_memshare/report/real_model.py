@@ -28,6 +28,7 @@ LABELS = {
     "redundancy-v": "redundancy of V",
     "redundancy-signature": "redundancy from signatures",
     "attention-redundancy-signature": "attention since written, redundancy from signatures",
+    "redundancy-recency-signature": "redundancy from signatures, recency",
     "surprisal-redundancy": "surprisal, redundancy of K",
     "surprisal-led-signature": "surprisal, redundancy from signatures",
     "attention-surprisal-redundancy": "attention, surprisal, redundancy of K",
