@@ -63,8 +63,8 @@ def test_importance_is_relative_to_the_request_and_redundancy_is_not():
 
 def test_recency_keeps_a_new_page_that_is_a_little_more_redundant_and_not_one_that_is_much_more():
     need = page_need("redundancy-recency", facts(redundancy=[0.5, 0.7, 0.95]))
-    assert need == pytest.approx([-0.5, 0.2 - 0.7, 0.4 - 0.95])
-    assert page_need("redundancy-recency", facts(redundancy=[0.5, 0.65, 0.7])).argsort().tolist() == [0, 1, 2]
+    assert need == pytest.approx([-0.5, 0.1 - 0.7, 0.2 - 0.95])
+    assert page_need("redundancy-recency", facts(redundancy=[0.5, 0.55, 0.6])).argsort().tolist() == [0, 1, 2]
 
 
 def test_unknown_names_and_missing_facts():
