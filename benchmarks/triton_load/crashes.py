@@ -131,6 +131,16 @@ def growth(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
+def requests_ended(report: dict[str, Any]) -> int:
+    """Requests of a soak, however they ended."""
+    return sum(report["requests"].values())
+
+
+def slowest_recovery(report: dict[str, Any]) -> float:
+    """Longest time from a kill until the server was ready again, seconds."""
+    return max(recovery["ready_after_s"] for recovery in report["recoveries"])
+
+
 def faults_of(found: dict[str, Any], ends: Ends, crashes: int) -> list[str]:
     """Everything that the soak promises and that did not hold."""
     faults = [f"{ends.counts[end]} requests: {end}" for end in ("unclear", "no end") if ends.counts[end]]

@@ -44,11 +44,11 @@ class TritonServer:
         self.log, self.origin = folder / "triton.log", find_server().origin
         command = [sys.executable, "-m", "trtllm_memshare.triton.launch", str(folder / "repository"), *launch]
         command += [f"--{name}-port={getattr(self._ports, name)}" for name in ("http", "grpc", "metrics")]
-        self._others_memory = shared_memory()
         with self.log.open("wb") as log:
             self.launcher = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             self.wait_until_ready()
+            self._runtime = runtime_name(self.processes()["tritonserver"].cmdline())
         except BaseException:
             self.launcher.kill()
             raise
@@ -99,8 +99,8 @@ class TritonServer:
         return sum(cpu_seconds(p) for name, p in self.processes().items() if name != "launcher")
 
     def shared_memory(self) -> list[str]:
-        """Names of the shared memory that appeared since the start."""
-        return sorted(shared_memory() - self._others_memory)
+        """Names of the shared memory of every server that this launcher has started."""
+        return sorted(path.name for path in _SHARED_MEMORY.glob(f"{self._runtime}_*"))
 
     def stop(self) -> int:
         """Drains. Returns the launcher's exit code."""
@@ -108,9 +108,10 @@ class TritonServer:
         return self.launcher.wait(120)
 
 
-def shared_memory() -> set[str]:
-    """Names of all shared memory of such servers on this machine."""
-    return {path.name for path in _SHARED_MEMORY.glob("memshare-*_*") if path.is_file()}
+def runtime_name(command: list[str]) -> str:
+    """What the names of all shared memory of a launcher's servers begin with, from one server's command line."""
+    option = next(part for part in command if "shm-region-prefix-name=" in part)
+    return option.partition("shm-region-prefix-name=")[2].rsplit("_", 2)[0]
 
 
 def cpu_seconds(process: psutil.Process) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trtllm_memshare.evaluation.page_arms import ARMS, PAIRED
+from trtllm_memshare.evaluation.page_study import BY_HEAD, PRESETS
 from trtllm_memshare.evaluation.real_rows import read_rows
 from trtllm_memshare.report.real_model import LABELS, fill_page, main_table, page_tables, summary
 from trtllm_memshare.report.real_model_plots import plot_curve, plot_loss_and_recall
@@ -30,7 +31,7 @@ def test_the_tables_of_the_page_are_made_of_the_committed_rows(tmp_path):
 def test_every_arm_has_a_name_and_every_row_its_arm():
     arms = {row["arm"] for row in [*ROWS, *RECALL]}
     assert arms <= set(LABELS)
-    assert arms - {"full", "aligned"} <= {*ARMS, *PAIRED}
+    assert arms - {"full", *PRESETS, BY_HEAD} <= {*ARMS, *PAIRED}
     assert {name for name in ARMS if name not in LABELS} <= {"surprisal-redundancy-signature"}
 
 
@@ -41,7 +42,7 @@ def test_rows_are_unique_and_complete():
     assert len(found["models"]) == 5
     assert found["questions"] >= 50
     for row in ROWS:
-        if row["arm"] != "full" and row["tokens_per_block"] == 16:
+        if row["arm"] not in ("full", *PRESETS) and row["tokens_per_block"] == 16:
             # The last 128 tokens stay, so a little more than the share is held.
             assert row["min_kept"] <= row["memory_share"] <= row["min_kept"] + 0.08
 

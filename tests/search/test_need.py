@@ -33,6 +33,7 @@ ALL = facts(
         ("attention", [1, 2, 0]),
         ("surprisal", [0, 2, 1]),
         ("redundancy", [0, 1, 2]),  # equal redundancy: the older page first
+        ("redundancy-recency", [0, 1, 2]),
         ("recent-attention-redundancy", [0, 1, 2]),
         ("attention-redundancy", [0, 1, 2]),
         ("attention-redundancy-recency", [0, 1, 2]),
@@ -48,7 +49,7 @@ def test_who_goes_first(name, order):
 
 
 def test_every_formula_is_tested_above_and_takes_no_pages():
-    assert len(NEEDS) == 12
+    assert len(NEEDS) == 13
     empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(6)))
     assert all(len(page_need(name, empty)) == 0 for name in NEEDS)
 
@@ -58,6 +59,12 @@ def test_importance_is_relative_to_the_request_and_redundancy_is_not():
     assert need == pytest.approx([0.1 * 0.5 - 0.81, 0.1 * 0.25 - 0.54, 0.1 - 0.54])
     unread = page_need("attention-redundancy", facts(redundancy=[0.9, 0.6, 0.6], attention=[0.0, 0.0, 0.0]))
     assert unread == pytest.approx([-0.81, -0.54, -0.54])
+
+
+def test_recency_keeps_a_new_page_that_is_a_little_more_redundant_and_not_one_that_is_much_more():
+    need = page_need("redundancy-recency", facts(redundancy=[0.5, 0.7, 0.95]))
+    assert need == pytest.approx([-0.5, 0.1 - 0.7, 0.2 - 0.95])
+    assert page_need("redundancy-recency", facts(redundancy=[0.5, 0.55, 0.6])).argsort().tolist() == [0, 1, 2]
 
 
 def test_unknown_names_and_missing_facts():

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.triton_load.clients import Clients, Ends, ask
 from benchmarks.triton_load.cost import Round, summary
 from benchmarks.triton_load.crashes import faults_of, growth
+from benchmarks.triton_load.server import runtime_name
 
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp, which tritonclient brings, is not installed")
 web = pytest.importorskip("aiohttp.web")
@@ -97,6 +98,12 @@ def test_clients_ask_until_the_time_is_up():
     ends = asyncio.run(serve(handler, then))
     assert set(ends.counts) == {"answered"}
     assert ends.counts["answered"] >= 5
+
+
+def test_memory_of_another_launcher_is_not_counted():
+    """Names end in the number of the server and what Triton adds; a folder's own name may hold an underscore."""
+    command = ["tritonserver", "--backend-config=python,shm-region-prefix-name=memshare-q_7bajbcs_3_", "--http-port=1"]
+    assert runtime_name(command) == "memshare-q_7bajbcs"
 
 
 def sample(rss: float, before: bool = True, shared: int = 8) -> dict:

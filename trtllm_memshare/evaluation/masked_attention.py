@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from trtllm_memshare.evaluation.head_retirement import HeadRetirements
 from trtllm_memshare.evaluation.retirement import NEVER, Retirements
 
 IMPLEMENTATION = "memshare_masked"
@@ -35,7 +36,8 @@ class QueryChunk:
 
     Attributes:
       keys: int64 ``[num_keys]``, positions in the text of the keys that any of them sees.
-      bias: float32 ``[stop - start, num_keys]``, added to the logits: -inf = not seen, ln m = weighs m times.
+      bias: float32 ``[stop - start, num_keys]``, or the same for each KV head, added to the logits: -inf = not seen,
+        ln m = weighs m times.
     """
 
     start: int
@@ -82,22 +84,83 @@ class MaskedPass:
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See ``LayerPass``."""
-        if self._start:
-            key, value = (
-                torch.cat([past[:, : self._start], new], 1)
-                for past, new in zip(self._prefix[layer], (key, value), strict=True)
-            )
-        kv_heads, head_dim = key.shape[0], key.shape[2]
-        output = torch.empty_like(query)
+        key, value = _with_prefix(self._prefix, layer, self._start, key, value)
         self._chunks = [chunk.on(query.device) for chunk in self._chunks]
-        for chunk in self._chunks:
-            # The queries that share a KV head become the rows of one product.
-            rows = query[:, chunk.start : chunk.stop].reshape(1, kv_heads, -1, head_dim)
-            k, v = key.index_select(1, chunk.keys), value.index_select(1, chunk.keys)
-            bias = chunk.bias.repeat(query.shape[0] // kv_heads, 1)
-            attended = scaled_dot_product_attention(rows, k[None], v[None], attn_mask=bias, scale=1.0)
-            output[:, chunk.start : chunk.stop] = attended[0].reshape(query.shape[0], -1, head_dim)
-        return output
+        return _attend(self._chunks, query, key, value)
+
+
+class HeadMaskedPass:
+    """The same under retirements of each layer and KV head, without continuations.
+
+    Args:
+      retirements, num_tokens, start, prefix: see ``MaskedPass``.
+    """
+
+    def __init__(
+        self,
+        retirements: HeadRetirements,
+        num_tokens: int,
+        start: int = 0,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
+        self._retired_at, self._num_tokens = retirements.retired_at, num_tokens
+        self._start, self._prefix = start, prefix
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See ``LayerPass``. Masks differ by layer and are made when it attends."""
+        key, value = _with_prefix(self._prefix, layer, self._start, key, value)
+        chunks = [
+            _head_chunk(self._retired_at[layer], first, min(first + _CHUNK_TOKENS, self._num_tokens), self._start).on(
+                query.device
+            )
+            for first in range(self._start, self._num_tokens, _CHUNK_TOKENS)
+        ]
+        return _attend(chunks, query, key, value)
+
+
+def open_pass(
+    retirements: Retirements | HeadRetirements,
+    num_tokens: int,
+    start: int,
+    prefix: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> LayerPass:
+    """The pass of an arm of either kind; see ``MaskedPass``."""
+    if isinstance(retirements, HeadRetirements):
+        return HeadMaskedPass(retirements, num_tokens, start, prefix)
+    return MaskedPass(retirements, num_tokens, start, prefix)
+
+
+def _with_prefix(
+    prefix: Sequence[tuple[torch.Tensor, torch.Tensor]], layer: int, start: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of the whole text: those of the pass behind the first ``start`` of the prefix."""
+    if not start:
+        return key, value
+    old_key, old_value = prefix[layer]
+    return torch.cat([old_key[:, :start], key], 1), torch.cat([old_value[:, :start], value], 1)
+
+
+def _attend(chunks: list[QueryChunk], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of every chunk over what it sees: the shape of ``query``."""
+    kv_heads, head_dim = key.shape[0], key.shape[2]
+    output = torch.empty_like(query)
+    for chunk in chunks:
+        # The queries that share a KV head become the rows of one product.
+        rows = query[:, chunk.start : chunk.stop].reshape(1, kv_heads, -1, head_dim)
+        k, v = key.index_select(1, chunk.keys), value.index_select(1, chunk.keys)
+        bias = torch.cat([chunk.bias] * (query.shape[0] // kv_heads), -2)
+        attended = scaled_dot_product_attention(rows, k[None], v[None], attn_mask=bias, scale=1.0)
+        output[:, chunk.start : chunk.stop] = attended[0].reshape(query.shape[0], -1, head_dim)
+    return output
+
+
+def _head_chunk(retired_at: np.ndarray, first: int, stop: int, start: int) -> QueryChunk:
+    """See ``_chunk``; ``retired_at``: int64 ``[kv_heads, tokens]``."""
+    keys = np.flatnonzero((retired_at[:, :stop] > first).any(0))
+    queries = np.arange(first, stop)[:, None]
+    seen = (keys <= queries) & (queries < retired_at[:, None, keys])
+    bias = np.where(seen, np.float32(0), np.float32(_HIDDEN))
+    return QueryChunk(first - start, stop - start, torch.from_numpy(keys), torch.from_numpy(bias))
 
 
 def _chunk(retirements: Retirements, first: int, stop: int, start: int) -> QueryChunk:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from trtllm_memshare.evaluation.masked_attention import IMPLEMENTATION, LayerPass, MaskedPass
+from trtllm_memshare.evaluation.head_retirement import HeadChoicePass, HeadRetirements
+from trtllm_memshare.evaluation.masked_attention import IMPLEMENTATION, LayerPass, MaskedPass, open_pass
 from trtllm_memshare.evaluation.page_facts import CollectingPass, TextFacts
 from trtllm_memshare.evaluation.retirement import NEVER, NO_DONOR, Retirements
 
@@ -110,14 +111,14 @@ class MaskedReplay:
         return FullPass(tokens, losses, collect.facts(losses), hidden, probabilities, best, collect.states)
 
     @torch.inference_mode()
-    def change(self, full: FullPass, retirements: Retirements) -> Change:
+    def change(self, full: FullPass, retirements: Retirements | HeadRetirements) -> Change:
         """An arm's pass. Positions before the first retirement are the full cache's own and are not computed again."""
         count = len(full.ids) - 1
         change = Change(np.zeros(count, np.float32), np.zeros(count, np.float32), np.ones(count, bool))
         first = retirements.first
         if first is None or first >= count:
             return change
-        arm = MaskedPass(retirements, len(full.ids), first, full.states)
+        arm = open_pass(retirements, len(full.ids), first, full.states)
         moved = self._hidden(full.ids[first:], torch.arange(first, count + 1), arm) - full.hidden[first:]
         for start in range(first, count, _ROWS):
             stop = min(start + _ROWS, count)
@@ -133,6 +134,16 @@ class MaskedReplay:
             change.divergence[start:stop] = (log_norm - (p * shift).sum(-1) / total).cpu().numpy()
             change.agrees[start:stop] = (arm_p.argmax(-1) == full.best[start:stop]).cpu().numpy()
         return change
+
+    @torch.inference_mode()
+    def choose_by_head(
+        self, full: FullPass, num_prompt_tokens: int, min_kept: float, protected_tokens: int
+    ) -> HeadRetirements:
+        """What each layer and KV head gives up on its own, token by token; one pass. See ``HeadChoicePass``."""
+        count = len(full.ids)
+        choice = HeadChoicePass(count, num_prompt_tokens, full.facts.tokens_per_block, min_kept, protected_tokens)
+        self._hidden(full.ids, torch.arange(count), choice)
+        return choice.retirements()
 
     @torch.inference_mode()
     def answers(self, full: FullPass, retirements: Retirements, branches: list[list[int]]) -> list[torch.Tensor]:

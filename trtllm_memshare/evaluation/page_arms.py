@@ -49,6 +49,7 @@ ARMS: dict[str, Arm] = {
     "redundancy-k": Arm("redundancy"),
     "redundancy-v": Arm("redundancy", "v"),
     "redundancy-signature": Arm("redundancy", "signature"),
+    "redundancy-recency-signature": Arm("redundancy-recency", "signature"),
     "surprisal-redundancy": Arm("surprisal-redundancy"),
     "surprisal-redundancy-signature": Arm("surprisal-redundancy", "signature"),
     "surprisal-led-signature": Arm("surprisal-led-redundancy", "signature"),

@@ -6,13 +6,23 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from trtllm_memshare.evaluation.head_retirement import HeadRetirements
 from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay
 from trtllm_memshare.evaluation.page_arms import Budget, retire
 from trtllm_memshare.evaluation.real_rows import RowFile, change_row, full_row
 from trtllm_memshare.evaluation.real_texts import TokenText
+from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
+from trtllm_memshare.evaluation.retirement import Retirements
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.steps import BoundaryTokens
 
 PAGE_TOKENS = 16
 """Of the pages that facts are collected for; longer ones are made of them."""
+
+PRESETS = ("aligned",)
+"""Arms without a budget: a preset of the product shares what it finds, over the full cache's K and V."""
+BY_HEAD = "attention-by-head"
+"""The reference that no engine can serve: single tokens, for each layer and KV head on its own."""
 
 _HALF = Budget()
 
@@ -22,7 +32,7 @@ class Task:
     """One row to compute.
 
     Attributes:
-      arm: name in ``page_arms``.
+      arm: name in ``page_arms``, one of ``PRESETS``, or ``BY_HEAD``.
       pages_merged: length of a page, in pages of ``PAGE_TOKENS``.
     """
 
@@ -36,6 +46,7 @@ def compute_rows(
     texts: Iterable[tuple[TokenText, list[Task]]],
     rows: RowFile,
     may_go_on: Callable[[], bool] = lambda: True,
+    boundaries: BoundaryTokens | None = None,
 ) -> None:
     """Computes the rows that are not there yet, all of a text before the next.
 
@@ -43,6 +54,7 @@ def compute_rows(
       texts: texts and the rows that are wanted of each.
       rows: where rows are, and go.
       may_go_on: asked before each text.
+      boundaries: step boundaries of the tokenizer, which presets need.
     """
     for text, tasks in texts:
         if not may_go_on():
@@ -52,7 +64,7 @@ def compute_rows(
             key = {
                 "text": text.trace.name,
                 "arm": task.arm,
-                "min_kept": task.budget.min_kept,
+                "min_kept": 1.0 if task.arm in PRESETS else task.budget.min_kept,
                 "tokens_per_block": PAGE_TOKENS * task.pages_merged,
                 "tokens": len(text.ids),
             }
@@ -61,7 +73,21 @@ def compute_rows(
             if full is None:
                 full = replay.read(text.ids, PAGE_TOKENS)
                 rows.add(full_row(text, full), unless_there=True)
-            facts = full.facts if task.pages_merged == 1 else full.facts.merged(task.pages_merged)
-            seed = zlib.crc32(text.trace.name.encode())
-            retirements = retire(task.arm, task.budget, text.num_prompt_tokens, len(text.ids), facts, seed)
+            retirements = _retire(task, text, full, replay, boundaries)
             rows.add({**key, **change_row(text, replay.change(full, retirements), retirements)})
+
+
+def _retire(
+    task: Task, text: TokenText, full: FullPass, replay: MaskedReplay, boundaries: BoundaryTokens | None
+) -> Retirements | HeadRetirements:
+    """What a row's arm gives up while its text is written."""
+    if task.arm in PRESETS:
+        if boundaries is None:
+            raise ValueError(f"arm {task.arm} cuts text into steps, got no boundaries of the tokenizer")
+        return retire_by_preset(make_config(task.arm), full, text.num_prompt_tokens, replay.model, boundaries)
+    if task.arm == BY_HEAD:
+        budget = task.budget
+        return replay.choose_by_head(full, text.num_prompt_tokens, budget.min_kept, budget.protected_tokens)
+    facts = full.facts if task.pages_merged == 1 else full.facts.merged(task.pages_merged)
+    seed = zlib.crc32(text.trace.name.encode())
+    return retire(task.arm, task.budget, text.num_prompt_tokens, len(text.ids), facts, seed)

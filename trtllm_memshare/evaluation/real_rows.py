@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_memshare.evaluation.head_retirement import HeadRetirements
 from trtllm_memshare.evaluation.masked_replay import Change, FullPass
 from trtllm_memshare.evaluation.real_texts import TokenText
-from trtllm_memshare.evaluation.retirement import NEVER, Retirements
+from trtllm_memshare.evaluation.retirement import Retirements
 
 _KEY = ("text", "arm", "min_kept", "tokens_per_block", "tokens", "decoding")
 BUCKET_TOKENS = 256
@@ -70,13 +71,12 @@ def full_row(text: TokenText, full: FullPass) -> dict[str, Any]:
     }
 
 
-def change_row(text: TokenText, change: Change, retirements: Retirements) -> dict[str, Any]:
+def change_row(text: TokenText, change: Change, retirements: Retirements | HeadRetirements) -> dict[str, Any]:
     """What an arm changes, as means over the generated tokens; ``by_position``: the change of the loss by buckets."""
     start = text.num_prompt_tokens - 1  # the first generated token is predicted here
     loss = change.loss[start:].astype(np.float64)
     positions = np.arange(start + 1, len(text.ids)) // BUCKET_TOKENS
     first = -(-text.num_prompt_tokens // retirements.tokens_per_block)
-    gone = int((retirements.retired_at < NEVER).sum())
     return {
         "model": text.trace.model,
         "problem": text.trace.problem[:120],
@@ -84,7 +84,7 @@ def change_row(text: TokenText, change: Change, retirements: Retirements) -> dic
         "divergence": round(float(change.divergence[start:].mean()), 6),
         "agreement": round(float(change.agrees[start:].mean()), 6),
         "memory_share": round(retirements.memory_share(first), 4),
-        "retired_pages": gone,
+        "retired_pages": retirements.retired_pages,
         "by_position": {
             int(bucket) * BUCKET_TOKENS: [
                 round(float(loss[positions == bucket].sum()), 4),

@@ -25,7 +25,7 @@ from trtllm_memshare.serving.request import SamplingParams
 
 
 class RecordedRunner:
-    """Writes what was recorded at each position to a pool, and compares its blocks; see ``runners.protocol``.
+    """Writes what was recorded at each position to a pool on the CPU, and compares blocks; see ``runners.protocol``.
 
     Args:
       full: the pass over the one text that will be replayed.
@@ -38,11 +38,12 @@ class RecordedRunner:
         self.tokens_per_block, self.vocab_size = tokens_per_block, vocab_size
         self.num_layers, self.num_blocks = len(full.states), len(full.ids) // tokens_per_block + 2
         # [tokens, layers, 2, kv_heads, head_dim]
-        self._states = torch.stack([torch.stack(pair) for pair in full.states]).permute(3, 0, 1, 2, 4).contiguous()
+        states = torch.stack([torch.stack(pair) for pair in full.states]).cpu()
+        self._states = states.permute(3, 0, 1, 2, 4).contiguous()
         _, _, _, heads, head_dim = self._states.shape
         self.pool = torch.zeros(self.num_blocks, self.num_layers, 2, heads, tokens_per_block, head_dim)
-        self.inv_freq = inv_freq
-        self.search = make_block_search(self.pool, inv_freq, MAX_PAIRS)
+        self.inv_freq = inv_freq.cpu()
+        self.search = make_block_search(self.pool, self.inv_freq, MAX_PAIRS)
 
     def prepare(self, batch: StepBatch) -> StepBatch:
         """Nothing to prepare."""

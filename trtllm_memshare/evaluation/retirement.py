@@ -40,6 +40,11 @@ class Retirements:
         """Position of the first query that does not see everything, None = there is none."""
         return int(self.retired_at.min()) if (self.retired_at < NEVER).any() else None
 
+    @property
+    def retired_pages(self) -> int:
+        """Pages that went."""
+        return int((self.retired_at < NEVER).sum())
+
     def weights(self, queries: np.ndarray) -> np.ndarray:
         """How often each page counts for queries at these positions, float64 ``[queries, pages]``, at least 1.
 

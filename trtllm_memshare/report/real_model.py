@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.evaluation.page_study import BY_HEAD, PRESETS
 from trtllm_memshare.evaluation.page_table import (
     BASE,
     Comparison,
@@ -26,6 +28,7 @@ LABELS = {
     "redundancy-v": "redundancy of V",
     "redundancy-signature": "redundancy from signatures",
     "attention-redundancy-signature": "attention since written, redundancy from signatures",
+    "redundancy-recency-signature": "redundancy from signatures, recency",
     "surprisal-redundancy": "surprisal, redundancy of K",
     "surprisal-led-signature": "surprisal, redundancy from signatures",
     "attention-surprisal-redundancy": "attention, surprisal, redundancy of K",
@@ -35,9 +38,10 @@ LABELS = {
     "paper-alias": "`paper`, aliased",
     "paper-null": "`paper`, null page",
     "aligned": "`aligned` preset",
+    "attention-by-head": "attention since written, by token and head",
     "full": "full cache",
 }
-_NO_RANKINGS = (BASE, "random-once", "full", "aligned", "paper-alias", "paper-null")
+_NO_RANKINGS = (BASE, "random-once", "full", *PRESETS, BY_HEAD, "paper-alias", "paper-null")
 RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
 _ON_AXES = (BASE, "attention-redundancy")
@@ -45,15 +49,22 @@ _BY_POSITION = (BASE, "attention-redundancy", "surprisal-led-signature")
 
 
 def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
-    """All arms that have rows, beside random pages on the same texts."""
-    found = [c for arm in LABELS if (c := compare(rows, arm, BASE, setting)) is not None]
+    """All arms that have rows, beside random pages on the same texts.
+
+    ``kept``: generated pages held, as a share of those written, averaged over the steps at which a page is completed.
+    """
+    unlimited = replace(setting, min_kept=1.0)  # a preset has no budget: it shares what it finds
+    settings = {arm: (unlimited, setting) if arm in PRESETS else (setting, None) for arm in LABELS}
+    found = [c for arm, of_arm in settings.items() if (c := compare(rows, arm, BASE, *of_arm)) is not None]
     lines = [
-        "| what goes | texts | Δ loss | against random pages | p | KL | against random pages | p | same top token |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| what goes | texts | kept | Δ loss | against random pages | p | "
+        "KL | against random pages | p | same top token |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for c in sorted(found, key=lambda c: c.ratio):
         lines.append(
-            f"| {LABELS[c.arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | {_difference(c)} | "
+            f"| {LABELS[c.arm]} | {c.texts} | {c.memory_share:.0%} | "
+            f"{c.loss_change:+.4f} ± {c.loss_error:.4f} | {_difference(c)} | "
             f"{c.divergence:.4f} | {_divergence(c)} | {c.agreement:.1%} |"
         )
     return "\n".join(lines)

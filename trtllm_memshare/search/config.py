@@ -85,6 +85,7 @@ class MemShareConfig(BaseModel):
     )
     need: Literal[
         "redundancy",
+        "redundancy-recency",
         "attention-redundancy",
         "attention-redundancy-recency",
         "surprisal-redundancy",

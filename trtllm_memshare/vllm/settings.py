@@ -86,8 +86,9 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     facts = find_need(config.need).facts
     if {"attention", "recent_attention", "distance"} & set(facts):
         raise UserError(
-            f"need must be one that vLLM can tell, got {config.need} (take redundancy, surprisal-redundancy, "
-            f"surprisal, age or random: its kernels do not report attention, and whole pages are not compared there)"
+            f"need must be one that vLLM can tell, got {config.need} (take redundancy, redundancy-recency, "
+            f"surprisal-redundancy, surprisal, age or random: its kernels do not report attention, and whole pages are "
+            f"not compared there)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from trtllm_memshare.evaluation.page_arms import PAIRED, Budget
-from trtllm_memshare.evaluation.page_study import Task
+from trtllm_memshare.evaluation.page_study import BY_HEAD, Task
 
 TEXT_TOKENS = 2048
 MAIN = (
@@ -14,7 +14,7 @@ MAIN = (
     "redundancy-k", "surprisal-redundancy", "surprisal-led-signature",
     "attention-surprisal-redundancy", "rkv", *PAIRED,
 )  # fmt: skip
-SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once")
+SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once", "aligned", BY_HEAD)
 """On every fourth text; the first two on every second of the later ones."""
 AXES = ("random", "attention-redundancy")
 """On every fourth text: other shares kept, longer pages."""

@@ -20,6 +20,7 @@ from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.evaluation.page_study import Task, compute_rows
 from trtllm_memshare.evaluation.real_rows import RowFile
 from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+from trtllm_memshare.search.steps import BoundaryTokens
 
 
 def main() -> None:
@@ -46,7 +47,8 @@ def main() -> None:
     def may_go_on() -> bool:
         return arguments.seconds is None or time.monotonic() - started < arguments.seconds
 
-    compute_rows(replay, wanted, rows, may_go_on)
+    boundaries = BoundaryTokens.from_tokenizer(tokenizer, replay.model.config.vocab_size)
+    compute_rows(replay, wanted, rows, may_go_on, boundaries)
 
 
 if __name__ == "__main__":
