@@ -20,9 +20,11 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
   --variants full paper aligned lexical shadow drop-duplicate random streaming \
   --output-json "$results/hard.json" --plot "$results/hard.png" --output-texts "$results/hard.texts.jsonl"
 # Throughput where memory binds: a quarter of the full cache's peak demand.
-"${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 100 --kv-cache-share 0.25 --repeat 3 \
-  --variants full full-guaranteed aligned \
-  --output-json "$results/pressure_fold.json" --plot "$results/pressure_fold.png"
+"${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 150 --kv-cache-share 0.25 \
+  --variants full pressure pressure:need=random pressure:min_kept=0.25 \
+  --output-json "$studies/pressure/results/toy_quarter.json"
+"${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 150 --kv-cache-blocks 666 \
+  --variants aligned pressure:min_kept=0.75 --output-json "$studies/pressure/results/toy_more.json"
 # The same over the size of the pool, and on problems whose four re-checks are all restated.
 "$python" -m benchmarks.studies.sweeps.pools --output-json "$studies/sweeps/results/pressure_curve.json" \
   --plot "$studies/sweeps/results/pressure_curve.png"

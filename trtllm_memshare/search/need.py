@@ -23,8 +23,8 @@ LED_WEIGHT = 0.25
 texts that are in no table: they keep 0.97 of the pages of facts stated once, 0.91 with a tenth."""
 RECENCY_WEIGHT = 0.05  # of the newest page that may go, above the oldest
 REDUNDANCY_RECENCY_WEIGHT = 0.2
-"""The same beside redundancy from signatures. Chosen among 0.1, 0.2, 0.4 and 0.8 on texts that are in no table: 0.1 is no
-better than random pages for the next word, and from 0.4 on facts that were stated long ago are lost."""
+"""The same beside redundancy from signatures. Chosen among 0.1, 0.2, 0.4 and 0.8 on texts that are in no table: 0.1 is
+no better than random pages for the next word, and from 0.4 on facts that were stated long ago are lost."""
 
 
 @dataclass(frozen=True)
