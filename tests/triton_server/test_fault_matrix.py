@@ -24,7 +24,7 @@ grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is no
 BOUND_S = 60
 HTTP_BYTES = 2_000_000
 """Triton 2.51 itself ends with a segmentation fault on bodies of some megabytes (CVE-2025-23310, CVE-2025-23311, mended
-in 25.07), before any model sees them; with gRPC such requests are refused by name."""
+in 25.07), before any model sees them; over gRPC such requests are refused by name."""
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
 OTHERS = {"text_input": QUESTION, "max_tokens": 40}
 DTYPES = {
