@@ -72,7 +72,7 @@ def test_a_held_request_gives_up_its_pages_when_the_masked_replay_does(model, pl
 
 def test_rows_are_held_against_the_full_cache_and_computed_once(model, plain, tmp_path, monkeypatch):
     rows = RowFile(tmp_path / "rows.jsonl")
-    arms = ["redundancy-signature", "paper-alias"]
+    arms = ["redundancy-recency-signature", "paper-alias"]
     compute_generations(model, plain, (), make_texts(1), arms, LENGTH, rows)
     compute_generations(model, plain, (), make_texts(2), arms, LENGTH, rows)
     found = {(r["arm"], r["text"], r["decoding"]): r for r in read_rows(tmp_path / "rows.jsonl")}
