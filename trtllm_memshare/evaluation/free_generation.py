@@ -29,7 +29,8 @@ _HELD = {"high_watermark": 1.0, "low_watermark": 1.0}  # the pool itself presses
 ARMS: dict[str, MemShareConfig] = {
     FULL: make_config("off"),
     "aligned": make_config("aligned"),
-    "redundancy-recency-signature": make_config("pressure", **_HELD),
+    "redundancy-signature": make_config("pressure", need="redundancy", **_HELD),
+    "redundancy-recency-signature": make_config("pressure", need="redundancy-recency", **_HELD),
     "random-once": make_config("pressure", need="random", **_HELD),
     "paper-alias": make_config("pressure", need="nearest-earlier", retired_becomes="alias", **_HELD),
     "paper-null": make_config("pressure", need="nearest-earlier", **_HELD),
