@@ -23,10 +23,13 @@ def generation_tables(rows: list[Row]) -> dict[str, str]:
 def generation_table(rows: list[Row], decoding: str) -> str:
     """One line an arm: each is held against the full cache on its own texts, problem by problem.
 
+    Of runs of several lengths the longest counts.
+
     Means are over problems, errors are standard errors over them. ``first difference``: the quartiles over texts of the
     first token that is not the full cache's, one that never differs as infinity.
     """
-    chosen = [row for row in rows if row["decoding"] == decoding]
+    longest = max((row["tokens"] for row in rows), default=0)
+    chosen = [row for row in rows if row["decoding"] == decoding and row["tokens"] == longest]
     tables = {arm: {row["text"]: row for row in chosen if row["arm"] == arm} for arm in ARMS}
     lines = [_HEAD, f"| --- | {' | '.join(['---:'] * (_HEAD.count('|') - 2))} |"]
     lines += [_line(arm, table, tables[FULL]) for arm, table in tables.items() if table]
