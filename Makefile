@@ -18,7 +18,7 @@ test: venv
 # Every test with its long parts (killed servers, a soak, thousands of schedules), then an hour of fuzzing.
 nightly: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
-	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 $(BIN)/python -m pytest -q
+	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 MEMSHARE_SCHEDULE_OPERATIONS=200000 $(BIN)/python -m pytest -q
 	$(BIN)/python tests/fuzz/run.py --seconds 300
 
 lint: venv

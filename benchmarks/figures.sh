@@ -20,9 +20,11 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
   --variants full paper aligned lexical shadow drop-duplicate random streaming \
   --output-json "$results/hard.json" --plot "$results/hard.png" --output-texts "$results/hard.texts.jsonl"
 # Throughput where memory binds: a quarter of the full cache's peak demand.
-"${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 100 --kv-cache-share 0.25 --repeat 3 \
-  --variants full full-guaranteed aligned \
-  --output-json "$results/pressure_fold.json" --plot "$results/pressure_fold.png"
+"${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 150 --kv-cache-share 0.25 \
+  --variants full pressure pressure:need=random pressure:min_kept=0.25 \
+  --output-json "$studies/pressure/results/toy_quarter.json"
+"${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 150 --kv-cache-blocks 666 \
+  --variants aligned pressure:min_kept=0.75 --output-json "$studies/pressure/results/toy_more.json"
 # The same over the size of the pool, and on problems whose four re-checks are all restated.
 "$python" -m benchmarks.studies.sweeps.pools --output-json "$studies/sweeps/results/pressure_curve.json" \
   --plot "$studies/sweeps/results/pressure_curve.png"
@@ -33,6 +35,7 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
   --read-aliases repeat --variants full aligned --output-json "$results/unbound.json"
 "$python" benchmarks/vs_transformers.py --engine-dir "$engine" --repeat 3 --output-json "$results/vs_transformers.json"
 "$python" benchmarks/search_cost.py --output-json "$results/search_cost.json"
+"$python" benchmarks/queue_cost.py --output-json "$results/queue_cost.json"
 "$python" benchmarks/redundancy.py benchmarks/data/traces/r1_aime24.jsonl benchmarks/data/traces/r1_math500.jsonl \
   "$results/evaluation.texts.jsonl" "$results/hard.texts.jsonl" --output-json "$results/redundancy.json"
 # Share against accuracy, on the problems that settings were chosen on.

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in three parts of at most nine minutes; see ``gpu_suite.sh``.
+"""Everything that needs a GPU, in parts of at most nine minutes; see ``gpu_suite.sh``.
 
 --help and --dry-run need nothing but Python; --dry-run names what each step lacks here. The status is 0 only if every
 step of the part ran and ended well.
@@ -51,7 +51,7 @@ def main() -> int:
         print(listed, "error: nothing can run here, see above", sep="\n", file=sys.stderr)
         return 2
     head: dict[str, Any] = {
-        "command": f"bash benchmarks/gpu_suite.sh --part {options.part}",
+        "command": " ".join(["bash benchmarks/gpu_suite.sh", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "device": gpu,
         "software": software,

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in three calls of at most nine minutes each; nothing is downloaded.
+# Everything that needs a GPU, in four calls of at most nine minutes each; nothing is downloaded.
 #
 #   bash benchmarks/gpu_suite.sh --part 1          the search, the plugin, GPU tests, memcheck, a replay at 7B size
 #   bash benchmarks/gpu_suite.sh --part 2          other block sizes, ncu, sanitizers, replays with null pages
-#   bash benchmarks/gpu_suite.sh --part 3          a real model: under pressure, at 8,192 tokens, with right answers
+#   bash benchmarks/gpu_suite.sh --part 3          a real model: under pressure, with right answers
+#   bash benchmarks/gpu_suite.sh --part 4          a real model: page rankings at 8,192 and 4,096 tokens
 #   bash benchmarks/gpu_suite.sh --part 1 --dry-run        what would run, and what is missing here
 #
 # On a machine without a package index: build_scripts/pack_gpu_kit.sh on one that has it, copy gpu_kit/ here, then

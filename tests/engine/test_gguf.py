@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -36,6 +37,14 @@ def test_greedy_tokens_are_those_that_transformers_finds_in_the_file(gguf_file, 
     for name, weight in theirs.state_dict().items():
         assert torch.equal(weight, ours.state_dict()[name]), name
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_folder_says_the_same_to_transformers_4_and_5(gguf_file, tmp_path):
+    folder = convert_gguf(gguf_file, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == read_checkpoint(folder).rope_theta
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2TokenizerFast", "Qwen2Tokenizer")
 
 
 def test_an_engine_is_built_from_the_file_and_the_folder_beside_it_is_used_again(gguf_file, tmp_path):

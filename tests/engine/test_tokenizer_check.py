@@ -24,6 +24,7 @@ def write_byte_level(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4.57 writes one, of the tokens before
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 

@@ -4,7 +4,7 @@ A figure is checked by a marker right behind it. The key walks through objects b
 ``[field=value]``; `` / ``, `` * `` and `` - `` join keys and numbers; ``module:function`` takes the whole file. It
 may go on in the next line::
 
-    1.15<!--= benchmarks/results/pressure_fold.json ratio -->
+    1.15<!--= benchmarks/results/demo.json ratio -->
     99.4 %<!--= benchmarks/results/evaluation.json variants[variant=aligned].accuracy -->
     1.33<!--= schedule.json rows[variant=a].req_s / rows[variant=full].req_s -->
     42 of 52<!--= recall.jsonl benchmarks.studies.real_model.figures:recalled arm="redundancy-v" -->

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.engine.checkpoint import SUPPORTED, read_checkpoint
+from trtllm_memshare.engine.checkpoint import SUPPORTED, portable_config, read_checkpoint
 from trtllm_memshare.errors import UserError
 
 _MAGIC = b"GGUF"
@@ -116,3 +117,14 @@ def _save_plain(gguf_file: Path, folder: Path) -> None:
         raise UserError(f"{gguf_file} does not hold the weights of a {name}: {(lost + list(unknown))[0]} does not fit")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _make_portable(folder)
+
+
+def _make_portable(folder: Path) -> None:
+    """What 5.x saves, 4.57 reads otherwise (the rotation) or not at all (its new name for a tokenizer's class)."""
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    config.write_text(json.dumps(portable_config(json.loads(config.read_text())), indent=2) + "\n")
+    settings = json.loads(tokenizer.read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokenizer.write_text(json.dumps(settings, indent=2) + "\n")

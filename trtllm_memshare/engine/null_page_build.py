@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from trtllm_memshare.engine.load import load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_pages, save_refusal
-from trtllm_memshare.engine.tensors import key_mapping
 from trtllm_memshare.search.config import MemShareConfig
 
 _POOL_TYPES = {"fp8": torch.float8_e4m3fn}
@@ -53,16 +52,9 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
     Raises:
       NullPageRefused: see ``calibrate_null_pages``.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir,
-        dtype="auto",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        key_mapping=key_mapping(model_dir),
-    )
+    model, _ = load_decoder(model_dir)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     longest = int(model.config.max_position_embeddings)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_memshare.engine.skeleton import Skeleton
-from trtllm_memshare.engine.weights import DTYPE_NAMES, StoredTensor, stored_tensors
+from trtllm_memshare.engine.weights import DTYPE_NAMES, StoredTensor
 from trtllm_memshare.errors import UserError, shorten
 
 
@@ -48,12 +48,6 @@ def find_prefix(names: list[str]) -> Prefix | None:
         if any(name.startswith(prefix.stored) and prefix.rename(name).startswith("model.") for name in names):
             return prefix
     return None
-
-
-def key_mapping(model_dir: Path) -> dict[str, str] | None:
-    """``key_mapping`` for transformers' ``from_pretrained``: regular expression -> replacement."""
-    prefix = find_prefix(list(stored_tensors(model_dir)))
-    return None if prefix is None else {"^" + re.escape(prefix.stored): prefix.model}
 
 
 def check_plain(tensors: dict[str, StoredTensor], model_dir: Path) -> None:

@@ -104,7 +104,7 @@ class VllmWork:
         """Those that make an arm, by its name."""
         if arm == "vllm":
             return {}
-        settings: dict[str, Any] = {"need": "redundancy", "min_kept": 0.5}
+        settings: dict[str, Any] = {"need": "redundancy-recency", "min_kept": 0.5}
         if arm == "admission":
             settings = {"need": "age", "min_kept": 1.0}
         elif arm in ("random", "age"):

@@ -96,7 +96,7 @@ class MemShareConfig(BaseModel):
         "age",
         "random",
         "nearest-earlier",
-    ] = Field("redundancy", description="how pages are ranked once exact repeats have gone")
+    ] = Field("redundancy-recency", description="how pages are ranked once exact repeats have gone")
     spread: Spread = Field(
         "need", description="who gives first: whose page is needed least, the longest request, or all equally"
     )

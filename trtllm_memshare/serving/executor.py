@@ -36,6 +36,8 @@ from trtllm_memshare.serving.status import read_status
 from trtllm_memshare.serving.step_batch import make_batch
 from trtllm_memshare.serving.validation import check_group, check_lengths, check_listener, check_params, check_prompt
 
+_NOTHING_SHARED = SharingRecord(0, 0)
+
 
 class Executor(ExecutorLoop):
     """In-flight batching over one runner.
@@ -290,7 +292,7 @@ class Executor(ExecutorLoop):
 
     def _end(self, state: RequestState, reason: str, in_cache: bool) -> None:
         now = time.perf_counter()
-        record = self.manager.remove_sequence(state.request_id) if in_cache else SharingRecord(0, 0)
+        record = self.manager.remove_sequence(state.request_id) if in_cache else _NOTHING_SHARED
         self._forget(state)
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses

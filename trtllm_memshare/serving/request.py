@@ -57,7 +57,7 @@ class SamplingParams:
         return bool(self.penalizes or self.bad_words or self.min_new_tokens > 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # as below: a long queue that is cancelled makes as many at once
 class RequestStats:
     """Times in seconds since submission; counts of tokens, pauses and blocks.
 
@@ -78,7 +78,7 @@ class RequestStats:
         return (self.latency_s - self.ttft_s) / max(1, self.num_output_tokens - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RequestResult:
     """``token_ids``: generated tokens, a stop token included. ``finish_reason``: stop, length or cancelled.
 
@@ -100,7 +100,7 @@ class Phase(Enum):
     GENERATION = "generation"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class RequestState:
     """Scheduler's view of a request.
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from trtllm_memshare.cache.offsets import hide_blocks
+from trtllm_memshare.engine.load import load_decoder
 from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.rope import longest_sequence
-from trtllm_memshare.engine.tensors import key_mapping
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.null_pages import write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
@@ -49,16 +49,7 @@ def load_model(model_dir: Path, device: str = "cpu") -> Any:
     Raises:
       UserError: there are no weights, as in the directory of a TensorRT engine, or not all of the model's.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        model_dir,
-        dtype="auto",
-        attn_implementation=IMPLEMENTATION,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        key_mapping=key_mapping(model_dir),
-        output_loading_info=True,
-    )
+    model, report = load_decoder(model_dir, attn_implementation=IMPLEMENTATION)
     # The build has checked this; a folder that changed since would be served with random numbers.
     lost = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if lost:
