@@ -52,7 +52,8 @@ def test_pools_are_parts_of_what_the_requests_in_flight_hold_at_their_ends(work)
 
 
 @pytest.mark.parametrize(
-    ("arm", "need", "min_kept"), [("admission", "age", 1.0), ("random", "random", 0.5), ("0.25", "redundancy-recency", 0.25)]
+    ("arm", "need", "min_kept"),
+    [("admission", "age", 1.0), ("random", "random", 0.5), ("0.25", "redundancy-recency", 0.25)],
 )
 def test_arms_are_settings_of_the_plugin(work, arm, need, min_kept):
     arguments = work.arm_arguments(arm, "lookahead")

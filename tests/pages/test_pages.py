@@ -93,7 +93,7 @@ UNREFERRED = {
         **{text: SETTINGS for text in ("0.97", "0.92", "0.5")},
         **{text: GOAL for text in ("1.85", "2.2", "1.5", "1.4")},
     },
-    "docs/deploy.md": {"0.5": SETTINGS, "2.51": VERSION, "3.11": VERSION, "3.12": VERSION},
+    "docs/deploy.md": {"0.5": SETTINGS, **dict.fromkeys(("2.51", "24.10", "25.07", "3.11", "3.12"), VERSION)},
     "docs/gpu.md": {"1.85": GOAL, "10.14": VERSION},
     "docs/null_page.md": {"99.9": SETTINGS},
     "docs/plugins.md": {"10.14": VERSION, "11.1": VERSION},

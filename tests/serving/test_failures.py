@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import threading
 import time
@@ -313,6 +314,7 @@ def test_cancelling_a_long_queue_takes_one_pass(boundaries):
     executor.step()
     assert len(looked_at) <= 3 * len(handles)
     assert sum(h.future.done() for h in handles) == len(handles) - 1
+    assert gc.isenabled()
 
 
 def test_statistics_take_bounded_memory():

@@ -22,6 +22,9 @@ from trtllm_memshare.triton.probe import why_not_alive, why_not_ready
 grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
 
 BOUND_S = 60
+HTTP_BYTES = 2_000_000
+"""Triton 2.51 itself ends with a segmentation fault on bodies of some megabytes (CVE-2025-23310, CVE-2025-23311, mended
+in 25.07), before any model sees them; over gRPC such requests are refused by name."""
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
 OTHERS = {"text_input": QUESTION, "max_tokens": 40}
 DTYPES = {
@@ -98,6 +101,8 @@ def ask_over_http(triton, level: str, inputs: dict[str, np.ndarray]) -> str:
         listed = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()]
         values[name] = listed[0] if len(listed) == 1 else listed
     model = "ensemble" if level == "text" else "tensorrt_llm"
+    if len(json.dumps(values)) > HTTP_BYTES:
+        return "not asked"
     try:
         with triton.open("generate_stream", BOUND_S, model, **values) as response:
             lines = response.readlines()

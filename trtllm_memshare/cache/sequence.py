@@ -97,6 +97,9 @@ class SharingRecord:
     peak_blocks: int = 0
 
 
+NOTHING_SHARED = SharingRecord(0, 0)
+
+
 @dataclass
 class CacheStats:
     """Counters since the manager was made, and gauges. Counts of blocks unless the name says otherwise.

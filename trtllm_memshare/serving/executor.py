@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
-from trtllm_memshare.cache.sequence import SharingRecord
+from trtllm_memshare.cache.sequence import NOTHING_SHARED
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import ComparingRunner, Runner, StepBatch
@@ -18,7 +18,7 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.serving.executor_loop import MAX_QUEUE_SIZE, ExecutorLoop
+from trtllm_memshare.serving.executor_loop import MAX_QUEUE_SIZE, ExecutorLoop, uncollected
 from trtllm_memshare.serving.failures import FailedSteps, not_finite, request_failed
 from trtllm_memshare.serving.null_entries import settle_null_entries
 from trtllm_memshare.serving.pressure import open_pressure
@@ -35,8 +35,6 @@ from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
 from trtllm_memshare.serving.status import read_status
 from trtllm_memshare.serving.step_batch import make_batch
 from trtllm_memshare.serving.validation import check_group, check_lengths, check_listener, check_params, check_prompt
-
-_NOTHING_SHARED = SharingRecord(0, 0)
 
 
 class Executor(ExecutorLoop):
@@ -243,9 +241,10 @@ class Executor(ExecutorLoop):
             kept = [s for s in waiting if not self._is_cancelled(s)]
             waiting.clear()
             waiting.extend(kept)
-        for state in dropped:
-            self.manager.forget_paused(state.request_id)
-            self._end(state, "cancelled", in_cache=False)
+        with uncollected(len(dropped)):
+            for state in dropped:
+                self.manager.forget_paused(state.request_id)
+                self._end(state, "cancelled", in_cache=False)
         for state in [s for s in self._scheduler.running if self._is_cancelled(s)]:
             self._scheduler.finish(state)
             self._end(state, "cancelled", in_cache=True)
@@ -292,7 +291,7 @@ class Executor(ExecutorLoop):
 
     def _end(self, state: RequestState, reason: str, in_cache: bool) -> None:
         now = time.perf_counter()
-        record = self.manager.remove_sequence(state.request_id) if in_cache else _NOTHING_SHARED
+        record = self.manager.remove_sequence(state.request_id) if in_cache else NOTHING_SHARED
         self._forget(state)
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 from collections import deque
+from collections.abc import Iterator
 
 from typing_extensions import Self
 
@@ -14,6 +17,19 @@ from trtllm_memshare.serving.scheduler import Scheduler
 from trtllm_memshare.serving.validation import QueueFullError
 
 MAX_QUEUE_SIZE = 100_000  # requests; each waits with a few kilobytes
+
+
+@contextlib.contextmanager
+def uncollected(num_results: int) -> Iterator[None]:
+    """No garbage collection while very many results are made: it would walk all that wait, several times over."""
+    pauses = num_results > 1000 and gc.isenabled()
+    if pauses:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pauses:
+            gc.enable()
 
 
 class ExecutorLoop:

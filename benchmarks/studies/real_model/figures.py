@@ -13,6 +13,14 @@ def loss_change(rows: list[Row], arm: str) -> float:
     return found.loss_change
 
 
+def ratio_to_random(rows: list[Row], arm: str) -> float:
+    """The change of the loss over that of random pages on the same texts."""
+    found = compare(rows, arm, BASE)
+    if found is None:
+        raise ValueError(f"arm {arm!r} has no two problems")
+    return found.ratio
+
+
 def smallest_loss(rows: list[Row]) -> float:
     """Of the full cache over the texts, nats a token."""
     return min(row["loss"] for row in rows if row["arm"] == "full")
