@@ -10,6 +10,7 @@ import pytest
 from trtllm_memshare.evaluation.page_arms import ARMS, PAIRED
 from trtllm_memshare.evaluation.page_study import BY_HEAD, PRESETS
 from trtllm_memshare.evaluation.real_rows import read_rows
+from trtllm_memshare.report.generation import generation_tables
 from trtllm_memshare.report.real_model import LABELS, fill_page, main_table, page_tables, summary
 from trtllm_memshare.report.real_model_plots import plot_curve, plot_loss_and_recall
 
@@ -18,13 +19,14 @@ ROWS = read_rows(ROOT / "benchmarks" / "results" / "real_model.jsonl")
 RESULTS = ROOT / "benchmarks" / "studies" / "real_model" / "results"
 RECALL = read_rows(RESULTS / "recall.jsonl")
 LOOPS = json.loads((RESULTS / "loops.json").read_text())
+GENERATION = read_rows(RESULTS / "generation.jsonl")
 PAGE = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_of_the_page_are_made_of_the_committed_rows(tmp_path):
     copy = tmp_path / "page.md"
     copy.write_text(PAGE, encoding="utf-8")
-    fill_page(copy, page_tables(ROWS, RECALL, LOOPS))
+    fill_page(copy, page_tables(ROWS, RECALL, LOOPS) | generation_tables(GENERATION))
     assert copy.read_text(encoding="utf-8") == PAGE
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.real_rows import read_rows
+from trtllm_memshare.report.generation import generation_tables
 from trtllm_memshare.report.real_model import fill_page, page_tables, summary
 from trtllm_memshare.report.real_model_plots import plot_loss_and_recall
 
@@ -20,12 +21,13 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS, help="default: %(default)s")
     parser.add_argument("--recall", type=Path, default=RESULTS / "recall.jsonl", help="default: %(default)s")
     parser.add_argument("--loops", type=Path, default=RESULTS / "loops.json", help="default: %(default)s")
+    parser.add_argument("--generation", type=Path, default=RESULTS / "generation.jsonl", help="default: %(default)s")
     parser.add_argument("--page", type=Path, help="fill this page's tables, e.g. docs/real_model.md")
     parser.add_argument("--plot", type=Path, help="write the picture")
     arguments = parser.parse_args()
     rows, recall_rows = read_rows(arguments.rows), read_rows(arguments.recall)
     loops = json.loads(arguments.loops.read_text())
-    tables = page_tables(rows, recall_rows, loops)
+    tables = page_tables(rows, recall_rows, loops) | generation_tables(read_rows(arguments.generation))
     if arguments.page is not None:
         fill_page(arguments.page, tables)
     if arguments.plot is not None:
