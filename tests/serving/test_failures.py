@@ -290,6 +290,38 @@ def test_leaving_in_peace_lets_requests_end(boundaries):
     assert handle.result(0).finish_reason == "length"
 
 
+def test_leaving_does_not_wait_for_a_step_that_never_ends(boundaries):
+    runner, hangs = CountingRunner(), threading.Event()
+    runner.before_step = lambda batch: hangs.wait(WAIT)
+    executor = make(boundaries, runner)
+    executor.max_step_s = 0.05
+    with pytest.raises(ExecutorStoppedError, match=r"a step has not ended for 0\.05 s"), executor:
+        handle = executor.submit([5], SamplingParams(30))
+    with pytest.raises(ExecutorStoppedError, match="has not ended"):
+        handle.result(0)
+    assert executor.has_failed
+    hangs.set()
+
+
+def test_steps_that_end_are_waited_for_however_many_they_are(boundaries):
+    runner = CountingRunner()
+    runner.before_step = lambda batch: time.sleep(0.02)
+    executor = make(boundaries, runner)
+    executor.max_step_s = 0.3
+    with executor:
+        handle = executor.submit([5], SamplingParams(30))
+    assert handle.result(0).finish_reason == "length"
+
+
+def test_a_stream_waits_no_longer_than_its_caller_wants(boundaries):
+    executor = make(boundaries)
+    handle = executor.submit([5], SamplingParams(3))
+    with pytest.raises(TimeoutError, match=rf"request {handle.request_id} had no token for 0\.01 s"):
+        next(handle.stream(0.01))
+    executor.run_until_idle()
+    assert list(handle.stream(0.01)) == expected([5], 3)
+
+
 def test_the_queue_has_a_limit_and_an_error_of_its_own(boundaries):
     executor = make(boundaries, max_queue_size=2)
     handles = [executor.submit(p, SamplingParams(3)) for p in PROMPTS[:2]]
@@ -315,6 +347,50 @@ def test_cancelling_a_long_queue_takes_one_pass(boundaries):
     assert len(looked_at) <= 3 * len(handles)
     assert sum(h.future.done() for h in handles) == len(handles) - 1
     assert gc.isenabled()
+
+
+def test_a_request_cancelled_while_the_queue_is_looked_through_is_answered(boundaries):
+    executor = make(boundaries, max_batch_size=1)
+    handles = [executor.submit([5], SamplingParams(30)) for _ in range(5)]
+    executor.step()
+    original = executor._is_cancelled
+
+    def look_then_cancel(state):
+        was_cancelled = original(state)
+        state.handle.cancel()  # by its caller, from another thread
+        return was_cancelled
+
+    executor._is_cancelled = look_then_cancel  # type: ignore[method-assign]
+    handles[1].cancel()
+    for _ in range(3):
+        executor.step()
+    assert [h.result(0).finish_reason for h in handles] == ["cancelled"] * 5
+    assert_clean(executor)
+
+
+def test_a_request_cancelled_while_the_executor_asks_whether_any_was_is_answered(boundaries):
+    class Raced(Executor):
+        flag, cancels = False, None
+
+        @property
+        def _has_cancelled(self):
+            value, cancels, self.cancels = self.flag, self.cancels, None
+            if cancels is not None:
+                cancels()  # by its caller, after the flag was read
+            return value
+
+        @_has_cancelled.setter
+        def _has_cancelled(self, value):
+            self.flag = value
+
+    executor = Raced(CountingRunner(), make_config("off"), boundaries, max_seq_len=400)  # type: ignore[arg-type]
+    handle = executor.submit([5], SamplingParams(300))
+    executor.step()
+    executor.cancels = handle.cancel
+    executor.step()
+    executor.step()
+    assert handle.result(0).finish_reason == "cancelled"
+    assert_clean(executor)
 
 
 def test_statistics_take_bounded_memory():

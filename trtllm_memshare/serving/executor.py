@@ -236,9 +236,11 @@ class Executor(ExecutorLoop):
         if not self._looks_for_cancelled():
             return
         waiting = self._scheduler.waiting
-        dropped = [s for s in waiting if self._is_cancelled(s)]
+        dropped: list[RequestState] = []
+        kept: list[RequestState] = []
+        for state in waiting:  # one look at each: between two, its caller could cancel it, and it would be in neither
+            (dropped if self._is_cancelled(state) else kept).append(state)
         if dropped:
-            kept = [s for s in waiting if not self._is_cancelled(s)]
             waiting.clear()
             waiting.extend(kept)
         with uncollected(len(dropped)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from trtllm_memshare.serving.scheduler import Scheduler
 from trtllm_memshare.serving.validation import QueueFullError
 
 MAX_QUEUE_SIZE = 100_000  # requests; each waits with a few kilobytes
+MAX_STEP_S = 600.0  # a step that lasts longer never ends: a device that hangs, a rank that has gone
 
 
 @contextlib.contextmanager
@@ -40,8 +42,11 @@ class ExecutorLoop:
       max_queue_size: most requests that wait at once.
 
     Attributes:
-      has_failed: a step raised what no request or batch could be blamed for; no step follows.
+      has_failed: a step raised what no request or batch could be blamed for, or never ended; no step follows.
+      max_step_s: leaving the context waits no longer than this for one step.
     """
+
+    max_step_s = MAX_STEP_S
 
     def __init__(self, scheduler: Scheduler, max_queue_size: int) -> None:
         self._scheduler, self._max_queue_size = scheduler, max_queue_size
@@ -50,6 +55,7 @@ class ExecutorLoop:
         self._submitted: deque[RequestState] = deque()
         self._thread: threading.Thread | None = None
         self._stopping = self._aborting = self._has_cancelled = False
+        self._moved_at = 0.0  # time.monotonic
 
     def step(self) -> None:
         """One iteration."""
@@ -78,6 +84,9 @@ class ExecutorLoop:
         """Lets requests in flight end, then stops the thread.
 
         When the body raised, Ctrl-C included, they are cancelled instead: each ends with the tokens it has.
+
+        Raises:
+          ExecutorStoppedError: a step did not end within ``max_step_s``; whoever waits gets the same error.
         """
         with self._lock:
             self._stopping = True
@@ -85,8 +94,16 @@ class ExecutorLoop:
             self._lock.notify()
         if self._thread is None:
             return
+        self._moved_at = time.monotonic()
         try:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(timeout=min(1.0, self.max_step_s))
+                if self._thread.is_alive() and time.monotonic() - self._moved_at > self.max_step_s:
+                    stuck = TimeoutError(f"a step has not ended for {self.max_step_s:g} s")
+                    self._fail_all(stuck)
+                    raise ExecutorStoppedError(f"the executor stopped: {describe(stuck)}")
+        except ExecutorStoppedError:
+            raise
         except BaseException:  # Ctrl-C while the last requests end
             self._aborting = True
             self._thread.join(timeout=1)
@@ -110,11 +127,12 @@ class ExecutorLoop:
                 with self._lock:
                     while not self.has_work and not self._stopping:
                         self._lock.wait()
-                if not self.has_work:
-                    return
+                if self.has_failed or not self.has_work:
+                    return  # it has failed if nobody waits for its step any more
                 if self._aborting:
                     self._cancel_all()
                 self.step()
+                self._moved_at = time.monotonic()
         except BaseException as error:
             self._fail_all(error)
             raise
@@ -138,8 +156,10 @@ class ExecutorLoop:
         self._has_cancelled = True
 
     def _looks_for_cancelled(self) -> bool:
-        looks, self._has_cancelled = self._has_cancelled, False
-        return looks
+        if not self._has_cancelled:
+            return False
+        self._has_cancelled = False  # only after True was read: one that comes in between is not forgotten
+        return True
 
     def _take_submissions(self) -> None:
         with self._lock:

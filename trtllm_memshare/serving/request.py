@@ -225,7 +225,24 @@ class RequestHandle:
             self._on_cancel()
 
     def __iter__(self) -> Iterator[int]:
-        while (token := self._stream.get()) is not None:
+        return self.stream()
+
+    def stream(self, timeout: float | None = None) -> Iterator[int]:
+        """Token ids as they are generated.
+
+        Raises:
+          TimeoutError: none came within ``timeout`` seconds; the request goes on.
+          RequestFailedError, ExecutorStoppedError: as ``result``.
+        """
+        while True:
+            try:
+                token = self._stream.get(timeout=timeout)
+            except queue.Empty:
+                raise TimeoutError(
+                    f"request {self.request_id} had no token for {timeout:g} s (wait longer, or cancel it)"
+                ) from None
+            if token is None:
+                break
             yield token
         if self.future.done():
             self.future.result()  # raises if the executor stopped on an error
