@@ -60,13 +60,16 @@ class Streams:
 
 
 def streamed_summary(rounds: list[dict[str, LoadFigures]]) -> dict[str, Any]:
-    """Medians of each load over the rounds; ``throughput_ratio``: Triton's by pairs of rounds."""
-    medians = {
-        load: {key: statistics.median(asdict(r[load])[key] for r in rounds) for key in asdict(rounds[0][load])}
+    """Medians of each load over the rounds, errors in all; ``throughput_ratio``: Triton's by pairs of rounds."""
+    loads = {
+        load: {
+            **{key: statistics.median(asdict(r[load])[key] for r in rounds) for key in asdict(rounds[0][load])},
+            "num_errors": sum(r[load].num_errors for r in rounds),
+        }
         for load in rounds[0]
     }
     return {
-        **medians,
+        **loads,
         "throughput_ratio": statistics.median(r["triton"].req_s / r["executor"].req_s for r in rounds),
         "rounds": [{load: asdict(figures) for load, figures in r.items()} for r in rounds],
     }
