@@ -71,7 +71,7 @@ def test_no_round_starts_that_would_not_end_in_time(boundaries):
 
 
 def test_the_pool_holds_every_request_and_its_null_page():
-    """Three requests of 8 + 26 tokens, the last of which is never read, fill five pages of eight each, and one page is read by nobody."""
+    """Three requests of 8 + 26 tokens, the last never read, fill five pages each; one page more is read by nobody."""
     texts = ["First we add 3 and 4. That gives 7.\n\nWait, let me check: 3 and 4 make 7.\n\n" * 8]
     setup = make_setup(texts, SHAPES["small"], 3, 8, 26, tokens_per_block=8, device="cpu", decode="pytorch")
     assert [len(script) for script in setup.scripts] == [34] * 3
