@@ -103,7 +103,7 @@ UNREFERRED = {
         **{text: SETTINGS for text in ("0.1", "0.9", "0.6", "0.95")},  # 0.95 is a goal too
         **{"0.8": GOAL, "2.0": VERSION},
     },
-    "docs/vllm.md": {"0.75": SETTINGS, "0.5": SETTINGS, "0.25": SETTINGS, "1.5": GOAL},
+    "docs/vllm.md": {"0.5": SETTINGS, "0.25": SETTINGS, "1.5": GOAL},
 }
 PRODUCTS = r"(?:Python|TensorRT|TensorRT-LLM|vLLM|nvcc|CUDA|arXiv) \d+\.[\dx.]+(?: (?:to|and|or) \d+\.[\dx]+)?"
 
