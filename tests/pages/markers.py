@@ -1,8 +1,8 @@
 """References from a page to committed results, which a reader of the rendered page does not see.
 
-A figure is checked by a marker right behind it. The key walks through objects by name, through lists by number or by
-``[field=value]``; `` / ``, `` * `` and `` - `` join keys and numbers; ``module:function`` takes the whole file. It
-may go on in the next line::
+A figure is checked by a marker right behind it. The key walks through objects by name (``[a.b]``: one with a point in
+it), through lists by number or by ``[field=value]``; `` / ``, `` * `` and `` - `` join keys and numbers;
+``module:function`` takes the whole file. It may go on in the next line::
 
     1.15<!--= benchmarks/results/demo.json ratio -->
     99.4 %<!--= benchmarks/results/evaluation.json variants[variant=aligned].accuracy -->
@@ -60,7 +60,7 @@ def look_up(document: Any, key: str) -> Any:
             rows = [row for row in document if str(row[field]) == value]
             document = rows[0] if len(rows) == 1 else rows
         else:
-            document = document[int(index)]
+            document = document[index if isinstance(document, dict) else int(index)]
     return document
 
 
