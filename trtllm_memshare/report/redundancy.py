@@ -33,7 +33,7 @@ def table_of_document(document: dict[str, dict[str, Any]]) -> str:
     """The table of a report as it is read from JSON, whose keys are all text; columns are named by the files' stems."""
     columns = {}
     for path, measures in document.items():
-        keyed = {
+        keyed: dict[str, Any] = {
             name: {json.loads(key): share for key, share in value.items()} if isinstance(value, dict) else value
             for name, value in measures.items()
         }
