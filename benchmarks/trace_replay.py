@@ -28,14 +28,11 @@ import torch
 from trtllm_memshare.errors import UserError, nearest, run_command_line
 from trtllm_memshare.evaluation.document import make_report, publish, write_report
 from trtllm_memshare.evaluation.fixed_sharing import FULL_SEARCHES
-from trtllm_memshare.evaluation.random_model import SHAPES, TOKENIZER_SIZE, make_model, zero_null_page
-from trtllm_memshare.evaluation.replay import cut_scripts, train_tokenizer
-from trtllm_memshare.evaluation.replay_cost import replay_rounds
+from trtllm_memshare.evaluation.random_model import SHAPES
+from trtllm_memshare.evaluation.replay_cost import make_setup, replay_rounds
 from trtllm_memshare.evaluation.texts import read_texts
 from trtllm_memshare.report.replay_cost import replay_cost_table
 from trtllm_memshare.runners.torch.paged_decode import CHOICES
-from trtllm_memshare.runners.torch.runner import TorchRunner
-from trtllm_memshare.search.steps import BoundaryTokens
 
 _PROMPT_TOKENS = 64
 
@@ -58,27 +55,18 @@ def main() -> None:
     if options.model_shape not in SHAPES:
         raise UserError(f"unknown model shape {options.model_shape} ({nearest(options.model_shape, SHAPES)})")
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    length = _PROMPT_TOKENS + options.output_tokens
-    texts = read_texts(options.traces)
-    tokenizer = train_tokenizer(texts, TOKENIZER_SIZE)
-    scripts = cut_scripts(texts, tokenizer, options.batch_size, length)
-    shape = SHAPES[options.model_shape]
-    boundaries = BoundaryTokens.from_tokenizer(tokenizer, shape.vocab_size)
-    model = make_model(shape, length, device)
-    blocks = options.batch_size * -(-length // options.tokens_per_block) + 1  # the null page
-    null_page = zero_null_page(model.config, length)
-    runner = TorchRunner(
-        model, blocks, options.tokens_per_block, null_page_set=null_page, use_graphs=not options.no_graphs,
+    setup = make_setup(
+        read_texts(options.traces), SHAPES[options.model_shape], options.batch_size, _PROMPT_TOKENS,
+        options.output_tokens, options.tokens_per_block, device, use_graphs=not options.no_graphs,
         decode=options.decode,
     )  # fmt: skip
+    runner, length = setup.runner, _PROMPT_TOKENS + options.output_tokens
     print(f"device: {device}; {options.model_shape} with random weights, {options.batch_size} x {length} tokens")
     print(f"block distances: {runner.search.description}\ndecode attention: {runner.decode_description}")
     settings = {n: getattr(options, n) for n in ("model_shape", "batch_size", "output_tokens", "tokens_per_block")}
     settings |= {"block_distances": runner.search.description, "decode_attention": runner.decode_description}
     report = make_report({"device": device, **settings})
-    rounds = replay_rounds(
-        runner, options.variants, boundaries, scripts, _PROMPT_TOKENS, options.repeat, options.budget_s
-    )
+    rounds = replay_rounds(setup, options.variants, options.repeat, options.budget_s)
     for count, rows in enumerate(rounds, 1):
         report["num_rounds"], report["variants"] = count, rows
         if options.output_json is not None:

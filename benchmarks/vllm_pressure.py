@@ -38,7 +38,8 @@ def main() -> None:
     options = parser.parse_args()
     work = VllmWork.from_options(options)
     if options.run_arm:
-        print(json.dumps(run_engine(work, options.run_arm[0], options.admission, int(options.run_arm[1]))))
+        run = run_engine(work, options.run_arm[0], options.admission, int(options.run_arm[1]))
+        print(json.dumps({name: value for name, value in run.items() if name != "answers"}))
         return
     document: dict[str, Any] = {
         "workload": work.describe(options.admission), "machine": describe_machine(), "runs": []

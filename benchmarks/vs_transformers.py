@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.benchmark import Load, run_variant
 from trtllm_memshare.evaluation.dataset import read_dataset
 from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.transformers_batching import run_transformers
+from trtllm_memshare.evaluation.transformers_batching import Served, run_in_turns, run_transformers, summarize_rounds
 from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
@@ -46,34 +45,30 @@ def main() -> None:
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size)
     load = Load(64, options.max_num_tokens, engine.build.max_seq_len, "MAX_UTILIZATION", engine.stop_token_ids)
     variant = make_variant("full", engine.memshare)
-    ours: list[float] = []
-    theirs: list[float] = []
-    agree = 0.0
-    for _ in range(options.repeat):
-        mine = run_variant(variant, runner, boundaries, items, load, lambda *_: True)
-        ours.append(mine.entry["total_latency_ms"] / 1e3)
-        seconds, outputs = run_transformers(
-            stock, items, eos, options.page_size, options.kv_cache_blocks, options.max_num_tokens
-        )
-        theirs.append(seconds)
-        agree = sum(a.token_ids == b for a, b in zip(mine.results, outputs, strict=True)) / len(items)
-        print(f"round: ours {ours[-1]:.2f} s, transformers {seconds:.2f} s, same tokens {agree:.0%}", file=sys.stderr)
-    count = len(items)
+
+    def ours() -> Served:
+        run = run_variant(variant, runner, boundaries, items, load, lambda *_: True)
+        return run.entry["total_latency_ms"] / 1e3, [result.token_ids for result in run.results]
+
+    def theirs() -> Served:
+        return run_transformers(stock, items, eos, options.page_size, options.kv_cache_blocks, options.max_num_tokens)
+
+    rounds = []
+    for found in run_in_turns(ours, theirs, options.repeat):
+        rounds.append(found)
+        seconds = f"ours {found.ours:.2f} s, transformers {found.theirs:.2f} s"
+        print(f"round: {seconds}, same tokens {found.same_tokens:.0%}", file=sys.stderr)
     report = make_report(
         {
-            "dataset": {"path": str(options.dataset), "num_requests": count},
+            "dataset": {"path": str(options.dataset), "num_requests": len(items)},
             "kv_cache_blocks": options.kv_cache_blocks,
             "page_size": options.page_size,
-            "full_seconds": ours,
-            "transformers_seconds": theirs,
-            "full_req_s": count / statistics.median(ours),
-            "transformers_req_s": count / statistics.median(theirs),
-            "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
-            "same_tokens": agree,
+            **summarize_rounds(rounds, len(items)),
         }
     )
     print(f"transformers {transformers.__version__} generate_batch: {report['transformers_req_s']:.2f} req/s")
-    print(f"full: {report['full_req_s']:.2f} req/s, {report['ratio']:.2f} times as fast; same tokens {agree:.0%}")
+    same = report["same_tokens"]
+    print(f"full: {report['full_req_s']:.2f} req/s, {report['ratio']:.2f} times as fast; same tokens {same:.0%}")
     publish(report, options.output_json)
 
 

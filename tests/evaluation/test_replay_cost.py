@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trtllm_memshare.evaluation.random_model import SHAPES, make_model, zero_null_page
-from trtllm_memshare.evaluation.replay_cost import replay, replay_rounds, summarize
+from trtllm_memshare.evaluation.replay_cost import ReplaySetup, make_setup, replay, replay_rounds, summarize
 from trtllm_memshare.report.replay_cost import replay_cost_table
 from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.config import make_config
@@ -64,6 +64,17 @@ def test_every_second_generated_page_is_forgotten(boundaries, variant):
 def test_no_round_starts_that_would_not_end_in_time(boundaries):
     runner = TorchRunner(make_model(SHAPES["small"], 96, "cpu"), 16, 8)
     scripts = [np.arange(30, dtype=np.int32)]
-    rounds = list(replay_rounds(runner, ["off", "shadow"], boundaries, scripts, 8, num_rounds=3, budget_s=0))
+    setup = ReplaySetup(runner, boundaries, scripts, num_prompt_tokens=8)
+    rounds = list(replay_rounds(setup, ["off", "shadow"], num_rounds=3, budget_s=0))
     assert len(rounds) == 1  # the first always runs
     assert list(rounds[0]) == ["off", "shadow"]
+
+
+def test_the_pool_holds_every_request_and_its_null_page():
+    """Three requests of 8 + 26 tokens, the last never read, fill five pages each; one page more is read by nobody."""
+    texts = ["First we add 3 and 4. That gives 7.\n\nWait, let me check: 3 and 4 make 7.\n\n" * 8]
+    setup = make_setup(texts, SHAPES["small"], 3, 8, 26, tokens_per_block=8, device="cpu", decode="pytorch")
+    assert [len(script) for script in setup.scripts] == [34] * 3
+    found = replay(setup.runner, "off", setup.boundaries, setup.scripts, setup.num_prompt_tokens)
+    assert found["num_steps"] == 26 - 1  # the prompts' step gives the first
+    assert found["peak_used_blocks"] == setup.runner.num_blocks - 1 == 15

@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from fakes.counting_runner import CountingRunner, expected
 
 import trtllm_memshare
+from benchmarks.vs_vllm import summarize
+from trtllm_memshare.evaluation.executor_work import run_executor
 from trtllm_memshare.evaluation.vllm_work import VllmWork, cut_requests
 from trtllm_memshare.vllm import SCHEDULER_CLASS
 
@@ -63,3 +66,19 @@ def test_arms_are_settings_of_the_plugin(work, arm, need, min_kept):
         "null_pages": "null", "need": need, "min_kept": min_kept, "protected_tokens": 16, "admission": "lookahead"
     }  # fmt: skip
     assert work.arm_arguments("vllm", "lookahead") == {}
+
+
+def test_our_executor_answers_in_the_order_of_the_requests_with_their_lengths(work):
+    blocks = sum(-(-(len(prompt) + length) // 8) for prompt, length in work.requests)
+    run = run_executor(work, CountingRunner(2 * blocks))  # type: ignore[arg-type]
+    assert run["answers"] == [expected(prompt, length) for prompt, length in work.requests]
+    written = sum(length for _, length in work.requests)
+    assert written / 2 <= run["steps"] <= written / 2 + 4  # two at a time
+
+
+def test_the_peer_is_compared_round_by_round():
+    ours = [{"seconds": s, "cpu_seconds": s, "answers": [[1, 2], [3]]} for s in (1.0, 2.0, 4.0)]
+    theirs = [{"seconds": s, "cpu_seconds": 1.0, "answers": [[1, 2], [4]]} for s in (3.0, 1.0, 4.0)]
+    row = summarize(2, ours, theirs)
+    assert (row["ratio"], row["cpu_ratio"], row["same_answers"]) == (1.0, 0.5, 0.5)
+    assert (row["ours_tokens_per_s"], row["vllm_tokens_per_s"]) == (1.5, 1.0)

@@ -1,8 +1,7 @@
 """Coverage-guided fuzzing of every parser (atheris): `python tests/fuzz/run.py --seconds 60`.
 
 Each target runs in a process of its own, from the committed corpus; inputs that reach new code are kept in
---new-corpus. docs/reliability.md shows the table that it prints. Needs `pip install -c constraints.txt atheris` (Linux,
-Python 3.11 or later).
+--new-corpus. docs/reliability.md shows the table that it prints. atheris is for Linux and Python 3.11 or later.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,7 @@ _COVERAGE = re.compile(r"cov: (\d+)")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--runs", type=int, help="inputs for each target, in place of --seconds")
     parser.add_argument("--targets", nargs="*", default=[], help="default: all")
     parser.add_argument("--new-corpus", type=Path, help="where inputs that reach new code are kept")
     parser.add_argument("--output-json", type=Path)
@@ -36,7 +37,9 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     summary: dict[str, object] = {}
     for name in options.targets or TARGETS:
-        rows.append(_run(name, options.seconds, options.new_corpus))
+        limit = f"-runs={options.runs}" if options.runs else f"-max_total_time={options.seconds}"
+        started = time.monotonic()
+        rows.append({**fuzz(name, limit, options.new_corpus), "seconds": round(time.monotonic() - started)})
         print(json.dumps(rows[-1]), flush=True)
         summary = {"inputs": sum(int(str(row["inputs"])) for row in rows)}
         summary["failed"] = [row["target"] for row in rows if row["failed"]]
@@ -48,10 +51,11 @@ def main() -> None:
     sys.exit(bool(summary["failed"]))
 
 
-def _run(name: str, seconds: int, kept: Path | None) -> dict[str, object]:
+def fuzz(name: str, limit: str, kept: Path | None = None) -> dict[str, object]:
+    """One target in a process of its own until libFuzzer's ``limit``: how many inputs, and whether one failed."""
     folder = Path(tempfile.mkdtemp()) if kept is None else kept / name
     folder.mkdir(parents=True, exist_ok=True)
-    limits = [f"-max_total_time={seconds}", "-timeout=2", "-rss_limit_mb=1500", "-max_len=4096", "-print_final_stats=1"]
+    limits = [limit, "-timeout=2", "-rss_limit_mb=1500", "-max_len=4096", "-print_final_stats=1"]
     artifacts = f"-artifact_prefix={folder.parent}/{name}-"
     command = [sys.executable, __file__, "--worker", name, str(folder), str(CORPUS / name), *limits, artifacts]
     done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
@@ -64,7 +68,6 @@ def _run(name: str, seconds: int, kept: Path | None) -> dict[str, object]:
     row = {
         "target": name,
         "inputs": last(_TOTAL),
-        "seconds": seconds,
         "coverage": last(_COVERAGE),
         "peak_mb": last(_PEAK),
         "slowest_s": last(_SLOWEST),

@@ -1,4 +1,4 @@
-"""The committed inputs, and a few hundred drawn ones a parser, in every test run; see ``run.py`` for hours of it."""
+"""Committed inputs, drawn ones and guided ones for every parser, in every test run; see ``run.py`` for hours of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from fuzz.run import fuzz
 from fuzz.targets import TARGETS, run_target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 CORPUS = Path(__file__).parent / "corpus"
+GUIDED_INPUTS = 1000
 DIGITS = "stands for an integer of 5,000 digits"
 _VALUES = st.recursive(
     st.none()
@@ -74,6 +76,15 @@ def test_changed_inputs_are_taken_or_refused_with_a_sentence(name, data):
         start, stop = sorted((data.draw(st.integers(0, len(seed))), data.draw(st.integers(0, len(seed)))))
         changed = seed[:start] + data.draw(st.binary(max_size=12)) + seed[stop:]
     run_target(name, changed)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_inputs_that_coverage_leads_to_are_taken_or_refused_with_a_sentence(name):
+    pytest.importorskip("atheris", reason="atheris is for Linux and Python 3.11 or later")
+    row = fuzz(name, f"-runs={GUIDED_INPUTS}")
+    assert not row["failed"], row
+    assert int(str(row["inputs"])) >= GUIDED_INPUTS
+    assert int(str(row["coverage"])) > 10  # the parser was instrumented
 
 
 HEAVY = {

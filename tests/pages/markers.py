@@ -1,11 +1,12 @@
 """References from a page to committed results, which a reader of the rendered page does not see.
 
-A figure is checked by a marker right behind it. The key walks through objects by name, through lists by number or by
-``[field=value]``; `` / ``, `` * `` and `` - `` join keys and numbers; ``module:function`` takes the whole file. It
-may go on in the next line::
+A figure is checked by a marker right behind it. The key walks through objects by name (``[a.b]``: one with a point in
+it), through lists by number or by ``[field=value]``; `` / ``, `` * `` and `` - `` join keys and numbers;
+``module:function`` takes the whole file. It may go on in the next line::
 
     1.15<!--= benchmarks/results/demo.json ratio -->
     99.4 %<!--= benchmarks/results/evaluation.json variants[variant=aligned].accuracy -->
+    p < 0.001<!--= rows.jsonl benchmarks.studies.real_model.figures:compared what="p" arm="redundancy-k" -->
     1.33<!--= schedule.json rows[variant=a].req_s / rows[variant=full].req_s -->
     42 of 52<!--= recall.jsonl benchmarks.studies.real_model.figures:recalled arm="redundancy-v" -->
 
@@ -33,7 +34,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
-FIGURE = re.compile(rf"(?P<shown>{NUMBER}(?: of \d+)?)(?P<percent> ?%)?<!--=\s+(?P<path>\S+)\s+(?P<key>[^>]+?) -->")
+FIGURE = re.compile(
+    rf"(?P<shown>(?:< )?{NUMBER}(?: of \d+)?)(?P<percent> ?%)?<!--=\s+(?P<path>\S+)\s+(?P<key>[^>]+?) -->"
+)
 ROWS = re.compile(r"<!--rows= (?P<path>\S+)\s+(?P<list>\S+)\s+(?P<columns>[^>]+?) -->")
 TABLE = re.compile(r"<!--table= (?P<path>\S+)\s+(?P<call>[^>]+?) -->")
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -57,7 +60,7 @@ def look_up(document: Any, key: str) -> Any:
             rows = [row for row in document if str(row[field]) == value]
             document = rows[0] if len(rows) == 1 else rows
         else:
-            document = document[int(index)]
+            document = document[index if isinstance(document, dict) else int(index)]
     return document
 
 
@@ -91,9 +94,11 @@ def evaluate(text: str, row: Any, document: Any) -> Any:
 
 
 def is_shown(value: Any, shown: str, is_percent: bool = False) -> bool:
-    """Whether a value, rounded to the digits that a page prints, is what it prints."""
+    """Whether a value, rounded to the digits that a page prints, is what it prints, or less where it prints ``<``."""
     if isinstance(value, str):
         return value == shown
+    if shown.startswith("< "):
+        return bool(value * (100 if is_percent else 1) < float(shown[2:].replace(",", "")))
     mantissa = shown.lower().partition("e")[0]
     form = f".{len(mantissa.partition('.')[2])}{'e' if 'e' in shown.lower() else 'f'}"
     return float(f"{value * (100 if is_percent else 1):{form}}") == float(shown.replace(",", ""))

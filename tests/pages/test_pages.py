@@ -17,7 +17,6 @@ from pages.markers import (
     is_shown,
     look_up,
     missing_lines,
-    table_below,
     wrong_cells,
     wrong_figures,
 )
@@ -57,6 +56,7 @@ def test_the_markers_catch_a_wrong_figure():
     document = {"variants": [{"variant": "a", "accuracy": 0.994}], "rows": [3, 4]}
     assert look_up(document, "variants[variant=a].accuracy") == 0.994
     assert look_up(document, "rows[1]") == 4
+    assert look_up({"a.json": {"b": 5}}, "[a.json].b") == 5
     rows = {"rows": [{"a": 1, "b": 2}, {"a": 1, "b": 3}]}
     assert look_up(rows, "rows[a=1][b=3].b") == 3
     assert evaluate("1 - rows[b=2].b / $rows[1].b * 3", rows, rows) == -1
@@ -67,6 +67,9 @@ def test_the_markers_catch_a_wrong_figure():
     assert is_shown(4.83e-7, "4.8e-07")
     assert not is_shown(4.9e-7, "4.8e-07")
     assert is_shown("42 of 52", "42 of 52")
+    assert is_shown(0.0002, "< 0.001")
+    assert not is_shown(0.001, "< 0.001")
+    assert FIGURE.search("chance (p < 0.001<!--= r.jsonl m:f -->)")["shown"] == "< 0.001"
     assert FIGURE.search("gains 1.15<!--= r.json a.b --> times")["shown"] == "1.15"
     assert FIGURE.search("knows 42 of 52<!--= r.jsonl\nm:f arm=1 --> facts")["shown"] == "42 of 52"
 
@@ -84,38 +87,65 @@ def test_the_markers_catch_a_wrong_cell():
 
 
 # Figures without a marker, each with the reason why no result holds it.
-SETTINGS = "a setting, a default or a step of it"
+SETTINGS = "a setting, a default, a threshold or a step of it"
 GOAL = "a goal that was set"
 VERSION = "a version of software"
+SIZE = "the size of a model or a machine"
+ARITHMETIC = "what chance or arithmetic gives"
 UNREFERRED = {
     "README.md": {"1.85": GOAL},
-    "docs/pressure.md": {
-        **{text: SETTINGS for text in ("0.97", "0.92", "0.5")},
-        **{text: GOAL for text in ("1.85", "2.2", "1.5", "1.4")},
+    "benchmarks/studies/distances/README.md": {"0.8": SETTINGS, "0.5": ARITHMETIC},
+    "benchmarks/studies/learning_to_copy/README.md": {"1.2": SIZE, "7.6": ARITHMETIC},
+    "benchmarks/studies/real_text/README.md": {
+        **dict.fromkeys(("0.35", "0.7", "0.9"), SETTINGS),
+        **{"1.2": SIZE, "7.6": ARITHMETIC, "0.01": "a unit"},
     },
+    "benchmarks/studies/rejected_pairs/README.md": {"0.5": SETTINGS},
+    "benchmarks/studies/sweeps/README.md": {"0.9": SETTINGS, "1.2": SETTINGS},
+    "docs/architecture.md": dict.fromkeys(("30.6", "23.2"), "lines of code, counted by the command below them"),
     "docs/deploy.md": {"0.5": SETTINGS, **dict.fromkeys(("2.51", "24.10", "25.07", "3.11", "3.12"), VERSION)},
     "docs/gpu.md": {"1.85": GOAL, "10.14": VERSION},
+    "docs/method.md": dict.fromkeys(("0.5", "0.7", "0.9"), SETTINGS),
     "docs/null_page.md": {"99.9": SETTINGS},
     "docs/plugins.md": {"10.14": VERSION, "11.1": VERSION},
-    "docs/vllm.md": {"0.75": SETTINGS, "0.5": SETTINGS, "0.25": SETTINGS, "1.5": GOAL},
+    "docs/pressure.md": {
+        **dict.fromkeys(("0.97", "0.92", "0.5"), SETTINGS),
+        **dict.fromkeys(("1.85", "2.2", "1.5", "1.4"), GOAL),
+    },
+    "docs/pytorch_backend.md": {
+        "0.5": SETTINGS,
+        "1.1": VERSION,
+        "1.2": VERSION,
+        "1.4": VERSION,
+        "1.5": SIZE,
+        "1.6": GOAL,
+    },
+    "docs/real_model.md": {
+        **dict.fromkeys(("0.1", "0.9", "0.6", "0.95"), SETTINGS),  # 0.95 is a goal too
+        **{"0.8": GOAL, "2.0": VERSION},
+    },
+    "docs/reliability.md": {"4.57": VERSION, "5.24": VERSION, "0.0625": "printed by the test that the row names"},
+    "docs/tensorrt_llm.md": {"10.14": VERSION},
+    "docs/toy.md": {"0.8": SIZE, "1.2": SIZE, "23.5": SIZE, "1.85": GOAL},
+    "docs/vllm.md": {"0.5": SETTINGS, "0.25": SETTINGS, "1.5": GOAL},
 }
 PRODUCTS = r"(?:Python|TensorRT|TensorRT-LLM|vLLM|nvcc|CUDA|arXiv) \d+\.[\dx.]+(?: (?:to|and|or) \d+\.[\dx]+)?"
 
 
 def unreferred(text: str) -> set[str]:
     """Decimal figures and ``N of M`` of a page's prose and tables that no marker stands behind."""
-    ends = [found.end() for pattern in (ROWS, TABLE) for found in pattern.finditer(text)]
-    for row in [row for end in ends for row in table_below(text, end)]:
-        text = text.replace(f"| {' | '.join(row)} |", "")
+    checked = "|".join(pattern.pattern for pattern in (ROWS, TABLE))
+    checked = re.sub(r"\(\?P<\w+>", "(?:", checked)
+    text = re.sub(rf"(?:{checked})(?:\s|<!--(?!\w*=).*?-->)*(?:^ *\|.*\n)+", "", text, flags=re.MULTILINE)
     text = FIGURE.sub("", text)
     text = re.sub(r"^```.*?^```|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(rf"^ {{4}}.*$|`[^`]*`|\]\([^)]*\)|{PRODUCTS}", "", text, flags=re.MULTILINE)
     return set(re.findall(r"(?<![\w.])\d+\.\d+(?:e-?\d+)?(?![\w.]*\w)|\d+ of \d+", text))
 
 
-@pytest.mark.parametrize("page", sorted(UNREFERRED))
+@pytest.mark.parametrize("page", PAGES)
 def test_every_measured_figure_has_its_reference(page):
-    assert unreferred(read(page)) == set(UNREFERRED[page])
+    assert unreferred(read(page)) == set(UNREFERRED.get(page, ()))
 
 
 def test_the_front_door_is_short():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.redundancy import measure
 from trtllm_memshare.evaluation.texts import read_texts
-from trtllm_memshare.report.redundancy import redundancy_table
+from trtllm_memshare.report.redundancy import redundancy_table, table_of_document
 
 
 def test_known_fields_are_found_and_others_are_named(tmp_path):
@@ -49,7 +50,10 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_the_table_shows_every_measure_of_every_column():
     once = " ".join(f"w{i}" for i in range(40))
-    table = redundancy_table({"plain": measure([once]), "twice": measure([f"{once}\n\n{once}"])})
+    measures = {"plain": measure([once]), "twice": measure([f"{once}\n\n{once}"])}
+    table = redundancy_table(measures)
+    document = {f"texts/{name}.jsonl": asdict(measured) for name, measured in measures.items()}
+    assert table_of_document(json.loads(json.dumps(document))) == table
     rows = {line.split("  ")[0]: line.split()[-2:] for line in table.split("\n\n")[0].splitlines()}
     assert rows["measure"] == ["plain", "twice"]
     assert rows["words per text, mean"] == ["40", "80"]

@@ -5,19 +5,61 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from trtllm_memshare.evaluation.fixed_sharing import FULL_SEARCHES, HALF_FORGOTTEN, settings_of
-from trtllm_memshare.evaluation.replay import ReplaySampler
+from trtllm_memshare.evaluation.random_model import TOKENIZER_SIZE, ModelShape, make_model, zero_null_page
+from trtllm_memshare.evaluation.replay import ReplaySampler, cut_scripts, train_tokenizer
 from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 
 _WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class ReplaySetup:
+    """A model with random weights in a pool in which nobody waits, and what its requests will write."""
+
+    runner: TorchRunner
+    boundaries: BoundaryTokens
+    scripts: list[np.ndarray]
+    num_prompt_tokens: int
+
+
+def make_setup(
+    texts: list[str],
+    shape: ModelShape,
+    num_requests: int,
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    tokens_per_block: int,
+    device: str,
+    **runner_options: Any,
+) -> ReplaySetup:
+    """The setup of ``num_requests`` stretches of ``texts``, cut by a tokenizer that is trained on them.
+
+    Args:
+      device: cpu or cuda.
+      runner_options: of ``TorchRunner``.
+
+    Raises:
+      ValueError: no text is that long.
+    """
+    length = num_prompt_tokens + num_output_tokens
+    tokenizer = train_tokenizer(texts, TOKENIZER_SIZE)
+    scripts = cut_scripts(texts, tokenizer, num_requests, length)
+    boundaries = BoundaryTokens.from_tokenizer(tokenizer, shape.vocab_size)
+    model = make_model(shape, length, device)
+    null_page = zero_null_page(model.config, length)
+    blocks = num_requests * -(-length // tokens_per_block) + null_page.num_bands
+    runner = TorchRunner(model, blocks, tokens_per_block, null_page_set=null_page, **runner_options)
+    return ReplaySetup(runner, boundaries, scripts, num_prompt_tokens)
 
 
 def replay(
@@ -59,27 +101,17 @@ def replay(
 
 
 def replay_rounds(
-    runner: TorchRunner,
-    variants: Sequence[str],
-    boundaries: BoundaryTokens,
-    scripts: list[np.ndarray],
-    num_prompt_tokens: int,
-    num_rounds: int,
-    budget_s: float | None,
+    setup: ReplaySetup, variants: Sequence[str], num_rounds: int, budget_s: float | None
 ) -> Iterator[dict[str, dict[str, Any]]]:
     """Yields the summary of all rounds so far after each round.
 
     Args:
       budget_s: no round is started that would not end within so many seconds; None = there is no limit.
-    """  # fmt: skip
+    """
+    runner, boundaries, num_prompt_tokens = setup.runner, setup.boundaries, setup.num_prompt_tokens
     # With the search, which compiles its kernel at its first turn.
-    replay(
-        runner,
-        FULL_SEARCHES,
-        boundaries,
-        [s[: num_prompt_tokens + _WARM_UP_TOKENS] for s in scripts],
-        num_prompt_tokens,
-    )
+    beginnings = [script[: num_prompt_tokens + _WARM_UP_TOKENS] for script in setup.scripts]
+    replay(runner, FULL_SEARCHES, boundaries, beginnings, num_prompt_tokens)
     rounds: list[dict[str, dict[str, Any]]] = []
     started = time.monotonic()
     while len(rounds) < num_rounds:
@@ -88,7 +120,7 @@ def replay_rounds(
             return
         # Every other round runs backwards, so that a drift of the machine falls on all variants.
         order = variants[:: -1 if len(rounds) % 2 else 1]
-        found = {name: replay(runner, name, boundaries, scripts, num_prompt_tokens) for name in order}
+        found = {name: replay(runner, name, boundaries, setup.scripts, num_prompt_tokens) for name in order}
         rounds.append({name: found[name] for name in variants})
         yield summarize(rounds)
 

@@ -18,6 +18,9 @@ _MAX_IDLE_STEPS = 2  # in a row; then nothing will ever change
 def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[str, Any]:
     """Serves the work with vLLM's engine in this process; all requests are there at the start.
 
+    Returns:
+      Figures of the run, and ``answers``, token ids in the order of the requests.
+
     Raises:
       UserError: an answer has not its trace's length.
     """
@@ -56,7 +59,7 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
         "cpu_latency": {q: float(np.percentile(cpu_ends, int(q[1:]))) for q in ("p50", "p99")},
         "retired": _num_retired(scheduler),
         "answers_hash": hashlib.sha256(json.dumps(sorted(answers.items())).encode()).hexdigest()[:16],
-        "all_free": _is_all_free(scheduler),
+        "all_free": _is_all_free(scheduler), "answers": [answers[i] for i in range(len(work.requests))],
     }  # fmt: skip
 
 

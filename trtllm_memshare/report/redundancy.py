@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from trtllm_memshare.evaluation.redundancy import Redundancy
 
@@ -24,6 +27,18 @@ def redundancy_table(columns: dict[str, Redundancy]) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, "", _LEGEND])
+
+
+def table_of_document(document: dict[str, dict[str, Any]]) -> str:
+    """The table of a report as it is read from JSON, whose keys are all text; columns are named by the files' stems."""
+    columns = {}
+    for path, measures in document.items():
+        keyed: dict[str, Any] = {
+            name: {json.loads(key): share for key, share in value.items()} if isinstance(value, dict) else value
+            for name, value in measures.items()
+        }
+        columns[Path(path).stem] = Redundancy(**keyed)
+    return redundancy_table(columns)
 
 
 def _percent(value: float, digits: int) -> str:

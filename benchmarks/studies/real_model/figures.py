@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from trtllm_memshare.evaluation.page_table import BASE, Row, compare, recall
+from trtllm_memshare.evaluation.page_table import BASE, Row, Setting, compare, recall, select
+
+
+def compared(rows: list[Row], what: str, arm: str, base: str = BASE, kept: float = 0.5, tokens: int = 2048) -> float:
+    """A field of ``Comparison`` of two arms on the texts that both have, such as ``ratio`` or ``divergence_p``."""
+    found = compare(rows, arm, base, Setting(kept, tokens=tokens))
+    if found is None:
+        raise ValueError(f"arms {arm!r} and {base!r} have no two problems in common")
+    return float(getattr(found, what))
 
 
 def loss_change(rows: list[Row], arm: str) -> float:
     """Against the full cache with half of the generated pages kept, nats a token."""
-    found = compare(rows, arm, BASE)
-    if found is None:
-        raise ValueError(f"arm {arm!r} has no two problems")
-    return found.loss_change
+    return compared(rows, "loss_change", arm)
 
 
 def ratio_to_random(rows: list[Row], arm: str) -> float:
     """The change of the loss over that of random pages on the same texts."""
-    found = compare(rows, arm, BASE)
-    if found is None:
-        raise ValueError(f"arm {arm!r} has no two problems")
-    return found.ratio
+    return compared(rows, "ratio", arm)
 
 
 def smallest_loss(rows: list[Row]) -> float:
@@ -35,3 +37,26 @@ def recalled(rows: list[Row], arm: str) -> str:
     """Facts stated once that are still known with half of the pages kept, ``42 of 52``."""
     (found,) = [r for r in recall(rows) if r.arm == arm]
     return f"{found.right} of {found.asked}"
+
+
+def recalled_beside(rows: list[Row], arm: str, other: str) -> str:
+    """The same for the questions of the texts that another arm has too."""
+    texts = {row["text"] for row in rows if row["arm"] == other}
+    return recalled([row for row in rows if row["text"] in texts], arm)
+
+
+def recalled_at(rows: list[Row], arm: str, distance: int) -> str:
+    """The same for the questions whose fact stood up to so many tokens back, and beyond the next smaller distance."""
+    (found,) = [r for r in recall(rows) if r.arm == arm]
+    right, asked = found.by_distance[distance]
+    return f"{right} of {asked}"
+
+
+def largest_recall_p(rows: list[Row]) -> float:
+    """Of McNemar's against random pages, over the rankings with redundancy."""
+    return max(r.p for r in recall(rows) if r.p is not None and "redundancy" in r.arm)
+
+
+def of_text(rows: list[Row], text: str, arm: str, what: str) -> float:
+    """A field of one text's row with half of the pages kept."""
+    return float(select(rows, arm)[text][what])

@@ -48,28 +48,43 @@ def main() -> None:
     texts = islice(token_texts(read_traces(), tokenizer, BEFORE + AFTER), len(passages))
     found = []
     for (name, passage), text in zip(passages.items(), texts, strict=True):
-        loop = (passage * (LOOP // len(passage) + 1))[:LOOP]
-        ids = [*text.ids[:BEFORE], *loop, *text.ids[BEFORE:]]
-        full = replay.read(ids, PAGE_TOKENS)
-        retirements = retire_by_preset(make_config("aligned"), full, text.num_prompt_tokens, replay.model, boundaries)
-        loss = replay.change(full, retirements).loss
-        held = [_held(retirements, end) for end in range(0, len(ids) + 1, PAGE_TOKENS)]
-        begin, end = BEFORE // PAGE_TOKENS, (BEFORE + LOOP) // PAGE_TOKENS
-        found.append(
-            {
-                "passage": name,
-                "passage_tokens": len(passage),
-                "pages_before": held[begin],
-                "pages_written_in_loop": end - begin,
-                "pages_held_halfway": held[(begin + end) // 2],
-                "pages_held_at_its_end": held[end],
-                "loss_change_before": round(float(loss[text.num_prompt_tokens : BEFORE - 1].mean()), 5),
-                "loss_change_in_loop": round(float(loss[BEFORE - 1 : BEFORE + LOOP - 1].mean()), 5),
-                "loss_change_after": round(float(loss[BEFORE + LOOP - 1 :].mean()), 5),
-            }
-        )
+        found.append({"passage": name, **measure_loop(replay, text.ids, text.num_prompt_tokens, passage, boundaries)})
         print(json.dumps(found[-1]), flush=True)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure_loop(
+    replay: MaskedReplay,
+    ids: list[int],
+    num_prompt_tokens: int,
+    passage: list[int],
+    boundaries: BoundaryTokens,
+    before: int = BEFORE,
+    loop: int = LOOP,
+) -> dict[str, float]:
+    """Pages held and change of the loss when ``passage`` fills ``loop`` tokens behind the first ``before`` of a text.
+
+    Args:
+      ids: the text, token ids; what is behind ``before`` follows the loop.
+      before, loop: tokens, multiples of a page.
+    """
+    repeated = (passage * (loop // len(passage) + 1))[:loop]
+    written = [*ids[:before], *repeated, *ids[before:]]
+    full = replay.read(written, PAGE_TOKENS)
+    retirements = retire_by_preset(make_config("aligned"), full, num_prompt_tokens, replay.model, boundaries)
+    loss = replay.change(full, retirements).loss
+    held = [_held(retirements, end) for end in range(0, len(written) + 1, PAGE_TOKENS)]
+    begin, end = before // PAGE_TOKENS, (before + loop) // PAGE_TOKENS
+    return {
+        "passage_tokens": len(passage),
+        "pages_before": held[begin],
+        "pages_written_in_loop": end - begin,
+        "pages_held_halfway": held[(begin + end) // 2],
+        "pages_held_at_its_end": held[end],
+        "loss_change_before": round(float(loss[num_prompt_tokens : before - 1].mean()), 5),
+        "loss_change_in_loop": round(float(loss[before - 1 : before + loop - 1].mean()), 5),
+        "loss_change_after": round(float(loss[before + loop - 1 :].mean()), 5),
+    }
 
 
 def _held(retirements: Retirements, num_tokens: int) -> int:

@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.studies.sweeps.sweep import settings_table, sweep_settings
 from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions, parse_setting
+from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
 from trtllm_memshare.evaluation.benchmark_run import run_benchmark
 from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.statistics import wilson_interval
-
-_KEPT = (
-    "accuracy", "shared_block_fraction", "block_steps_per_request", "mean_output_tokens", "rejected", "refused",
-    "paused_requests", "num_steps",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -46,37 +40,9 @@ def main() -> None:
         samples=arguments.samples,
         temperature=arguments.temperature,
     )
-    full = run_benchmark(options, command)
-    rows = [{"values": "full", **{name: full["variants"][0][name] for name in _KEPT}}]
-    for text in arguments.values:
-        settings = tuple(parse_setting(part) for part in text.split(","))
-        report = run_benchmark(replace(options, variants=(arguments.variant,), settings=settings), command)
-        rows.append({"values": text, **{name: report["variants"][0][name] for name in _KEPT}})
-    count, base = full["dataset"]["num_requests"], rows[0]["block_steps_per_request"]
-    print(
-        f"\n{arguments.variant}: {'values':<44} {'shared':>7} {'right':>7}  95 % interval   block-steps  steps  paused"
-    )
-    for row in rows:
-        row["interval"] = wilson_interval(round(row["accuracy"] * count), count)
-        low, high = row["interval"]
-        print(
-            f"{'':<{len(arguments.variant) + 2}}{row['values']:<44} {row['shared_block_fraction']:>7.1%} "
-            f"{row['accuracy']:>7.1%}  {low:.1%} to {high:.1%}  {row['block_steps_per_request'] / base:.2f}         "
-            f"{row['num_steps']:>6} {row['paused_requests']:>7}"
-        )
-    print(f"{count} problems of {arguments.dataset}")
-    document = make_report(
-        {
-            "dataset": full["dataset"],
-            "variant": arguments.variant,
-            "kv_cache_blocks": full["kv_cache_blocks"],
-            "samples": arguments.samples,
-            "temperature": arguments.temperature,
-            "rows": rows,
-        },
-        command,
-    )
-    publish(document, arguments.output_json)
+    figures = sweep_settings(options, arguments.variant, arguments.values, lambda o: run_benchmark(o, command))
+    print(f"\n{settings_table(figures)}\n{figures['dataset']['num_requests']} problems of {arguments.dataset}")
+    publish(make_report(figures, command), arguments.output_json)
 
 
 if __name__ == "__main__":

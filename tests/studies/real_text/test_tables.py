@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.studies.real_text.study import memory_of_aligned
 from benchmarks.studies.real_text.tables import align
 from trtllm_memshare.errors import UserError
 
@@ -78,3 +80,40 @@ def test_errors_of_users(script, monkeypatch, arguments, message):
 
 def test_tables_align_their_columns():
     assert align([["a", "b"], ["long", "1.5"]]).splitlines() == ["a       b", "---------", "long  1.5"]
+
+
+def test_reach_is_pooled_over_the_traces_of_a_source(script, monkeypatch, tmp_path, capsys):
+    """One trace repeats a passage, the rest do not: settings that take runs of 4 reach it in its source alone."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rng = random.Random(1)
+    plain = [" ".join(rng.choices(words, k=150)) for _ in range(18)]
+    passage = " ".join(rng.choices(words, k=40)) + ".\n\n"
+    plain[0] = passage * 8
+    for source, texts in (("r1_aime24", plain[:12]), ("r1_math500", plain[12:])):
+        rows = [{"id": i, "problem": f"{source} {i}", "reasoning": t, "content": "4"} for i, t in enumerate(texts)]
+        (tmp_path / f"{source}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = tmp_path / "reach.json"
+    monkeypatch.setattr(
+        sys, "argv", ["real_text", "reach", "--tokens-per-block", "8", "16", "--output-json", str(report), *FOLDERS[2:],
+                      "--traces", str(tmp_path)]
+    )  # fmt: skip
+    script.main()
+    document = json.loads(report.read_text())
+    assert document["num_traces"] == {"r1_aime24": 12, "r1_math500": 6}
+    rows = {row["settings"]: row for row in document["rows"]}
+    found = rows["aligned min_run_tokens=16,max_gap_tokens=0"]
+    for size in ("8", "16"):
+        counts = found["traces"][size]
+        assert counts["shared_blocks"][0] > 0
+        pooled = sum(counts["shared_blocks"][:12]) / sum(counts["generated_blocks"][:12])
+        assert found["ratio"]["r1_aime24"][size] == pytest.approx(pooled)
+    assert rows["aligned"]["ratio"]["r1_math500"]["16"] == 0
+    assert "16k" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "held"),
+    [("", 10.0), ("streaming_window_tokens=8", 10.0), ("max_gap_tokens=2,budget=share", 20.0)],
+)
+def test_a_control_is_given_what_aligned_held_with_the_settings_they_have_in_common(overrides, held):
+    assert memory_of_aligned({"": 10.0, "max_gap_tokens=2": 20.0}, "streaming", overrides) == held

@@ -1,0 +1,41 @@
+"""A loop inside a text: what goes are pages of the loop, and nothing changes before one of them went."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.studies.real_model.loops import PAGE_TOKENS, measure_loop
+from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+from trtllm_memshare.search.steps import BoundaryTokens
+
+BEFORE, LOOP, AFTER = 4 * PAGE_TOKENS, 16 * PAGE_TOKENS, 2 * PAGE_TOKENS
+IDS = np.random.default_rng(3).integers(4, 60, BEFORE + AFTER).tolist()
+
+
+@pytest.fixture(scope="module")
+def replay(tiny_checkpoint) -> MaskedReplay:
+    return MaskedReplay(tiny_checkpoint)
+
+
+def measured(replay: MaskedReplay, passage: list[int]) -> dict[str, float]:
+    boundaries = BoundaryTokens.from_texts(
+        ["\n\n" if i == 41 else f"t{i}" for i in range(replay.model.config.vocab_size)]
+    )
+    return measure_loop(replay, IDS, 8, passage, boundaries, BEFORE, LOOP)
+
+
+def test_memory_stays_behind_what_a_loop_writes_and_the_text_before_is_untouched(replay):
+    found = measured(replay, list(range(10, 42)))
+    assert (found["passage_tokens"], found["pages_before"], found["pages_written_in_loop"]) == (32, 4, 16)
+    assert found["pages_held_at_its_end"] < 4 + 16
+    assert found["pages_held_halfway"] <= found["pages_held_at_its_end"]
+    assert found["loss_change_before"] == 0
+    assert found["loss_change_in_loop"] != 0
+
+
+def test_a_passage_that_comes_once_frees_nothing(replay):
+    once = np.random.default_rng(4).integers(4, 60, LOOP).tolist()
+    found = measured(replay, once)
+    assert (found["pages_held_halfway"], found["pages_held_at_its_end"]) == (4 + 8, 4 + 16)
+    assert (found["loss_change_in_loop"], found["loss_change_after"]) == (0, 0)
