@@ -67,6 +67,9 @@ def test_stop_words_bad_words_echo_and_counts(triton):
     assert counted["kv_cache_alloc_total_blocks"] == -(-(len(QUESTION) + 300) // 16)
     assert 0 < counted["memshare_retired_pages"] < counted["kv_cache_alloc_total_blocks"]
     assert counted["arrival_time_ns"] < counted["first_token_time_ns"] < counted["last_token_time_ns"]
+    whole = triton.generate(text_input=QUESTION, max_tokens=300, return_perf_metrics=True, memshare_off=True)
+    assert (whole["memshare_retired_pages"], whole["memshare_num_pauses"]) == (0, 0)
+    assert whole["memshare_peak_pages"] > counted["memshare_peak_pages"]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,7 @@ def test_stop_words_bad_words_echo_and_counts(triton):
         ),
         ({"text_input": QUESTION, "max_tokens": 5, "temperature": -1.0}, "temperature must be between 0 and 100"),
         ({"text_input": QUESTION, "max_tokens": 5, "memshare_group": 1}, "memshare_group needs an engine"),
+        ({"text_input": QUESTION, "max_tokens": 5, "memshare_min_kept": 0.5}, "memshare_min_kept needs an engine"),
         ({"text_input": QUESTION, "max_tokens": 2040}, "prompt and output must fit max_seq_len 2048"),
     ],
 )
