@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test nightly lint demo real figures vllm test-vllm clean
+.PHONY: venv test nightly lint demo real figures vllm test-vllm aiperf clean
 
 BIN := .venv/bin
 
@@ -51,5 +51,13 @@ vllm: .venv-vllm/ready
 test-vllm: vllm
 	.venv-vllm/bin/python -m pytest -q tests/vllm_plugin
 
+# AIPerf wants newer versions than we do. With it the tests of both servers run it, and triton_serving takes it as load.
+aiperf: .venv-aiperf/ready
+
+.venv-aiperf/ready: constraints-aiperf.txt
+	python3.11 -m venv --clear .venv-aiperf
+	.venv-aiperf/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-aiperf.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm engines demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-aiperf engines demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

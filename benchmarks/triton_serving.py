@@ -7,6 +7,8 @@ time to first token of single requests (streamed), then requests per second of a
 out is part of Triton's side. The last line is JSON.
 
     OMP_NUM_THREADS=1 python -m benchmarks.triton_serving
+
+With `--aiperf` each round streams the full load as well: the same clients on both sides, and AIPerf on Triton.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from benchmarks.triton_load.aiperf import find_aiperf
 from benchmarks.triton_load.cost import Alone, Round, Triton, run_round, summary
 from benchmarks.triton_load.executor_alone import ExecutorAlone
 from benchmarks.triton_load.server import TritonServer
+from benchmarks.triton_load.streamed import Streams, streamed_lines, streamed_summary
 from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.dataset import read_dataset
 from trtllm_memshare.evaluation.document import make_report, publish
@@ -39,6 +43,9 @@ def main() -> None:
     parser.add_argument("--first-tokens", type=int, default=40, help="single requests per round (default: %(default)d)")
     parser.add_argument("--repeat", type=int, default=4, help="rounds; medians count (default: %(default)d)")
     parser.add_argument("--max-minutes", type=float, default=5.0, help="no round begins later (default: %(default)g)")
+    parser.add_argument(
+        "--aiperf", action="store_true", help="stream too, with AIPerf beside our clients (make aiperf)"
+    )
     parser.add_argument("--note", default="", help="said in the report, such as what else the machine did")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
@@ -46,8 +53,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir)
     items = read_dataset(options.dataset, tokenizer, options.num_requests)
     texts = [tokenizer.decode(item.input_ids) for item in items]
+    streams = Streams(items, texts, options.clients, find_aiperf(), engine.model_dir) if options.aiperf else None
     blocks = engine.build.max_batch_size * -(-engine.build.max_seq_len // engine.build.tokens_per_block)
     rounds: dict[str, list[Round]] = {"executor": [], "triton": []}
+    streamed = []
     deadline = time.monotonic() + 60 * options.max_minutes
     with tempfile.TemporaryDirectory() as folder:
         server = TritonServer(options.engine_dir, Path(folder), ("--no-spare",), kv_cache_blocks=blocks)
@@ -64,13 +73,17 @@ def main() -> None:
                     found = asyncio.run(run_round(sides[name], items, texts, options.clients, options.first_tokens))
                     rounds[name].append(found)
                     print(f"{name}: first token {found.ttft_ms:.2f} ms, {found.req_s:.2f} req/s", file=sys.stderr)
+                if streams is not None:
+                    streamed.append(streams.run(sides, server.url, Path(folder) / f"aiperf_{number}"))
+                    print(f"streamed: {streamed[-1]}", file=sys.stderr)
         finally:
             if executor is not None:
                 executor.stop()
             server.stop()
     report = make_report(
         {"server": server.origin, "threads": os.environ.get("OMP_NUM_THREADS"), "note": options.note,
-         "clients": options.clients, "num_requests": len(items), **summary(rounds["executor"], rounds["triton"])}
+         "clients": options.clients, "num_requests": len(items), **summary(rounds["executor"], rounds["triton"]),
+         **({"streamed": streamed_summary(streamed)} if streamed else {})}
     )  # fmt: skip
     alone, triton = report["executor"], report["triton"]
     print(f"{len(rounds['triton'])} rounds")
@@ -81,6 +94,7 @@ def main() -> None:
         f"{alone['server_cpu_ms']:.0f} and {triton['server_cpu_ms']:.0f} ms; the load took {alone['client_cores']:.2f} "
         f"and {triton['client_cores']:.2f} of {report['machine']['cores']} cores"
     )
+    print("\n".join(streamed_lines(report["streamed"])) if streamed else "not streamed (add --aiperf)")
     publish(report, options.output_json)
 
 

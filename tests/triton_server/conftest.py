@@ -1,4 +1,4 @@
-"""A real Triton server, the CPU build inside the nvidia-pytriton wheel, over the bundled model."""
+"""A real Triton server, the CPU build inside the nvidia-pytriton wheel, and the OpenAI-compatible one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from trtllm_memshare.triton.repository import RepositoryOptions, write_repositor
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if thinks %}<think>{% endif %}"
 
 
 @dataclass
@@ -154,3 +155,49 @@ def triton(served_engine, tmp_path_factory) -> Iterator[Triton]:
                           max_prompt_tokens=100, max_prompt_bytes=1000)  # fmt: skip
     yield server
     stop_triton(server)
+
+
+@dataclass(frozen=True)
+class OpenAIServer:
+    """A running ``memshare serve --engine-dir``."""
+
+    url: str
+    model: str
+    api_key: str
+    tokenizer_dir: Path
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+            return response.read().decode()
+
+
+@pytest.fixture(scope="session")
+def openai_server(tmp_path_factory) -> Iterator[OpenAIServer]:
+    """Over the bundled model, with a chat template and a key."""
+    folder = tmp_path_factory.mktemp("openai")
+    options = BuildOptions(output_dir=folder / "tiny", memshare=True,
+                           build={"max_seq_len": 2048, "max_batch_size": 16})  # fmt: skip
+    build_engine(plan_build(options))
+    (folder / "template.jinja").write_text(CHAT_TEMPLATE)
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "trtllm_memshare", "serve", "--engine-dir", str(folder / "tiny"),
+               f"--port={port}", f"--chat-template={folder / 'template.jinja'}", "--max-prompt-tokens=200",
+               "--max-queue-size=20"]  # fmt: skip
+    log, environment = folder / "log", {**os.environ, "OMP_NUM_THREADS": "1", "MEMSHARE_API_KEY": "secret"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    server = OpenAIServer(f"http://127.0.0.1:{port}", "tiny", "secret", folder / "tiny" / "model")
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline and not _is_healthy(server.url):
+        time.sleep(0.1)
+    assert process.poll() is None, log.read_text()
+    yield server
+    process.terminate()
+    assert process.wait(30) == 0, log.read_text()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+    except (urllib.error.URLError, ConnectionError):
+        return False

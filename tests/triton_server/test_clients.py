@@ -149,6 +149,20 @@ def test_a_batch_and_log_probs_come_in_tensorrt_llm_s_shapes(client, triton):
         assert by_prompt[index].as_numpy("text_output")[0].decode() == alone
 
 
+def test_each_response_of_a_stream_has_the_log_probs_of_all_tokens_so_far(client, tokenizer):
+    # As TensorRT-LLM's; its token client reads them from every response and keeps the last.
+    ids = tokenizer(QUESTION)["input_ids"]
+    inputs = {"input_ids": [ids], "input_lengths": [[len(ids)]], "request_output_len": [[12]]}
+    results = streamed(client, "tensorrt_llm", **inputs, streaming=[[True]], return_log_probs=[[True]])
+    lengths = np.cumsum([int(r.as_numpy("sequence_length")[0, 0]) for r in results])
+    each = [r.as_numpy("output_log_probs") for r in results]
+    assert [e.shape for e in each] == [(1, 1, length) for length in lengths]
+    assert lengths[-1] == 12
+    for result, so_far in zip(results, each, strict=True):
+        np.testing.assert_allclose(result.as_numpy("cum_log_probs"), so_far.sum(-1), rtol=1e-4)
+        np.testing.assert_array_equal(so_far, each[-1][:, :, : so_far.shape[-1]])
+
+
 def test_several_sequences_of_one_prompt_are_those_of_the_next_seeds(client, triton):
     sampled = {"temperature": [[3.0]], "top_k": [[20]], "top_p": [[0.95]]}
     results = streamed(

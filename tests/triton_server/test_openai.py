@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 
 import pytest
-from triton_server.conftest import free_ports
 
 from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
 from trtllm_memshare.__main__ import main
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
@@ -25,46 +19,13 @@ from trtllm_memshare.triton.reasoning import ThinkSplitter, ends_inside
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if thinks %}<think>{% endif %}"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Address of a server over the bundled model."""
-    folder = tmp_path_factory.mktemp("openai")
-    options = BuildOptions(output_dir=folder / "tiny", memshare=True,
-                           build={"max_seq_len": 2048, "max_batch_size": 16})  # fmt: skip
-    build_engine(plan_build(options))
-    (folder / "template.jinja").write_text(TEMPLATE)
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "trtllm_memshare", "serve", "--engine-dir", str(folder / "tiny"),
-               f"--port={port}", f"--chat-template={folder / 'template.jinja'}", "--max-prompt-tokens=200",
-               "--max-queue-size=20"]  # fmt: skip
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MEMSHARE_API_KEY": "secret"},
-        )  # fmt: skip
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not _answers(address + "/health"):
-        time.sleep(0.1)
-    assert process.poll() is None, log.read_text()
-    yield address
-    process.terminate()
-    assert process.wait(30) == 0, log.read_text()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(url, timeout=5).status == 200
-    except (urllib.error.URLError, ConnectionError):
-        return False
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server}/v1", api_key="secret", max_retries=0, timeout=60) as found:
+def client(openai_server):
+    with openai.OpenAI(
+        base_url=f"{openai_server.url}/v1", api_key=openai_server.api_key, max_retries=0, timeout=60
+    ) as found:
         yield found
 
 
@@ -82,12 +43,15 @@ def own_text(bundled_model, boundaries):
     return generate
 
 
-def test_models_and_key(server, client):
+def test_models_and_key(openai_server, client):
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").max_model_len == 2048
     with pytest.raises(openai.NotFoundError, match="there is no model gpt, this server has tiny"):
         client.completions.create(model="gpt", prompt=QUESTION)
-    with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=f"{server}/v1", api_key="other") as other:
+    with (
+        pytest.raises(openai.AuthenticationError),
+        openai.OpenAI(base_url=f"{openai_server.url}/v1", api_key="other") as other,
+    ):
         other.models.list()
 
 
@@ -164,9 +128,11 @@ def test_what_cannot_be_done_is_refused_by_name(client, fields, message):
         client.completions.create(**{"model": "tiny", "prompt": QUESTION, **fields})
 
 
-def test_many_clients_a_full_queue_and_metrics(server, client):
+def test_many_clients_a_full_queue_and_metrics(openai_server, client):
+    server = openai_server.url
+
     async def ask() -> list:
-        async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="secret", max_retries=0) as many:
+        async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key=openai_server.api_key, max_retries=0) as many:
             asked = {"model": "tiny", "prompt": QUESTION, "max_tokens": 60, "temperature": 0}
             return await asyncio.gather(*(many.completions.create(**asked) for _ in range(50)), return_exceptions=True)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -120,18 +122,23 @@ class ServingModel(ABC):
             return
         try:
             rows = self._rows(tensors, parameters)
+            log_probs = any(row.flag("return_log_probs", False) for row in rows)
         except UserError as error:
             self.outcomes().count_error(error)
             raise
         several = [row.number("num_return_sequences", 1, -(2**31), 2**31) > 1 for row in rows]
         prompts = [self.answer(row, label) for row in rows]
         held: list[dict[int, list[TokenEvent]]] = [{} for _ in rows]
+        so_far = defaultdict[tuple[int, int], list[float]](list)
         async with aclosing(merged(prompts)) as events:
             async for row, event, is_last in events:
                 if self._decoupled:
+                    # TensorRT-LLM streams new tokens, but the log-probabilities of all so far.
+                    so_far[row, event.sequence_index] += event.log_probs
                     outputs = output_tensors(
                         self.pb.Tensor,
-                        [[event]],
+                        [[replace(event, log_probs=so_far[row, event.sequence_index])]],
+                        log_probs,
                         row if len(rows) > 1 else None,
                         event.sequence_index if several[row] else None,
                     )
@@ -140,7 +147,7 @@ class ServingModel(ABC):
                     held[row].setdefault(event.sequence_index, []).append(event)
         if not self._decoupled:
             answers = [[joined(found[index]) for index in sorted(found)] for found in held]
-            reply.end(self.pb.InferenceResponse(output_tensors=output_tensors(self.pb.Tensor, answers)))
+            reply.end(self.pb.InferenceResponse(output_tensors=output_tensors(self.pb.Tensor, answers, log_probs)))
 
     def _rows(self, tensors: RequestTensors, parameters: list[str]) -> list[RequestTensors]:
         """One set of inputs for each prompt, checked as far as a batch can be."""

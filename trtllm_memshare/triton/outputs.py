@@ -16,13 +16,18 @@ _PAD = -1  # TensorRT-LLM's, beyond the end of a sequence
 
 
 def output_tensors(
-    tensor: Any, answers: list[list[TokenEvent]], batch_index: int | None = None, sequence_index: int | None = None
+    tensor: Any,
+    answers: list[list[TokenEvent]],
+    log_probs: bool,
+    batch_index: int | None = None,
+    sequence_index: int | None = None,
 ) -> list[Any]:
     """Tensors of what a response holds.
 
     Args:
       tensor: Triton's class.
       answers: one or more sequences for each prompt, equally many for all.
+      log_probs: whether they were asked for; then they come with every response, with one that has no token too.
       batch_index, sequence_index: which prompt and which of its sequences, where a request has several and each
         response holds one sequence.
 
@@ -41,7 +46,7 @@ def output_tensors(
         found.append(tensor("output_ids", _padded([[e.token_ids for e in row] for row in answers], _PAD, np.int32)))
         found.append(tensor("sequence_length", _grid([[len(e.token_ids) for e in row] for row in answers], np.int32)))
     found.append(tensor("finish_reason", _grid([[e.finish_reason for e in row] for row in answers], np.object_)))
-    if any(event.log_probs for event in flat):
+    if log_probs:
         sums = [[sum(e.log_probs) for e in row] for row in answers]
         found.append(tensor("cum_log_probs", _grid(sums, np.float32)))
         each = [[e.log_probs for e in row] for row in answers]

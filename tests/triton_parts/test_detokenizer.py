@@ -1,4 +1,4 @@
-"""Text out of tokens: pieces join to the whole, in bounded time, whatever the bytes are."""
+"""Text out of tokens: pieces join to the whole, in bounded time, whatever the bytes are; stop words are held back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, special_stop_tokens
+from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
+from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords, special_stop_tokens
 
 
 class Bytes:
@@ -68,3 +69,26 @@ def test_a_long_batch_is_taken_as_well():
 def test_stop_words_that_are_special_tokens_become_ids():
     assert special_stop_tokens(Bytes(), ["END", "<|im_end|>", "<tool>"]) == (256, 7)
     assert special_stop_tokens(Bytes(), []) == ()
+
+
+def test_pieces_of_text_join_to_the_whole_and_no_character_is_cut():
+    tokenizer = build_tokenizer(4096)
+    ids = tokenizer("Q: 51 + 142 = ?\n")["input_ids"]
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    pieces = [detokenizer.push([token], last=index == len(ids) - 1) for index, token in enumerate(ids)]
+    assert "".join(pieces) == "Q: 51 + 142 = ?\n"
+
+    detokenizer = IncrementalDetokenizer(Bytes())
+    assert [detokenizer.push([b]) for b in "aé€".encode()] == ["a", "", "é", "", "", "€"]
+    assert detokenizer.push(["é".encode()[0]], last=True) == "\ufffd"
+
+
+def test_stop_words_are_held_back_until_they_are_sure():
+    words = StopWords(["END", "NDX"])
+    assert [words.push(t) for t in ("aE", "N", "x", "EN", "D", "more")] == ["a", "", "ENx", "", "", ""]
+    assert words.found
+    assert StopWords(["END"]).push("aEN", last=True) == "aEN"
+    assert StopWords([]).push("text") == "text"
+    overlapping = StopWords(["aab"])
+    assert overlapping.push("aaab") == "a"
+    assert overlapping.found

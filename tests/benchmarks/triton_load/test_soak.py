@@ -1,4 +1,4 @@
-"""The parts of the Triton benchmarks: how requests are judged, what counts as a fault, and how rounds are summed up."""
+"""The parts of the soak and of the comparison: how requests are judged, what is a fault, how rounds are summed up."""
 
 from __future__ import annotations
 
@@ -73,13 +73,17 @@ def test_every_request_ends_in_one_way(answer, kind, end):
 
 
 def test_a_server_that_is_not_there_and_one_that_never_answers():
+    over = asyncio.Event()
+
     async def handler(request):
-        await asyncio.sleep(30)
+        await over.wait()  # the server waits for its handlers when it ends
+        return web.Response()
 
     async def then(url):
         timeout = aiohttp.ClientTimeout(total=0.3)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             hung = await ask(session, url, "whole", {"max_tokens": 5})
+            over.set()
             return hung[0], (await ask(session, "http://127.0.0.1:1", "whole", {}))[0]
 
     assert asyncio.run(serve(handler, then)) == ("no end", "closed")

@@ -1,0 +1,59 @@
+"""A model repository is written whole or not at all, within limits that can hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tiny_checkpoint, tmp_path_factory) -> Path:
+    options = BuildOptions(model_dir=tiny_checkpoint, output_dir=tmp_path_factory.mktemp("engine") / "engine",
+                           memshare=True, build={"max_seq_len": 128, "max_batch_size": 4})  # fmt: skip
+    build_engine(plan_build(options))
+    return options.output_dir
+
+
+def test_a_repository_is_written_whole_or_not_at_all(engine_dir, tmp_path):
+    target = tmp_path / "repository"
+    options = RepositoryOptions(engine_dir, target)
+    write_repository(options)
+    config = (target / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert f'"{engine_dir.resolve()}"' in config
+    assert "$" not in config
+    compile((target / "ensemble" / "1" / "model.py").read_text(), "model.py", "exec")
+    with pytest.raises(UserError, match=r"there is a model repository at .* already \(add --force"):
+        write_repository(options)
+    write_repository(RepositoryOptions(engine_dir, target, max_queue_size=5, force=True))
+    assert 'key: "max_requests" value: { string_value: "9" }' in (target / "ensemble" / "config.pbtxt").read_text()
+    assert os.listdir(tmp_path) == ["repository"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_blocks": 7}, "must hold one request of max_seq_len 128: 8 blocks of 16 tokens, got 7"),
+        ({"max_prompt_tokens": 128}, "--max-prompt-tokens must be between 1 and 127, got 128"),
+        ({"max_output_tokens": 0}, "--max-output-tokens must be between 1 and 127, got 0"),
+        ({"max_queue_size": -1}, "--max-queue-size must not be negative, got -1"),
+        ({"max_prompt_bytes": 0}, "--max-prompt-bytes must be at least 1, got 0"),
+        ({"cancellation_check_period_ms": 0}, "--cancellation-check-period-ms must be between 10 and 60000, got 0"),
+    ],
+)
+def test_limits_that_cannot_hold_leave_nothing_behind(engine_dir, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        write_repository(RepositoryOptions(engine_dir, tmp_path / "repository", **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_things_is_not_replaced(engine_dir, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and not a repository of this project"):
+        write_repository(RepositoryOptions(engine_dir, tmp_path, force=True))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
