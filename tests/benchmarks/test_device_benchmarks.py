@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_script import run_script
 
 from benchmarks.gpu import search_timing
 
@@ -40,13 +39,9 @@ def test_a_row_says_why_it_has_no_reference(monkeypatch):
 def test_models_of_one_shape_are_one_row_of_the_report(tmp_path):
     report = tmp_path / "deep" / "report.json"
     models = ["QwQ-32B", "DeepSeek-R1-Distill-Qwen-32B"]
-    command = ["-m", "benchmarks.block_search", "--device", "cpu", "--pairs", "1", "--repeat", "1", "--dtypes", "int8"]
-    subprocess.run(
-        [sys.executable, *command, "--models", *models, "--output-json", report],
-        cwd=ROOT,
-        check=True,
-        timeout=120,
-    )
+    options = ["--device", "cpu", "--pairs", "1", "--repeat", "1", "--dtypes", "int8", "--models", *models]
+    done = run_script(ROOT / "benchmarks" / "block_search.py", *options, "--output-json", str(report))
+    assert done.returncode == 0, done.stderr
     (row,) = json.loads(report.read_text())["rows"]
     assert row["model"] == ", ".join(models)
     assert row["read_mb"] == pytest.approx(64 * 2 * 8 * 32 * 128 * 2 / 1e6)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_script import run_script
 from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.errors import UserError
@@ -142,9 +141,9 @@ def test_a_budget_needs_something_to_match(session):
 
 
 def test_table_picture_and_report_from_the_command_line(engine_dir, answered, tmp_path):
-    command = [sys.executable, "benchmarks/fidelity.py", "--engine-dir", engine_dir, "--dataset", answered]
+    command = ["--engine-dir", engine_dir, "--dataset", answered]
     options = ["--arms", "aligned", "streaming", "--output-json", tmp_path / "r.json", "--plot", tmp_path / "r.png"]
-    done = subprocess.run(map(str, [*command, *options]), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_script(ROOT / "benchmarks" / "fidelity.py", *map(str, [*command, *options]))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     assert [entry["arm"] for entry in report["arms"]] == ["full", "aligned", "streaming"]

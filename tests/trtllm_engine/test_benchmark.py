@@ -32,7 +32,7 @@ def dataset(tmp_path_factory, prompts):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, bundled_model, dataset):
     folder = tmp_path_factory.mktemp("torch") / "engine"
-    build_engine(plan_build(BuildOptions(bundled_model, folder, memshare=True, build=SIZES)))
+    build_engine(plan_build(BuildOptions(bundled_model, folder, memshare=True, preset="aligned", build=SIZES)))
     return benchmark(folder, dataset)
 
 
@@ -76,7 +76,8 @@ def test_every_variant_gives_the_figures_of_the_torch_backend(
 @pytest.mark.parametrize("control", ["drop-duplicate", "streaming"])
 def test_controls_that_need_attention_of_our_own_are_refused(tmp_path, bundled_model, dataset, fake_tensorrt, control):
     folder = write_engine_dir(tmp_path / "engine", bundled_model)
-    options = BenchmarkOptions(folder, dataset, ("full", "aligned", control), settings=(("protected_tokens", 16),))
+    variants, settings = ("full", "aligned", control), (("protected_tokens", 16),)
+    options = BenchmarkOptions(folder, dataset, variants, num_requests=1, settings=settings)
     with pytest.raises(UserError, match=rf"{control}.* \(run this variant on an engine of --backend torch"):
         run_benchmark(options, "command")
 

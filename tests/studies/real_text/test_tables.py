@@ -21,7 +21,7 @@ FOLDERS = [
     "--model-dir",
     str(ROOT / "benchmarks" / "data" / "trace_model"),
 ]
-SMALL = ["--num-texts", "3", "--max-tokens", "400"]
+SMALL = ["--num-texts", "2", "--max-tokens", "400"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_replay_compares_every_arm_with_the_full_cache(script, monkeypatch, tm
     run(script, monkeypatch, "replay", *SMALL, *arms, "--output-json", str(report), "--plot", str(plot))
     document = json.loads(report.read_text())
     aligned, streaming = document["arms"]
-    assert document["num_scripts"] == document["num_problems"] == 3
+    assert document["num_scripts"] == document["num_problems"] == 2
     assert aligned["shared_ratio"] == 0
     assert aligned["perplexity_increase"] == pytest.approx(0, abs=1e-6)
     assert streaming["memory_ratio"] < 0.9
