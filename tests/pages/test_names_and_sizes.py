@@ -32,6 +32,7 @@ def test_options_in_the_deployment_page_exist():
     scripts += "".join(p.read_text() for p in (ROOT / "trtllm_memshare" / "commands").glob("*.py"))
     for name in ("launch", "probe", "openai_serve"):
         scripts += (ROOT / "trtllm_memshare" / "triton" / f"{name}.py").read_text()
+    scripts += (ROOT / "benchmarks" / "triton_serving.py").read_text()
     for option in re.findall(r"`(--[a-z-]+)`", DEPLOY):
         name = option.removeprefix("--no-").removeprefix("--")
         assert name in scripts or name.replace("-", "_") in scripts, option

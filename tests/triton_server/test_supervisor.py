@@ -40,8 +40,11 @@ SERVER = """
         fcntl.flock(open(os.environ["MEMSHARE_GATE"]), fcntl.LOCK_SH)
     for model in ("ensemble", "tensorrt_llm"):
         code = f"{folder}/r/{model}/1/model.py"
-        subprocess.Popen(["/x/triton_python_backend_stub", code], executable=sys.executable)
+        stub = subprocess.Popen(["/x/triton_python_backend_stub", code], executable=sys.executable)
     def drain(*_):
+        if mode == "holds a model":
+            stub.kill()
+            time.sleep(60)
         time.sleep(float(os.environ.get("DRAIN", "0")))
         open(f"{folder}/drained", "w").close()
         os._exit(0)
@@ -59,7 +62,7 @@ RUN = """
     from trtllm_memshare.triton.supervisor import RestartPolicy, Supervisor
     folder, port, mode = sys.argv[1:]
     settled, stall = float(os.environ.get("SETTLED", "30")), float(os.environ.get("STALL", "60"))
-    policy = RestartPolicy(0.05, 5, settled, 0.2, 3, stall, 0.0 if "SPARE" in os.environ else None)
+    policy = RestartPolicy(0.05, 5, settled, 0.2, 3, stall, 0.0 if "SPARE" in os.environ else None, 0.2)
     command = [sys.executable, f"{folder}/server.py", folder, port, mode]
     plan = ServerPlan(lambda number: command, os.environ, f"http://127.0.0.1:{port}/ready", Path(folder), True)
     sys.exit(Supervisor(plan, policy).run())
@@ -230,6 +233,14 @@ def test_sigterm_waits_for_the_server_to_drain(supervised, tmp_path):
     process.terminate()
     assert process.wait(20) == 0
     assert (tmp_path / "drained").exists()
+
+
+def test_a_server_that_holds_a_model_after_all_requests_have_ended_is_not_waited_for(supervised):
+    process = supervised("holds a model")
+    line_with(process, "ready after")
+    process.terminate()
+    assert "all requests have ended, but not the server" in line_with(process, "memshare: all")
+    assert process.wait(20) == 0
 
 
 def test_a_killed_supervisor_takes_its_server_along(supervised, tmp_path):

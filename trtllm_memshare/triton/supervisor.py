@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from trtllm_memshare.triton.server_process import ServerPlan, ServerProcess
 
 _POLL_S = 0.1
+_EXECUTOR = "tensorrt_llm"  # every request ends in its process, in both flavours
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class RestartPolicy:
       max_failures: so many in a row, or a first start that fails, and the supervisor gives up.
       max_stall_s: a model without a sign of life for so long counts as dead.
       spare_after_s: a spare is started when the server was ready for so long; None = none is kept.
+      unload_s: how long a stopping server may take once its executor has ended, and with it every request.
     """
 
     answer_s: float = 0.5
@@ -41,6 +43,7 @@ class RestartPolicy:
     max_failures: int = 5
     max_stall_s: float = 120.0
     spare_after_s: float | None = 3.0
+    unload_s: float = 10.0
 
 
 class Supervisor:
@@ -149,9 +152,15 @@ class Supervisor:
         """SIGTERM, then waits for requests in flight; a second request to stop ends at once."""
         self._drop_spare()
         server.process.terminate()
-        deadline = time.monotonic() + self._policy.drain_s + 10  # the server itself stops waiting at drain_s
+        deadline, all_ended = time.monotonic() + self._policy.drain_s + 10, False  # the server stops waiting at drain_s
         while server.is_running() and time.monotonic() < deadline and self._stops < 2:
             time.sleep(_POLL_S)
+            if not all_ended and _EXECUTOR in server.dead_models(0):
+                all_ended, deadline = True, min(deadline, time.monotonic() + self._policy.unload_s)
+        if server.is_running() and all_ended:
+            # Triton 2.51 keeps a model for a client that died and left what its stream held unread.
+            _say("all requests have ended, but not the server: it is killed")
+            return 0
         if server.is_running():
             _say(f"requests were still in flight after {self._policy.drain_s:g} s: they are lost")
             return 1
