@@ -163,6 +163,9 @@ def test_tokens_come_from_the_rank_that_has_the_logits():
     last, first = (RankedSampler(OneOf(r, 2, shared), root=1) for r in (1, 0))
     assert last.sample(torch.tensor([[0.0, 3.0, 1.0]]), states) == [1]
     assert first.sample(torch.empty((1, 0)), states) == [1]
+    (found,) = last.log_probs_of(torch.tensor([[0.0, 3.0, 1.0]]), [1])
+    assert found == pytest.approx(3.0 - np.log(1 + np.exp(3.0) + np.exp(1.0)), abs=1e-5)
+    assert first.log_probs_of(torch.empty((1, 0)), [1]) == [found]
 
 
 def test_requests_reach_rank_0_and_run_on_all(checkpoint, tmp_path, prompts):

@@ -21,6 +21,7 @@ from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import ValueRedundancy
 from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.sampling import token_log_probs
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT, MAX_UTILIZATION
 
 SIZE = 8
@@ -303,7 +304,7 @@ def test_surprisal_of_a_page_adds_up_over_its_tokens():
 
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
     for token in (0, 1, 1):
-        ledger.observe_tokens(logits, [State], [token])
+        ledger.observe_tokens([State], token_log_probs(logits, [token]))
         State.tokens = [*State.tokens, token]
     facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]), 2)
     np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
@@ -327,7 +328,7 @@ def test_what_cannot_be_served_is_refused():
         make_config("pressure", high_watermark=0.5)
     with pytest.raises(UserError, match="preset pressure"):
         make_config("aligned", pressure=True)
-    with pytest.raises(UserError, match="retired_becomes alias with need redundancy"):
+    with pytest.raises(UserError, match="retired_becomes alias with need surprisal-led-redundancy"):
         make_config("pressure", retired_becomes="alias")
     paper = make_config("pressure", need="nearest-earlier", retired_becomes="alias")
     with pytest.raises(UserError, match="need nearest-earlier reads K and V of pages, got a runner that does not show"):

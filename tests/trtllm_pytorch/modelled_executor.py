@@ -14,6 +14,7 @@ from trtllm_pytorch.fake_requests import LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
 from trtllm_memshare.evaluation.texts import make_streams
+from trtllm_memshare.evaluation.variants import parse_variant
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings
@@ -100,15 +101,20 @@ class ModelledExecutor(FakeExecutor):
 
 
 def make_settings_of(preset: str, longest: int) -> Settings:
-    """The preset's, with made-up null pages for two bands where it needs some."""
-    if preset != "pressure":
-        return Settings(make_config(preset), AdapterOptions(stats_interval=1000))
+    """The preset's (``NAME[:KEY=VALUE,...]``), with made-up null pages for two bands where it needs some."""
+    config = parse_variant(preset, make_config("off")).config
+    if not config.pressure:
+        return Settings(config, AdapterOptions(stats_interval=1000))
     folder = write_null_pages(tempfile.mkdtemp(), [0, longest // 2, longest])
-    return Settings(make_config(preset, need="age"), AdapterOptions(stats_interval=1000, null_pages=folder))
+    config = config.model_copy(update={"need": "age"})
+    return Settings(config, AdapterOptions(stats_interval=1000, null_pages=folder))
 
 
-def run(texts, boundaries, policy: str, preset: str | None, blocks: int, size: int, machine: Machine) -> dict:
-    """One workload to its end."""
+def run(
+    texts, boundaries, policy: str, preset: str | None, blocks: int, size: int, machine: Machine,
+    in_flight: int | None = None,
+) -> dict:  # fmt: skip
+    """One workload to its end. ``in_flight``: most requests outstanding at once, None = all of them."""
 
     class Facts(TextlessFacts):
         def boundaries(self, tokenizer_dir):
@@ -126,9 +132,10 @@ def run(texts, boundaries, policy: str, preset: str | None, blocks: int, size: i
     # Servers reserve for the longest answer they allow, since nobody knows the length of this one.
     limit = max(len(output) for _, output in texts)
     executor = ModelledExecutor(manager, policy, machine, dict.fromkeys(range(len(texts)), limit))
-    for request_id, (prompt, output) in enumerate(texts):
-        executor.submit(request_id, prompt, output)
-    while executor.active:
+    coming = [(i, prompt, output) for i, (prompt, output) in enumerate(texts)][::-1]
+    while coming or executor.active:
+        while coming and len(executor.active) < (in_flight or len(texts)):
+            executor.submit(*coming.pop())
         executor.step()
     if preset is not None:
         executor.add_sharing_time()

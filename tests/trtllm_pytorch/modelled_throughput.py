@@ -20,9 +20,11 @@ pages: how many go and when does not depend on which. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from trtllm_pytorch.modelled_executor import GUARANTEED_NO_EVICT, MAX_UTILIZATION, Machine, load_texts, run
 
@@ -30,12 +32,22 @@ from trtllm_memshare.errors import run_command_line
 from trtllm_memshare.evaluation.document import make_report, publish
 
 
+def _hook_s_per_request(hook: dict[str, Any], preset: str) -> float:
+    """Seconds of host time that the hook takes for a request in an iteration, as measured; else those of `lexical`."""
+    found = hook["rows"].get(preset.partition(":")[0], hook["rows"]["lexical"])
+    return float(found["hook_ms_mean"]) * 1e-3 / float(hook["requests"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=["toy", "r1_aime24"], choices=["toy", "r1_aime24"])
-    parser.add_argument("--presets", nargs="+", default=["off", "lexical", "pressure"], help="off comes first")
+    parser.add_argument(
+        "--presets", nargs="+", default=["off", "lexical", "pressure"], help="off comes first; NAME[:KEY=VALUE,...]"
+    )
     parser.add_argument("--num-requests", type=int, default=150, help="at most; real traces give fewer")
-    parser.add_argument("--share", type=float, default=0.25, help="pool over the demand of all requests at once")
+    parser.add_argument("--in-flight", type=int, help="most requests outstanding at once; default: all come at once")
+    parser.add_argument("--policies", nargs="+", default=[MAX_UTILIZATION, GUARANTEED_NO_EVICT])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="pool over what all outstanding hold")
     parser.add_argument("--tokens-per-block", type=int, default=32)
     parser.add_argument("--hook-report", type=Path, default=Path("benchmarks/results/pytorch_hook.json"))
     parser.add_argument("--output-json", type=Path)
@@ -44,37 +56,35 @@ def main() -> None:
     size, rows = options.tokens_per_block, []
     print(f"MODELLED: {Machine()}")
     titles = f"{'req/s':>7} {'ratio':>6} {'in flight':>9} {'step ms':>8} {'paused':>6} {'given up':>8}"
-    print(f"{'workload':<10} {'policy':<20} {'':<9} {titles}")
+    print(f"{'workload':<10} {'policy':<20} {'pool':<6} {'':<22} {titles}")
     for workload in options.workloads:
         texts, boundaries = load_texts(workload, options.num_requests)
-        demand = sum(-(-(len(p) + len(o)) // size) for p, o in texts[:256])
+        outstanding = min(256, options.in_flight or len(texts), len(texts))
+        demand = round(sum(-(-(len(p) + len(o)) // size) for p, o in texts) / len(texts) * outstanding)
         longest = -(-max(len(p) + len(o) for p, o in texts) // size)
-        blocks = max(round(options.share * demand), longest + 2)
-        for policy in (MAX_UTILIZATION, GUARANTEED_NO_EVICT):
-            base = None
+        for share, policy in itertools.product(options.shares, options.policies):
+            blocks, base = max(round(share * demand), longest + 2), None
             for preset in options.presets:
-                per_request = (
-                    hook["rows"].get(preset, hook["rows"]["lexical"])["hook_ms_mean"] * 1e-3 / hook["requests"]
-                    if preset != "off"
-                    else 0.0
-                )
-                machine = Machine(hook_s_per_request=per_request)
-                row = run(texts, boundaries, policy, None if preset == "off" else preset, blocks, size, machine)
+                name, hook_s = (None, 0.0) if preset == "off" else (preset, _hook_s_per_request(hook, preset))
+                machine = Machine(hook_s_per_request=hook_s)
+                row = run(texts, boundaries, policy, name, blocks, size, machine, options.in_flight)
                 base = base or row["request_throughput_req_s"]
-                row |= {
-                    "workload": workload,
-                    "policy": policy,
-                    "preset": preset if preset != "off" else "full",
-                    "kv_cache_blocks": blocks,
-                }
-                row |= {"num_requests": len(texts), "ratio": row["request_throughput_req_s"] / base}
+                row |= {"workload": workload, "policy": policy, "preset": name or "full", "share": share}
+                row |= {"kv_cache_blocks": blocks, "num_requests": len(texts)}
+                row |= {"ratio": row["request_throughput_req_s"] / base}
                 rows.append(row)
                 print(
-                    f"{workload:<10} {policy:<20} {row['preset']:<9} {row['request_throughput_req_s']:>7.2f} "
-                    f"{row['ratio']:>6.2f} {row['mean_requests_in_flight']:>9.1f} {row['mean_step_ms']:>8.2f} "
-                    f"{row['paused']:>6} {row['shared_block_fraction']:>8.1%}"
+                    f"{workload:<10} {policy:<20} {share:<6} {row['preset']:<22} "
+                    f"{row['request_throughput_req_s']:>7.2f} {row['ratio']:>6.2f} "
+                    f"{row['mean_requests_in_flight']:>9.1f} {row['mean_step_ms']:>8.2f} {row['paused']:>6} "
+                    f"{row['shared_block_fraction']:>8.1%}"
                 )
-    figures = {"modelled": True, "machine_model": asdict(Machine()), "tokens_per_block": size, "share": options.share}
+    figures = {
+        "modelled": True,
+        "machine_model": asdict(Machine()),
+        "tokens_per_block": size,
+        "in_flight": options.in_flight,
+    }
     publish(make_report({**figures, "rows": rows}), options.output_json)
 
 

@@ -97,3 +97,11 @@ def test_settings_are_laid_over_the_preset(tmp_path):
         load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)})
     with pytest.raises(UserError, match="CONFIG cannot be read"):
         load_settings({"TRTLLM_MEMSHARE_CONFIG": str(tmp_path / "none.json")})
+
+
+def test_pressure_ranks_by_what_this_backend_hands_out(tmp_path):
+    path = tmp_path / "memshare.json"
+    path.write_text(json.dumps({"preset": "pressure", "null_pages": "here"}))
+    assert load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).memshare.need == "redundancy"
+    path.write_text(json.dumps({"preset": "pressure", "null_pages": "here", "need": "age"}))
+    assert load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).memshare.need == "age"

@@ -151,10 +151,12 @@ class MemShareConfig(BaseModel):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {"preset": "off"},
-    # The last 128 tokens stay, as in the study of what real models can do without (docs/pressure.md).
+    # As in the study of what real models can do without (docs/real_model.md): the last 128 tokens stay, and of all
+    # rankings that need no attention this one keeps most of what was said once.
     "pressure": {
         "preset": "pressure",
         "pressure": True,
+        "need": "surprisal-led-redundancy",
         "retired_becomes": "null",
         "protected_tokens": 128,
         "protected_steps": 0,
@@ -173,6 +175,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Needs a runner that reads a block once however often a table names it: the torch runner does.
     "drop-duplicate": {"preset": "drop-duplicate", "count_aliases": False},
 }
+
+
+HOST_NEED = "redundancy"
+"""Under pressure, where the host does not tell how likely its tokens were."""
 
 
 def make_config(preset: str, **overrides: Any) -> MemShareConfig:

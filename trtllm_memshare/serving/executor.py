@@ -22,13 +22,8 @@ from trtllm_memshare.serving.executor_loop import MAX_QUEUE_SIZE, ExecutorLoop, 
 from trtllm_memshare.serving.failures import FailedSteps, not_finite, request_failed
 from trtllm_memshare.serving.null_entries import settle_null_entries
 from trtllm_memshare.serving.pressure import open_pressure
-from trtllm_memshare.serving.request import (
-    Phase,
-    RequestHandle,
-    RequestState,
-    SamplingParams,
-)
-from trtllm_memshare.serving.sampling import NO_TOKEN, Sampler, token_log_probs
+from trtllm_memshare.serving.request import Phase, RequestHandle, RequestState, SamplingParams
+from trtllm_memshare.serving.sampling import NO_TOKEN, Sampler
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
 from trtllm_memshare.serving.sharing import MakeControl, Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
@@ -263,10 +258,13 @@ class Executor(ExecutorLoop):
         rows = [i for i, s in enumerate(states) if s.num_computed == len(s.tokens)]
         chosen = logits if len(rows) == len(states) else logits[rows]
         sampled = self._sampler.sample(chosen, [states[i] for i in rows])
-        if self.pressure is not None:
-            self.pressure.observe_tokens(chosen, [states[i] for i in rows], sampled)
-        wanted = any(states[i].params.log_probs for i in rows)
-        log_probs: Sequence[float | None] = token_log_probs(chosen, sampled) if wanted else [None] * len(rows)
+        log_probs: Sequence[float | None] = [None] * len(rows)
+        observes = self.pressure is not None and self.pressure.observes_tokens
+        if observes or any(states[i].params.log_probs for i in rows):
+            started = time.perf_counter()
+            log_probs = known = self._sampler.log_probs_of(chosen, sampled)
+            if self.pressure is not None and observes:
+                self.pressure.observe_tokens([states[i] for i in rows], known, started)
         now = time.perf_counter()
         for row, token, log_prob in zip(rows, sampled, log_probs, strict=True):
             state = states[row]

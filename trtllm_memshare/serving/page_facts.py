@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import Need, PageFacts
 from trtllm_memshare.serving.request import RequestState
-from trtllm_memshare.serving.sampling import token_log_probs
 
 _MEASURED = ("position", "draw", "surprisal", "attention", "redundancy", "distance")
 
@@ -74,16 +72,13 @@ class PageLedger:
         self._queries = np.zeros(num_blocks, np.int64)
         self._generation = np.zeros(num_blocks, np.int32)
 
-    def observe_tokens(self, logits: torch.Tensor, states: list[RequestState], tokens: list[int]) -> None:
+    def observe_tokens(self, states: list[RequestState], log_probs: list[float]) -> None:
         """Takes the surprisal of the tokens that were just chosen, before they are appended to their requests.
 
         Args:
-          logits: float32 ``[batch, vocab_size]``.
-          states, tokens: one per row.
+          log_probs: of each request's token, in nats.
         """
-        if not self.observes_tokens or not states:
-            return
-        for state, log_prob in zip(states, token_log_probs(logits, tokens), strict=True):
+        for state, log_prob in zip(states, log_probs, strict=True):
             page = len(state.tokens) // self._size
             kept = self._surprisal.setdefault(state.request_id, np.zeros(64, np.float32))
             if page >= len(kept):

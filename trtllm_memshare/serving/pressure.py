@@ -78,7 +78,7 @@ class Pressure:
       stats: totals.
       is_active: pages were given up, and use has not fallen to the low watermark by itself since.
       seconds: time spent on all of it so far.
-      observes_attention: whether steps are to report the attention that blocks receive.
+      observes_attention, observes_tokens: whether it is to be told what attention blocks get, how likely tokens were.
       watch: called with every retirement, or None.
     """
 
@@ -96,7 +96,7 @@ class Pressure:
         self.stats = PressureStats()
         self.is_active = False
         self.seconds = 0.0
-        self.observes_attention = ledger.observes_attention
+        self.observes_attention, self.observes_tokens = ledger.observes_attention, ledger.observes_tokens
         self.watch: Callable[[Retirement], None] | None = None
         # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
         self._finds_repeats = "distance" not in find_need(config.need).facts
@@ -146,10 +146,10 @@ class Pressure:
         self.stats.num_admitted += freed
         return freed
 
-    def observe_tokens(self, logits: torch.Tensor, states: list[RequestState], tokens: list[int]) -> None:
-        """Takes what was just chosen, see ``PageLedger.observe_tokens``."""
-        with self._timed():
-            self._ledger.observe_tokens(logits, states, tokens)
+    def observe_tokens(self, states: list[RequestState], log_probs: list[float], started: float) -> None:
+        """Takes what was just chosen, see ``PageLedger.observe_tokens``; it cost time since ``started``."""
+        self._ledger.observe_tokens(states, log_probs)
+        self.seconds += time.perf_counter() - started
 
     def observe_attention(self, attention: np.ndarray | None) -> None:
         """Takes one step's attention per block, float32 ``[num_blocks]``, or None."""

@@ -34,6 +34,11 @@ class RankedSampler(Sampler):
         tokens = super().sample(logits, requests) if self._communicator.rank == self._root else None
         return list(self._communicator.broadcast(tokens, self._root))
 
+    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
+        """The same on every rank: rank 0 answers for a pipeline whose last stage alone has logits."""
+        found = super().log_probs_of(logits, tokens) if self._communicator.rank == self._root else None
+        return list(self._communicator.broadcast(found, self._root))
+
 
 @dataclass(frozen=True)
 class _Turn:

@@ -61,6 +61,10 @@ class Sampler:
                 tokens[row] = NO_TOKEN if token is None else token
         return tokens
 
+    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
+        """Of the tokens that were just chosen, see ``token_log_probs``."""
+        return token_log_probs(logits, tokens)
+
     def forget(self, request_id: int) -> None:
         """Drops the generator and the counts of a finished request."""
         self._generators.pop(request_id, None)

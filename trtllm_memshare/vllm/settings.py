@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
-from trtllm_memshare.search.config import PRESETS, MemShareConfig, parse_config
+from trtllm_memshare.search.config import HOST_NEED, PRESETS, MemShareConfig, parse_config
 from trtllm_memshare.search.need import find_need
 
 CONFIG_VARIABLE = "VLLM_MEMSHARE_CONFIG"
@@ -78,7 +78,7 @@ def parse_settings(values: object, where: str) -> VllmSettings:
         if name not in known:
             raise UserError(f"{where} has an unknown key {name} ({nearest(str(name), known)})")
     search = {k: v for k, v in values.items() if k in MemShareConfig.model_fields}
-    config = parse_config({**PRESETS["pressure"], **search}, where)
+    config = parse_config({**PRESETS["pressure"], "need": HOST_NEED, **search}, where)
     if config.retired_becomes != "null":
         raise UserError(
             f"retired_becomes must be null with vLLM, got {config.retired_becomes} (its kernels read every entry)"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from trtllm_memshare.evaluation.page_table import BASE, Row, Setting, compare, recall, select
+from trtllm_memshare.evaluation.statistics import sign_flip
 
 
 def compared(rows: list[Row], what: str, arm: str, base: str = BASE, kept: float = 0.5, tokens: int = 2048) -> float:
@@ -43,6 +46,36 @@ def recalled_beside(rows: list[Row], arm: str, other: str) -> str:
     """The same for the questions of the texts that another arm has too."""
     texts = {row["text"] for row in rows if row["arm"] == other}
     return recalled([row for row in rows if row["text"] in texts], arm)
+
+
+def gained(rows: list[Row], arm: str, other: str) -> int:
+    """Questions that ``arm`` alone answers."""
+    return sum(change > 0 for change in _changes(rows, arm, other).values())
+
+
+def lost(rows: list[Row], arm: str, other: str) -> int:
+    """Questions that ``other`` alone answers."""
+    return sum(change < 0 for change in _changes(rows, arm, other).values())
+
+
+def recall_p(rows: list[Row], arm: str, other: str) -> float:
+    """Of the same number of answers by both arms: random signs of the texts' differences."""
+    by_text: dict[str, int] = {}
+    for (text, _), change in _changes(rows, arm, other).items():
+        by_text[text] = by_text.get(text, 0) + change
+    return sign_flip(np.array(list(by_text.values())))
+
+
+def _changes(rows: list[Row], arm: str, other: str) -> dict[tuple[str, int], int]:
+    """By text and question that the full cache answers: 1 where ``arm`` alone does, -1 where ``other`` alone does."""
+    right = {name: _answers(rows, name) for name in ("full", arm, other)}
+    asked = [key for key in right[arm].keys() & right[other].keys() if right["full"].get(key)]
+    return {key: right[arm][key] - right[other][key] for key in asked}
+
+
+def _answers(rows: list[Row], arm: str) -> dict[tuple[str, int], bool]:
+    chosen = [row for row in rows if row["arm"] == arm and row["min_kept"] == 0.5]
+    return {(row["text"], i): question["right"] for row in chosen for i, question in enumerate(row["questions"])}
 
 
 def recalled_at(rows: list[Row], arm: str, distance: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
-from trtllm_memshare.search.config import MemShareConfig, make_config
+from trtllm_memshare.search.config import HOST_NEED, MemShareConfig, make_config
 from trtllm_memshare.search.need import find_need
 
 PREFIX = "TRTLLM_MEMSHARE_"  # TensorRT-LLM hands variables that start with TRTLLM on to its MPI workers
@@ -86,7 +86,10 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     for name in values:
         if name not in known:
             raise UserError(f"{path} has an unknown key {name} ({nearest(name, known)})")
-    memshare = make_config(values.pop("preset", "aligned"), **values)
+    preset = values.pop("preset", "aligned")
+    if preset == "pressure":
+        values.setdefault("need", HOST_NEED)
+    memshare = make_config(preset, **values)
     if memshare.scope == "group":
         raise UserError(
             "scope must be request with TensorRT-LLM's PyTorch backend, got group (a request frees its own tail only)"
