@@ -6,6 +6,7 @@ that a pool with room costs nothing; surprisal and attention have to be taken wh
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -67,7 +68,7 @@ class PageLedger:
         self._source = source
         self.observes_attention = "attention" in need.facts
         self.observes_tokens = "surprisal" in need.facts
-        self._surprisal: dict[int, np.ndarray] = {}
+        self._surprisal: defaultdict[int, list[float]] = defaultdict(list)  # lists: a token at a time is added
         self._attention = np.zeros(num_blocks, np.float64)
         self._queries = np.zeros(num_blocks, np.int64)
         self._generation = np.zeros(num_blocks, np.int32)
@@ -79,12 +80,10 @@ class PageLedger:
           log_probs: of each request's token, in nats.
         """
         for state, log_prob in zip(states, log_probs, strict=True):
-            page = len(state.tokens) // self._size
-            kept = self._surprisal.setdefault(state.request_id, np.zeros(64, np.float32))
-            if page >= len(kept):
-                kept = np.concatenate([kept, np.zeros(page, np.float32)])
-                self._surprisal[state.request_id] = kept
-            kept[page] -= log_prob
+            page, of_pages = len(state.tokens) // self._size, self._surprisal[state.request_id]
+            if page >= len(of_pages):
+                of_pages.extend([0.0] * (page + 1 - len(of_pages)))
+            of_pages[page] -= log_prob
 
     def observe_attention(self, attention: np.ndarray | None, generations: np.ndarray) -> None:
         """Takes one step's attention.
@@ -118,7 +117,10 @@ class PageLedger:
         last = int(pages.max(initial=0))
         surprisal = attention = draw = None
         if "surprisal" in read:
-            surprisal = self._surprisal.get(request_id, np.zeros(last + 1, np.float32))[pages]
+            surprisal = np.zeros(last + 1, np.float32)  # what nobody generated surprised nobody
+            known = self._surprisal[request_id][: last + 1]
+            surprisal[: len(known)] = known
+            surprisal = surprisal[pages]
         if "attention" in read:
             attention = (self._attention[blocks] / np.maximum(self._queries[blocks], 1)).astype(np.float32)
         if "draw" in read:
