@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--first-tokens", type=int, default=40, help="single requests per round (default: %(default)d)")
     parser.add_argument("--repeat", type=int, default=4, help="rounds; medians count (default: %(default)d)")
     parser.add_argument("--max-minutes", type=float, default=5.0, help="no round begins later (default: %(default)g)")
-    parser.add_argument(
-        "--aiperf", action="store_true", help="stream too, with AIPerf beside our clients (make aiperf)"
-    )
+    parser.add_argument("--aiperf", action="store_true", help="stream too, AIPerf beside our clients (make aiperf)")
     parser.add_argument("--note", default="", help="said in the report, such as what else the machine did")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
