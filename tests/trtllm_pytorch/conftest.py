@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
-from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.config import HOST_NEED, make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.trtllm.pytorch import failures
 from trtllm_memshare.trtllm.pytorch.attach import attach
@@ -37,6 +37,7 @@ class TextlessFacts(ModelFacts):
 
 def make_settings(preset="lexical", on_unsupported="stop", off_file=None, null_pages=None, route="overlay", **config):
     values = {"shingle_tokens": 4, "min_run_tokens": 8, "protected_tokens": 8, "protected_steps": 0}
+    values |= {"need": HOST_NEED} if preset == "pressure" else {}
     memshare = make_config(preset, **{**values, "search_interval": 2, **config})
     return Settings(
         memshare,

@@ -10,7 +10,7 @@ import random
 from types import SimpleNamespace
 
 import torch
-from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
+from trtllm_pytorch.fake_requests import FakeLlmRequest, FinishReason, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v2 import FakeKVCacheV2Scheduler
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, MAX_SEQ_LEN = 2, 1, 2, 256
@@ -89,8 +89,13 @@ class FakeExecutor:
         return request
 
     def cancel(self, request_id: int) -> None:
-        """Takes effect where responses are handled."""
-        self.scripts[request_id] = self.scripts[request_id][: self.request(request_id).max_beam_num_tokens]
+        """Takes effect where responses are handled; one that waits, before or after it ran, ends at once."""
+        request = self.request(request_id)
+        self.scripts[request_id] = self.scripts[request_id][: request.max_beam_num_tokens]
+        if request.state is LlmRequestState.CONTEXT_INIT and request_id not in self.processed:
+            request.finish_by_reason(FinishReason.CANCELLED)
+            self.active.remove(request)
+            self.manager.free_resources(request)
 
     def _own_pages(self, request_id: int) -> list[int]:
         """Pages of the pool that the manager lists for a request; V2's lists count layers."""
@@ -243,8 +248,9 @@ class FakeExecutor:
                 request.state = LlmRequestState.GENERATION_COMPLETE
 
     def _process(self, batch: ScheduledRequests | None) -> None:
-        for request in batch.all_requests() if batch else ():
-            if request.state is LlmRequestState.GENERATION_COMPLETE and request in self.active:
+        """Answers whoever has ended, in the batch or not, as ``_handle_responses`` looks at all active requests."""
+        for request in list(self.active):
+            if request.state is LlmRequestState.GENERATION_COMPLETE:
                 self.active.remove(request)
                 if request.py_request_id in self.processed:  # a request may end while it is being paused
                     self.manager.free_resources(request)

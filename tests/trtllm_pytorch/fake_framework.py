@@ -53,6 +53,8 @@ class FakeKVCacheCompressionManager:
     def get_max_resource_count(self):
         return 0
 
+    def shutdown(self): ...
+
     def prepare_resources(self, scheduled_batch):
         for request in scheduled_batch.context_requests:
             if request.is_first_context_chunk:

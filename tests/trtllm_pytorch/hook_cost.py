@@ -17,7 +17,7 @@ from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.texts import make_streams
 from trtllm_memshare.search.block_search import ReadyDistances
-from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.config import HOST_NEED, make_config
 from trtllm_memshare.search.types import PairBatch
 from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings
 
@@ -57,7 +57,8 @@ def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]
     manager_class = FakeKVCacheManager
     if preset is not None:
         folder = write_null_pages(tempfile.mkdtemp(), list(range(0, longest + 2048, 2048)), num_layers=1)
-        settings = Settings(make_config(preset), AdapterOptions(stats_interval=100, null_pages=folder))
+        need = {"need": HOST_NEED} if preset == "pressure" else {}
+        settings = Settings(make_config(preset, **need), AdapterOptions(stats_interval=100, null_pages=folder))
         manager_class = sharing_class(FakeKVCacheManager, Facts(None), settings)
     rng = np.random.default_rng(0)
     prompts = [int(rng.integers(options.min_length, options.max_length)) for _ in range(count)]
@@ -80,12 +81,17 @@ def measure(options: argparse.Namespace, preset: str | None) -> dict[str, float]
         request.orig_prompt_len = 100  # the rest counts as generated: shared from the start
         requests.append(request)
         scripts.append(text)
+        if shared is not None and shared.pressure is not None:
+            # With so much generated it is one that was paused and comes back: the others make room for it, where a new
+            # prompt would have to fit between the watermarks.
+            shared.pressure._paused[request_id] = request.prompt_len // size + 2
     table = torch.zeros(1, count, 2, manager.max_blocks_per_seq, dtype=torch.int32)
     running: list[FakeLlmRequest] = []
     hook, whole = [], []
     for step in range(options.warm_up + options.steps):
         # Prompts enter a few at a time, as max_num_tokens of a forward pass allows.
-        arriving, free = [], manager.get_num_free_blocks() - len(running)
+        needed = sum(map(manager.impl.get_needed_blocks_one_step, running))
+        arriving, free = [], manager.get_num_free_blocks() - needed
         for request in requests[len(running) : len(running) + options.admitted_per_step]:
             free -= request.prompt_len // size + 1
             if free >= 0 and step < options.warm_up:

@@ -40,6 +40,10 @@ def test_the_hook_needs_all_requests_before_it_counts():
     )  # fmt: skip
     row = measure(options, "aligned")
     assert row["hook_ms_max"] >= row["hook_ms_p50"] > 0
-    options.warm_up = 1
+    options.requests, options.min_length, options.max_length, options.warm_up = 8, 600, 1200, 20
+    row = measure(options, "pressure")
+    assert row["hook_ms_max"] >= row["hook_ms_p50"] > 0
+    assert row["blocks_shared"] > 20  # given up: it is pressure that was measured
+    options.requests, options.warm_up = 3, 1
     with pytest.raises(UserError, match="2 of 3 requests were admitted"):
         measure(options, None)

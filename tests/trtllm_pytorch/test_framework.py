@@ -8,18 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtllm_pytorch.conftest import make_settings
-from trtllm_pytorch.fake_executor import make_cache_config, make_manager, repetitive_text
+from trtllm_pytorch.fake_executor import make_cache_config, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_framework import (
     FakeKvCacheCompressionConfig,
     FakeKVCacheCompressionManager,
     FrameworkExecutor,
 )
+from trtllm_pytorch.fake_requests import FinishReason, LlmRequestState
 from trtllm_pytorch.fake_util import FakeKvCacheCreator
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_adapter import model_config, release  # noqa: F401
 from trtllm_pytorch.test_tail_swap import NUM_SCHEDULES
 
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, PageDropper, make_compression_manager
 from trtllm_memshare.trtllm.pytorch.probe import install
 
@@ -27,14 +29,23 @@ CONFIG = FakeKvCacheCompressionConfig(algorithm=ALGORITHM)
 SHORT = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_watermark": 0.8, "low_watermark": 0.7}
 
 
-def serve(seed: int, overlap: bool, num_blocks=60, count=4, **config) -> FrameworkExecutor:
-    """Requests to their end; after every step each row is what an oracle keeps that drops the same pages."""
+def serve(seed: int, overlap: bool, num_blocks=60, count=4, prepare=None, num_errors=0, **config) -> FrameworkExecutor:
+    """Requests to their end; after every step each row is what an oracle keeps that drops the same pages.
+
+    ``prepare``: called with the dropper and the requests before the first step.
+    """
     rng = random.Random(seed)
     values = make_settings(**{**SHORT, "null_pages": "unused", **config})
     compression = make_compression_manager(FakeKVCacheCompressionManager, CONFIG, values)
     manager = make_manager(FakeMainKVCacheManagerV2, num_blocks, 8, config={"host_cache_size": 1 << 30})
     compression.bind_kv_cache_managers(manager)
     executor, dropper = FrameworkExecutor(manager, overlap, compression), compression.memshare
+    requests = [
+        executor.submit(request_id, repetitive_text(rng, rng.randrange(1, 30)), repetitive_text(rng, 180))
+        for request_id in range(count)
+    ]
+    if prepare is not None:
+        prepare(dropper, requests)
     drop = dropper._drop
 
     def dropping(request, pages):
@@ -46,18 +57,22 @@ def serve(seed: int, overlap: bool, num_blocks=60, count=4, **config) -> Framewo
             del rows[page * 8 : page * 8 + 8]
 
     dropper._drop = dropping
-    for request_id in range(count):
-        executor.submit(request_id, repetitive_text(rng, rng.randrange(1, 30)), repetitive_text(rng, 180))
     for _ in range(3000):
         executor.step()
         for request in executor.active:
-            if request.py_request_id in executor.processed and executor.is_running(request.py_request_id):
+            has_ended = request.state is LlmRequestState.GENERATION_COMPLETE  # alone: nobody reads its rows again
+            if (
+                request.py_request_id in executor.processed
+                and executor.is_running(request.py_request_id)
+                and not has_ended
+            ):
                 assert executor.held(request.py_request_id) == executor.expected[request.py_request_id]
         if not executor.active:
             break
     assert not executor.active
     assert len(manager.impl.free) == num_blocks
-    assert not dropper.failures.num_errors
+    assert dropper.failures.num_errors == num_errors
+    compression.shutdown()
     executor.dropper = dropper
     return executor
 
@@ -72,7 +87,24 @@ def test_it_drops_and_nobody_is_suspended_where_floors_allow_it():
     executor = serve(3, True)
     assert executor.dropper.num_dropped > 20
     assert executor.num_pauses == 0
-    assert serve(3, True, shadow=True).num_pauses > 0
+
+
+def test_shadow_counts_each_page_once_and_drops_none(caplog):
+    caplog.set_level("INFO", logger="trtllm_memshare")
+    executor = serve(3, True, shadow=True)
+    assert executor.num_pauses > 0
+    assert executor.dropper.num_dropped == 0
+    assert 20 < executor.dropper.num_shadowed < 4 * 180 // 8
+    assert f"shadow counted {executor.dropper.num_shadowed}, 0 errors" in caplog.text
+
+
+def test_a_file_stops_dropping_for_as_long_as_it_exists(tmp_path, caplog):
+    switch = tmp_path / "off"
+    switch.touch()
+    assert serve(3, True, off_file=switch).dropper.num_dropped == 0
+    assert f"shares nothing new: {switch} exists" in caplog.text
+    switch.unlink()
+    assert serve(3, True, off_file=switch).dropper.num_dropped > 20
 
 
 @pytest.mark.parametrize("need", ["redundancy", "age"])
@@ -82,9 +114,81 @@ def test_other_needs_rank_pages_too(need):
 
 def test_an_error_stops_dropping_and_nothing_else(monkeypatch, caplog):
     monkeypatch.setattr(PageDropper, "_relieve", lambda self, requests: 1 / 0)
-    with pytest.raises(AssertionError):  # the check that there were no errors
-        serve(3, True)
+    serve(3, True, num_errors=1)
     assert caplog.text.count("shares nothing new from now on") == 1
+
+
+class FailingPool:
+    """A pool of which one access fails, in the midst of the moves of a request."""
+
+    def __init__(self, pool, after: int) -> None:
+        self._pool, self._left = pool, after
+
+    def __getattr__(self, name):
+        return getattr(self._pool, name)
+
+    def __getitem__(self, index):
+        self._left -= 1
+        if self._left == 0:
+            raise RuntimeError("a copy failed")
+        return self._pool[index]
+
+
+def fail_a_copy(dropper, requests):
+    dropper._backend.pool = FailingPool(dropper._backend.pool, 20)
+
+
+def refuse_a_cut(dropper, requests):
+    shrink, left = dropper._backend.shrink, [1]
+
+    def refusing(request_id, num_pages):
+        if left and left.pop():
+            raise RuntimeError(f"request {request_id} could not be cut")
+        shrink(request_id, num_pages)
+
+    dropper._backend.shrink = refusing
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("break_it", [fail_a_copy, refuse_a_cut])
+def test_a_drop_that_fails_half_way_ends_its_request_alone_and_the_others_drop_theirs(break_it, overlap, caplog):
+    executor = serve(3, overlap, prepare=break_it, num_errors=1)
+    ended = [r for r in executor.requests if r.finish_reason is FinishReason.CANCELLED]
+    assert len(ended) == executor.dropper.failures.num_failed_requests == 1
+    assert executor.dropper.num_dropped > 0
+    assert f"request {ended[0].py_request_id} is ended alone" in caplog.text
+    assert caplog.text.count("shares nothing new from now on") == 1
+    for request in executor.requests:
+        assert request in ended or request.max_beam_num_tokens == len(executor.scripts[request.py_request_id])
+
+
+def test_a_wish_that_means_nothing_is_said_once_and_harms_nobody(caplog):
+    def wish(dropper, requests):
+        requests[1].py_memshare_min_kept, requests[2].py_memshare_min_kept = float("nan"), "half"
+
+    assert serve(3, True, prepare=wish).dropper.num_dropped > 20
+    assert caplog.text.count("py_memshare_min_kept must be a number between 0 and 1, got nan on request 1") == 1
+    assert caplog.text.count("py_memshare_min_kept") == 1
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}])
+def test_several_ranks_are_refused_since_each_would_drop_pages_of_its_own(sizes, caplog):
+    def bind(on_unsupported):
+        values = make_settings(**SHORT, null_pages="unused", on_unsupported=on_unsupported)
+        compression = make_compression_manager(FakeKVCacheCompressionManager, CONFIG, values)
+        manager = make_manager(FakeMainKVCacheManagerV2, 40, 8)
+        manager.mapping = make_mapping(**sizes)
+        compression.bind_kv_cache_managers(manager)
+        return compression, manager
+
+    name = next(iter(sizes))
+    with pytest.raises(UserError, match=f"route framework serves one rank, got .*{name} 2.*take route overlay"):
+        bind("stop")
+    compression, manager = bind("warn")
+    assert "requests run unshared: route framework serves one rank" in caplog.text
+    assert not manager.kv_compression_manages_history
+    FrameworkExecutor(manager, True, compression).step()
+    compression.shutdown()
 
 
 def test_it_serves_v2_alone():

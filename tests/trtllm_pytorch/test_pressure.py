@@ -100,6 +100,48 @@ def test_requests_keep_their_floor_and_their_own_wishes(null_pages):
     assert seen[2] == 1.0
 
 
+def test_a_paused_request_that_is_cancelled_is_nobody_to_make_room_for(null_pages):
+    """Six requests, of which some are paused and then cancelled; two that come later have the pool for themselves."""
+    make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5})
+    executor, rng = FakeExecutor(make_manager(make, 60, 8), True), random.Random(3)
+    shared, cancelled = executor.manager.memshare, 0
+    for request_id in range(6):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    while executor.active:
+        executor.step()
+        for request_id in [r.py_request_id for r in executor.active if r.py_request_id in shared.pressure._paused]:
+            executor.cancel(request_id)
+            cancelled += 1
+    assert cancelled > 1
+    assert shared.pressure._paused == shared.requests._parked == {}
+    before = shared.manager.stats().forgotten
+    for request_id in (100, 101):
+        executor.submit(request_id, repetitive_text(rng, 5), repetitive_text(rng, 160))
+    while executor.active:
+        executor.step()
+        check_contents(executor)
+    assert shared.manager.stats().forgotten == before
+    assert not shared.failures.num_errors
+
+
+@pytest.mark.parametrize("wish", ["half", float("nan"), 1.7, -1, True])
+def test_a_wish_that_means_nothing_is_said_once_and_harms_nobody(null_pages, caplog, wish):
+    def forgotten(wish):
+        manager = make_manager(make_sharing_class(null_pages=null_pages, **PRESSURE), 67, 8)
+        executor, rng = FakeExecutor(manager, True), random.Random(3)
+        for request_id in range(4):
+            request = executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+            if request_id in (1, 2):
+                request.py_memshare_min_kept = wish
+        while executor.active:
+            executor.step()
+        assert not manager.memshare.failures.num_errors
+        return [(r.py_memshare_retired_blocks, r.py_memshare_generated_blocks) for r in executor.requests]
+
+    assert forgotten(wish) == forgotten(None)
+    assert caplog.text.count("py_memshare_min_kept must be a number between 0 and 1") == 1
+
+
 def test_below_the_watermark_nothing_is_given_up_and_no_row_is_touched(null_pages):
     """With room for all, only the pages taken for null are missing from the pool."""
     executor = serve(make_sharing_class(null_pages=null_pages, **PRESSURE), 200, 4)
@@ -180,6 +222,10 @@ def test_settings_that_cannot_work_here_are_named(tmp_path, monkeypatch):
         ('{"preset": "pressure", "null_pages": "x", "need": "attention-redundancy"}', "does not hand out"),
         ('{"preset": "pressure", "null_pages": "x", "retired_becomes": "dropped"}', "got dropped"),
         ('{"preset": "pressure", "null_pages": "x", "need": "nearest-earlier"}', "need nearest-earlier reads distance"),
+        (
+            '{"preset": "pressure", "null_pages": "x", "need": "surprisal"}',
+            "take one of random, age, redundancy, redundancy-recency",
+        ),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -22,6 +22,7 @@ from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+from trtllm_memshare.trtllm.pytorch.wishes import Wishes
 
 _FEWEST = 4  # pages that are worth looking for
 
@@ -58,7 +59,7 @@ class Pressure:
         self._backend, self._manager, self._requests, self._tail = backend, manager, requests, tail
         self._config, self._num_pages, self._reserve = config, backend.pool.shape[0] - num_reserved, reserve
         self._paused: dict[int, int] = {}  # pages that paused requests need to come back
-        self._marks = Watermarks(config.high_watermark, config.low_watermark)
+        self._marks, self._wishes = Watermarks(config.high_watermark, config.low_watermark), Wishes(config.min_kept)
         self._need = find_need(config.need)
         self._redundancy = Redundancy(backend.pool) if "redundancy" in self._need.facts else None
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)
@@ -119,37 +120,39 @@ class Pressure:
     def _floors(self, requests: Sequence[Any], lengths: np.ndarray) -> int:
         # One token more than now: a request whose pages are full writes into a new one next.
         prompts = np.fromiter((r.orig_prompt_len for r in requests), np.int64, len(requests))
-        kept = np.fromiter(map(self.min_kept, requests), np.float64, len(requests))
+        kept = np.fromiter(map(self._wishes.min_kept, requests), np.float64, len(requests))
         return blocks_at_floors(lengths + 1, prompts, kept, self._config.protected_tokens, self._size)
 
     def resume(self, generation_requests: Sequence[Any]) -> None:
         for request in generation_requests if self._paused else ():
             self._paused.pop(request.py_request_id, None)
 
-    def forget(self, request: Any, is_last: bool) -> None:
-        """A request is freed; if it is only paused, TensorRT-LLM will compute it anew, all of it."""
+    def forget(self, request: Any, was_known: bool, is_last: bool) -> None:
+        """A request is freed; if it is only paused, TensorRT-LLM will compute it anew, all of it.
+
+        Args:
+          request: TensorRT-LLM's.
+          was_known: it generated. One that waits to come back does not, and may be cancelled all the same.
+          is_last: no request that generates is left.
+        """
         request_id = request.py_request_id
+        if getattr(request.state, "name", "") == "GENERATION_COMPLETE":
+            self._paused.pop(request_id, None)
+        if not was_known:
+            return
         if self._redundancy is not None:
             self._redundancy.forget(request_id)
-        self._paused.pop(request_id, None)
         if getattr(request.state, "name", "") != "GENERATION_COMPLETE":
             self._paused[request_id] = request.max_beam_num_tokens // self._size + 2
         if is_last:  # nobody runs: the scheduler may have anything
             self.release()
-
-    def min_kept(self, request: Any) -> float:
-        """Share of its generated pages that a request keeps: its own wish, where its object carries one."""
-        if getattr(request, "py_memshare", True) is False:
-            return 1.0
-        own = getattr(request, "py_memshare_min_kept", None)
-        return self._config.min_kept if own is None else float(own)
 
     def _view(self, request: Any) -> PressureView | None:
         known = self._requests.get(request.py_request_id)
         if known is None or known.is_behind:
             return None
         givable = self._manager.givable_pages(known.request_id)
-        room = floor_room(givable.num_generated, givable.num_retired, self.min_kept(request))
+        room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
         room = min(room, len(givable.pages))
         if room <= 0:
             return None

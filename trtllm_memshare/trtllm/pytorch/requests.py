@@ -92,10 +92,15 @@ class KnownRequests:
         """Lets go of a request whose resources are freed; if it is only paused, stage 1's state is kept."""
         request_id = request.py_request_id
         self._unshared.discard(request_id)
-        known = self._known.pop(request_id, None)
+        known, has_ended = (
+            self._known.pop(request_id, None),
+            getattr(request.state, "name", "") == "GENERATION_COMPLETE",
+        )
         if known is None:
+            if has_ended and self._parked.pop(request_id, None) is not None:  # cancelled while it was paused
+                self._manager.forget_paused(request_id)
             return
-        if getattr(request.state, "name", "") == "GENERATION_COMPLETE":
+        if has_ended:
             record = self._manager.remove_sequence(request_id)
             request.py_memshare_retired_blocks = record.retired_blocks
             request.py_memshare_generated_blocks = record.generated_blocks

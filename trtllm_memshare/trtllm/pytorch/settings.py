@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
 from trtllm_memshare.search.config import HOST_NEED, MemShareConfig, make_config
-from trtllm_memshare.search.need import find_need
+from trtllm_memshare.search.need import NEEDS, find_need
 
 PREFIX = "TRTLLM_MEMSHARE_"  # TensorRT-LLM hands variables that start with TRTLLM on to its MPI workers
 ENABLE = PREFIX + "ENABLE"
@@ -133,9 +133,10 @@ def check_need(need: str) -> None:
     """Raises UserError for a formula that reads what cannot be known on this path."""
     missing = [fact for fact in find_need(need).facts if fact not in MEASURED]
     if missing:
+        possible = [name for name, formula in NEEDS.items() if set(formula.facts) <= set(MEASURED)]
         raise UserError(
-            f"need {need} reads {', '.join(missing)}, which TensorRT-LLM's PyTorch backend does not hand out (take "
-            f"redundancy, age or random)"
+            f"need {need} reads {', '.join(missing)}, which TensorRT-LLM's PyTorch backend does not hand out (take one "
+            f"of {', '.join(possible)})"
         )
 
 

@@ -177,8 +177,8 @@ class Sharing:
             self._giving_up.remember(request)
             is_known = self.requests.get(request_id) is not None
             self.requests.forget(request)
-            if self.pressure is not None and is_known:
-                self.pressure.forget(request, is_last=not any(True for _ in self.requests))
+            if self.pressure is not None:
+                self.pressure.forget(request, is_known, is_last=not any(True for _ in self.requests))
         except Exception as error:
             self._fail("the end of a request", error)
         self._rows.forget(request_id)
