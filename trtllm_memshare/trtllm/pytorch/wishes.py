@@ -1,4 +1,4 @@
-"""What a request asks for by its object, ``py_memshare`` and ``py_memshare_min_kept``: the LLM API has no such field."""
+"""What a request asks for itself (``py_memshare``, ``py_memshare_min_kept``): the LLM API has no field for it."""
 
 from __future__ import annotations
 
