@@ -297,6 +297,7 @@ def test_leaving_does_not_wait_for_a_step_that_never_ends(boundaries):
     executor.max_step_s = 0.05
     with pytest.raises(ExecutorStoppedError, match=r"a step has not ended for 0\.05 s"), executor:
         handle = executor.submit([5], SamplingParams(30))
+    assert executor.is_stuck
     with pytest.raises(ExecutorStoppedError, match="has not ended"):
         handle.result(0)
     assert executor.has_failed

@@ -57,7 +57,7 @@ class ExecutorLoop:
         self._unanswered: dict[int, RequestState] = {}  # wherever they are: between two lists a request is in none
         self._thread: threading.Thread | None = None
         self._stopping = self._aborting = self._has_cancelled = False
-        self._moved_at = 0.0  # time.monotonic
+        self._step_since: float | None = None  # time.monotonic, while the thread is in a step
 
     def step(self) -> None:
         """One iteration."""
@@ -67,6 +67,12 @@ class ExecutorLoop:
     def has_work(self) -> bool:
         """Whether any request is queued or in flight."""
         return bool(self._submitted or self._scheduler.waiting or self._scheduler.running)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread's step has gone on for longer than ``max_step_s``; safe from any thread."""
+        since = self._step_since
+        return since is not None and time.monotonic() - since > self.max_step_s
 
     def run_until_idle(self) -> None:
         """Steps until every request has ended."""
@@ -100,9 +106,8 @@ class ExecutorLoop:
         if self._aborting:
             self._stop_soon(self._thread)
             return
-        self._moved_at = time.monotonic()
         try:
-            while self._thread.is_alive() and time.monotonic() - self._moved_at <= self.max_step_s:
+            while self._thread.is_alive() and not self.is_stuck:
                 self._thread.join(timeout=min(1.0, self.max_step_s))
         except BaseException:  # Ctrl-C while the last requests end
             self._aborting = True
@@ -147,8 +152,9 @@ class ExecutorLoop:
                     return  # it has failed if nobody waits for its step any more
                 if self._aborting:
                     self._cancel_all()
+                self._step_since = time.monotonic()
                 self.step()
-                self._moved_at = time.monotonic()
+                self._step_since = None
         except BaseException as error:
             self._fail_all(error)
             raise
