@@ -40,10 +40,12 @@ _FAMILIES = {
 
 
 _LONGEST = (
-    "trtllm_engine/test_benchmark.py", "evaluation/test_benchmark.py", "serving/test_executor.py",
-    "ranks/test_ranks.py", "trtllm_pytorch/test_tail_swap.py", "evaluation/test_curve.py",
-    "trtllm_engine/test_ranked_engine.py", "trtllm_engine/test_builder.py", "evaluation/test_calibrate.py",
-    "trtllm_pytorch/test_pressure.py", "report/test_explain.py", "plugins/test_kernels_on_host.py",
+    "serving/test_executor.py", "ranks/test_ranks.py", "trtllm_engine/test_benchmark.py",
+    "evaluation/test_masked_replay.py", "real_text/test_tables.py", "report/test_explain.py",
+    "evaluation/test_calibrate.py", "fuzz/test_corpus.py", "evaluation/test_curve.py", "trtllm_pytorch/test_suite.py",
+    "runners/test_triton_decode.py", "trtllm_pytorch/test_tail_swap.py", "serving/test_pressure.py",
+    "trtllm_pytorch/test_parts.py", "trtllm_engine/test_ranked_engine.py", "trtllm_engine/test_builder.py",
+    "plugins/test_signatures_on_host.py", "plugins/test_kernels_on_host.py", "evaluation/test_benchmark.py",
 )  # fmt: skip
 """Files that take longest. They start first, so that at the end both workers of ``make test`` are busy."""
 

@@ -37,7 +37,10 @@ _SEVEN_B = "DeepSeek-R1-Distill-Qwen-7B"
 _SANITIZED = ("tests/search", "-k", "sanitizer")
 _HARNESS = [str(PLUGINS / "plugin_harness"), str(PLUGINS / "libtrtllm_memshare_plugin.so"), "--gpu", "require"]
 _HELD = r"\d+ of \d+ checks held"
-_DECISIVE = ("random", "attention-redundancy", "attention-redundancy-recency", "redundancy-signature", "paper-null")
+_DECISIVE = (
+    "random", "attention-redundancy", "attention-redundancy-recency", "surprisal-led-signature", "redundancy-signature",
+    "paper-null",
+)  # fmt: skip
 _PROCESSES = 12  # that share the device where most of the work is the host's
 
 

@@ -13,7 +13,7 @@ from engine.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
-from trtllm_memshare.engine import smollm2
+from trtllm_memshare.engine import gguf, smollm2
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.gguf import checkpoint_of_gguf, convert_gguf
 from trtllm_memshare.errors import UserError
@@ -55,6 +55,28 @@ def test_an_engine_is_built_from_the_file_and_the_folder_beside_it_is_used_again
     written = (tmp_path / "tiny" / "model.safetensors").stat().st_mtime_ns
     assert checkpoint_of_gguf(file) == tmp_path / "tiny"
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_folder_that_is_there_stays_until_the_new_one_is_whole(gguf_file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("here")
+
+    def fail(_, folder):
+        folder.mkdir()
+        assert (out / "mine").exists()
+        raise MemoryError
+
+    monkeypatch.setattr(gguf, "_save_plain", fail)
+    with pytest.raises(MemoryError):
+        convert_gguf(gguf_file, out, force=True)
+    assert (out / "mine").read_text() == "here"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    monkeypatch.setattr(gguf, "_save_plain", lambda *_: None)  # what was written has gone
+    with pytest.raises(UserError, match=r"cannot write .*out: No such file or directory"):
+        convert_gguf(gguf_file, out, force=True)
+    assert (out / "mine").read_text() == "here"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_cannot_be_read_is_named(gguf_file, tmp_path):

@@ -22,11 +22,12 @@ RUNGS = {"mild": MILD, "wild": WILD, "nothing": NOTHING}
 
 
 @pytest.fixture(scope="module")
-def session(engine_dir, answered) -> Session:
-    return Session(engine_dir, answered, device="cpu")
+def session(engine_dir, answered, tmp_path_factory) -> Session:
+    """Keeps what it has generated and read."""
+    return Session(engine_dir, answered, device="cpu", keep_dir=tmp_path_factory.mktemp("kept"))
 
 
-def test_a_wide_budget_takes_the_largest_saving_and_a_narrow_one_climbs_down(session):
+def test_a_wide_budget_takes_the_largest_saving_and_a_narrow_one_climbs_down(session, engine_dir, answered):
     wide = calibrate(session, 0.999, RUNGS)
     assert (wide.name, len(wide.tried)) == ("wild", 1)
     assert wide.config == make_config("aligned", **WILD)
@@ -36,7 +37,8 @@ def test_a_wide_budget_takes_the_largest_saving_and_a_narrow_one_climbs_down(ses
     assert narrow.name == "mild"
     assert len(narrow.tried) == 2
     assert -narrow.entry["paired"]["full"]["change"] <= lost_share / 2
-    assert calibrate(session, lost_share / 2, RUNGS).entry == narrow.entry
+    afresh = Session(engine_dir, answered, device="cpu")
+    assert calibrate(afresh, lost_share / 2, RUNGS).entry == narrow.entry
     assert "2 settings were tried" in describe(narrow, lost_share / 2, 8)
 
 

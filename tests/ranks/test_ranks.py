@@ -168,6 +168,19 @@ def test_tokens_come_from_the_rank_that_has_the_logits():
     assert first.log_probs_of(torch.empty((1, 0)), [1]) == [found]
 
 
+def test_what_goes_wrong_on_the_rank_that_samples_is_known_to_all(monkeypatch):
+    shared = {}
+    states = [RequestState(0, [1], SamplingParams(temperature=0.5), RequestHandle(0))]
+    last, first = (RankedSampler(OneOf(r, 2, shared), root=1) for r in (1, 0))
+    monkeypatch.setattr(last, "_sample_row", lambda *_: 1 / 0)
+    for sampler in (last, first):
+        assert sampler.sample(torch.tensor([[0.0, 3.0]]), states) == [-1]
+        assert "ZeroDivisionError" in str(sampler.errors[0])
+    for sampler in (last, first):
+        with pytest.raises(RuntimeError, match="rank 1 could not choose the next tokens: IndexError"):
+            sampler.log_probs_of(torch.tensor([[0.0, 3.0]]), [7])
+
+
 def test_requests_reach_rank_0_and_run_on_all(checkpoint, tmp_path, prompts):
     first, second = run_ranks(ranked_worker.serve, checkpoint, tmp_path, 2, prompts[:4])
     assert all(len(tokens) == 60 for tokens in first["outputs"])

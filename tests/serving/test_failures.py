@@ -297,6 +297,7 @@ def test_leaving_does_not_wait_for_a_step_that_never_ends(boundaries):
     executor.max_step_s = 0.05
     with pytest.raises(ExecutorStoppedError, match=r"a step has not ended for 0\.05 s"), executor:
         handle = executor.submit([5], SamplingParams(30))
+    assert executor.is_stuck
     with pytest.raises(ExecutorStoppedError, match="has not ended"):
         handle.result(0)
     assert executor.has_failed
@@ -320,6 +321,123 @@ def test_a_stream_waits_no_longer_than_its_caller_wants(boundaries):
         next(handle.stream(0.01))
     executor.run_until_idle()
     assert list(handle.stream(0.01)) == expected([5], 3)
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, KeyboardInterrupt])
+def test_a_listener_that_ends_its_thread_ends_its_request_alone(boundaries, error):
+    def listener(has_ended):
+        raise error
+
+    executor = make(boundaries)
+    bad = executor.submit(PROMPTS[0], SamplingParams(30), listener=listener)
+    good = executor.submit(PROMPTS[1], SamplingParams(30))
+    good.future.add_done_callback(lambda _: (_ for _ in ()).throw(SystemExit(1)))
+    last = executor.submit(PROMPTS[2], SamplingParams(30))
+    executor.run_until_idle()
+    with pytest.raises(RequestFailedError, match="its listener raised"):
+        bad.result(0)
+    assert good.result(0).token_ids == expected(PROMPTS[1], 30)
+    assert last.result(0).token_ids == expected(PROMPTS[2], 30)
+    assert executor.status().num_failed == 1
+    assert_clean(executor)
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_an_error_while_a_request_is_taken_out_leaves_nobody_waiting(boundaries, monkeypatch, times):
+    executor = make(boundaries)
+    handles = [executor.submit(p, SamplingParams(5)) for p in PROMPTS]
+    remove, left = executor.manager.remove_sequence, [times]
+
+    def fail(request_id):
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError
+        return remove(request_id)
+
+    monkeypatch.setattr(executor.manager, "remove_sequence", fail)
+    if times == 1:
+        executor.run_until_idle()
+        assert_clean(executor)
+    else:
+        with pytest.raises(MemoryError):
+            executor.run_until_idle()
+    for handle in handles:
+        with pytest.raises((RequestFailedError, ExecutorStoppedError), match="MemoryError"):
+            handle.result(0)
+
+
+def test_an_error_while_the_cancelled_are_dropped_leaves_nobody_waiting(boundaries, monkeypatch):
+    executor = make(boundaries, max_batch_size=1)
+    handles = [executor.submit([5], SamplingParams(30)) for _ in range(5)]
+    executor.step()
+    for handle in handles[1:4]:
+        handle.cancel()
+    monkeypatch.setattr(executor.manager, "forget_paused", lambda request_id: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        executor.run_until_idle()
+    for handle in handles:
+        with pytest.raises(ExecutorStoppedError, match="ZeroDivisionError"):
+            handle.result(0)
+
+
+def test_a_request_cancelled_before_it_is_taken_from_the_queue_is_found_in_the_next_step(boundaries):
+    executor = make(boundaries)
+    take = executor._take_submissions
+
+    def submit_and_cancel_then_take_nothing():
+        executor._take_submissions = take  # type: ignore[method-assign]
+        take()
+        handles.append(executor.submit([5], SamplingParams(300)))  # by another thread, just after
+        handles[0].cancel()
+
+    handles: list = []
+    executor._take_submissions = submit_and_cancel_then_take_nothing  # type: ignore[method-assign]
+    for _ in range(3):
+        executor.step()
+    assert handles[0].result(0).finish_reason == "cancelled"
+
+
+def test_nothing_comes_after_the_end_however_late_a_step_is(boundaries):
+    runner, hangs, calls = CountingRunner(), threading.Event(), []
+    runner.before_step = lambda batch: hangs.wait(WAIT)
+    executor = make(boundaries, runner)
+    executor.max_step_s = 0.05
+    with pytest.raises(ExecutorStoppedError), executor:
+        handle = executor.submit([5], SamplingParams(30), listener=calls.append)
+    thread = executor._thread
+    hangs.set()
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    assert handle.drain() == ([], True)
+    assert calls == [True]
+
+
+def test_ctrl_c_does_not_wait_for_a_step_that_hangs(boundaries):
+    runner, has_begun, hangs = CountingRunner(), threading.Event(), threading.Event()
+    runner.before_step = lambda batch: (has_begun.set(), hangs.wait(WAIT))
+    executor, handles = make(boundaries, runner), []
+
+    def serve() -> None:
+        with executor:
+            handles.append(executor.submit([5], SamplingParams(30)))
+            has_begun.wait(WAIT)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve()
+    with pytest.raises(ExecutorStoppedError, match="it was left, and its step did not end within 1 s"):
+        handles[0].result(0)
+    hangs.set()
+
+
+def test_a_stream_is_read_twice(boundaries):
+    executor = make(boundaries)
+    handle = executor.submit([5], SamplingParams(3))
+    executor.run_until_idle()
+    assert list(handle) == expected([5], 3)
+    assert list(handle.stream(0.01)) == []
+    assert handle.drain() == ([], True)
+    assert handle.drain() == ([], True)
 
 
 def test_the_queue_has_a_limit_and_an_error_of_its_own(boundaries):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,21 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
             f"reading {gguf_file} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)} "
             f"(pip install 'trtllm-memshare[real]')"
         )
-    part = output_dir.with_name(f"{output_dir.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = output_dir.with_name(f".{output_dir.name}.{secrets.token_hex(4)}")  # nobody else's, whoever converts beside
+    old = part.with_name(f"{part.name}.old")
     try:
         _save_plain(gguf_file, part)
         if output_dir.exists():
-            shutil.rmtree(output_dir)
-        part.rename(output_dir)
+            output_dir.rename(old)
+        try:
+            part.rename(output_dir)
+        except OSError as error:
+            if old.exists() and not output_dir.exists():
+                old.rename(output_dir)
+            raise UserError(f"cannot write {output_dir}: {error.strerror} (does another command write it?)") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
     read_checkpoint(output_dir)
     return output_dir
 

@@ -29,6 +29,7 @@ _HELD = {"high_watermark": 1.0, "low_watermark": 1.0}  # the pool itself presses
 ARMS: dict[str, MemShareConfig] = {
     FULL: make_config("off"),
     "aligned": make_config("aligned"),
+    "surprisal-led-signature": make_config("pressure", need="surprisal-led-redundancy", **_HELD),
     "redundancy-signature": make_config("pressure", need="redundancy", **_HELD),
     "redundancy-recency-signature": make_config("pressure", need="redundancy-recency", **_HELD),
     "random-once": make_config("pressure", need="random", **_HELD),

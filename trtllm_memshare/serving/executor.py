@@ -161,8 +161,10 @@ class Executor(ExecutorLoop):
     def step(self) -> None:
         """One iteration: apply the last search's decisions, schedule, run, sample, finish."""
         started = time.perf_counter()
+        looks = self._looks_for_cancelled()  # first: who is cancelled before it is taken is then found in the next step
         self._take_submissions()
-        self._drop_cancelled()
+        if looks:
+            self._drop_cancelled()
         self.sharing.apply()
         schedule = self._scheduler.schedule()
         self._fail_admissions()
@@ -171,8 +173,7 @@ class Executor(ExecutorLoop):
         states = schedule.states
         pairs = self.sharing.search(self.stats.num_steps) if self._compare is None else None
         observes = self.sharing.observes_attention or (self.pressure is not None and self.pressure.observes_attention)
-        batch = make_batch(schedule, self.manager, pairs, self.config, observes)
-        self.last_batch = batch
+        self.last_batch = batch = make_batch(schedule, self.manager, pairs, self.config, observes)
         try:
             output = self._runner.step(self._runner.prepare(batch))
             distances = output.block_distances
@@ -198,8 +199,12 @@ class Executor(ExecutorLoop):
         """Ends the requests of a step that failed; raises ``error`` again after too many in a row."""
         running = set(self._scheduler.running)
         for state in states:
+            failed = request_failed(state.request_id, "a step that it was part of failed", error)
             if state in running:
-                self._fail(state, request_failed(state.request_id, "a step that it was part of failed", error))
+                self._fail(state, failed)
+            elif state.request_id in self._unanswered:  # it was being taken out
+                self.manager.abandon(state.request_id)
+                self._answer_error(state, failed)
         self.sharing.take_distances(None)
         self._failed_steps.failed(error, len(states))
 
@@ -224,15 +229,11 @@ class Executor(ExecutorLoop):
 
     def _answer_error(self, state: RequestState, error: Exception) -> None:
         self.stats.num_finished += 1
-        self.stats.num_failed += 1
-        state.handle.finish(None, error)
+        self.stats.num_failed += self._answer(state, None, error)
 
     def _drop_cancelled(self) -> None:
-        if not self._looks_for_cancelled():
-            return
         waiting = self._scheduler.waiting
-        dropped: list[RequestState] = []
-        kept: list[RequestState] = []
+        dropped, kept = list[RequestState](), list[RequestState]()
         for state in waiting:  # one look at each: between two, its caller could cancel it, and it would be in neither
             (dropped if self._is_cancelled(state) else kept).append(state)
         if dropped:
@@ -296,4 +297,4 @@ class Executor(ExecutorLoop):
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
         self.stats.num_recomputed_tokens = self._scheduler.num_recomputed_tokens
-        state.handle.finish(state.result(reason, record, now))
+        self.stats.num_failed += self._answer(state, state.result(reason, record, now))

@@ -13,11 +13,12 @@ from typing_extensions import Self
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.failures import ExecutorStoppedError, describe
-from trtllm_memshare.serving.request import RequestState
+from trtllm_memshare.serving.request import RequestResult, RequestState
 from trtllm_memshare.serving.scheduler import Scheduler
 from trtllm_memshare.serving.validation import QueueFullError
 
 MAX_QUEUE_SIZE = 100_000  # requests; each waits with a few kilobytes
+_ABORT_S = 1.0
 MAX_STEP_S = 600.0  # a step that lasts longer never ends: a device that hangs, a rank that has gone
 
 
@@ -53,9 +54,10 @@ class ExecutorLoop:
         self.has_failed = False
         self._lock = threading.Condition()
         self._submitted: deque[RequestState] = deque()
+        self._unanswered: dict[int, RequestState] = {}  # wherever they are: between two lists a request is in none
         self._thread: threading.Thread | None = None
         self._stopping = self._aborting = self._has_cancelled = False
-        self._moved_at = 0.0  # time.monotonic
+        self._step_since: float | None = None  # time.monotonic, while the thread is in a step
 
     def step(self) -> None:
         """One iteration."""
@@ -65,6 +67,12 @@ class ExecutorLoop:
     def has_work(self) -> bool:
         """Whether any request is queued or in flight."""
         return bool(self._submitted or self._scheduler.waiting or self._scheduler.running)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread's step has gone on for longer than ``max_step_s``; safe from any thread."""
+        since = self._step_since
+        return since is not None and time.monotonic() - since > self.max_step_s
 
     def run_until_idle(self) -> None:
         """Steps until every request has ended."""
@@ -83,7 +91,8 @@ class ExecutorLoop:
     def __exit__(self, error_type: object = None, *_: object) -> None:
         """Lets requests in flight end, then stops the thread.
 
-        When the body raised, Ctrl-C included, they are cancelled instead: each ends with the tokens it has.
+        When the body raised, Ctrl-C included, they are cancelled instead: each ends with the tokens it has, or, where a
+        step goes on for longer than a second, with an ExecutorStoppedError.
 
         Raises:
           ExecutorStoppedError: a step did not end within ``max_step_s``; whoever waits gets the same error.
@@ -94,20 +103,26 @@ class ExecutorLoop:
             self._lock.notify()
         if self._thread is None:
             return
-        self._moved_at = time.monotonic()
+        if self._aborting:
+            self._stop_soon(self._thread)
+            return
         try:
-            while self._thread.is_alive():
+            while self._thread.is_alive() and not self.is_stuck:
                 self._thread.join(timeout=min(1.0, self.max_step_s))
-                if self._thread.is_alive() and time.monotonic() - self._moved_at > self.max_step_s:
-                    stuck = TimeoutError(f"a step has not ended for {self.max_step_s:g} s")
-                    self._fail_all(stuck)
-                    raise ExecutorStoppedError(f"the executor stopped: {describe(stuck)}")
-        except ExecutorStoppedError:
-            raise
         except BaseException:  # Ctrl-C while the last requests end
             self._aborting = True
-            self._thread.join(timeout=1)
+            self._stop_soon(self._thread)
             raise
+        if self._thread.is_alive():
+            stuck = TimeoutError(f"a step has not ended for {self.max_step_s:g} s")
+            self._fail_all(stuck)
+            raise ExecutorStoppedError(f"the executor stopped: {describe(stuck)}")
+
+    def _stop_soon(self, thread: threading.Thread) -> None:
+        """Waits a second for what is cancelled; whoever still waits then is answered without the step."""
+        thread.join(timeout=_ABORT_S)
+        if thread.is_alive():
+            self._fail_all(TimeoutError(f"it was left, and its step did not end within {_ABORT_S:g} s"))
 
     def _queue(self, state: RequestState) -> None:
         with self._lock:
@@ -118,8 +133,14 @@ class ExecutorLoop:
             waiting = len(self._submitted) + len(self._scheduler.waiting)
             if waiting >= self._max_queue_size:
                 raise QueueFullError(f"the queue is full: {waiting} requests wait, the limit (submit this one later)")
+            self._unanswered[state.request_id] = state
             self._submitted.append(state)
             self._lock.notify()
+
+    def _answer(self, state: RequestState, result: RequestResult | None, error: BaseException | None = None) -> bool:
+        """Ends a request for its caller; whether it ended with an error."""
+        self._unanswered.pop(state.request_id, None)
+        return state.handle.finish(result, error)
 
     def _loop(self) -> None:
         try:
@@ -131,8 +152,9 @@ class ExecutorLoop:
                     return  # it has failed if nobody waits for its step any more
                 if self._aborting:
                     self._cancel_all()
+                self._step_since = time.monotonic()
                 self.step()
-                self._moved_at = time.monotonic()
+                self._step_since = None
         except BaseException as error:
             self._fail_all(error)
             raise
@@ -147,9 +169,9 @@ class ExecutorLoop:
         """An executor that stopped owes every caller an answer."""
         with self._lock:
             self.has_failed = self._stopping = True
-            states = [*self._submitted, *self._scheduler.waiting, *self._scheduler.running]
+            states = list(self._unanswered.values())
         for state in states:
-            state.handle.finish(None, ExecutorStoppedError(f"the executor stopped: {describe(error)}"))
+            self._answer(state, None, ExecutorStoppedError(f"the executor stopped: {describe(error)}"))
 
     def _note_cancelled(self) -> None:
         """Some request has been cancelled: the next step looks for it. Any thread may say so."""

@@ -1,6 +1,7 @@
 """What happens when something raises: how far an error reaches, and when the executor gives up.
 
-- An error of one request (choosing its token, its listener, being added) ends that request.
+- An error of one request (choosing its token, its listener, being added) ends that request; of a listener any error is,
+  `SystemExit` and `CancelledError` among them.
 - An error of a step (the runner, reading logits) ends the requests of that step's batch; the others go on. After
   ``MAX_FAILED_STEPS`` failed steps in a row the executor stops: a GPU that has faulted fails every step.
 - A ``UserError`` of a step names settings that the runner cannot serve with: it stops the executor at once.
@@ -47,7 +48,7 @@ def not_finite(request_id: int, num_tokens: int) -> RequestFailedError:
     )
 
 
-def log_listener(request_id: int, error: Exception) -> None:
+def log_listener(request_id: int, error: BaseException) -> None:
     """Notes what a listener raised when nobody is left to tell."""
     _log.warning("the listener of request %d raised at its end: %s", request_id, describe(error))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,9 +13,12 @@ from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
+from trtllm_memshare.serving.failures import describe
 from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
 from trtllm_memshare.serving.sampling import Sampler
 from trtllm_memshare.serving.sharing import MakeControl
+
+_Result = TypeVar("_Result")
 
 
 class RankedSampler(Sampler):
@@ -31,13 +35,29 @@ class RankedSampler(Sampler):
 
     def sample(self, logits: torch.Tensor, requests: list[RequestState]) -> list[int]:
         """Next token of each row; see ``Sampler.sample``."""
-        tokens = super().sample(logits, requests) if self._communicator.rank == self._root else None
-        return list(self._communicator.broadcast(tokens, self._root))
+        tokens, errors = self._of_root(lambda: (super(RankedSampler, self).sample(logits, requests), self._sentences()))
+        self.errors |= {request_id: RuntimeError(text) for request_id, text in errors.items()}
+        return list(tokens)
 
     def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
         """The same on every rank: rank 0 answers for a pipeline whose last stage alone has logits."""
-        found = super().log_probs_of(logits, tokens) if self._communicator.rank == self._root else None
-        return list(self._communicator.broadcast(found, self._root))
+        return list(self._of_root(lambda: super(RankedSampler, self).log_probs_of(logits, tokens)))
+
+    def _sentences(self) -> dict[int, str]:
+        return {request_id: describe(error) for request_id, error in self.errors.items()}
+
+    def _of_root(self, work: Callable[[], _Result]) -> _Result:
+        """What ``work`` gives on the root; where it raises there, every rank raises: none may wait for the others."""
+        outcome: tuple[_Result | None, str] | None = None
+        if self._communicator.rank == self._root:
+            try:
+                outcome = work(), ""
+            except Exception as error:
+                outcome = None, describe(error)
+        result, problem = self._communicator.broadcast(outcome, self._root)
+        if problem:
+            raise RuntimeError(f"rank {self._root} could not choose the next tokens: {problem}")
+        return result
 
 
 @dataclass(frozen=True)
@@ -114,9 +134,11 @@ class RankedExecutor(Executor):
         They may wait in another exchange then: a broadcast would hang, and hide the error. This process ends with it,
         and the launcher ends the others.
         """
-        super().__exit__(*error)
-        if not self.has_failed:
-            self.close()
+        try:
+            super().__exit__(*error)
+        finally:
+            if not self.has_failed:
+                self.close()
 
     def _take_submissions(self) -> None:
         """Takes what this turn names; until then rank 0 keeps it queued, so that a failed turn loses no request."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -136,10 +136,6 @@ class RequestState:
         ]
 
     @property
-    def _is_too_short(self) -> bool:
-        return self.num_generated < self.params.min_new_tokens
-
-    @property
     def stops(self) -> bool:
         """Whether the last token ends the request: a stop token, or the end of a stop sequence."""
         if self.tokens[-1] in self.params.stop_token_ids:
@@ -154,8 +150,7 @@ class RequestState:
 
     def result(self, reason: str, record: SharingRecord, now: float) -> RequestResult:
         """What the caller gets at the end, which is ``now`` in seconds of ``time.perf_counter``."""
-        first = self.first_token_at if self.first_token_at is not None else now
-        scheduled = self.scheduled_at if self.scheduled_at is not None else now
+        first, scheduled = (now if at is None else at for at in (self.first_token_at, self.scheduled_at))
         stats = RequestStats(
             first - self.submitted_at,
             now - self.submitted_at,
@@ -202,7 +197,9 @@ class RequestHandle:
     ) -> None:
         self.request_id = request_id
         self._listener, self._on_cancel = listener, on_cancel
-        self._listener_error: Exception | None = None
+        self._listener_error: BaseException | None = None
+        self._has_ended = False  # guarded: a step that was given up may come back while its requests are answered
+        self._lock = threading.Lock()
         self.future: Future[RequestResult] = ResultFuture(self.cancel)
         self.cancelled = False
         self.log_probs: list[float] = []  # of the tokens so far, if they were asked for; the executor's thread appends
@@ -238,10 +235,10 @@ class RequestHandle:
             try:
                 token = self._stream.get(timeout=timeout)
             except queue.Empty:
-                raise TimeoutError(
-                    f"request {self.request_id} had no token for {timeout:g} s (wait longer, or cancel it)"
-                ) from None
+                what = f"request {self.request_id} had no token for {timeout:g} s (wait longer, or cancel it)"
+                raise TimeoutError(what) from None
             if token is None:
+                self._stream.put(None)  # for whoever else reads it, or reads it again
                 break
             yield token
         if self.future.done():
@@ -250,37 +247,54 @@ class RequestHandle:
     def drain(self) -> tuple[list[int], bool]:
         """Tokens that have come since the last time, and whether the request has ended; never waits."""
         tokens: list[int] = []
-        with contextlib.suppress(queue.Empty):
-            while (token := self._stream.get_nowait()) is not None:
-                tokens.append(token)
-            return tokens, True
-        return tokens, False
+        while True:
+            try:
+                token = self._stream.get_nowait()
+            except queue.Empty:
+                return tokens, False
+            if token is None:
+                self._stream.put(None)
+                return tokens, True
+            tokens.append(token)
 
     def push(self, token: int, log_prob: float | None = None) -> None:
-        """Executor's side: one more token."""
-        if log_prob is not None:
-            self.log_probs.append(log_prob)
-        self._stream.put(token)
+        """Executor's side: one more token; none after the end."""
+        with self._lock:
+            if self._has_ended:
+                return
+            if log_prob is not None:
+                self.log_probs.append(log_prob)
+            self._stream.put(token)
         if self._listener is not None:
             try:
                 self._listener(False)
-            except Exception as error:  # its request ends, and no other
+            except BaseException as error:  # SystemExit and CancelledError too: its request ends, and no other
                 self._listener, self._listener_error = None, error
                 self.cancel()
 
-    def finish(self, result: RequestResult | None, error: BaseException | None = None) -> None:
-        """Executor's side: ends stream and future, once; a second end changes nothing."""
-        if self.future.done():
-            return
+    def finish(self, result: RequestResult | None, error: BaseException | None = None) -> bool:
+        """Executor's side: ends stream and future, once; a second end changes nothing.
+
+        Returns:
+          Whether it ended just now, and with an error.
+        """
+        with self._lock:
+            if self._has_ended:
+                return False
+            self._has_ended = True
         if error is None and self._listener_error is not None:
             error = request_failed(self.request_id, "its listener raised", self._listener_error)
-        if error is not None:
-            self.future.set_exception(error)
-        elif result is not None:
-            self.future.set_result(result)
+        try:
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)  # type: ignore[arg-type]
+        except BaseException as raised:  # of a callback, which is the caller's
+            log_listener(self.request_id, raised)
         self._stream.put(None)
         if self._listener is not None:
             try:
                 self._listener(True)
-            except Exception as raised:
+            except BaseException as raised:
                 log_listener(self.request_id, raised)
+        return error is not None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from trtllm_memshare.serving.request import RequestState, SamplingParams
 
@@ -145,6 +146,6 @@ def token_log_probs(logits: torch.Tensor, tokens: list[int]) -> list[float]:
       logits: float32 ``[batch, vocab_size]``.
       tokens: one per row.
     """
-    chosen = torch.tensor(tokens, device=logits.device).clamp(min=0).unsqueeze(-1)  # ``NO_TOKEN`` has none
-    found: list[float] = (logits.float().gather(-1, chosen).squeeze(-1) - logits.float().logsumexp(-1)).tolist()
+    chosen = torch.tensor([max(0, token) for token in tokens], device=logits.device)  # ``NO_TOKEN`` has none
+    found: list[float] = cross_entropy(logits.float(), chosen, reduction="none").neg_().tolist()
     return found

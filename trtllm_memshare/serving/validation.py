@@ -35,7 +35,7 @@ def check_prompt(input_ids: Any, vocab_size: int) -> list[int]:
     Raises:
       UserError: no list of integers, or one outside the vocabulary; names the first place that is wrong.
     """
-    if isinstance(input_ids, str | bytes) or not isinstance(input_ids, Iterable):
+    if isinstance(input_ids, str | bytes) or not isinstance(input_ids, Iterable) or not hasattr(input_ids, "__len__"):
         raise UserError(f"input_ids must be a list of token ids, got {quote(input_ids)} (tokenize the prompt first)")
     ids = list(input_ids)
     if not ids:

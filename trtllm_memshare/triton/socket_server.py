@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.failures import describe
 from trtllm_memshare.triton.events import QueueFullError
 from trtllm_memshare.triton.inputs import TEXT_NAMES
 from trtllm_memshare.triton.service import ExecutorService
@@ -78,4 +79,4 @@ class SocketServer:
         except UserError as error:
             send(error=str(error), queue_full=isinstance(error, QueueFullError), user=True)
         except Exception as error:  # whatever it is, the other side waits for an answer
-            send(error=f"{type(error).__name__}: {error}", queue_full=False, user=False)
+            send(error=describe(error), queue_full=False, user=False)

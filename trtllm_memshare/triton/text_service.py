@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
 from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords, special_stop_tokens
 from trtllm_memshare.triton.events import Call, QueueFullError, TextEvent, TokenEvent
 from trtllm_memshare.triton.inputs import TEXT_NAMES, USED
@@ -139,8 +140,8 @@ class TextService:
         ends = np.cumsum([len(word) for word in words]).tolist()
         return [flat, ends + [-1] * (len(flat) - len(ends))]
 
-    async def tokenize(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt.
+    async def tokenize(self, prompt: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Token ids of a prompt; special tokens as ``PromptFormat`` says.
 
         Raises:
           UserError: it has too many bytes, or too many tokens.
@@ -148,8 +149,7 @@ class TextService:
         self._check_size(prompt)
 
         def encode() -> list[int]:
-            ids: list[int] = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-            return ids
+            return encode_prompt(self.tokenizer, prompt, PromptFormat(add_special_tokens=add_special_tokens))
 
         ids = await asyncio.get_running_loop().run_in_executor(self._threads, encode)
         check_prompt_length(len(ids), self._limits.max_prompt_tokens)

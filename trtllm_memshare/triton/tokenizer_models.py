@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
 from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.tensors import RequestTensors
 
@@ -72,7 +73,7 @@ class PreprocessingModel(TokenizerModel):
         queries = [row.texts("QUERY", limit) for row in tensors.rows("QUERY")]
         if any(len(texts) != 1 for texts in queries):
             raise UserError("QUERY must be one text that is not empty for each prompt")
-        ids = [self.tokenizer(texts[0])["input_ids"] for texts in queries]
+        ids = [encode_prompt(self.tokenizer, texts[0], PromptFormat()) for texts in queries]
         longest = max(map(len, ids))
         found: dict[str, np.ndarray] = {
             "INPUT_ID": np.array([row + [pad] * (longest - len(row)) for row in ids], np.int32),

@@ -87,8 +87,8 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     if {"attention", "recent_attention", "distance"} & set(facts):
         raise UserError(
             f"need must be one that vLLM can tell, got {config.need} (take redundancy, redundancy-recency, "
-            f"surprisal-redundancy, surprisal, age or random: its kernels do not report attention, and whole pages are "
-            f"not compared there)"
+            f"surprisal-led-redundancy, surprisal-redundancy, surprisal, age or random: its kernels do not report "
+            f"attention, and whole pages are not compared there)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})

@@ -22,7 +22,10 @@ from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
 from trtllm_memshare.runners.torch.runner import load_model
 from trtllm_memshare.search.steps import BoundaryTokens
 
-MAIN = ("full", "redundancy-signature", "redundancy-recency-signature", "random-once", "paper-alias", "aligned")
+MAIN = (
+    "full", "surprisal-led-signature", "redundancy-signature", "redundancy-recency-signature", "random-once",
+    "paper-alias", "aligned",
+)  # fmt: skip
 
 
 def main() -> None:
