@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
-from trtllm_memshare.serving.sampling import Sampler, token_log_probs
+from trtllm_memshare.serving.sampling import NO_TOKEN, Sampler, token_log_probs
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.1, 0.07, 0.03]]).log()
 
@@ -106,3 +107,11 @@ def test_no_value_makes_the_sampler_fail():
 def test_log_probs_are_the_model_s_own():
     found = token_log_probs(LOGITS.repeat(2, 1) + 3, [0, 4])
     torch.testing.assert_close(torch.tensor(found).exp(), torch.tensor([0.5, 0.03]))
+
+
+@pytest.mark.parametrize("tokens", [[], [2], [0, 3, NO_TOKEN]])
+def test_log_probabilities_are_those_of_the_chosen_tokens(tokens):
+    logits = torch.randn(len(tokens), 5, generator=torch.Generator().manual_seed(1))
+    found = token_log_probs(logits, tokens)
+    expected = [logits[row].log_softmax(-1)[max(0, token)].item() for row, token in enumerate(tokens)]
+    assert found == pytest.approx(expected, abs=1e-5)

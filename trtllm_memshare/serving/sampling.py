@@ -146,6 +146,7 @@ def token_log_probs(logits: torch.Tensor, tokens: list[int]) -> list[float]:
       logits: float32 ``[batch, vocab_size]``.
       tokens: one per row.
     """
-    chosen = torch.tensor([max(0, token) for token in tokens], device=logits.device)  # ``NO_TOKEN`` has none
+    known = [max(0, token) for token in tokens]  # ``NO_TOKEN`` has none
+    chosen = torch.tensor(known, dtype=torch.long, device=logits.device)
     found: list[float] = cross_entropy(logits.float(), chosen, reduction="none").neg_().tolist()
     return found
