@@ -63,6 +63,7 @@ class FakeExecutor:
             else None
         )
         self.active: list[FakeLlmRequest] = []
+        self.cancelled_waiting: set[int] = set()  # ended by `cancel`, without having run
         self.requests: list[FakeLlmRequest] = []
         self.scripts: dict[int, list[int]] = {}
         self.processed: dict[int, int] = {}  # positions that forward passes have written
@@ -94,6 +95,7 @@ class FakeExecutor:
         self.scripts[request_id] = self.scripts[request_id][: request.max_beam_num_tokens]
         if request.state is LlmRequestState.CONTEXT_INIT and request_id not in self.processed:
             request.finish_by_reason(FinishReason.CANCELLED)
+            self.cancelled_waiting.add(request_id)
             self.active.remove(request)
             self.manager.free_resources(request)
 
