@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
-import threading
-import time
 
 import pytest
 import torch
 from fakes.counting_runner import CountingRunner, expected
+from serving.counting_executor import PROMPTS, WAIT, assert_clean, make
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.failures import MAX_FAILED_STEPS, ExecutorStoppedError, RequestFailedError
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.serving.sampling import Sampler
 from trtllm_memshare.serving.statistics import MAX_TIMELINE, ExecutorStats
 from trtllm_memshare.serving.validation import QueueFullError
-
-PROMPTS = [[5], [20, 21, 22], [40, 41]]
-WAIT = 20  # seconds; a wait that is not answered fails the test
-
-
-def make(boundaries, runner: CountingRunner | None = None, **options) -> Executor:
-    return Executor(runner or CountingRunner(), make_config("off"), boundaries, max_seq_len=400, **options)  # type: ignore[arg-type]
-
-
-def assert_clean(executor: Executor) -> None:
-    executor.manager.check_integrity()
-    assert executor.manager.pool.num_used == 0
-    assert not executor.has_work
 
 
 def run_with_one_victim(boundaries, executor: Executor, damage, match: str, params=SamplingParams(30)) -> None:
@@ -131,36 +115,6 @@ def test_a_listener_that_raises_at_the_end_harms_nobody(boundaries):
     handles = [executor.submit(p, SamplingParams(5), listener=listener) for p in PROMPTS]
     executor.run_until_idle()
     assert [h.result(0).token_ids for h in handles] == [expected(p, 5) for p in PROMPTS]
-
-
-def test_cancelling_the_future_cancels_the_request(boundaries):
-    executor = make(boundaries)
-    handles = [executor.submit(p, SamplingParams(30)) for p in PROMPTS]
-    executor.step()
-    assert handles[1].future.cancel() is False
-    executor.run_until_idle()
-    assert handles[1].result(0).finish_reason == "cancelled"
-    assert handles[1].result(0).token_ids == expected(PROMPTS[1], 1)
-    assert [handles[i].result(0).finish_reason for i in (0, 2)] == ["length"] * 2
-    assert handles[1].future.cancel() is False  # too late, and no harm
-    assert_clean(executor)
-
-
-def test_a_timeout_of_asyncio_frees_the_blocks(boundaries):
-    runner = CountingRunner()
-    runner.before_step = lambda batch: time.sleep(0.005)
-
-    async def wait(handle):
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(handle.future), 0.05)
-
-    with make(boundaries, runner) as executor:
-        handle = executor.submit([5], SamplingParams(390))
-        asyncio.run(wait(handle))
-        other = executor.submit([6], SamplingParams(5))
-        assert other.result(WAIT).token_ids == expected([6], 5)
-        assert handle.result(WAIT).finish_reason == "cancelled"
-    assert_clean(executor)
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -263,66 +217,6 @@ def test_an_error_for_the_first_does_not_keep_the_others_waiting(boundaries, mon
             handle.result(0)
 
 
-def test_ctrl_c_leaves_within_a_second_and_answers_the_requests(boundaries):
-    runner = CountingRunner(num_blocks=4000)
-    runner.before_step = lambda batch: time.sleep(0.01)
-    executor = make(boundaries, runner, max_batch_size=8)
-    handles, started = [], []
-
-    def serve() -> None:
-        with executor:
-            handles.extend(executor.submit([5 + i % 50], SamplingParams(390)) for i in range(500))
-            while executor.stats.num_steps < 3:
-                time.sleep(0.001)
-            started.append(time.monotonic())
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        serve()
-    assert time.monotonic() - started[0] < 5  # a second by itself, 240 s to the end; the machine may be busy
-    assert {h.result(0).finish_reason for h in handles} == {"cancelled"}
-    assert_clean(executor)
-
-
-def test_leaving_in_peace_lets_requests_end(boundaries):
-    with make(boundaries) as executor:
-        handle = executor.submit([5], SamplingParams(30))
-    assert handle.result(0).finish_reason == "length"
-
-
-def test_leaving_does_not_wait_for_a_step_that_never_ends(boundaries):
-    runner, hangs = CountingRunner(), threading.Event()
-    runner.before_step = lambda batch: hangs.wait(WAIT)
-    executor = make(boundaries, runner)
-    executor.max_step_s = 0.05
-    with pytest.raises(ExecutorStoppedError, match=r"a step has not ended for 0\.05 s"), executor:
-        handle = executor.submit([5], SamplingParams(30))
-    assert executor.is_stuck
-    with pytest.raises(ExecutorStoppedError, match="has not ended"):
-        handle.result(0)
-    assert executor.has_failed
-    hangs.set()
-
-
-def test_steps_that_end_are_waited_for_however_many_they_are(boundaries):
-    runner = CountingRunner()
-    runner.before_step = lambda batch: time.sleep(0.02)
-    executor = make(boundaries, runner)
-    executor.max_step_s = 0.3
-    with executor:
-        handle = executor.submit([5], SamplingParams(30))
-    assert handle.result(0).finish_reason == "length"
-
-
-def test_a_stream_waits_no_longer_than_its_caller_wants(boundaries):
-    executor = make(boundaries)
-    handle = executor.submit([5], SamplingParams(3))
-    with pytest.raises(TimeoutError, match=rf"request {handle.request_id} had no token for 0\.01 s"):
-        next(handle.stream(0.01))
-    executor.run_until_idle()
-    assert list(handle.stream(0.01)) == expected([5], 3)
-
-
 @pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, KeyboardInterrupt])
 def test_a_listener_that_ends_its_thread_ends_its_request_alone(boundaries, error):
     def listener(has_ended):
@@ -366,80 +260,6 @@ def test_an_error_while_a_request_is_taken_out_leaves_nobody_waiting(boundaries,
             handle.result(0)
 
 
-def test_an_error_while_the_cancelled_are_dropped_leaves_nobody_waiting(boundaries, monkeypatch):
-    executor = make(boundaries, max_batch_size=1)
-    handles = [executor.submit([5], SamplingParams(30)) for _ in range(5)]
-    executor.step()
-    for handle in handles[1:4]:
-        handle.cancel()
-    monkeypatch.setattr(executor.manager, "forget_paused", lambda request_id: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        executor.run_until_idle()
-    for handle in handles:
-        with pytest.raises(ExecutorStoppedError, match="ZeroDivisionError"):
-            handle.result(0)
-
-
-def test_a_request_cancelled_before_it_is_taken_from_the_queue_is_found_in_the_next_step(boundaries):
-    executor = make(boundaries)
-    take = executor._take_submissions
-
-    def submit_and_cancel_then_take_nothing():
-        executor._take_submissions = take  # type: ignore[method-assign]
-        take()
-        handles.append(executor.submit([5], SamplingParams(300)))  # by another thread, just after
-        handles[0].cancel()
-
-    handles: list = []
-    executor._take_submissions = submit_and_cancel_then_take_nothing  # type: ignore[method-assign]
-    for _ in range(3):
-        executor.step()
-    assert handles[0].result(0).finish_reason == "cancelled"
-
-
-def test_nothing_comes_after_the_end_however_late_a_step_is(boundaries):
-    runner, hangs, calls = CountingRunner(), threading.Event(), []
-    runner.before_step = lambda batch: hangs.wait(WAIT)
-    executor = make(boundaries, runner)
-    executor.max_step_s = 0.05
-    with pytest.raises(ExecutorStoppedError), executor:
-        handle = executor.submit([5], SamplingParams(30), listener=calls.append)
-    thread = executor._thread
-    hangs.set()
-    thread.join(WAIT)
-    assert not thread.is_alive()
-    assert handle.drain() == ([], True)
-    assert calls == [True]
-
-
-def test_ctrl_c_does_not_wait_for_a_step_that_hangs(boundaries):
-    runner, has_begun, hangs = CountingRunner(), threading.Event(), threading.Event()
-    runner.before_step = lambda batch: (has_begun.set(), hangs.wait(WAIT))
-    executor, handles = make(boundaries, runner), []
-
-    def serve() -> None:
-        with executor:
-            handles.append(executor.submit([5], SamplingParams(30)))
-            has_begun.wait(WAIT)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        serve()
-    with pytest.raises(ExecutorStoppedError, match="it was left, and its step did not end within 1 s"):
-        handles[0].result(0)
-    hangs.set()
-
-
-def test_a_stream_is_read_twice(boundaries):
-    executor = make(boundaries)
-    handle = executor.submit([5], SamplingParams(3))
-    executor.run_until_idle()
-    assert list(handle) == expected([5], 3)
-    assert list(handle.stream(0.01)) == []
-    assert handle.drain() == ([], True)
-    assert handle.drain() == ([], True)
-
-
 def test_the_queue_has_a_limit_and_an_error_of_its_own(boundaries):
     executor = make(boundaries, max_queue_size=2)
     handles = [executor.submit(p, SamplingParams(3)) for p in PROMPTS[:2]]
@@ -451,66 +271,6 @@ def test_the_queue_has_a_limit_and_an_error_of_its_own(boundaries):
     assert all(h.result(0).finish_reason == "length" for h in handles)
 
 
-def test_cancelling_a_long_queue_takes_one_pass(boundaries):
-    executor = make(boundaries, max_batch_size=1)
-    handles = [executor.submit([5], SamplingParams(300)) for _ in range(20_000)]
-    executor.step()
-    for handle in handles[1:]:
-        handle.cancel()
-    looked_at = []
-    original = executor._is_cancelled
-    executor._is_cancelled = lambda state: looked_at.append(1) or original(state)  # type: ignore[method-assign]
-    executor.step()
-    executor.step()
-    assert len(looked_at) <= 3 * len(handles)
-    assert sum(h.future.done() for h in handles) == len(handles) - 1
-    assert gc.isenabled()
-
-
-def test_a_request_cancelled_while_the_queue_is_looked_through_is_answered(boundaries):
-    executor = make(boundaries, max_batch_size=1)
-    handles = [executor.submit([5], SamplingParams(30)) for _ in range(5)]
-    executor.step()
-    original = executor._is_cancelled
-
-    def look_then_cancel(state):
-        was_cancelled = original(state)
-        state.handle.cancel()  # by its caller, from another thread
-        return was_cancelled
-
-    executor._is_cancelled = look_then_cancel  # type: ignore[method-assign]
-    handles[1].cancel()
-    for _ in range(3):
-        executor.step()
-    assert [h.result(0).finish_reason for h in handles] == ["cancelled"] * 5
-    assert_clean(executor)
-
-
-def test_a_request_cancelled_while_the_executor_asks_whether_any_was_is_answered(boundaries):
-    class Raced(Executor):
-        flag, cancels = False, None
-
-        @property
-        def _has_cancelled(self):
-            value, cancels, self.cancels = self.flag, self.cancels, None
-            if cancels is not None:
-                cancels()  # by its caller, after the flag was read
-            return value
-
-        @_has_cancelled.setter
-        def _has_cancelled(self, value):
-            self.flag = value
-
-    executor = Raced(CountingRunner(), make_config("off"), boundaries, max_seq_len=400)  # type: ignore[arg-type]
-    handle = executor.submit([5], SamplingParams(300))
-    executor.step()
-    executor.cancels = handle.cancel
-    executor.step()
-    executor.step()
-    assert handle.result(0).finish_reason == "cancelled"
-    assert_clean(executor)
-
-
 def test_statistics_take_bounded_memory():
     stats = ExecutorStats()
     for step in range(5 * MAX_TIMELINE):
@@ -519,25 +279,3 @@ def test_statistics_take_bounded_memory():
     times = [t for t, *_ in stats.timeline]
     assert len({b - a for a, b in itertools.pairwise(times)}) == 1
     assert stats.num_steps == 5 * MAX_TIMELINE
-
-
-def test_submit_from_many_threads_while_some_cancel(boundaries):
-    results = []
-
-    def client(executor, place):
-        handle = executor.submit([5 + place], SamplingParams(40))
-        if place % 3 == 0:
-            handle.cancel()
-        results.append((place, handle.result(WAIT)))
-
-    with make(boundaries) as executor:
-        threads = [threading.Thread(target=client, args=(executor, place)) for place in range(30)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(WAIT)
-    assert len(results) == 30
-    for place, result in results:
-        assert result.token_ids == expected([5 + place], 40)[: len(result.token_ids)]
-        assert result.finish_reason == "length" or place % 3 == 0
-    assert_clean(executor)

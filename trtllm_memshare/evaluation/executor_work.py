@@ -13,7 +13,7 @@ from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 
 MAX_NUM_TOKENS = 2048
-"""Of a step, here and in vLLM."""
+"""Of a step: the prompts of a comparison together have fewer."""
 
 
 def load_runner(work: VllmWork, num_blocks: int) -> Runner:

@@ -1,0 +1,116 @@
+"""Leaving the executor and reading a stream: no wait without an end."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from fakes.counting_runner import CountingRunner, expected
+from serving.counting_executor import WAIT, assert_clean, make
+
+from trtllm_memshare.serving.failures import ExecutorStoppedError
+from trtllm_memshare.serving.request import SamplingParams
+
+
+def test_ctrl_c_leaves_within_a_second_and_answers_the_requests(boundaries):
+    runner = CountingRunner(num_blocks=4000)
+    runner.before_step = lambda batch: time.sleep(0.01)
+    executor = make(boundaries, runner, max_batch_size=8)
+    handles, started = [], []
+
+    def serve() -> None:
+        with executor:
+            handles.extend(executor.submit([5 + i % 50], SamplingParams(390)) for i in range(500))
+            while executor.stats.num_steps < 3:
+                time.sleep(0.001)
+            started.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve()
+    assert time.monotonic() - started[0] < 5  # a second by itself, 240 s to the end; the machine may be busy
+    assert {h.result(0).finish_reason for h in handles} == {"cancelled"}
+    assert_clean(executor)
+
+
+def test_leaving_in_peace_lets_requests_end(boundaries):
+    with make(boundaries) as executor:
+        handle = executor.submit([5], SamplingParams(30))
+    assert handle.result(0).finish_reason == "length"
+
+
+def test_leaving_does_not_wait_for_a_step_that_never_ends(boundaries):
+    runner, hangs = CountingRunner(), threading.Event()
+    runner.before_step = lambda batch: hangs.wait(WAIT)
+    executor = make(boundaries, runner)
+    executor.max_step_s = 0.05
+    with pytest.raises(ExecutorStoppedError, match=r"a step has not ended for 0\.05 s"), executor:
+        handle = executor.submit([5], SamplingParams(30))
+    assert executor.is_stuck
+    with pytest.raises(ExecutorStoppedError, match="has not ended"):
+        handle.result(0)
+    assert executor.has_failed
+    hangs.set()
+
+
+def test_steps_that_end_are_waited_for_however_many_they_are(boundaries):
+    runner = CountingRunner()
+    runner.before_step = lambda batch: time.sleep(0.02)
+    executor = make(boundaries, runner)
+    executor.max_step_s = 0.3
+    with executor:
+        handle = executor.submit([5], SamplingParams(30))
+    assert handle.result(0).finish_reason == "length"
+
+
+def test_a_stream_waits_no_longer_than_its_caller_wants(boundaries):
+    executor = make(boundaries)
+    handle = executor.submit([5], SamplingParams(3))
+    with pytest.raises(TimeoutError, match=rf"request {handle.request_id} had no token for 0\.01 s"):
+        next(handle.stream(0.01))
+    executor.run_until_idle()
+    assert list(handle.stream(0.01)) == expected([5], 3)
+
+
+def test_nothing_comes_after_the_end_however_late_a_step_is(boundaries):
+    runner, hangs, calls = CountingRunner(), threading.Event(), []
+    runner.before_step = lambda batch: hangs.wait(WAIT)
+    executor = make(boundaries, runner)
+    executor.max_step_s = 0.05
+    with pytest.raises(ExecutorStoppedError), executor:
+        handle = executor.submit([5], SamplingParams(30), listener=calls.append)
+    thread = executor._thread
+    hangs.set()
+    thread.join(WAIT)
+    assert not thread.is_alive()
+    assert handle.drain() == ([], True)
+    assert calls == [True]
+
+
+def test_ctrl_c_does_not_wait_for_a_step_that_hangs(boundaries):
+    runner, has_begun, hangs = CountingRunner(), threading.Event(), threading.Event()
+    runner.before_step = lambda batch: (has_begun.set(), hangs.wait(WAIT))
+    executor, handles = make(boundaries, runner), []
+
+    def serve() -> None:
+        with executor:
+            handles.append(executor.submit([5], SamplingParams(30)))
+            has_begun.wait(WAIT)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve()
+    with pytest.raises(ExecutorStoppedError, match="it was left, and its step did not end within 1 s"):
+        handles[0].result(0)
+    hangs.set()
+
+
+def test_a_stream_is_read_twice(boundaries):
+    executor = make(boundaries)
+    handle = executor.submit([5], SamplingParams(3))
+    executor.run_until_idle()
+    assert list(handle) == expected([5], 3)
+    assert list(handle.stream(0.01)) == []
+    assert handle.drain() == ([], True)
+    assert handle.drain() == ([], True)
