@@ -52,13 +52,15 @@ class AdmissionReserve:
         """Holds that many pages, fewer if the manager has no more; a few more or less are left as they are."""
         num_pages = num_pages if num_pages >= _FEWEST else 0
         while self.num_held > num_pages:
-            request, pages = self._held.pop()
-            excess = min(pages, self.num_held + pages - num_pages)
+            request, pages = self._held[-1]
+            excess = min(pages, self.num_held - num_pages)
+            # Noted when it is done: what is not noted would be held for ever.
             if excess < pages:
                 self._backend.shrink(request.py_request_id, excess)
-                self._held.append((request, pages - excess))
+                self._held[-1] = request, pages - excess
             else:
                 self._manager.free_resources(request)
+                del self._held[-1]
         while num_pages - self.num_held >= _FEWEST:
             pages = min(self._longest, num_pages - self.num_held)
             made = self._manager.add_dummy_requests(

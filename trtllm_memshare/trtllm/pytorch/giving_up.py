@@ -51,9 +51,13 @@ class GivingUp:
             self._counted |= new
             self._manager.count_shadow(list(new))
             return
-        for request_id, pages in choice:
-            self._manager.retire(request_id, np.array(pages, np.int32))
-        self.hand_back(choice, step)
+        retired: Choice = []
+        try:
+            for request_id, pages in choice:
+                self._manager.retire(request_id, np.array(pages, np.int32))
+                retired.append((request_id, pages))
+        finally:  # what is retired has its row set and its pages freed, whatever became of the next one
+            self.hand_back(retired, step)
 
     def hand_back(self, choice: Choice, step: int) -> None:
         """Frees pages that the cache has given up, and sets the rows that go with it; both, or a request is lost."""
