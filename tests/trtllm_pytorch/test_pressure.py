@@ -24,7 +24,7 @@ from trtllm_pytorch.test_tail_swap import (
 )
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.trtllm.pytorch.bands import Crossings
+from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST, NullKeys
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 
@@ -66,7 +66,7 @@ def test_nobody_is_paused_where_floors_allow_it(manager_class, config, null_page
     shared = executor.manager.memshare
     assert executor.num_pauses == 0
     assert shared.manager.stats().forgotten > 20
-    assert shared.pressure.num_episodes > 1
+    assert shared.pressure.stats.episodes.num == 1
     assert not shared.failures.num_errors
 
 
@@ -147,7 +147,7 @@ def test_below_the_watermark_nothing_is_given_up_and_no_row_is_touched(null_page
     executor = serve(make_sharing_class(null_pages=null_pages, **PRESSURE), 200, 4)
     shared = executor.manager.memshare
     assert shared.manager.stats().forgotten == 0
-    assert shared.pressure.num_episodes == shared.tail.num_copies == 0
+    assert shared.pressure.stats.episodes.num == shared.tail.num_copies == 0
 
 
 def test_shadow_counts_and_gives_nothing_up(null_pages):
@@ -252,10 +252,10 @@ def test_redundancy_is_the_mean_of_the_largest_cosine_with_a_later_token():
     assert Redundancy(pool).of(1, 10, np.array([4, 9, 2, 0, 1, -1, 3]), np.array([12]))[0] < 0.95
 
 
-def test_crossings_come_once_and_when_they_are_due():
-    crossings = Crossings()
-    crossings.expect(1, 5)
-    crossings.expect(2, 7)
-    crossings.expect(1, 6)
-    crossings.forget(2)
-    assert [crossings.due(step) for step in (4, 5, 6, 7)] == [[], [], [1], []]
+def test_what_is_expected_comes_once_and_when_it_is_due():
+    agenda = Agenda()
+    agenda.expect(1, 5)
+    agenda.expect(2, 7)
+    agenda.expect(1, 6)
+    agenda.forget(2)
+    assert [agenda.due(step) for step in (4, 5, 6, 7)] == [[], [], [1], []]

@@ -16,10 +16,7 @@ go as running requests need them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 
@@ -70,8 +67,3 @@ class AdmissionReserve:
                 return
             self._next_id += 1
             self._held.append((made[0], pages))
-
-
-def lengths_of(requests: Sequence[Any]) -> np.ndarray:
-    """Tokens of each request, int64 ``[n]``."""
-    return np.fromiter((r.max_beam_num_tokens for r in requests), np.int64, len(requests))
