@@ -213,7 +213,6 @@ def served(release, model_config):  # noqa: F811
 
     def start(on_unsupported="stop", config=None, draft=None, disaggregated=False, **arguments):
         module = release("main V2")
-        module.KVCacheCompressionManager = FakeKVCacheCompressionManager
         values = make_settings(**SHORT, null_pages="unused", route="framework", on_unsupported=on_unsupported)
         assert install(module, values)
         made = module.create_kv_cache_compression_manager(CONFIG, pretrained_config=None)
@@ -315,6 +314,15 @@ def test_suspended_requests_count_as_pauses_and_floors_are_seen():
     executor = serve(3, True, min_kept=0.8, prepare=watch)
     assert 0 < executor.dropper.totals()["pauses"] <= executor.num_pauses
     assert max(seen) > 0
+
+
+def test_a_base_class_without_a_hook_leaves_the_factory_as_it_was(release, monkeypatch, caplog):  # noqa: F811
+    module = release("main V2")
+    monkeypatch.delattr(FakeKVCacheCompressionManager, "on_request_finish")
+    factory = module.create_kv_cache_compression_manager
+    assert not install(module, make_settings(**SHORT, null_pages="unused", route="framework"))
+    assert module.create_kv_cache_compression_manager is factory
+    assert "KVCacheCompressionManager has no on_request_finish (lets go of a request)" in caplog.text
 
 
 def test_a_release_without_the_framework_has_this_route_not(release, caplog):  # noqa: F811

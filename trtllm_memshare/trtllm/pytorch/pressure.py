@@ -149,9 +149,7 @@ class Pressure:
         if self._floor_blocks is None:
             # One token more than now: a request whose pages are full writes into a new one next.
             protected = self._config.protected_tokens
-            self._floor_blocks = blocks_at_floors(
-                self._lengths + 1, self._prompts, self._kept, protected, self._size
-            )
+            self._floor_blocks = blocks_at_floors(self._lengths + 1, self._prompts, self._kept, protected, self._size)
         return self._floor_blocks
 
     def forget(self, request: Any, was_known: bool, is_last: bool) -> None:

@@ -106,6 +106,11 @@ def _install_framework(util_module: Any, settings: Settings) -> bool:
         )
         return False
 
+    try:
+        look_up(base, names_of("KVCacheCompressionManager", "V2"))
+    except ProbeError as error:
+        log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
+        return False
     models = Models()
     _wrap_selector(util_module, models, lambda chosen: None)
     note_arguments(util_module.KVCacheManagerV2)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
-from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.agenda import Agenda
+from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequests
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap

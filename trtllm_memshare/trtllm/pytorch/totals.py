@@ -70,7 +70,9 @@ def overlay_totals(shared: Sharing) -> Totals:
     retired_now = sum(known.pages.num_given_up for known in shared.requests)
     size = page_bytes(shared.pool)
     by_pressure = (
-        {} if pressure is None else pressure_totals(pressure.stats, shared.giving_up.num_resumed, pressure.num_at_floor())
+        {}
+        if pressure is None
+        else pressure_totals(pressure.stats, shared.giving_up.num_resumed, pressure.num_at_floor())
     )
     return {
         **NOTHING,
