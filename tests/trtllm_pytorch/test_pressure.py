@@ -19,8 +19,10 @@ from trtllm_pytorch.test_tail_swap import (
     NUM_SCHEDULES,
     check_contents,
     check_pages,
+    check_tree,
     resident_pages,
     run,
+    takes_null_pages,
 )
 
 from trtllm_memshare.errors import UserError
@@ -36,6 +38,26 @@ PRESSURE = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_wate
 @given(seed=st.integers(0, 10**6), overlap=st.booleans())
 def test_any_schedule_forgets_what_it_may_and_keeps_the_rest_readable(null_pages, kind, seed, overlap):
     run(kind, seed, overlap, null_pages=null_pages, **{**PRESSURE, "protected_tokens": 8})
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@settings(max_examples=max(1, NUM_SCHEDULES // 12), deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_with_block_reuse_no_page_of_the_tree_is_given_up_or_written(null_pages, overlap, seed):
+    executor = run("V1 reuse", seed, overlap, reuse=True, null_pages=null_pages, **PRESSURE)
+    check_tree(executor)
+    held = resident_pages(executor.manager, NULL_REQUEST) if takes_null_pages(executor.manager) else []
+    counts = executor.manager.impl.ref_count
+    assert sum(counts) == len(held)
+    assert all(counts[page] == 1 for page in held)
+
+
+def test_with_block_reuse_who_gave_pages_up_is_freed_unregistered(null_pages):
+    executor = run("V1 reuse", 4, True, reuse=True, null_pages=null_pages, **PRESSURE)
+    gave_up = sum(r.py_memshare_retired_blocks > 0 for r in executor.requests)
+    assert executor.manager.memshare.manager.stats().forgotten > 20
+    assert executor.manager.impl.num_unregistered >= gave_up > 2
+    assert not executor.manager.memshare.failures.num_errors
 
 
 def serve(make, num_blocks, num_requests, length=180, size=8, is_checked=True, **arguments):
