@@ -95,6 +95,7 @@ def test_an_error_anywhere_stops_new_sharing_and_harms_nobody_else(null_pages, p
         ("page lists", "V1", 0),  # null pages were taken and never named
         ("page lists", "V2 main", 0),
         ("cuts", "V1", 0),  # pages that keep new requests out were forgotten, not freed
+        ("the end of a request", "V1", 0),  # of one that holds pages: it is released while it is being freed
         ("forgotten pages", "V1", 5),  # of two requests the second could not give up, and the first had no new row
     ],
 )

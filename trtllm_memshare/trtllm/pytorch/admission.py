@@ -51,13 +51,16 @@ class AdmissionReserve:
         while self.num_held > num_pages:
             request, pages = self._held[-1]
             excess = min(pages, self.num_held - num_pages)
-            # Noted when it is done: what is not noted would be held for ever.
             if excess < pages:
                 self._backend.shrink(request.py_request_id, excess)
                 self._held[-1] = request, pages - excess
-            else:
+                continue
+            del self._held[-1]  # before it is freed: an error of ours in that call releases all that is held
+            try:
                 self._manager.free_resources(request)
-                del self._held[-1]
+            except Exception:
+                self._held.append((request, pages))  # what is not noted would be held for ever
+                raise
         while num_pages - self.num_held >= _FEWEST:
             pages = min(self._longest, num_pages - self.num_held)
             made = self._manager.add_dummy_requests(
