@@ -38,7 +38,8 @@ def make_engine(model: str, null_pages: str | None, num_ranks: int = 1, **memsha
         }
     return LLM(
         model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
-        num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=128, disable_log_stats=False, seed=0, tensor_parallel_size=num_ranks, **ours,
+        num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
+        tensor_parallel_size=num_ranks, **ours,
     )  # fmt: skip
 
 
