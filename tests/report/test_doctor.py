@@ -111,7 +111,7 @@ def test_strict_exits_with_1_if_a_surface_lacks_something(monkeypatch, capsys, m
     else:
         main(["doctor", "--strict", "--json"])
     surfaces = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["surfaces"]
-    assert surfaces["torch"] == {"can_run": True, "lacks": []}
+    assert surfaces["torch"] == {"can_run": True, "lacks": [], "note": ""}
     assert surfaces["gpu"]["can_run"] == (not missing)
 
 

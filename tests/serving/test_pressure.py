@@ -50,7 +50,7 @@ def test_with_room_tokens_are_those_of_the_full_cache():
         executor.run_until_idle()
         outputs.append([h.result(0).token_ids for h in handles])
     assert outputs[0] == outputs[1]
-    assert executor.pressure.stats.num_episodes == 0
+    assert executor.pressure.episodes.num == 0
     assert executor.pressure.stats.retired_pages == {"repeated": 0, "needed_least": 0}
 
 
@@ -120,7 +120,7 @@ def test_a_waiting_request_is_admitted_on_pages_that_others_give_up():
     first = submit(executor, 2, new_tokens=250)
     for _ in range(150):
         executor.step()
-    assert executor.pressure.stats.num_episodes == 0
+    assert executor.pressure.episodes.num == 0
     waiting = submit(executor, 2, new_tokens=40, prompt_tokens=96)
     while not executor.pressure.stats.num_admitted and executor.has_work:
         executor.step()

@@ -35,7 +35,9 @@ class TextlessFacts(ModelFacts):
         return torch.tensor([0.5])
 
 
-def make_settings(preset="lexical", on_unsupported="stop", off_file=None, null_pages=None, route="overlay", **config):
+def make_settings(
+    preset="lexical", on_unsupported="stop", off_file=None, null_pages=None, route="overlay", stats_file=None, **config
+):
     values = {"shingle_tokens": 4, "min_run_tokens": 8, "protected_tokens": 8, "protected_steps": 0}
     values |= {"need": HOST_NEED} if preset == "pressure" else {}
     memshare = make_config(preset, **{**values, "search_interval": 2, **config})
@@ -43,6 +45,7 @@ def make_settings(preset="lexical", on_unsupported="stop", off_file=None, null_p
         memshare,
         AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000, null_pages=null_pages, route=route),
         off_file=off_file,
+        stats_file=stats_file,
     )
 
 

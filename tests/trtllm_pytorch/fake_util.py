@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import ModuleType, SimpleNamespace
 
 from trtllm_pytorch.fake_executor import make_mapping
+from trtllm_pytorch.fake_framework import FakeKVCacheCompressionManager
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeMainKVCacheManager, FakeOldKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeMainKVCacheManagerV2
 
@@ -45,6 +46,7 @@ def make_util_module(release: str) -> ModuleType:
             return SimpleNamespace(config=config) if config.algorithm == "triattention" else None
 
         module.create_kv_cache_compression_manager = create_kv_cache_compression_manager
+        module.KVCacheCompressionManager = FakeKVCacheCompressionManager
     return module
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from trtllm_pytorch.fake_framework import (
     FakeKVCacheCompressionManager,
     FrameworkExecutor,
 )
-from trtllm_pytorch.fake_requests import FinishReason, LlmRequestState
+from trtllm_pytorch.fake_requests import FakeLlmRequest, FinishReason, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_util import FakeKvCacheCreator
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
@@ -22,11 +24,24 @@ from trtllm_pytorch.test_adapter import model_config, release  # noqa: F401
 from trtllm_pytorch.test_tail_swap import NUM_SCHEDULES
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, PageDropper, make_compression_manager
+from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, make_compression_manager
+from trtllm_memshare.trtllm.pytorch.page_dropper import PageDropper
 from trtllm_memshare.trtllm.pytorch.probe import install
+from trtllm_memshare.trtllm.pytorch.totals import NOTHING
 
 CONFIG = FakeKvCacheCompressionConfig(algorithm=ALGORITHM)
 SHORT = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_watermark": 0.8, "low_watermark": 0.7}
+
+
+def bound(values, num_blocks=40, prepare=None, **arguments):
+    """A method of the framework and the KV cache manager that TensorRT-LLM has bound to it."""
+    compression = make_compression_manager(FakeKVCacheCompressionManager, CONFIG, values, lambda arguments: [])
+    manager = make_manager(FakeMainKVCacheManagerV2, num_blocks, 8, **arguments)
+    manager.memshare_made_with = make_cache_config(num_blocks, 8, **arguments.get("config", {})), {}
+    if prepare is not None:
+        prepare(manager)
+    compression.bind_kv_cache_managers(manager)
+    return compression, manager
 
 
 def serve(seed: int, overlap: bool, num_blocks=60, count=4, prepare=None, num_errors=0, **config) -> FrameworkExecutor:
@@ -36,9 +51,7 @@ def serve(seed: int, overlap: bool, num_blocks=60, count=4, prepare=None, num_er
     """
     rng = random.Random(seed)
     values = make_settings(**{**SHORT, "null_pages": "unused", **config})
-    compression = make_compression_manager(FakeKVCacheCompressionManager, CONFIG, values)
-    manager = make_manager(FakeMainKVCacheManagerV2, num_blocks, 8, config={"host_cache_size": 1 << 30})
-    compression.bind_kv_cache_managers(manager)
+    compression, manager = bound(values, num_blocks, config={"host_cache_size": 1 << 30})
     executor, dropper = FrameworkExecutor(manager, overlap, compression), compression.memshare
     requests = [
         executor.submit(request_id, repetitive_text(rng, rng.randrange(1, 30)), repetitive_text(rng, 180))
@@ -175,11 +188,7 @@ def test_a_wish_that_means_nothing_is_said_once_and_harms_nobody(caplog):
 def test_several_ranks_are_refused_since_each_would_drop_pages_of_its_own(sizes, caplog):
     def bind(on_unsupported):
         values = make_settings(**SHORT, null_pages="unused", on_unsupported=on_unsupported)
-        compression = make_compression_manager(FakeKVCacheCompressionManager, CONFIG, values)
-        manager = make_manager(FakeMainKVCacheManagerV2, 40, 8)
-        manager.mapping = make_mapping(**sizes)
-        compression.bind_kv_cache_managers(manager)
-        return compression, manager
+        return bound(values, prepare=lambda manager: setattr(manager, "mapping", make_mapping(**sizes)))
 
     name = next(iter(sizes))
     with pytest.raises(UserError, match=f"route framework serves one rank, got .*{name} 2.*take route overlay"):
@@ -193,23 +202,127 @@ def test_several_ranks_are_refused_since_each_would_drop_pages_of_its_own(sizes,
 
 def test_it_serves_v2_alone():
     values = make_settings(**SHORT, null_pages="unused")
-    compression = make_compression_manager(FakeKVCacheCompressionManager, CONFIG, values)
+    compression = make_compression_manager(FakeKVCacheCompressionManager, CONFIG, values, lambda arguments: [])
     with pytest.raises(TypeError, match="requires KVCacheManagerV2"):
         compression.bind_kv_cache_managers(make_manager(FakeKVCacheManager, 40, 8))
 
 
-def test_the_factory_makes_it_for_our_algorithm_and_the_overlay_stays_off(release, model_config):  # noqa: F811
-    module = release("main V2")
-    module.KVCacheCompressionManager = FakeKVCacheCompressionManager
-    assert install(module, make_settings(**SHORT, null_pages="unused", route="framework"))
-    made = module.create_kv_cache_compression_manager(CONFIG, pretrained_config=None)
-    creator = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8, use_kv_cache_manager_v2=True))
-    manager = creator.create(num_layers=2, num_kv_heads=1, head_dim=2)
+@pytest.fixture
+def served(release, model_config):  # noqa: F811
+    """Starts TensorRT-LLM with our algorithm; returns ``_util``, the method and the KV cache manager it is bound to."""
+
+    def start(on_unsupported="stop", config=None, draft=None, disaggregated=False, **arguments):
+        module = release("main V2")
+        values = make_settings(**SHORT, null_pages="unused", route="framework", on_unsupported=on_unsupported)
+        assert install(module, values)
+        made = module.create_kv_cache_compression_manager(CONFIG, pretrained_config=None)
+        cache_config = make_cache_config(40, 8, use_kv_cache_manager_v2=True, **(config or {}))
+        creator = FakeKvCacheCreator(module, model_config, cache_config)
+        if disaggregated:
+            module.get_kv_cache_manager_cls(model_config, cache_config, is_disagg=True)
+        manager = creator.create(**arguments)
+        made.bind_kv_cache_managers(manager, draft)
+        return module, made, manager
+
+    return start
+
+
+def test_the_factory_makes_it_for_our_algorithm_and_the_overlay_stays_off(served):
+    module, made, manager = served()
     assert not hasattr(manager, "memshare")
-    made.bind_kv_cache_managers(manager)
     assert manager.kv_compression_manages_history
+    assert made.memshare is not None
     other = FakeKvCacheCompressionConfig(algorithm="triattention")
     assert module.create_kv_cache_compression_manager(other, pretrained_config=None).config is other
+
+
+EXCLUDED = [
+    ({"spec_config": object()}, "speculative decoding"),
+    ({"draft": make_manager(FakeMainKVCacheManagerV2, 8, 8)}, "speculative decoding"),
+    ({"config": {"max_attention_window": [64]}}, r"sliding window, got max_attention_window \[64\]"),
+    ({"config": {"host_cache_size": 0}}, "KVCacheManagerV2 without a host tier"),
+    ({"mapping": make_mapping(enable_attention_dp=True)}, "attention data parallelism"),
+    ({"dtype": SimpleNamespace(name="NVFP4")}, "NVFP4"),
+    ({"num_layers": 7}, "knows no model of this KV cache's geometry"),
+    ({"disaggregated": True}, "disaggregated serving"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), EXCLUDED)
+def test_what_sharing_excludes_stops_the_start_or_nothing_is_dropped(changes, message, served, caplog):
+    with pytest.raises(UserError, match=message) as error:
+        served(**changes)
+    _, made, manager = served("warn", **changes)
+    assert made.memshare is None
+    assert not manager.kv_compression_manages_history
+    assert f"requests run unshared: {error.value}" in caplog.text
+    for hook in (made.prepare_resources, made.update_resources):
+        hook(ScheduledRequests([], [FakeLlmRequest(1, [1])]))
+    made.free_resources(FakeLlmRequest(1, [1]))
+    made.shutdown()
+
+
+def test_a_model_with_a_window_is_refused_and_one_with_any_rotation_served(served, model_config):  # noqa: F811
+    model_config.pretrained_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    assert served()[1].memshare is not None
+    model_config.pretrained_config.sliding_window = 512
+    model_config.pretrained_config.use_sliding_window = True
+    with pytest.raises(UserError, match="models with a sliding window, got one of 512 tokens"):
+        served()
+
+
+def test_requests_of_disaggregated_serving_are_left_whole_and_said_once(caplog):
+    def disaggregate(dropper, requests):
+        requests[0].llm_request_type = "LLMREQUEST_TYPE_GENERATION_ONLY"
+
+    executor = serve(3, True, prepare=disaggregate)
+    assert executor.requests[0].py_num_compressed_tokens == 0
+    assert any(r.py_num_compressed_tokens for r in executor.requests[1:])
+    assert caplog.text.count("excludes disaggregated serving, got a request of type LLMREQUEST_TYPE_GEN") == 1
+
+
+def test_metrics_are_those_of_the_other_route(tmp_path, caplog):
+    caplog.set_level("INFO", logger="trtllm_memshare.pressure")
+    seen = []
+
+    def watch(dropper, requests):
+        relieve = dropper._relieve
+        dropper._relieve = lambda running: (relieve(running), seen.append(dropper.totals()))
+
+    dropper = serve(3, True, stats_file=tmp_path / "totals.json", prepare=watch).dropper
+    written = json.loads((tmp_path / "totals.json").read_text())
+    assert written.keys() - {"iterations"} == NOTHING.keys()
+    assert written["iterations"] >= 180
+    assert written["blocks_forgotten"] == dropper.num_dropped == sum(written["retired_pages"].values())
+    assert written["retired_pages"]["repeated"] == written["pauses"] == written["retired_now"] == 0
+    assert written["pages_copied"] > 0
+    assert written["pauses_avoided"] == 2  # of four requests of 24 pages in 60
+    assert max(t["retired_now"] for t in seen) > 20
+    assert max(t["bytes_saved_now"] for t in seen) == 256 * max(t["retired_now"] for t in seen)
+    assert any(t["pressure_active"] for t in seen)
+    events = [json.loads(r.message)["event"] for r in caplog.records if r.name == "trtllm_memshare.pressure"]
+    assert events == ["pressure_begins", "pressure_ends"] * written["pressure_episodes"]
+
+
+def test_suspended_requests_count_as_pauses_and_floors_are_seen():
+    seen = []
+
+    def watch(dropper, requests):
+        relieve = dropper._relieve
+        dropper._relieve = lambda running: (relieve(running), seen.append(dropper.totals()["requests_at_floor"]))
+
+    executor = serve(3, True, min_kept=0.8, prepare=watch)
+    assert 0 < executor.dropper.totals()["pauses"] <= executor.num_pauses
+    assert max(seen) > 0
+
+
+def test_a_base_class_without_a_hook_leaves_the_factory_as_it_was(release, monkeypatch, caplog):  # noqa: F811
+    module = release("main V2")
+    monkeypatch.delattr(FakeKVCacheCompressionManager, "on_request_finish")
+    factory = module.create_kv_cache_compression_manager
+    assert not install(module, make_settings(**SHORT, null_pages="unused", route="framework"))
+    assert module.create_kv_cache_compression_manager is factory
+    assert "KVCacheCompressionManager has no on_request_finish (lets go of a request)" in caplog.text
 
 
 def test_a_release_without_the_framework_has_this_route_not(release, caplog):  # noqa: F811

@@ -19,12 +19,14 @@ from trtllm_pytorch.test_tail_swap import (
     NUM_SCHEDULES,
     check_contents,
     check_pages,
+    check_tree,
     resident_pages,
     run,
+    takes_null_pages,
 )
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.trtllm.pytorch.bands import Crossings
+from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST, NullKeys
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 
@@ -36,6 +38,26 @@ PRESSURE = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_wate
 @given(seed=st.integers(0, 10**6), overlap=st.booleans())
 def test_any_schedule_forgets_what_it_may_and_keeps_the_rest_readable(null_pages, kind, seed, overlap):
     run(kind, seed, overlap, null_pages=null_pages, **{**PRESSURE, "protected_tokens": 8})
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@settings(max_examples=max(1, NUM_SCHEDULES // 12), deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_with_block_reuse_no_page_of_the_tree_is_given_up_or_written(null_pages, overlap, seed):
+    executor = run("V1 reuse", seed, overlap, reuse=True, null_pages=null_pages, **PRESSURE)
+    check_tree(executor)
+    held = resident_pages(executor.manager, NULL_REQUEST) if takes_null_pages(executor.manager) else []
+    counts = executor.manager.impl.ref_count
+    assert sum(counts) == len(held)
+    assert all(counts[page] == 1 for page in held)
+
+
+def test_with_block_reuse_who_gave_pages_up_is_freed_unregistered(null_pages):
+    executor = run("V1 reuse", 4, True, reuse=True, null_pages=null_pages, **PRESSURE)
+    gave_up = sum(r.py_memshare_retired_blocks > 0 for r in executor.requests)
+    assert executor.manager.memshare.manager.stats().forgotten > 20
+    assert executor.manager.impl.num_unregistered >= gave_up > 2
+    assert not executor.manager.memshare.failures.num_errors
 
 
 def serve(make, num_blocks, num_requests, length=180, size=8, is_checked=True, **arguments):
@@ -66,7 +88,7 @@ def test_nobody_is_paused_where_floors_allow_it(manager_class, config, null_page
     shared = executor.manager.memshare
     assert executor.num_pauses == 0
     assert shared.manager.stats().forgotten > 20
-    assert shared.pressure.num_episodes > 1
+    assert shared.pressure.stats.episodes.num == 1
     assert not shared.failures.num_errors
 
 
@@ -147,7 +169,7 @@ def test_below_the_watermark_nothing_is_given_up_and_no_row_is_touched(null_page
     executor = serve(make_sharing_class(null_pages=null_pages, **PRESSURE), 200, 4)
     shared = executor.manager.memshare
     assert shared.manager.stats().forgotten == 0
-    assert shared.pressure.num_episodes == shared.tail.num_copies == 0
+    assert shared.pressure.stats.episodes.num == shared.tail.num_copies == 0
 
 
 def test_shadow_counts_and_gives_nothing_up(null_pages):
@@ -252,10 +274,10 @@ def test_redundancy_is_the_mean_of_the_largest_cosine_with_a_later_token():
     assert Redundancy(pool).of(1, 10, np.array([4, 9, 2, 0, 1, -1, 3]), np.array([12]))[0] < 0.95
 
 
-def test_crossings_come_once_and_when_they_are_due():
-    crossings = Crossings()
-    crossings.expect(1, 5)
-    crossings.expect(2, 7)
-    crossings.expect(1, 6)
-    crossings.forget(2)
-    assert [crossings.due(step) for step in (4, 5, 6, 7)] == [[], [], [1], []]
+def test_what_is_expected_comes_once_and_when_it_is_due():
+    agenda = Agenda()
+    agenda.expect(1, 5)
+    agenda.expect(2, 7)
+    agenda.expect(1, 6)
+    agenda.forget(2)
+    assert [agenda.due(step) for step in (4, 5, 6, 7)] == [[], [], [1], []]

@@ -61,14 +61,57 @@ def test_all_arms_run_and_are_summed_up(run_suite, tmp_path):
     done = run_suite(NULL_PAGES=str(tmp_path / "engine"))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert list(summary["arms"]) == ["alone", "alone_again", "shadow", "aligned", "lexical", "pressure"]
+    assert list(summary["arms"]) == ["alone", "alone_again", "shadow", "aligned", "pressure", "lexical"]
     assert summary["arms"]["aligned"]["ratio"] == 2.0
-    assert summary["active"] == ["aligned", "lexical", "pressure"]
+    assert summary["active"] == ["aligned", "pressure", "lexical"]
     printed = done.stdout
     places = [printed.index(t) for t in ("1 accuracy", "2 activity", "3 A/B", "4 gates: all passed")]
     assert places == sorted(places)
     settings = json.loads((tmp_path / "out" / "pressure.settings.json").read_text())
     assert settings == {"preset": "pressure", "null_pages": str(tmp_path / "engine")}
+
+
+CLOCKED = """#!/bin/sh
+case "$*" in
+*report_json*) echo $(($(cat CLOCK) + ARM_SECONDS)) >CLOCK ;;
+*trtllm_summary*) echo "summary of $*" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("arm_seconds", "summed_up"),
+    [
+        (580, "shadow aligned pressure lexical"),
+        (600, "shadow aligned pressure"),
+        (700, "shadow aligned"),
+        (1300, None),
+    ],
+)
+def test_an_hour_is_not_passed_and_what_is_left_out_is_said(tmp_path, run_suite, arm_seconds, summed_up):
+    """With programs that do nothing but move a clock."""
+    clock = tmp_path / "clock"
+    clock.write_text("1000")
+    for name, text in (
+        ("date", f"#!/bin/sh\ncat {clock}\n"),
+        ("trtllm-bench", CLOCKED),
+        ("python", CLOCKED),
+    ):
+        program = tmp_path / name
+        program.write_text(text.replace("CLOCK", str(clock)).replace("ARM_SECONDS", str(arm_seconds)))
+        program.chmod(0o755)
+    (tmp_path / "engine").mkdir()
+    done = run_suite(PYTHON="python", NULL_PAGES=str(tmp_path / "engine"))
+    assert int(clock.read_text()) - 1000 <= 3600 - 120
+    if summed_up is None:
+        assert done.returncode == 1
+        assert "nothing to report, no arm of ours ran (raise TIME_LIMIT)" in done.stdout
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"--arms {summed_up} --dataset" in done.stdout
+    left_out = [arm for arm in ("pressure", "lexical") if arm not in summed_up]
+    assert [arm for arm in ("pressure", "lexical") if f"== {arm}: left out, " in done.stdout] == left_out
+    assert (f"left out for want of time: {' '.join(left_out)}" in done.stdout) == bool(left_out)
 
 
 def write_arms(folder: Path, **changes) -> None:

@@ -116,6 +116,17 @@ def check_pages(executor: FakeExecutor) -> None:
     manager.memshare.manager.check_integrity()
 
 
+def check_tree(executor: FakeExecutor) -> None:
+    """Every page of the reuse tree holds the text that it is registered for."""
+    held, size = executor.pool[:, 0, 0, 0, :, 0].numpy(), executor.manager.tokens_per_block
+    for block, key in executor.manager.impl.key_of.items():
+        numbers, number = [], 0
+        for token in key:
+            number = executor._prefix_ids[(number, token)]
+            numbers.append(number)
+        assert held[block].tolist() == numbers[-size:]
+
+
 def resident_pages(manager, request_id: int) -> list[int]:
     """Pages on the device that a request holds, running or suspended."""
     if hasattr(manager, "kv_cache_map"):
@@ -188,16 +199,8 @@ def test_any_schedule_keeps_every_token_readable(kind, seed, overlap):
 @given(seed=st.integers(0, 10**6))
 def test_reused_prefixes_stay_and_shared_text_never_enters_the_tree(overlap, seed):
     executor = run("V1 reuse", seed, overlap, reuse=True)
-    impl = executor.manager.impl
-    held = executor.pool[:, 0, 0, 0, :, 0].numpy()
-    for block, key in impl.key_of.items():
-        numbers, number = [], 0
-        for token in key:
-            number = executor._prefix_ids[(number, token)]
-            numbers.append(number)
-        size = executor.manager.tokens_per_block
-        assert held[block].tolist() == numbers[-size:]
-    assert sum(impl.ref_count) == 0
+    check_tree(executor)
+    assert sum(executor.manager.impl.ref_count) == 0
 
 
 def test_requests_that_outgrow_our_tables_wait_and_stop_nothing(monkeypatch):

@@ -1,6 +1,7 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
-``python engine_process.py plain|memshare MODEL NULL_PAGES``. A second engine in one process is not something vLLM
+``python engine_process.py plain|memshare|ranks MODEL NULL_PAGES``; ``ranks`` is two workers, each with half of the
+heads. A second engine in one process is not something vLLM
 promises, so each arm has its own.
 """
 
@@ -27,7 +28,7 @@ from vllm_plugin.shadow import Shadow
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 
 
-def make_engine(model: str, null_pages: str | None, **memshare: Any) -> LLM:
+def make_engine(model: str, null_pages: str | None, num_ranks: int = 1, **memshare: Any) -> LLM:
     ours = {}
     if null_pages is not None:
         ours = {
@@ -37,7 +38,8 @@ def make_engine(model: str, null_pages: str | None, **memshare: Any) -> LLM:
         }
     return LLM(
         model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
-        num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=128, disable_log_stats=False, seed=0, **ours,
+        num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
+        tensor_parallel_size=num_ranks, **ours,
     )  # fmt: skip
 
 
@@ -180,6 +182,9 @@ def main() -> None:
     arm, model, null_pages = sys.argv[1:4]
     if arm == "plain":
         result: dict[str, Any] = {"with_room": with_room(make_engine(model, None))}
+    elif arm == "ranks":
+        llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])
+        result = {"pressure": under_pressure(llm, model, null_pages)}
     else:
         llm = make_engine(model, null_pages, min_kept=0.25, need=sys.argv[4])
         totals = llm.llm_engine.engine_core.engine_core.scheduler.relief.totals

@@ -60,8 +60,10 @@ def test_with_room_tokens_are_those_of_vllm_bit_by_bit(null_pages, memshare):
     assert memshare["retired_with_room"] == 0
 
 
-def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(memshare):
-    pressure = memshare["pressure"]
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(memshare, null_pages, num_ranks):
+    """Two ranks: vLLM's tensor parallelism, two workers with half of the heads each, over gloo."""
+    pressure = (memshare if num_ranks == 1 else run("ranks", null_pages, "redundancy"))["pressure"]
     assert pressure["retired"] >= 20
     assert pressure["requests_retired_from"] >= 5
     assert pressure["band_moves"] > 0

@@ -18,9 +18,11 @@ MAX_NUM_TOKENS = 2048
 
 def load_runner(work: VllmWork, num_blocks: int) -> Runner:
     """The torch runner over the work's model, in float32 as vLLM gets it."""
+    import torch
+
     from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
-    return TorchRunner(load_model(work.model_dir).float(), num_blocks, work.block_size)
+    return TorchRunner(load_model(work.model_dir, dtype=torch.float32), num_blocks, work.block_size)
 
 
 def run_executor(work: VllmWork, runner: Runner) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.report.components import Component, find_components, has_engine_backend
 from trtllm_memshare.trtllm.engine.installed import INSTALL, import_tensorrt_llm
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL, compare_signatures
-from trtllm_memshare.trtllm.pytorch.contracts import missing_names
+from trtllm_memshare.trtllm.pytorch.contracts import check_here
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Surface:
 
 
 NAMES = "take a release that docs/pytorch_backend.md lists; sharing stays off with this one, and serving goes on"
+NO_FRAMEWORK = "no KVCacheCompressionManager, so route framework cannot be taken (it comes with 1.4, take overlay)"
 _TORCH = ("Python", "torch", "transformers")
 SURFACES = (
     Surface("torch", "embedded default: torch runner", _TORCH, "make demo"),
@@ -56,10 +57,11 @@ SURFACES = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A surface and the components that it lacks on this machine."""
+    """A surface and the components that it lacks on this machine. ``note``: what it can do without, or nothing."""
 
     surface: Surface
     lacks: list[Component]
+    note: str = ""
 
 
 def diagnose(components: list[Component]) -> list[Diagnosis]:
@@ -72,9 +74,14 @@ def diagnose(components: list[Component]) -> list[Diagnosis]:
         if surface.name == "engine" and trtllm.found and not has_engine_backend(trtllm):
             detail = f"{trtllm.detail} has no engine backend that this project knows"
             lacks.append(Component("TensorRT-LLM", False, detail, INSTALL))
+        note = ""
         if surface.name == "pytorch" and trtllm.found:
-            lacks += [Component(what, False, "looked up in TensorRT-LLM's modules", NAMES) for what in missing_names()]
-        found.append(Diagnosis(surface, lacks))
+            installed = check_here()
+            lacks += [
+                Component(what, False, "looked up in TensorRT-LLM's modules", NAMES) for what in installed.missing
+            ]
+            note = "" if installed.has_framework else NO_FRAMEWORK
+        found.append(Diagnosis(surface, lacks, note))
     return found
 
 
@@ -88,6 +95,7 @@ def describe(components: list[Component], diagnoses: list[Diagnosis]) -> str:
         lacks = ", ".join(c.name for c in d.lacks)
         state = f"lacks {lacks}" if lacks else f"can run: {d.surface.try_it}"
         lines.append(f"{'--' if lacks else 'ok'}  {d.surface.name:<{width}}  {d.surface.what}: {state}")
+        lines += [f"    {'':<{width}}  {d.note}"] if d.note else []
     remedies = dict.fromkeys((c.name, c.remedy) for d in diagnoses for c in d.lacks)
     if remedies:
         lines += ["", "to fix:", *(f"  {name}: {remedy}" for name, remedy in remedies)]
@@ -116,7 +124,10 @@ def main(command: str, arguments: list[str]) -> None:
     components = find_components(options.plugin_library)
     diagnoses = [d for d in diagnose(components) if d.surface.name in options.surface]
     if options.json:
-        surfaces = {d.surface.name: {"can_run": not d.lacks, "lacks": [c.name for c in d.lacks]} for d in diagnoses}
+        surfaces = {
+            d.surface.name: {"can_run": not d.lacks, "lacks": [c.name for c in d.lacks], "note": d.note}
+            for d in diagnoses
+        }
         print(json.dumps({"components": [asdict(c) for c in components], "surfaces": surfaces}, indent=1))
     else:
         print(describe(components, diagnoses))

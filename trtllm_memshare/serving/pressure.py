@@ -7,8 +7,6 @@ up, nothing is searched, and tokens are those of the full cache.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.episodes import Episodes
 from trtllm_memshare.search.floors import blocks_at_floors
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
@@ -31,8 +30,6 @@ from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_source
 from trtllm_memshare.serving.request import Phase, RequestState, SamplingParams
 from trtllm_memshare.serving.statistics import PressureStatus
-
-log = logging.getLogger("trtllm_memshare.pressure")
 
 Choice = list[tuple[int, np.ndarray]]
 
@@ -53,13 +50,11 @@ class PressureStats:
 
     Attributes:
       retired_pages: pages given up, by reason: ``repeated`` or ``needed_least``.
-      num_episodes: times that pressure began.
       num_pauses_avoided: times that running requests needed pages which were not free, and got them without a pause.
       num_admitted: times that a waiting request was let in on pages that others gave up.
     """
 
     retired_pages: dict[str, int] = field(default_factory=lambda: {"repeated": 0, "needed_least": 0})
-    num_episodes: int = 0
     num_pauses_avoided: int = 0
     num_admitted: int = 0
 
@@ -76,7 +71,7 @@ class Pressure:
 
     Attributes:
       stats: totals.
-      is_active: pages were given up, and use has not fallen to the low watermark by itself since.
+      episodes: one is active while pages were given up and use has not fallen to the low watermark by itself since.
       seconds: time spent on all of it so far.
       observes_attention, observes_tokens: whether it is to be told what attention blocks get, how likely tokens were.
       watch: called with every retirement, or None.
@@ -94,14 +89,13 @@ class Pressure:
         self._agree, self._bytes_per_block = agree, bytes_per_block
         self._marks = Watermarks(config.high_watermark, config.low_watermark)
         self.stats = PressureStats()
-        self.is_active = False
+        self.episodes = Episodes()
         self.seconds = 0.0
         self.observes_attention, self.observes_tokens = ledger.observes_attention, ledger.observes_tokens
         self.watch: Callable[[Retirement], None] | None = None
         # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
         self._finds_repeats = "distance" not in find_need(config.need).facts
         self._is_exhausted = False  # the last relief did not reach the low watermark
-        self._retired_before = 0  # when the present episode began
 
     def min_kept(self, params: SamplingParams) -> float:
         """Share of its generated pages that a request keeps; 1 where it shares nothing."""
@@ -119,8 +113,8 @@ class Pressure:
         with self._timed():
             manager, pool = self._manager, self._manager.pool
             wanted = sum(s.phase is Phase.GENERATION and manager.fills_last_block(s.request_id) for s in running)
-            if self.is_active and not num_waiting and pool.num_used + wanted <= self._low():
-                self._end()
+            if not num_waiting and pool.num_used + wanted <= self._low():
+                self.episodes.end(pool.num_used, pool.num_usable, sum(self.stats.retired_pages.values()))
             count = self._marks.pages_to_free(pool.num_used, wanted, pool.num_usable)
             if not count:
                 self._is_exhausted = False
@@ -183,9 +177,9 @@ class Pressure:
             at_floor += retired > 0 and floor_room(generated, retired, self.min_kept(state.params)) == 0
         stats = self.stats
         return PressureStatus(
-            is_active=self.is_active,
+            is_active=self.episodes.is_active,
             retired_pages=dict(stats.retired_pages),
-            num_episodes=stats.num_episodes,
+            num_episodes=self.episodes.num,
             num_pauses_avoided=stats.num_pauses_avoided,
             num_admitted=stats.num_admitted,
             num_at_floor=at_floor,
@@ -247,8 +241,9 @@ class Pressure:
         choice = choose_pages(views, num_blocks, self._config.spread)
         if self._agree is not None:
             choice = self._agree(choice)
-        if not self.is_active:
-            self._begin(len(running))
+        self.episodes.begin(
+            manager.pool.num_used, manager.pool.num_usable, len(running), sum(self.stats.retired_pages.values())
+        )
         return self._carry_out(choice, {v.request_id: v for v in views})
 
     def _carry_out(self, choice: Choice, views: dict[int, PressureView]) -> int:
@@ -264,23 +259,6 @@ class Pressure:
             if self.watch is not None:
                 self.watch(Retirement(request_id, pages, repeated, view.need[chosen]))
         return freed
-
-    def _begin(self, num_running: int) -> None:
-        self.is_active = True
-        self.stats.num_episodes += 1
-        self._retired_before = sum(self.stats.retired_pages.values())
-        pool = self._manager.pool
-        _log_line("pressure_begins", used_blocks=pool.num_used, max_blocks=pool.num_usable, running=num_running)
-
-    def _end(self) -> None:
-        self.is_active = False
-        pool, retired = self._manager.pool, sum(self.stats.retired_pages.values()) - self._retired_before
-        _log_line("pressure_ends", used_blocks=pool.num_used, max_blocks=pool.num_usable, retired_pages=retired)
-
-
-def _log_line(event: str, **numbers: int) -> None:
-    """One line of JSON, for whoever collects logs."""
-    log.info(json.dumps({"event": event, **numbers}))
 
 
 def open_pressure(

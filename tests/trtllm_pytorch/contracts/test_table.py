@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 from trtllm_pytorch.fake_executor import make_manager
+from trtllm_pytorch.fake_framework import FakeKVCacheCompressionManager
 from trtllm_pytorch.fake_package import write_fake_package
-from trtllm_pytorch.fake_requests import FakeLlmRequest
+from trtllm_pytorch.fake_requests import FakeLlmRequest, FinishReason
 from trtllm_pytorch.fake_util import make_util_module
 from trtllm_pytorch.fake_v1 import (
     FakeKVCacheManager,
@@ -33,6 +34,10 @@ def stand_in(owner: str, state: str, is_made: bool):
         return make_util_module(state)
     if owner == "LlmRequest":
         return FakeLlmRequest(1, [1])
+    if owner == "FinishReason":
+        return FinishReason
+    if owner == "KVCacheCompressionManager":
+        return FakeKVCacheCompressionManager if state == "main V2" else None
     manager = V1.get(state) if owner in ("KVCacheManager", "impl", "TrtllmAttentionMetadata") else None
     if owner == "KVCacheManagerV2" and state == "main V2":
         manager = FakeMainKVCacheManagerV2
@@ -68,6 +73,7 @@ def modules(release: str, **changes):
         "tensorrt_llm._torch.pyexecutor._util": util,
         "tensorrt_llm._torch.pyexecutor.resource_manager": resources,
         "tensorrt_llm._torch.pyexecutor.llm_request": SimpleNamespace(LlmRequest=FakeLlmRequest),
+        "tensorrt_llm.bindings.executor": SimpleNamespace(FinishReason=FinishReason),
         "tensorrt_llm._torch.attention_backend.trtllm": SimpleNamespace(
             TrtllmAttentionMetadata=FakeOldAttentionMetadata
         ),
@@ -88,7 +94,7 @@ def test_an_installation_of_each_release_lacks_nothing(release):
     installed = check_installed(modules(release))
     assert installed.missing == []
     assert installed.found["KVCacheManager"] == "tensorrt_llm._torch.pyexecutor.resource_manager"
-    assert ("KVCacheManagerV2" in installed.found) == release.startswith("main")
+    assert ("KVCacheManagerV2" in installed.found) == installed.has_framework == release.startswith("main")
 
 
 def test_what_an_installation_lacks_is_named():
@@ -105,6 +111,18 @@ def test_what_an_installation_lacks_is_named():
     assert (
         check_installed(lambda name: 1 / 0).missing[0].startswith("tensorrt_llm._torch.pyexecutor._util: ZeroDivision")
     )
+
+
+def test_hooks_and_reasons_that_are_missing_are_named(monkeypatch):
+    load = modules("main V2")
+    monkeypatch.delattr(FakeKVCacheCompressionManager, "on_generation_step_end")
+    del load("tensorrt_llm._torch.pyexecutor._util").create_kv_cache_compression_manager
+    load("tensorrt_llm.bindings.executor").FinishReason = SimpleNamespace(__name__="FinishReason", LENGTH=3)
+    assert check_installed(load).missing == [
+        "FinishReason has no CANCELLED (ends a request alone)",
+        "FakeKVCacheCompressionManager has no on_generation_step_end (when to drop)",
+        "tensorrt_llm._torch.pyexecutor._util has no create_kv_cache_compression_manager (makes the method)",
+    ]
 
 
 def test_doctor_prints_what_an_installation_lacks_and_starts_no_server(tmp_path, monkeypatch):
@@ -124,3 +142,5 @@ def test_doctor_prints_what_an_installation_lacks_and_starts_no_server(tmp_path,
         "pytorch  TensorRT-LLM's PyTorch backend: lacks tensorrt_llm._torch.pyexecutor.resource_manager: Module" in text
     )
     assert "take a release that docs/pytorch_backend.md lists" in text
+    assert "tensorrt_llm.bindings.executor: ModuleNotFoundError" in text
+    assert "no KVCacheCompressionManager, so route framework cannot be taken (it comes with 1.4" in text

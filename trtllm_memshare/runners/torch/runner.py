@@ -20,6 +20,7 @@ from trtllm_memshare.runners.null_pages import write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
+from trtllm_memshare.runners.torch.packed_linear import pack_linears
 from trtllm_memshare.runners.torch.page_lists import PageLists, list_pages
 from trtllm_memshare.runners.torch.paged_decode import DecodeKind, PagedDecode, choose_decode, flashinfer_kind
 from trtllm_memshare.runners.torch.plan import StepPlan, plan_step
@@ -39,12 +40,13 @@ class TorchInputs:
     pages: PageLists | None
 
 
-def load_model(model_dir: Path, device: str = "cpu") -> Any:
+def load_model(model_dir: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """A Hugging Face decoder that attends through the pool.
 
     Args:
       model_dir: a checkpoint directory that ``engine.read_checkpoint`` accepts.
-      device: ``cpu`` or a CUDA device.
+      device: ``cpu`` or a CUDA device. On a CPU large float32 matrices are laid out once, see ``pack_linears``.
+      dtype: of the weights, None = as the checkpoint says.
 
     Raises:
       UserError: there are no weights, as in the directory of a TensorRT engine, or not all of the model's.
@@ -54,7 +56,9 @@ def load_model(model_dir: Path, device: str = "cpu") -> Any:
     lost = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if lost:
         raise UserError(f"{model_dir} lacks weights of the model, such as {lost[0]} (build the engine again)")
-    return model.to(device).eval()
+    model = model.to(device, dtype).eval()
+    pack_linears(model)
+    return model
 
 
 class TorchRunner:

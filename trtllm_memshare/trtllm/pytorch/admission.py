@@ -16,10 +16,7 @@ go as running requests need them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 
@@ -52,13 +49,18 @@ class AdmissionReserve:
         """Holds that many pages, fewer if the manager has no more; a few more or less are left as they are."""
         num_pages = num_pages if num_pages >= _FEWEST else 0
         while self.num_held > num_pages:
-            request, pages = self._held.pop()
-            excess = min(pages, self.num_held + pages - num_pages)
+            request, pages = self._held[-1]
+            excess = min(pages, self.num_held - num_pages)
             if excess < pages:
                 self._backend.shrink(request.py_request_id, excess)
-                self._held.append((request, pages - excess))
-            else:
+                self._held[-1] = request, pages - excess
+                continue
+            del self._held[-1]  # before it is freed: an error of ours in that call releases all that is held
+            try:
                 self._manager.free_resources(request)
+            except Exception:
+                self._held.append((request, pages))  # what is not noted would be held for ever
+                raise
         while num_pages - self.num_held >= _FEWEST:
             pages = min(self._longest, num_pages - self.num_held)
             made = self._manager.add_dummy_requests(
@@ -68,8 +70,3 @@ class AdmissionReserve:
                 return
             self._next_id += 1
             self._held.append((made[0], pages))
-
-
-def lengths_of(requests: Sequence[Any]) -> np.ndarray:
-    """Tokens of each request, int64 ``[n]``."""
-    return np.fromiter((r.max_beam_num_tokens for r in requests), np.int64, len(requests))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trtllm_memshare.trtllm.pytorch.null_rows import NullKeys, NullRows
 from trtllm_memshare.trtllm.pytorch.overlay import Overlay
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
+from trtllm_memshare.trtllm.pytorch.totals import overlay_totals
 
 log = logging.getLogger("trtllm_memshare")
 
@@ -101,7 +103,8 @@ def attach(
         search.description,
         os.getpid(),
     )
-    Overlay(manager, shared, Reporter(shared, settings) if manager.mapping.rank == 0 else None)
+    reporter = Reporter(partial(overlay_totals, shared), settings) if manager.mapping.rank == 0 else None
+    Overlay(manager, shared, reporter)
     return shared
 
 

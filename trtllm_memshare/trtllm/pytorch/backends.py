@@ -35,6 +35,9 @@ class CacheBackend(Protocol):
     def num_free_pages(self) -> int:
         """Pages that the manager could hand out now."""
 
+    def is_suspended(self, request_id: int) -> bool:
+        """Whether the manager keeps a request without holding its pages on the device."""
+
     def entries(self, request_id: int, count: int) -> torch.Tensor:
         """What the block table holds for a request's first pages, int32 ``[num_pools, 2, count]``, pool's device.
 
@@ -86,6 +89,10 @@ class V1Backend(_Backend):
         """See ``CacheBackend.num_free_pages``."""
         return int(self._manager.get_num_free_blocks())
 
+    def is_suspended(self, request_id: int) -> bool:
+        """See ``CacheBackend.is_suspended``. A request that V1 pauses is freed."""
+        return False
+
     def entries(self, request_id: int, count: int) -> torch.Tensor:
         """See ``CacheBackend.entries``: the C++ object fills any host tensor of the table's shape."""
         host = torch.zeros((self._manager.num_pools, 1, 2, self.max_blocks_per_seq), dtype=torch.int32)
@@ -132,6 +139,11 @@ class V2Backend(_Backend):
         size = self._manager.tokens_per_block
         used = sum(-(-c.capacity // size) for c in self._manager.kv_cache_map.values() if c.is_active)
         return max(0, self.pool.shape[0] - used)
+
+    def is_suspended(self, request_id: int) -> bool:
+        """See ``CacheBackend.is_suspended``."""
+        cache = self._manager.kv_cache_map.get(request_id)
+        return cache is not None and not cache.is_active
 
     def entries(self, request_id: int, count: int) -> torch.Tensor:
         """See ``CacheBackend.entries``: the manager's copy reads its rows and writes the tensor that it is given."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trtllm_memshare.trtllm.pytorch.names import Name, names_of
+from trtllm_memshare.trtllm.pytorch.names import TABLE, Name, names_of
 
 MANAGERS = (
     "tensorrt_llm._torch.pyexecutor.kv_cache.kv_cache_manager_v2",  # 1.4
@@ -23,6 +23,17 @@ MANAGERS = (
 _UTIL, _RESOURCES = "tensorrt_llm._torch.pyexecutor._util", "tensorrt_llm._torch.pyexecutor.resource_manager"
 _METADATA = ("tensorrt_llm._torch.attention_backend.trtllm", "tensorrt_llm._torch.attention.backends.trtllm")
 _REQUEST = "tensorrt_llm._torch.pyexecutor.llm_request"
+_OWNERS = {
+    "": (_UTIL,),
+    "KVCacheManager": (_RESOURCES,),
+    "KVCacheManagerV2": MANAGERS,
+    "LlmRequest": (_REQUEST,),
+    "FinishReason": ("tensorrt_llm.bindings.executor", _REQUEST),
+    "KVCacheCompressionManager": (_UTIL,),
+}
+"""Modules that each class may be in."""
+_LATE = ("KVCacheManagerV2", "KVCacheCompressionManager")
+"""What releases before them have not: 1.1 and 1.2 neither of the two."""
 
 
 class ProbeError(RuntimeError):
@@ -36,10 +47,15 @@ class Installed:
     Attributes:
       found: owners that could be looked at, with the module they came from.
       missing: a sentence for each name that is not there, or each owner that could not be imported.
+      has_framework: route framework can be taken, as far as names tell.
     """
 
     found: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def has_framework(self) -> bool:
+        return "KVCacheCompressionManager" in self.found
 
 
 def look_up(owner: Any, names: Iterable[Name]) -> None:
@@ -72,28 +88,30 @@ def check_installed(load: Callable[[str], Any] = importlib.import_module) -> Ins
     Args:
       load: imports a module by name.
     """
-    owners = {"": (_UTIL,), "KVCacheManager": (_RESOURCES,), "KVCacheManagerV2": MANAGERS, "LlmRequest": (_REQUEST,)}
     result = Installed()
-    for owner, modules in owners.items():
+    for owner, modules in _OWNERS.items():
         target, module, why = _find(owner, modules, load)
         if target is None:
-            if owner != "KVCacheManagerV2":  # 1.1 and 1.2 have none
+            if owner not in _LATE:
                 result.missing.append(why)
             continue
         result.found[owner or "functions"] = module
-        forms = {"KVCacheManagerV2": "V2"}
+        forms = dict.fromkeys(_LATE, "V2")
         form = forms.get(owner, "V1" if owner != "KVCacheManager" or _has_copy(target) else "V1 old")
         result.missing.extend(differences(target, names_of(owner, form)))
         if form == "V1 old":
             metadata, module, why = _find("TrtllmAttentionMetadata", _METADATA, load)
             found = [why] if metadata is None else differences(metadata, names_of("TrtllmAttentionMetadata", form))
             result.missing.extend(found)
+    if result.has_framework:
+        util = load(_UTIL)
+        result.missing.extend(differences(util, [n for n in TABLE if n.owner == "" and "1.2" not in n.states]))
     return result
 
 
-def missing_names() -> list[str]:
-    """What the installed TensorRT-LLM lacks, a sentence each; empty where none is installed."""
-    return check_installed().missing if importlib.util.find_spec("tensorrt_llm") is not None else []
+def check_here() -> Installed:
+    """``check_installed``; nothing is found or missing where TensorRT-LLM is not installed."""
+    return check_installed() if importlib.util.find_spec("tensorrt_llm") is not None else Installed()
 
 
 def _has_copy(manager: Any) -> bool:

@@ -14,37 +14,37 @@ is one method for an LLM, so the other route is off.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
-from trtllm_memshare.search.need import PageFacts, page_need
-from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
-from trtllm_memshare.trtllm.pytorch.backends import V2Backend
-from trtllm_memshare.trtllm.pytorch.failures import Complaints, Failures
-from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
-from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch.failures import Complaints
+from trtllm_memshare.trtllm.pytorch.guards import unsupported_features
+from trtllm_memshare.trtllm.pytorch.metrics import Reporter
+from trtllm_memshare.trtllm.pytorch.page_dropper import PageDropper
 from trtllm_memshare.trtllm.pytorch.settings import Settings
-from trtllm_memshare.trtllm.pytorch.wishes import Wishes
-
-log = logging.getLogger("trtllm_memshare")
 
 ALGORITHM = "memshare"
 """``kv_cache_compression_config.algorithm``: unknown to TensorRT-LLM, whose configuration then has no other field."""
 
 
-def make_compression_manager(base: type, config: Any, settings: Settings, **keywords: Any) -> Any:
+def make_compression_manager(
+    base: type,
+    config: Any,
+    settings: Settings,
+    model_reasons: Callable[[dict[str, Any]], list[str]],
+    **keywords: Any,
+) -> Any:
     """A manager for the framework.
 
     Args:
       base: TensorRT-LLM's ``KVCacheCompressionManager``.
       config: its ``KvCacheCompressionConfig`` with our algorithm.
       settings: this project's.
+      model_reasons: what this route excludes of the model that a KV cache manager of these arguments serves; may raise
+        UserError.
       keywords: what TensorRT-LLM's factory was given beside; handed on as far as the base class takes it.
     """
     taken = inspect.signature(base).parameters
@@ -56,32 +56,58 @@ def make_compression_manager(base: type, config: Any, settings: Settings, **keyw
         """
 
         memshare: PageDropper | None = None
+        reporter: Reporter | None = None
 
         def bind_kv_cache_managers(self, target: Any, draft: Any = None) -> None:
-            """Raises UserError for several ranks, where ``on_unsupported`` is stop."""
+            """Raises UserError for what this route excludes, where ``on_unsupported`` is stop."""
             super().bind_kv_cache_managers(target, draft)
-            reason = several_ranks(target.mapping)
+            reason = why_not(target, draft, model_reasons)
             if reason is not None:
                 Complaints(settings.options.on_unsupported)(reason)
                 return
             # The configuration of an algorithm that TensorRT-LLM does not know says that lengths stay.
             target.kv_compression_manages_history = True
             self.memshare = PageDropper(target, settings)
+            self.reporter = Reporter(self.memshare.totals, settings)
 
         def on_generation_step_end(self, scheduled_batch: Any, **keywords: Any) -> None:
-            if self.memshare is not None:
+            if self.memshare is not None and self.reporter is not None:
                 self.memshare.end(scheduled_batch.generation_requests)
+                self.reporter.count_step()
 
         def on_request_finish(self, request: Any, **keywords: Any) -> None:
             if self.memshare is not None:
                 self.memshare.forget(request)
 
         def shutdown(self) -> None:
-            if self.memshare is not None:
+            if self.memshare is not None and self.reporter is not None:
                 self.memshare.log_totals()
+                self.reporter.close()
             super().shutdown()
 
     return MemShareCompressionManager(config, **{k: v for k, v in keywords.items() if k in taken})
+
+
+def why_not(target: Any, draft: Any, model_reasons: Callable[[dict[str, Any]], list[str]]) -> str | None:
+    """Why pages must not be dropped for these KV cache managers, None if they may.
+
+    Args:
+      target: TensorRT-LLM's, with ``memshare_made_with``: its ``KvCacheConfig`` and constructor's keywords.
+      draft: that of a draft model, or None.
+      model_reasons: see ``make_compression_manager``.
+    """
+    if (reason := several_ranks(target.mapping)) is not None:
+        return reason
+    if draft is not None:
+        return "sharing excludes speculative decoding (remove speculative_config)"
+    made_with = getattr(target, "memshare_made_with", None)
+    if made_with is None:
+        return f"sharing does not know how {type(target).__name__} was made (take route overlay)"
+    try:
+        reasons = unsupported_features(target, *made_with) or model_reasons(made_with[1])
+    except UserError as error:
+        return str(error)
+    return reasons[0] if reasons else None
 
 
 def several_ranks(mapping: Any) -> str | None:
@@ -93,123 +119,13 @@ def several_ranks(mapping: Any) -> str | None:
     return f"route framework serves one rank, got {got} (take route overlay for tp_size, and set the others to 1)"
 
 
-class PageDropper:
-    """Drops pages for one manager; raises nothing while serving.
+def note_arguments(manager_class: type) -> None:
+    """Lets every KV cache manager carry what it was made with, which it does not say itself; modifies the class."""
+    original = manager_class.__init__  # type: ignore[misc]
 
-    Args:
-      manager: TensorRT-LLM's ``KVCacheManagerV2``, of one rank.
-      settings: watermarks, floor, need, the file that stops dropping.
+    @functools.wraps(original)
+    def __init__(self: Any, kv_cache_config: Any, *arguments: Any, **keywords: Any) -> None:
+        original(self, kv_cache_config, *arguments, **keywords)
+        self.memshare_made_with = kv_cache_config, keywords
 
-    Attributes:
-      num_dropped: pages. ``num_shadowed``: pages that shadow would have dropped, each counted once.
-      failures: errors that were caught; after the first one nothing is dropped any more.
-    """
-
-    def __init__(self, manager: Any, settings: Settings) -> None:
-        self._manager, self._config = manager, settings.memshare
-        self._backend = V2Backend(manager)
-        self._marks = Watermarks(self._config.high_watermark, self._config.low_watermark)
-        self._redundancy = Redundancy(self._backend.pool) if "redundancy" in self._config.need else None
-        self._draw = np.random.default_rng(self._config.control_seed).random(self._backend.max_blocks_per_seq)
-        self._size, self._wishes = int(manager.tokens_per_block), Wishes(self._config.min_kept)
-        self._switch, self._step = KillSwitch(settings.off_file), 0
-        self._dropped: dict[int, list[int]] = {}  # by request: where pages went, as logical pages of the whole text
-        self._done = torch.cuda.Event() if self._backend.pool.is_cuda else None
-        self._shadowed: dict[int, set[int]] = {}  # by request: pages that were counted
-        self.failures = Failures(f"{type(manager).__name__}, route framework")
-        self.num_dropped = self.num_shadowed = 0
-
-    def end(self, generation_requests: Sequence[Any]) -> None:
-        """Drops pages of the requests whose step has ended, if memory is short.
-
-        With the overlap scheduler the next step runs already: it is on the stream before the moves, with the length of
-        before, and its row lies in the page that moves last.
-        """
-        self._step += 1
-        if self.failures.is_off or self._switch.is_off(self._step):
-            return
-        try:
-            self._relieve([r for r in generation_requests if self._may_shrink(r)])
-        except Exception as error:  # TensorRT-LLM's loop would end with it
-            self.failures.stop("a step of the compression route", error)
-
-    def forget(self, request: Any) -> None:
-        self._dropped.pop(request.py_request_id, None)
-        self._shadowed.pop(request.py_request_id, None)
-        if self._redundancy is not None:
-            self._redundancy.forget(request.py_request_id)
-
-    def log_totals(self) -> None:
-        log.info(
-            "MemShare dropped %d pages on route framework; shadow counted %d, %d errors were caught, %d requests ended "
-            "alone",
-            self.num_dropped,
-            self.num_shadowed,
-            self.failures.num_errors,
-            self.failures.num_failed_requests,
-        )
-
-    def _may_shrink(self, request: Any) -> bool:
-        cache = self._manager.kv_cache_map.get(request.py_request_id)
-        return cache is not None and cache.is_active and getattr(request.state, "name", "") != "GENERATION_COMPLETE"
-
-    def _relieve(self, requests: list[Any]) -> None:
-        used = self._backend.pool.shape[0] - self._backend.num_free_pages()
-        count = self._marks.pages_to_free(used, len(requests), self._backend.pool.shape[0])
-        if not count:
-            return
-        by_id = {r.py_request_id: r for r in requests}
-        views = [v for v in map(self._view, requests) if v is not None]
-        for request_id, pages in choose_pages(views, count, self._config.spread):
-            if self._config.shadow:
-                self._count(request_id, pages.tolist())
-                continue
-            try:
-                self._drop(by_id[request_id], pages.tolist())
-            except Exception as error:  # its rows are moved in part, or its length is not what the manager holds
-                self.failures.stop(f"dropping pages of request {request_id}", error)
-                self.failures.end_requests([by_id[request_id]], str(error))
-
-    def _view(self, request: Any) -> PressureView | None:
-        """Pages are numbered as they lie now; those before ``first`` hold prompt."""
-        gone = len(self._dropped.get(request.py_request_id, ()))
-        first = math.ceil(request.py_prompt_len / self._size)
-        resident = request.max_beam_num_tokens - 1 - gone * self._size  # rows written, the newest one excepted
-        full = max(first, resident // self._size)
-        pages = np.arange(first, max(first, (resident - self._config.protected_tokens) // self._size), dtype=np.int32)
-        room = min(floor_room(full - first + gone, gone, self._wishes.min_kept(request)), len(pages))
-        if room <= 0:
-            return None
-        redundancy = None
-        if self._redundancy is not None:
-            listed = np.array(self._backend.pages(request.py_request_id)[first:full])
-            redundancy = self._redundancy.of(request.py_request_id, first, listed, pages)
-        facts = PageFacts(position=pages, redundancy=redundancy, draw=self._draw[pages].astype(np.float32))
-        need = page_need(self._config.need, facts)
-        return PressureView(request.py_request_id, pages, need, np.zeros(len(pages), bool), room)
-
-    def _count(self, request_id: int, pages: list[int]) -> None:
-        counted = self._shadowed.setdefault(request_id, set())
-        self.num_shadowed += len(set(pages) - counted)
-        counted.update(pages)
-
-    def _drop(self, request: Any, pages: list[int]) -> None:
-        """Moves what is kept to the front, publishes the length, then lets the manager have the end."""
-        request_id = request.py_request_id
-        listed, pool = self._backend.pages(request_id), self._backend.pool
-        gone = set(pages)
-        kept = [p for p in range(len(listed)) if p not in gone]
-        for target, source in enumerate(kept):
-            if target != source:  # in ascending order: a source is never overwritten before it has moved
-                pool[listed[target]].copy_(pool[listed[source]], non_blocking=True)
-        if self._done is not None:
-            self._done.record()
-            stream = getattr(self._manager, "_stream", None)
-            if stream is not None:
-                stream.wait_event(self._done)
-        request.py_num_compressed_tokens += len(pages) * self._size
-        self._backend.shrink(request_id, len(pages))
-        self._dropped.setdefault(request_id, []).extend(pages)
-        if self._redundancy is not None:
-            self._redundancy.forget(request_id)  # pages have other numbers now
-        self.num_dropped += len(pages)
+    manager_class.__init__ = __init__  # type: ignore[misc]

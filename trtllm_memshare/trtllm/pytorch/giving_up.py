@@ -24,6 +24,9 @@ class GivingUp:
       rows: of the block table.
       shares: False = count what would go, and change nothing.
       lose: told of a request whose row cannot be vouched for.
+
+    Attributes:
+      num_resumed: pages that requests gave up again when they came back from a pause.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class GivingUp:
         self._shares, self._lose = shares, lose
         self._again: dict[int, np.ndarray] = {}  # pages that paused requests had given up
         self._counted: set[tuple[int, int]] = set()
+        self.num_resumed = 0
 
     def retire(self, choice: Choice, step: int) -> None:
         """Gives pages up for need: their entries name a null page from then on.
@@ -51,9 +55,13 @@ class GivingUp:
             self._counted |= new
             self._manager.count_shadow(list(new))
             return
-        for request_id, pages in choice:
-            self._manager.retire(request_id, np.array(pages, np.int32))
-        self.hand_back(choice, step)
+        retired: Choice = []
+        try:
+            for request_id, pages in choice:
+                self._manager.retire(request_id, np.array(pages, np.int32))
+                retired.append((request_id, pages))
+        finally:  # what is retired has its row set and its pages freed, whatever became of the next one
+            self.hand_back(retired, step)
 
     def hand_back(self, choice: Choice, step: int) -> None:
         """Frees pages that the cache has given up, and sets the rows that go with it; both, or a request is lost."""
@@ -86,3 +94,4 @@ class GivingUp:
             pages = pages[(pages >= first) & (pages < full)]
             if len(pages):
                 self.retire([(request_id, pages.tolist())], step)
+                self.num_resumed += len(pages)

@@ -88,13 +88,20 @@ def disaggregated_kind(request: Any) -> str | None:
 
 def model_reasons(config: Any) -> list[str]:
     """Reasons in the model's own configuration, of transformers 4 or 5."""
+    found = window_reasons(config)
+    if rope_type(config) not in ROPE_TYPES:
+        known = ", ".join(ROPE_TYPES)
+        found.append(f"sharing excludes rotary embeddings of type {rope_type(config)} (known: {known})")
+    return found
+
+
+def window_reasons(config: Any) -> list[str]:
+    """Those of attention that does not look at everything."""
     found = []
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         found.append(f"models with a sliding window, got one of {config.sliding_window} tokens")
     elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         found.append("models with a sliding window in some layers")
-    if rope_type(config) not in ROPE_TYPES:
-        found.append(f"rotary embeddings of type {rope_type(config)} (known: {', '.join(ROPE_TYPES)})")
     return [f"sharing excludes {reason}" for reason in found]
 
 

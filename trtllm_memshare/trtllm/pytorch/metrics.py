@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,37 +17,9 @@ from prometheus_client.registry import REGISTRY
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.settings import PREFIX, Settings
-from trtllm_memshare.trtllm.pytorch.sharing import Sharing
+from trtllm_memshare.trtllm.pytorch.totals import Totals
 
 log = logging.getLogger("trtllm_memshare")
-
-
-def totals(shared: Sharing, bytes_per_block: int) -> dict[str, Any]:
-    """Counters since the start and gauges as of now, by name.
-
-    Args:
-      shared: the manager's sharing.
-      bytes_per_block: of all layers on this rank, K and V.
-    """
-    stats = shared.manager.stats()
-    return {
-        "blocks_shared": stats.shared,
-        "blocks_forgotten": stats.forgotten,
-        "blocks_shadowed": stats.shadowed,
-        "blocks_generated": stats.generated,
-        "blocks_retired_of_finished": stats.retired_at_end,
-        "pages_copied": shared.tail.num_copies,
-        "saved_bytes": (stats.shared + stats.forgotten) * bytes_per_block,
-        "aliased_entries": stats.aliased_entries,
-        "candidates": shared.policy.num_candidates,
-        "rejected": dict(shared.policy.rejected),
-        "refused": stats.refused,
-        "errors": shared.failures.num_errors,
-        "requests_failed": shared.failures.num_failed_requests,
-        "host_seconds": shared.seconds,
-        "search_seconds": shared.search_seconds,
-    }
-
 
 _COUNTERS = {
     "blocks_shared": "KV blocks freed by sharing",
@@ -58,14 +31,26 @@ _COUNTERS = {
     "requests_failed": "Requests ended alone because their block table could not be vouched for",
     "host_seconds": "Host time spent on sharing",
     "search_seconds": "Time of the comparisons",
+    "pauses": "Requests paused or suspended for want of blocks",
 }
+_PRESSURE = {
+    "active": "pressure_active",
+    "at_floor": "requests_at_floor",
+    "retired_now": "retired_now",
+    "bytes_saved_now": "bytes_saved_now",
+    "episodes": "pressure_episodes",
+    "pauses_avoided": "pauses_avoided",
+}
+"""Values of the label of ``memshare_pressure``, which are those on Triton, and the totals that they show."""
 
 
 @dataclass(frozen=True)
 class _Metrics:
     counters: dict[str, Counter]
     turned_down: Counter
+    retired: Counter
     aliased: Gauge
+    pressure: Gauge
 
 
 @cache
@@ -74,7 +59,16 @@ def _metrics(registry: CollectorRegistry) -> _Metrics:
     return _Metrics(
         {name: Counter(f"memshare_{name}", text, registry=registry) for name, text in _COUNTERS.items()},
         Counter("memshare_decisions_refused", "Candidates and decisions turned down", ["reason"], registry=registry),
+        Counter("memshare_retired_pages", "Pages given up under pressure", ["reason"], registry=registry),
         Gauge("memshare_aliased_entries", "Block table entries beyond one a page", registry=registry),
+        Gauge(
+            "memshare_pressure",
+            "Pressure: whether it is on, requests at their floor, pages and bytes done without now; times that it "
+            "began and pauses avoided since the start",
+            ["pressure_metric"],
+            registry=registry,
+            multiprocess_mode="sum",
+        ),
     )
 
 
@@ -92,12 +86,15 @@ class Reporter:
 
     The metrics are in prometheus_client's registry, so a process with PROMETHEUS_MULTIPROC_DIR shows them where
     TensorRT-LLM shows its own; with ``metrics_port`` they also have an endpoint on loopback.
+
+    Args:
+      totals: reads them.
     """
 
-    def __init__(self, shared: Sharing, settings: Settings, registry: CollectorRegistry = REGISTRY) -> None:
-        self._shared, self._settings = shared, settings
-        pool = shared.pool
-        self._bytes_per_block = pool[0].numel() * pool.element_size()
+    def __init__(
+        self, totals: Callable[[], Totals], settings: Settings, registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._totals, self._settings = totals, settings
         self._step, self._told = 0, False
         self._metrics = _metrics(registry)
         self._reported: dict[str, float] = {}
@@ -105,25 +102,35 @@ class Reporter:
             _serve(settings.metrics_port, registry)
 
     def count_step(self) -> None:
-        """One iteration more."""
+        """One iteration more; raises nothing."""
         self._step += 1
         if self._step % self._settings.options.stats_interval == 0:
             self.report()
 
     def report(self) -> None:
-        """Brings everything up to date."""
-        now = totals(self._shared, self._bytes_per_block)
-        for name, counter in self._metrics.counters.items():
-            counter.inc(self._growth(name, now[name]))
-        for reason, count in {**now["rejected"], **now["refused"]}.items():
-            self._metrics.turned_down.labels(reason=reason).inc(self._growth(f"refused {reason}", count))
-        self._metrics.aliased.set(now["aliased_entries"])
-        if self._settings.stats_file is not None:
-            self._write(self._settings.stats_file, {"iterations": self._step, **now})
+        """Brings everything up to date; raises nothing, since TensorRT-LLM's loop would end with it."""
+        try:
+            self._report()
+        except Exception as error:
+            self._tell(f"metrics cannot be brought up to date: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """The last report."""
         self.report()
+
+    def _report(self) -> None:
+        now, metrics = self._totals(), self._metrics
+        for name, counter in metrics.counters.items():
+            counter.inc(self._growth(name, now[name]))
+        for reason, count in {**now["rejected"], **now["refused"]}.items():
+            metrics.turned_down.labels(reason=reason).inc(self._growth(f"refused {reason}", count))
+        for reason, count in now["retired_pages"].items():
+            metrics.retired.labels(reason=reason).inc(self._growth(f"retired {reason}", count))
+        metrics.aliased.set(now["aliased_entries"])
+        for label, name in _PRESSURE.items():
+            metrics.pressure.labels(pressure_metric=label).set(now[name])
+        if self._settings.stats_file is not None:
+            self._write(self._settings.stats_file, {"iterations": self._step, **now})
 
     def _write(self, stats_file: Path, document: dict[str, Any]) -> None:
         """Whoever reads the file sees the old one or the new one. A full disk must not stop the server."""
@@ -132,9 +139,12 @@ class Reporter:
             draft.write_text(json.dumps(document, indent=1) + "\n")
             os.replace(draft, stats_file)
         except OSError as error:
-            if not self._told:
-                log.warning("statistics cannot be written to %s: %s", stats_file, error.strerror)
-            self._told = True
+            self._tell(f"statistics cannot be written to {stats_file}: {error.strerror}")
+
+    def _tell(self, what: str) -> None:
+        if not self._told:
+            log.warning("%s", what)
+        self._told = True
 
     def _growth(self, name: str, total: float) -> float:
         growth = total - self._reported.get(name, 0)

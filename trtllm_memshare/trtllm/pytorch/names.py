@@ -31,10 +31,13 @@ class Name:
     source: str = "pyexecutor/resource_manager.py, read"
 
 
+_FACTORY = "create_kv_cache_compression_manager"
 _V1, _V2 = ("1.1", "1.2", "main V1"), ("main V2",)
 _COPY = ("dst_tensor", "request_ids")
 _UTIL, _TRTLLM = "pyexecutor/_util.py, read", "attention_backend/trtllm.py, read"
 _V2_SOURCE = "pyexecutor/kv_cache/kv_cache_manager_v2.py, read"
+_FRAMEWORK = "pyexecutor/resource_manager.py and the developer guide, read"
+_REQUEST = "pyexecutor/llm_request.py and calls of it, read"
 _CPP = "batch_manager/kvCacheManager.cpp and its binding, read"
 
 
@@ -143,7 +146,7 @@ TABLE: tuple[Name, ...] = (
         source="attention_backend/trtllm.py, read",
     ),
     *(
-        Name("LlmRequest", name, use, on_instance=True, source="pyexecutor/llm_request.py and calls of it, read")
+        Name("LlmRequest", name, use, on_instance=True, source=_REQUEST)
         for name, use in (
             ("get_tokens", "history"),
             ("get_token", "new tokens"),
@@ -154,6 +157,25 @@ TABLE: tuple[Name, ...] = (
             ("state", "ended or paused"),
             ("finish_by_reason", "ends a request alone"),
             ("py_decoding_iter", "ends a request alone"),
+        )
+    ),
+    Name("FinishReason", "CANCELLED", "ends a request alone", source=_REQUEST),
+    # Route framework.
+    Name("", _FACTORY, "makes the method", ("main V1", "main V2"), ("config",), source=_UTIL),
+    *(
+        Name("KVCacheCompressionManager", name, use, _V2, parameters, source=_FRAMEWORK)
+        for name, use, parameters in (
+            ("bind_kv_cache_managers", "which manager, which ranks", ()),
+            ("on_generation_step_end", "when to drop", ("scheduled_batch",)),
+            ("on_request_finish", "lets go of a request", ("request",)),
+            ("shutdown", "the last report", ()),
+        )
+    ),
+    *(
+        Name("LlmRequest", name, use, _V2, on_instance=True, source=_REQUEST)
+        for name, use in (
+            ("py_num_compressed_tokens", "by how much a sequence is shorter"),
+            ("py_prompt_len", "what is protected, on route framework"),
         )
     ),
 )

@@ -108,15 +108,20 @@ class NullRows:
         """
         count, pool = len(self.pages.blocks), self._backend.pool
         tokens = count * pool.shape[4]
-        if not self._manager.add_dummy_requests([NULL_REQUEST], token_nums=[tokens], prepare_resource=True):
+        made = self._manager.add_dummy_requests([NULL_REQUEST], token_nums=[tokens], prepare_resource=True)
+        if not made:
             return False
-        pages = self._backend.pages(NULL_REQUEST)
-        if len(pages) != count or len(set(pages)) != count:
-            raise RuntimeError(f"{count} null pages were asked for, the KV cache manager gave {pages}")
-        for page, keys in zip(pages, self._keys.keys, strict=True):
-            pool[page, :, 0] = stored_keys(keys, pool.dtype).to(pool.device)[:, :, None]
-            pool[page, :, 1] = torch.zeros((), device=pool.device).to(pool.dtype)
-        self.entries = self._backend.entries(NULL_REQUEST, count)
+        try:
+            pages = self._backend.pages(NULL_REQUEST)
+            if len(pages) != count or len(set(pages)) != count:
+                raise RuntimeError(f"{count} null pages were asked for, the KV cache manager gave {pages}")
+            for page, keys in zip(pages, self._keys.keys, strict=True):
+                pool[page, :, 0] = stored_keys(keys, pool.dtype).to(pool.device)[:, :, None]
+                pool[page, :, 1] = torch.zeros((), device=pool.device).to(pool.dtype)
+            self.entries = self._backend.entries(NULL_REQUEST, count)
+        except Exception:
+            self._manager.free_resources(made[0])  # nobody would ever name them
+            raise
         log.info("MemShare took %d null pages, one for each band up to position %d", count, self.pages.bands[-1])
         return True
 

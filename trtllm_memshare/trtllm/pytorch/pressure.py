@@ -7,7 +7,7 @@ the low one: exact repeats first, then those needed least, none below a request'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.floors import blocks_at_floors
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
-from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve, lengths_of
+from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
+from trtllm_memshare.trtllm.pytorch.pressure_stats import PressureStats
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
@@ -43,7 +44,7 @@ class Pressure:
       reserve: holds pages so that TensorRT-LLM admits nobody who could not stay; None = it admits as it likes.
 
     Attributes:
-      num_episodes: times that pages were given up.
+      stats: counts, and when pressure began and ended.
     """
 
     def __init__(
@@ -64,68 +65,92 @@ class Pressure:
         self._redundancy = Redundancy(backend.pool) if "redundancy" in self._need.facts else None
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)
         self._size = manager.tokens_per_block
-        self.num_episodes = 0
+        self.stats = PressureStats(self._num_pages, config.low_watermark)
+        # Of this iteration's requests, in their order: ids, tokens, prompt tokens, share of its pages that each keeps.
+        self._active: Mapping[int, Any] = {}
+        self._ids: list[int] = []
+        self._lengths = self._prompts = np.zeros(0, np.int64)
+        self._kept = np.zeros(0)
+        self._floor_blocks: int | None = None  # what these hold at their floors
 
-    def choose(self, generation_requests: Sequence[Any], horizon: int) -> Choice:
+    def begin(self, active: Mapping[int, Any]) -> None:
+        """Takes the requests of this iteration that generate, by id; what each wishes is read when others run."""
+        count, self._active, self._floor_blocks = len(active), active, None
+        self._lengths = np.fromiter((r.max_beam_num_tokens for r in active.values()), np.int64, count)
+        if (ids := list(active)) != self._ids:
+            self._ids = ids
+            self._prompts = np.fromiter((r.orig_prompt_len for r in active.values()), np.int64, count)
+            self._kept = np.fromiter(map(self._wishes.min_kept, active.values()), np.float64, count)
+            for request_id in active if self._paused else ():
+                self._paused.pop(request_id, None)
+
+    def choose(self, horizon: int) -> Choice:
         """Pages to give up now; empty below the high watermark.
 
         Args:
-          generation_requests: of this iteration.
           horizon: iterations after this one for which there must be room.
         """
-        lengths = lengths_of(generation_requests)
         # Who opens a page in this iteration or the next ones. With n tokens known to the host, a request opens one when
         # n - 1 fill their pages, or n with the overlap scheduler: both are counted.
-        wanted = int(((1 - lengths) % self._size <= horizon + 1).sum())
+        wanted = self._num_wanted(horizon + 1)
         held = 0 if self._reserve is None else self._reserve.num_held
         used = self._num_pages - self._backend.num_free_pages() - held
+        self.stats.look(used, horizon)
+        if self.stats.is_look_due():
+            self._look_for_avoided(used + wanted)
         count = self._marks.pages_to_free(used, wanted, self._num_pages)
         if self._paused and not count:
             # The next one to come back fits beside the floors of those that run: they make room for it.
             need = wanted + next(iter(self._paused.values()))
-            if need <= self._allowed(generation_requests, lengths):
+            if need <= self._allowed():
                 count = max(0, need - (self._num_pages - used))
-        if not count or used - self._floors(generation_requests, lengths) < min(count, _FEWEST):
+        if not count or used - self._floors() < min(count, _FEWEST):
             return []  # all are at their floors, or nearly: a page here and there would be had in every iteration
-        views = [v for v in map(self._view, generation_requests) if v is not None]
+        views = [v for v in map(self._view, self._active.values()) if v is not None]
         chosen = choose_pages(views, count, self._config.spread)
-        freed = sum(len(pages) for _, pages in chosen)
-        self.num_episodes += freed > 0
+        if self._config.shares:
+            self.stats.count(views, chosen, used)
         return [(request_id, pages.tolist()) for request_id, pages in chosen]
 
-    def admit(self, generation_requests: Sequence[Any], num_incoming: int) -> None:
+    def admit(self, num_incoming: int) -> None:
         """Lets TensorRT-LLM's scheduler see as many free pages as may be taken until it is asked again.
 
         Args:
-          generation_requests: of this iteration.
           num_incoming: pages that prompts of this iteration are about to take.
         """
         if self._reserve is None:
             return
-        lengths = lengths_of(generation_requests)
-        wanted = int(((1 - lengths) % self._size <= 2).sum())
         free = self._backend.num_free_pages() + self._reserve.num_held
-        allowed = self._allowed(generation_requests, lengths) - num_incoming
-        self._reserve.hold(free - num_incoming - wanted - max(0, allowed) if len(lengths) else 0)
+        allowed = self._allowed() - num_incoming
+        self._reserve.hold(free - num_incoming - self._num_wanted(2) - max(0, allowed) if self._active else 0)
+
+    def num_at_floor(self) -> int:
+        """Requests that gave pages up and may give up no more at present."""
+        count = 0
+        for known in self._requests:
+            generated, retired = self._manager.page_counts(known.request_id)
+            count += retired > 0 and floor_room(generated, retired, self._wishes.min_kept(known.request)) == 0
+        return count
 
     def release(self) -> None:
         """Holds nothing any more."""
         if self._reserve is not None:
             self._reserve.hold(0)
 
-    def _allowed(self, requests: Sequence[Any], lengths: np.ndarray) -> int:
+    def _num_wanted(self, num_tokens: int) -> int:
+        """Requests that open a page with one of their next tokens."""
+        return int(((1 - self._lengths) % self._size <= num_tokens).sum())
+
+    def _allowed(self) -> int:
         """Pages that would be left below the high watermark if all running requests were at their floors."""
-        return int(self._config.high_watermark * self._num_pages) - self._floors(requests, lengths)
+        return int(self._config.high_watermark * self._num_pages) - self._floors()
 
-    def _floors(self, requests: Sequence[Any], lengths: np.ndarray) -> int:
-        # One token more than now: a request whose pages are full writes into a new one next.
-        prompts = np.fromiter((r.orig_prompt_len for r in requests), np.int64, len(requests))
-        kept = np.fromiter(map(self._wishes.min_kept, requests), np.float64, len(requests))
-        return blocks_at_floors(lengths + 1, prompts, kept, self._config.protected_tokens, self._size)
-
-    def resume(self, generation_requests: Sequence[Any]) -> None:
-        for request in generation_requests if self._paused else ():
-            self._paused.pop(request.py_request_id, None)
+    def _floors(self) -> int:
+        if self._floor_blocks is None:
+            # One token more than now: a request whose pages are full writes into a new one next.
+            protected = self._config.protected_tokens
+            self._floor_blocks = blocks_at_floors(self._lengths + 1, self._prompts, self._kept, protected, self._size)
+        return self._floor_blocks
 
     def forget(self, request: Any, was_known: bool, is_last: bool) -> None:
         """A request is freed; if it is only paused, TensorRT-LLM will compute it anew, all of it.
@@ -145,7 +170,14 @@ class Pressure:
         if getattr(request.state, "name", "") != "GENERATION_COMPLETE":
             self._paused[request_id] = request.max_beam_num_tokens // self._size + 2
         if is_last:  # nobody runs: the scheduler may have anything
+            self.begin({})
+            self.stats.end()
             self.release()
+
+    def _look_for_avoided(self, num_needed: int) -> None:
+        known = [k for i in self._ids if (k := self._requests.get(i)) is not None]
+        pages = dict(zip(self._ids, (-(-self._lengths // self._size)).tolist(), strict=True))
+        self.stats.look_for_avoided(num_needed, [k.pages.num_given_up for k in known], pages)
 
     def _view(self, request: Any) -> PressureView | None:
         known = self._requests.get(request.py_request_id)

@@ -23,13 +23,15 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.attach import attach
 from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, look_up
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
-from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, make_compression_manager
+from trtllm_memshare.trtllm.pytorch.failures import Complaints
+from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, make_compression_manager, note_arguments
 from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 
 log = logging.getLogger("trtllm_memshare")
 
 _FACTORY = "create_kv_cache_compression_manager"
+_DISAGGREGATED = "sharing excludes disaggregated serving (serve prompt and generation in one)"
 
 
 class Models:
@@ -37,11 +39,12 @@ class Models:
 
     Attributes:
       is_compressed: a manager of TensorRT-LLM's framework for KV cache compression was made.
+      is_disaggregated: prompt and generation are served apart.
     """
 
     def __init__(self) -> None:
         self._facts: list[ModelFacts] = []
-        self.is_compressed = False
+        self.is_compressed = self.is_disaggregated = False
 
     def remember(self, facts: ModelFacts) -> None:
         self._facts.append(facts)
@@ -72,15 +75,15 @@ def install(util_module: Any, settings: Settings, attention_metadata: Callable[[
     except ProbeError as error:
         log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
         return False
-    if metadata is not None:
-        wrap_prepare(metadata)
     if settings.options.route == "framework":
         return _install_framework(util_module, settings)
+    if metadata is not None:
+        wrap_prepare(metadata)
     models = Models()
     known = [util_module.KVCacheManager]
     if hasattr(util_module, "KVCacheManagerV2"):
         known.append(util_module.KVCacheManagerV2)
-    _wrap_selector(util_module, known, models, settings)
+    _wrap_selector(util_module, models, lambda chosen: _check_manager(chosen, known, models, settings))
     for manager_class in known:
         wrap_init(manager_class, models, settings)
     if hasattr(util_module, _FACTORY):
@@ -90,7 +93,10 @@ def install(util_module: Any, settings: Settings, attention_metadata: Callable[[
 
 
 def _install_framework(util_module: Any, settings: Settings) -> bool:
-    """Adds our algorithm to TensorRT-LLM's factory of compression methods; nothing else is touched."""
+    """Adds our algorithm to TensorRT-LLM's factory of compression methods.
+
+    Beside it, the models that it asks about and the arguments of its managers are noted, for what sharing excludes.
+    """
     base, original = getattr(util_module, "KVCacheCompressionManager", None), getattr(util_module, _FACTORY, None)
     if base is None or original is None:
         log.warning(
@@ -100,10 +106,23 @@ def _install_framework(util_module: Any, settings: Settings) -> bool:
         )
         return False
 
+    try:
+        look_up(base, names_of("KVCacheCompressionManager", "V2"))
+    except ProbeError as error:
+        log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
+        return False
+    models = Models()
+    _wrap_selector(util_module, models, lambda chosen: None)
+    note_arguments(util_module.KVCacheManagerV2)
+
+    def model_reasons(arguments: dict[str, Any]) -> list[str]:
+        """The rotation of keys does not matter on this route: they stay as they were written."""
+        return [_DISAGGREGATED] if models.is_disaggregated else models.of(arguments).window_reasons()
+
     @functools.wraps(original)
     def create(config: Any, *arguments: Any, **keywords: Any) -> Any:
         if getattr(config, "algorithm", None) == ALGORITHM:
-            return make_compression_manager(base, config, settings, **keywords)
+            return make_compression_manager(base, config, settings, model_reasons, **keywords)
         return original(config, *arguments, **keywords)
 
     setattr(util_module, _FACTORY, create)
@@ -127,19 +146,19 @@ def _probe(util_module: Any) -> str:
     return form
 
 
-def _wrap_selector(util_module: Any, known: list[type], models: Models, settings: Settings) -> None:
+def _wrap_selector(util_module: Any, models: Models, check: Callable[[type], None]) -> None:
+    """Notes each model that TensorRT-LLM asks about; ``check`` may refuse the class that it chose."""
     original = util_module.get_kv_cache_manager_cls
 
     @functools.wraps(original, assigned=("__name__", "__doc__"))
     def get_kv_cache_manager_cls(model_config: Any, *arguments: Any, **keywords: Any) -> type:
         chosen = original(model_config, *arguments, **keywords)
         models.remember(ModelFacts.of(model_config))
-        try:
-            _check_route(chosen, known, arguments, keywords)
-        except UserError as error:
-            if settings.options.on_unsupported == "stop":
-                raise
-            log.warning("MemShare is off, requests run unshared: %s", error)
+        transceiver = keywords.get("cache_transceiver_config")
+        models.is_disaggregated = bool(
+            keywords.get("is_disagg") or transceiver is not None or (len(arguments) > 1 and arguments[1])
+        )
+        check(chosen)
         return chosen
 
     util_module.get_kv_cache_manager_cls = get_kv_cache_manager_cls
@@ -158,15 +177,15 @@ def wrap_init(manager_class: type, models: Models, settings: Settings) -> None:
     manager_class.__init__ = __init__  # type: ignore[misc]
 
 
-def _check_route(chosen: type, known: list[type], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _check_manager(chosen: type, known: list[type], models: Models, settings: Settings) -> None:
+    complain = Complaints(settings.options.on_unsupported)
     if chosen not in known:
-        raise UserError(
+        complain(
             f"sharing excludes the KV cache manager {chosen.__name__} (serve a model with plain attention, without "
             f"sparse_attention_config)"
         )
-    transceiver = keywords.get("cache_transceiver_config")
-    if keywords.get("is_disagg") or transceiver is not None or (len(arguments) > 1 and arguments[1]):
-        raise UserError("sharing excludes disaggregated serving (serve prompt and generation in one)")
+    elif models.is_disaggregated:
+        complain(_DISAGGREGATED)
 
 
 def _watch_factory(util_module: Any, models: Models) -> None:

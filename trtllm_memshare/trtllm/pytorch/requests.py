@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.guards import disaggregated_kind
 from trtllm_memshare.trtllm.pytorch.page_list import PageList
 
@@ -57,6 +58,8 @@ class KnownRequests:
         self._known: dict[int, KnownRequest] = {}
         self._unshared: set[int] = set()  # dummies, and requests that found no room in our tables
         self._parked: dict[int, int] = {}  # paused requests: tokens that stage 1 has seen
+        self._agenda = Agenda()  # when enough tokens may have gathered: a request grows by one an iteration at most
+        self._late: set[int] = set()  # requests that were due in an iteration without them
 
     def __getitem__(self, request_id: int) -> KnownRequest:
         return self._known[request_id]
@@ -68,30 +71,38 @@ class KnownRequests:
         """None for a request that is not known, or runs unshared."""
         return self._known.get(request_id)
 
-    def take_in(self, requests: Iterable[Any]) -> None:
+    def take_in(self, active: Mapping[int, Any], step: int) -> None:
         """Reads a new request's whole history, once, and new tokens of the others when enough have gathered.
 
         Stage 1 looks at a block's worth at a time, so waiting for half a block loses little and costs less than
         reading each token as it comes. Requests began at different times, so no iteration has to look at all of them.
+
+        Args:
+          active: TensorRT-LLM's requests of this iteration that are past their prompt, by id.
+          step: number of this iteration.
         """
-        for request in requests:
-            known = self._known.get(request.py_request_id)
+        due = self._late.union(self._agenda.due(step))
+        self._late = due - active.keys()
+        looked_at = (active.keys() - self._known.keys() - self._unshared) | due
+        for request_id in [i for i in active if i in looked_at] if looked_at else ():
+            request, known = active[request_id], self._known.get(request_id)
             if known is None:
-                if request.py_request_id in self._unshared:
-                    continue
                 known = self._admit(request)
                 if known is None:
-                    self._unshared.add(request.py_request_id)
+                    self._unshared.add(request_id)
                     continue
-                self._known[request.py_request_id] = known
+                self._known[request_id] = known
             count = request.max_beam_num_tokens
             if count - known.num_tokens >= self._tokens_at_once:
                 self._append(known, _tokens_from(request, known.num_tokens, count))
+            self._agenda.expect(request_id, step + max(1, self._tokens_at_once - (count - known.num_tokens)))
 
     def forget(self, request: Any) -> None:
         """Lets go of a request whose resources are freed; if it is only paused, stage 1's state is kept."""
         request_id = request.py_request_id
         self._unshared.discard(request_id)
+        self._late.discard(request_id)
+        self._agenda.forget(request_id)
         known, has_ended = (
             self._known.pop(request_id, None),
             getattr(request.state, "name", "") == "GENERATION_COMPLETE",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -37,6 +37,7 @@ from trtllm_memshare.trtllm.pytorch.forward_stream import ForwardStream
 from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
 from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
+from trtllm_memshare.trtllm.pytorch.pauses import Pauses
 from trtllm_memshare.trtllm.pytorch.pressure import Choice, Pressure
 from trtllm_memshare.trtllm.pytorch.rank_meetings import RankMeetings
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequests
@@ -63,6 +64,7 @@ class Sharing:
     Attributes:
       requests: what is known of the requests.
       manager: this project's, over virtual blocks. ``policy``, ``pressure``: decide.
+      pauses: those that TensorRT-LLM made. ``giving_up``: carries decisions out.
       failures: errors that were caught; ``failures.is_off``: nothing new is shared any more.
       seconds: host time spent so far, waits for distances included. ``search_seconds``: of the comparisons.
       num_tables: block tables that were rearranged or looked at.
@@ -105,7 +107,7 @@ class Sharing:
         )
         self.tail = TailSwap(backend, tokens_at_once, self._stream.wait_for_table)
         self._rows = TableRows(backend, self.manager, self.requests, null_rows)
-        self._giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self._lose)
+        self.giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self._lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)
         self.pressure = (
             Pressure(backend, self.manager, self.requests, self.tail, config, reserved, reserve)
@@ -113,6 +115,7 @@ class Sharing:
             else None
         )
         self._meetings = None if agreement is None else RankMeetings(agreement, config.search_interval)
+        self.pauses = Pauses(backend.is_suspended)
         self._pending: Pending | None = None
         self._lost: dict[int, Any] = {}  # requests whose rows cannot be vouched for, not ended yet
         self._step = 0
@@ -133,11 +136,13 @@ class Sharing:
         """
         started, disagreed = time.perf_counter(), False
         try:
+            active = {r.py_request_id: r for r in generation_requests}
+            self.pauses.look(active.keys())
             self._rows.cross(self._step)
             if not self.failures.is_off and self._is_ready(generation_requests):
-                self._advance(generation_requests)
+                self._advance(active)
                 if self.pressure is not None and self._config.shares and not self._switch.is_off(self._step):
-                    self.pressure.admit(generation_requests, num_incoming)
+                    self.pressure.admit(num_incoming)
         except Exception as error:  # TensorRT-LLM's loop would end with it
             disagreed = isinstance(error, RankDisagreementError)
             self._fail("a step of sharing", error)
@@ -174,7 +179,9 @@ class Sharing:
         """Lets go of a request whose resources are freed; raises nothing."""
         request_id = request.py_request_id
         try:
-            self._giving_up.remember(request)
+            if not getattr(request, "is_dummy_request", False):
+                self.pauses.freed(request_id, getattr(request.state, "name", "") == "GENERATION_COMPLETE")
+            self.giving_up.remember(request)
             is_known = self.requests.get(request_id) is not None
             self.requests.forget(request)
             if self.pressure is not None:
@@ -198,23 +205,22 @@ class Sharing:
         with self._stream.enter():
             return self._rows.take_null_pages()
 
-    def _advance(self, generation_requests: Sequence[Any]) -> None:
+    def _advance(self, active: Mapping[int, Any]) -> None:
         interval = self._config.search_interval
         is_needed = self.manager.pool.num_used >= self._config.min_pool_use * self.pool.shape[0]
         searches = self._config.searches and is_needed and self._step % interval == 0
-        self.requests.take_in(generation_requests)
+        self.requests.take_in(active, self._step)
         if self.pressure is not None:
-            self.pressure.resume(generation_requests)
+            self.pressure.begin(active)
         meets = self._meetings is not None and self._meetings.is_meeting(self._step)
-        active = {r.py_request_id for r in generation_requests}
         with self._stream.enter():
-            self._giving_up.retire_again(self._step)
+            self.giving_up.retire_again(self._step)
             if meets if self._meetings is not None else self._pending is not None or self.pressure is not None:
-                self._decide_and_apply(generation_requests, active)
+                self._decide_and_apply(active)
             if searches:
                 self._pending = self._searcher.start(active)
 
-    def _decide_and_apply(self, generation_requests: Sequence[Any], active: Container[int]) -> None:
+    def _decide_and_apply(self, active: Container[int]) -> None:
         """Carries out what the last search found and what memory asks for, on every rank in the same iteration."""
         (candidates, distances), self._pending = self._pending or ([], None), None
         sums = None
@@ -223,15 +229,15 @@ class Sharing:
             self.search_seconds += seconds
         if self._meetings is None:
             decisions = self._decide(candidates, sums) if candidates else []
-            choice = self._choose(generation_requests)
+            choice = self._choose()
         else:
             # Each rank schedules on its own count of free blocks: one that differed in a decision would break all.
             state = self.manager.pool.generation.tobytes()
             self._meetings.begin(self._step)
             decisions = self._meetings.ranks.decide(candidates, sums, state, self._decide)
-            choice = self._meetings.choose(lambda: self._choose(generation_requests))
+            choice = self._meetings.choose(self._choose)
         self._apply(decisions, active)
-        self._giving_up.retire(choice, self._step)
+        self.giving_up.retire(choice, self._step)
 
     def _apply(self, decisions: list[Decision], active: Container[int]) -> None:
         kept = {id(c) for c in self._searcher.only_active([d.candidate for d in decisions], active)}
@@ -246,7 +252,7 @@ class Sharing:
         for candidate in (d.candidate for d in decisions):
             if self.manager.is_retired(candidate.request_id, candidate.logical):
                 retired[candidate.request_id].append(candidate.logical)
-        self._giving_up.hand_back(list(retired.items()), self._step)
+        self.giving_up.hand_back(list(retired.items()), self._step)
 
     def _decide(self, candidates: list[Candidate], sums: np.ndarray | None) -> list[Decision]:
         """On one rank, or on the first: nothing while a person has switched new sharing off."""
@@ -256,10 +262,10 @@ class Sharing:
             self.manager.offer_again(candidate)
         return []
 
-    def _choose(self, generation_requests: Sequence[Any]) -> Choice:
+    def _choose(self) -> Choice:
         if self.pressure is None or self._switch.is_off(self._step):
             return []
-        return self.pressure.choose(generation_requests, 1 if self._meetings is None else self._config.search_interval)
+        return self.pressure.choose(1 if self._meetings is None else self._config.search_interval)
 
     def _lose(self, request_id: int) -> None:
         """Marks a request whose row cannot be vouched for; until it ends, it reads and writes its own last page."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
-from trtllm_memshare.trtllm.pytorch.bands import Crossings
 from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequests
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap
@@ -30,7 +30,7 @@ class TableRows:
     ) -> None:
         self._backend, self._manager, self._requests, self._null = backend, manager, requests, null_rows
         self._map = RowMap(backend.max_batch_size, backend.max_blocks_per_seq, backend.pool.device)
-        self._crossings = Crossings()
+        self._crossings = Agenda()  # of bands: when the newest token may reach the next one
         self._width = backend.max_blocks_per_seq
 
     def __contains__(self, request_id: int) -> bool:

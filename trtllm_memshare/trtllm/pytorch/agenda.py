@@ -1,12 +1,12 @@
-"""When which request crosses into another band of positions, so that most iterations look at nobody."""
+"""Which request is to be looked at in which iteration, so that most iterations look at few."""
 
 from __future__ import annotations
 
 import heapq
 
 
-class Crossings:
-    """Requests with null entries, by the iteration at which their newest token may reach the next band."""
+class Agenda:
+    """Requests by the iteration for which they are expected next."""
 
     def __init__(self) -> None:
         self._due: dict[int, int] = {}
