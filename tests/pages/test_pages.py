@@ -23,7 +23,8 @@ from pages.markers import (
 
 PAGES = sorted(
     p.relative_to(ROOT).as_posix()
-    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/studies/*/README.md")]
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "deploy/**/*.md")
+    for p in ROOT.glob(pattern)
     if p.name != "CHANGELOG.md"
 )
 FOLDERS = "trtllm_memshare|benchmarks|build_scripts|tests|docs|plugins|deploy"
@@ -94,6 +95,10 @@ SIZE = "the size of a model or a machine"
 ARITHMETIC = "what chance or arithmetic gives"
 UNREFERRED = {
     "README.md": {"1.85": GOAL},
+    "benchmarks/data/trace_model/README.md": {"1.2": SIZE},
+    "benchmarks/data/traces/README.md": {"1.94": "counted in the file that it names"},
+    "benchmarks/data/traces/qwen3-32b-thinking-aime24/README.md": {"0.6": SETTINGS},
+    "benchmarks/data/traces/r1-distill-qwen1.5b-math/README.md": {"0.8": SETTINGS},
     "benchmarks/studies/distances/README.md": {"0.8": SETTINGS, "0.5": ARITHMETIC},
     "benchmarks/studies/learning_to_copy/README.md": {"1.2": SIZE, "7.6": ARITHMETIC},
     "benchmarks/studies/real_text/README.md": {
