@@ -97,7 +97,7 @@ UNREFERRED = {
     "README.md": {"1.85": GOAL},
     "benchmarks/data/trace_model/README.md": {"1.2": SIZE},
     "benchmarks/data/traces/README.md": {"1.94": "counted in the file that it names"},
-    "benchmarks/data/traces/qwen3-32b-thinking-aime24/README.md": {"0.6": SETTINGS},
+    "benchmarks/data/traces/qwen3-32b-thinking-aime24/README.md": {"0.6": SETTINGS, "0.95": SETTINGS, "2.0": VERSION},
     "benchmarks/data/traces/r1-distill-qwen1.5b-math/README.md": {"0.8": SETTINGS},
     "benchmarks/studies/distances/README.md": {"0.8": SETTINGS, "0.5": ARITHMETIC},
     "benchmarks/studies/learning_to_copy/README.md": {"1.2": SIZE, "7.6": ARITHMETIC},
