@@ -142,28 +142,23 @@ async def _answer(
     endpoint: Endpoint, body: Common, prompts: list[TextRequest], replies: Replies, request: Request
 ) -> Response:
     events = merged([endpoint.service.answer(prompt) for prompt in prompts])
-    if not body.stream:
-        collecting = asyncio.ensure_future(_collect(events))
-        while not (await asyncio.wait({collecting}, timeout=_LEFT_S))[0]:
-            if await request.is_disconnected():
-                collecting.cancel()
-        try:
-            return JSONResponse(replies.whole(await collecting))
-        except asyncio.CancelledError:
-            return Response(status_code=499)  # nobody reads it
-        except UserError:
-            raise
-        except Exception as error:
-            return _failure(error)
-    # A refusal must come as a status, so the first event is waited for before the stream begins.
+    # A refusal must come as a status, so the first event is waited for before a stream begins.
+    waiting = asyncio.ensure_future(anext(events) if body.stream else _collect(events))
+    while not (await asyncio.wait({waiting}, timeout=_LEFT_S))[0]:
+        if await request.is_disconnected():
+            waiting.cancel()
     try:
-        first = await anext(events)
+        found: Any = await waiting
+        if not body.stream:
+            return JSONResponse(replies.whole(found))
+    except asyncio.CancelledError:
+        return Response(status_code=499)  # nobody reads it
     except UserError as error:
         return _refusal(error)
     except Exception as error:
         return _failure(error)
     return StreamingResponse(
-        _stream(first, events, replies, body.wants_usage),
+        _stream(found, events, replies, body.wants_usage),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
     )
