@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test nightly lint demo real figures vllm test-vllm aiperf clean
+.PHONY: venv test nightly lint demo real figures vllm test-vllm test-transformers-4 aiperf clean
 
 BIN := .venv/bin
 
@@ -51,6 +51,18 @@ vllm: .venv-vllm/ready
 test-vllm: vllm
 	.venv-vllm/bin/python -m pytest -q tests/vllm_plugin
 
+# The oldest transformers that is supported, and what it needs older versions of; the rest as everywhere.
+.venv-transformers-4/ready: pyproject.toml constraints.txt constraints-transformers-4.txt build_scripts/find_python.sh
+	python=$$(PYTHON="$(PYTHON)" bash build_scripts/find_python.sh) && "$$python" -m venv --clear .venv-transformers-4
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venv-transformers-4/constraints.txt
+	.venv-transformers-4/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c .venv-transformers-4/constraints.txt -c constraints-transformers-4.txt -e '.[dev]'
+	touch $@
+
+test-transformers-4: .venv-transformers-4/ready
+	OMP_NUM_THREADS=1 .venv-transformers-4/bin/python -m pytest -q -n 2 --dist loadfile tests/runners tests/engine \
+	  tests/builder tests/evaluation tests/triton_parts
+
 # AIPerf wants newer versions than we do. With it the tests of both servers run it, and triton_serving takes it as load.
 aiperf: .venv-aiperf/ready
 
@@ -60,4 +72,4 @@ aiperf: .venv-aiperf/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .venv-aiperf engines demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-transformers-4 .venv-aiperf engines demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

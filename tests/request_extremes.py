@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from itertools import repeat
 from typing import Any
+
+import numpy as np
 
 from trtllm_memshare.serving.request import SamplingParams
 
@@ -15,7 +18,19 @@ VOCAB_SIZE = 80
 HUGE = (2**63, 2**64, 2**70, 10**5000)
 NO_NUMBERS: tuple[Any, ...] = (None, "a", "0.5", b"1", [], {}, object(), True, 1j)
 NO_INTEGERS: tuple[Any, ...] = (*NO_NUMBERS, 0.5, math.nan, math.inf)
-NO_LISTS: tuple[Any, ...] = (None, 44, "44", b"4", 0.5)
+
+
+class NoLength:
+    """Can be iterated and looked into, and raises when it is asked for its length."""
+
+    def __iter__(self):
+        return iter([1, 2])
+
+    def __len__(self):
+        raise RuntimeError("no length")
+
+
+NO_LISTS: tuple[Any, ...] = (None, 44, "44", b"4", 0.5, repeat(1), np.array(5), NoLength())
 TOKENS_OUTSIDE: tuple[Any, ...] = (-1, VOCAB_SIZE, 440, 2**31, 2**40, 2**63, -(2**70), 0.5, math.nan, None, "a", True)
 
 

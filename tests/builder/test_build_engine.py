@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from run_script import run_script
+from safetensors.torch import load_file, save_file
 
 from trtllm_memshare.builder import build_engine as build_module
 from trtllm_memshare.builder.build_engine import BuildOptions, plan_build
 from trtllm_memshare.builder.summary import describe_sharing
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.search.config import PRESETS, make_config
+from trtllm_memshare.serving import self_check
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,6 +145,29 @@ def test_bad_config_files(tiny_checkpoint, tmp_path, content, phrases):
     file.write_text(content)
     assert_one_sentence(build(tiny_checkpoint, tmp_path / "engine", "--memshare", "--config", file), *phrases)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_weights_that_overflow_are_refused_unless_the_self_check_is_left_out(own_checkpoint, tmp_path):
+    path = own_checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] * 1e38}, path, {"format": "pt"})
+    done = build(own_checkpoint, tmp_path / "engine")
+    assert done.returncode == 2
+    (sentence,) = [line for line in done.stderr.splitlines() if "error" in line]  # transformers shows that it loads
+    assert "gave logits that are not finite after" in sentence
+    assert "or set --no-self-check" in sentence
+    assert not (tmp_path / "engine").exists()
+    done = build(own_checkpoint, tmp_path / "engine", "--no-self-check")
+    assert done.returncode == 0, done.stderr
+    assert load_engine(tmp_path / "engine").build.max_seq_len == 512
+
+
+@pytest.mark.parametrize(("options", "num_runs"), [((), 1), (("--no-self-check",), 0)])
+def test_the_self_check_runs_once_or_not_at_all(tiny_checkpoint, tmp_path, monkeypatch, options, num_runs):
+    checked = []
+    monkeypatch.setattr(self_check, "check_engine_runs", checked.append)
+    assert build(tiny_checkpoint, tmp_path / "engine", *options).returncode == 0
+    assert len(checked) == num_runs
 
 
 def test_sharing_settings_in_a_file_need_memshare(tiny_checkpoint, tmp_path):

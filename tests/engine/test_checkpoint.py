@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -181,6 +182,23 @@ def test_models_that_cannot_be_served(own_checkpoint, changes, message):
     edit_config(own_checkpoint, **changes)
     with pytest.raises(UserError, match=message):
         read_checkpoint(own_checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read(own_checkpoint, monkeypatch, name):
+    """As of another user; root may read everything, so the system's refusal is played."""
+    original = io.open
+
+    def refuse(file, *arguments, **options):
+        if str(file).endswith(name):
+            raise PermissionError(13, "Permission denied", str(file))
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr("io.open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=rf"{name}.*Permission denied") as caught:
+        read_checkpoint(own_checkpoint)
+    assert len(str(caught.value)) < 500
 
 
 def test_no_such_directory(tmp_path):

@@ -151,14 +151,19 @@ def build(checkpoint: Path, folder: Path, **settings) -> Engine:
                         make_config("off"), False)  # fmt: skip
 
 
-def test_a_single_file_wins_over_an_index_as_in_transformers(own_checkpoint, tmp_path):
+@pytest.mark.parametrize("is_stale", [False, True], ids=["with its shard", "whose shard has gone"])
+def test_a_single_file_wins_over_an_index_as_in_transformers(own_checkpoint, tmp_path, is_stale):
     (own_checkpoint / INDEX).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
-    save_file({"x": torch.zeros(1)}, own_checkpoint / "model-00001-of-00001.safetensors")
+    if not is_stale:
+        save_file({"x": torch.zeros(1)}, own_checkpoint / "model-00001-of-00001.safetensors")
     checkpoint = read_checkpoint(own_checkpoint)
     assert checkpoint.notes == (f"weights: {SINGLE} is taken, {INDEX} beside it is not read (as transformers does)",)
     engine = build(own_checkpoint, tmp_path / "engine")
     assert sorted(p.name for p in engine.model_dir.glob("model*")) == [SINGLE]
     assert engine.checkpoint.notes == ()
+    theirs = AutoModelForCausalLM.from_pretrained(own_checkpoint).state_dict()
+    ours = load_model(engine.model_dir).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_norms_in_float32_make_no_float32_pool(tmp_path):

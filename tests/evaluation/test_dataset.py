@@ -70,6 +70,15 @@ def test_bad_lines_are_named(tmp_path, line, message):
     assert len(str(caught.value)) < 500
 
 
+def test_a_text_whose_tokens_the_model_does_not_know(tmp_path):
+    """An added token of the tokenizer, beyond the model's vocabulary."""
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"task_id": 1, "output_tokens": 1, "prompt": "Q: 1"}))
+    last = max(TOKENIZER("Q: 1")["input_ids"])
+    with pytest.raises(UserError, match=rf"line 1: input_ids\[\d\] must be between 0 and {last - 1}, got {last}"):
+        read_dataset(path, TOKENIZER, limits=DatasetLimits(100, last))
+
+
 def test_texts_that_are_not_utf_8_and_lines_without_end(tmp_path, monkeypatch):
     path = tmp_path / "d.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + b'{"prompt": "\xff"}\n')

@@ -7,6 +7,8 @@ new ones in every test run.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from trtllm_memshare.engine import checkpoint as checkpoint_module
 from trtllm_memshare.engine.build_config import parse_build_config
 from trtllm_memshare.engine.checkpoint import portable_config, read_checkpoint
 from trtllm_memshare.engine.engine_dir import check_keys, read_build
+from trtllm_memshare.engine.gguf_header import check_gguf_header
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, REPORT_FILE, describe_null_pages, read_null_pages
 from trtllm_memshare.engine.skeleton import Skeleton
 from trtllm_memshare.engine.weights import INDEX, read_header, stored_tensors
 from trtllm_memshare.errors import UserError
@@ -30,6 +34,8 @@ from trtllm_memshare.search.config import parse_config
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.serving.validation import check_group, check_params, check_prompt
 from trtllm_memshare.triton.tensors import RequestTensors
+from trtllm_memshare.trtllm.pytorch import settings as pytorch_settings_module
+from trtllm_memshare.vllm import settings as vllm_settings_module
 
 _MEMORY = Path("/dev/shm")  # a disk would be what the fuzzer waits for
 _FOLDER = Path(tempfile.mkdtemp(prefix="memshare-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None))
@@ -155,6 +161,35 @@ def tensors(data: bytes) -> None:
         refused_or_done(read)
 
 
+def gguf_header(data: bytes) -> None:
+    """What the check lets through, the library reads or refuses within the same bounds."""
+    path = _file("h.gguf", data)
+    check_gguf_header(path)
+    from gguf import GGUFReader
+
+    with contextlib.suppress(Exception):  # the conversion turns whatever it raises into a sentence
+        GGUFReader(path)
+
+
+def null_pages(data: bytes) -> None:
+    """The file of keys, and as well the report for people. The first zero byte parts the header from the tensors."""
+    header, _, body = data.partition(b"\0")
+    _file(f"n/{KEYS_FILE}", len(header).to_bytes(8, "little") + header + body)
+    _file(f"n/{REPORT_FILE}", data)
+    refused_or_done(lambda: describe_null_pages(_FOLDER / "n"))
+    read_null_pages(_FOLDER / "n" / KEYS_FILE, "calibrate again")
+
+
+def vllm_settings(data: bytes) -> None:
+    variable = {vllm_settings_module.CONFIG_VARIABLE: str(_file("vllm.json", data))}
+    vllm_settings_module.load_settings({}, variable)
+
+
+def pytorch_settings(data: bytes) -> None:
+    variable = {f"{pytorch_settings_module.PREFIX}CONFIG": str(_file("pytorch.json", data))}
+    pytorch_settings_module.load_settings(variable)
+
+
 def _shapes(array: np.ndarray) -> list[tuple[int, ...]]:
     n = array.size
     return [(1, n), (n,), (1, n), (n, 1), (1, 2, n // 2) if n % 2 == 0 else (n,)]
@@ -175,8 +210,23 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         setting,
         request,
         tensors,
+        gguf_header,
+        null_pages,
+        vllm_settings,
+        pytorch_settings,
     )
 }
+SERVICE_TARGETS = ("openai_body", "token_socket")
+"""In ``service_targets``."""
+NAMES = (*TARGETS, *SERVICE_TARGETS)
+
+
+def find_target(name: str) -> Callable[[bytes], None]:
+    """The parser of a name; imports what it needs."""
+    if name in TARGETS:
+        return TARGETS[name]
+    target: Callable[[bytes], None] = getattr(importlib.import_module("fuzz.service_targets"), name)
+    return target
 
 
 def refused_or_done(parse: Callable[[], object]) -> bool:
@@ -193,4 +243,4 @@ def refused_or_done(parse: Callable[[], object]) -> bool:
 
 def run_target(name: str, data: bytes) -> bool:
     """One input through one parser."""
-    return refused_or_done(lambda: TARGETS[name](data))
+    return refused_or_done(lambda: find_target(name)(data))

@@ -23,7 +23,8 @@ from pages.markers import (
 
 PAGES = sorted(
     p.relative_to(ROOT).as_posix()
-    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/studies/*/README.md")]
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "deploy/**/*.md")
+    for p in ROOT.glob(pattern)
     if p.name != "CHANGELOG.md"
 )
 FOLDERS = "trtllm_memshare|benchmarks|build_scripts|tests|docs|plugins|deploy"
@@ -94,6 +95,10 @@ SIZE = "the size of a model or a machine"
 ARITHMETIC = "what chance or arithmetic gives"
 UNREFERRED = {
     "README.md": {"1.85": GOAL},
+    "benchmarks/data/trace_model/README.md": {"1.2": SIZE},
+    "benchmarks/data/traces/README.md": {"1.94": "counted in the file that it names"},
+    "benchmarks/data/traces/qwen3-32b-thinking-aime24/README.md": {"0.6": SETTINGS, "0.95": SETTINGS, "2.0": VERSION},
+    "benchmarks/data/traces/r1-distill-qwen1.5b-math/README.md": {"0.8": SETTINGS},
     "benchmarks/studies/distances/README.md": {"0.8": SETTINGS, "0.5": ARITHMETIC},
     "benchmarks/studies/learning_to_copy/README.md": {"1.2": SIZE, "7.6": ARITHMETIC},
     "benchmarks/studies/real_text/README.md": {
@@ -127,7 +132,7 @@ UNREFERRED = {
     "docs/reliability.md": {"4.57": VERSION, "5.24": VERSION, "0.0625": "printed by the test that the row names"},
     "docs/tensorrt_llm.md": {"10.14": VERSION},
     "docs/toy.md": {"0.8": SIZE, "1.2": SIZE, "23.5": SIZE, "1.85": GOAL},
-    "docs/vllm.md": {"0.5": SETTINGS, "0.25": SETTINGS, "1.5": GOAL},
+    "docs/vllm.md": {**dict.fromkeys(("0.5", "0.25", "0.62", "0.53"), SETTINGS), "1.5": GOAL},
 }
 PRODUCTS = r"(?:Python|TensorRT|TensorRT-LLM|vLLM|nvcc|CUDA|arXiv) \d+\.[\dx.]+(?: (?:to|and|or) \d+\.[\dx]+)?"
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from fakes.counting_runner import CountingRunner
 
 from trtllm_memshare.evaluation import benchmark_run
 from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
 from trtllm_memshare.evaluation.benchmark_run import run_benchmark
 from trtllm_memshare.evaluation.replay import ReplaySampler
-from trtllm_memshare.ranks.agreement import RankAgreement, RankDisagreementError
+from trtllm_memshare.ranks.agreement import RankAgreement, RankDisagreementError, RankLostError
 from trtllm_memshare.ranks.torch_communicator import TorchCommunicator
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
@@ -119,11 +121,63 @@ def benchmark(engine_dir: str, rank: int, size: int, rendezvous: str, dataset: s
     return {v["variant"]: v["mean_output_tokens"] for v in report.get("variants", [])}
 
 
+def interrupted(_: str, rank: int, size: int, rendezvous: str, victim: int) -> dict:
+    """Requests on rank 0, and a step on rank ``victim`` in which Ctrl-C is pressed: how everything ended."""
+    runner = CountingRunner()
+    ranks = Ranks(TorchCommunicator(rank, size, f"file://{rendezvous}"), size, 1)
+    agreement = RankAgreement(ranks.communicator, size)
+
+    def interrupt(batch) -> None:
+        if rank == victim and batch.sequence_lengths[0] > 10:
+            raise KeyboardInterrupt
+        agreement.exchange(rank)  # as a model adds up its heads: no rank computes alone
+
+    runner.before_step = interrupt
+    boundaries = BoundaryTokens.from_texts([f"t{i}" for i in range(runner.vocab_size)])
+    executor = ranks.executor(runner, make_config("off"), boundaries, 512, 4, 64, "MAX_UTILIZATION")  # type: ignore[arg-type]
+    if rank == 0:
+        with executor:
+            handles = [executor.submit([5 + i], SamplingParams(300)) for i in range(6)]
+            ends = [str(h.future.exception(60)) for h in handles]
+        return {"ends": ends}
+    try:
+        executor.follow()
+    except KeyboardInterrupt:
+        return {"error": "KeyboardInterrupt"}
+    return {"error": "none"}
+
+
+def silent(_: str, rank: int, size: int, rendezvous: str) -> dict:
+    """The last rank says nothing; the others exchange values as a decision does."""
+    here = Path(rendezvous)
+    _meet(here, rank, size)
+    communicator = TorchCommunicator(rank, size, f"file://{rendezvous}", max_wait_s=2.0)
+    if rank < size - 1:
+        RankAgreement(communicator, size).exchange(rank)
+    deadline = time.monotonic() + 60
+    while not all((here.parent / f"rank{r}.json").exists() for r in range(rank)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return {}
+
+
+def _meet(here: Path, rank: int, size: int) -> None:
+    """Waits until every process has come so far: from here on a short limit tells something."""
+    here.with_suffix(f".{rank}").touch()
+    while not all(here.with_suffix(f".{r}").exists() for r in range(size)):
+        time.sleep(0.01)
+
+
+def never_met(_: str, rank: int, size: int, rendezvous: str) -> dict:
+    """There should be one rank more."""
+    TorchCommunicator(rank, size + 1, f"file://{rendezvous}", max_wait_s=0.3)
+    return {}
+
+
 def run_into(path: str, function: Callable[..., dict], *arguments) -> None:
-    """Writes the result, or the text of a disagreement, to a file."""
+    """Writes the result, or the text of an error between ranks, to a file."""
     torch.set_num_threads(1)
     try:
         result = function(*arguments)
-    except RankDisagreementError as error:
+    except (RankDisagreementError, RankLostError) as error:
         result = {"error": str(error)}
     Path(path).write_text(json.dumps(result))

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_random_checkpoint
+from fakes.counting_runner import CountingRunner, expected
 from ranks import ranked_worker
 
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
@@ -23,8 +25,9 @@ from trtllm_memshare.ranks import torch_communicator
 from trtllm_memshare.ranks.agreement import RankAgreement, RankDisagreementError, combine_distances
 from trtllm_memshare.ranks.torch_communicator import TorchCommunicator
 from trtllm_memshare.search.block_distance import block_distance
+from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.types import Candidate, Decision
-from trtllm_memshare.serving.ranked_executor import RankedSampler
+from trtllm_memshare.serving.ranked_executor import RankedExecutor, RankedSampler
 from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
 
 
@@ -40,7 +43,7 @@ def run_alone(checkpoint):
     return functools.cache(lambda rounds, preset: ranked_worker.run(str(checkpoint), 0, 1, "", rounds, preset, -1))
 
 
-def run_ranks(function, place, tmp_path, size, *arguments):
+def run_ranks(function, place, tmp_path, size, *arguments, within_s=240):
     """What ``function(place, rank, size, rendezvous, *arguments)`` returned on every rank.
 
     The processes are forked from one that has imported everything once.
@@ -60,7 +63,7 @@ def run_ranks(function, place, tmp_path, size, *arguments):
         for process in processes:
             process.start()
     for process in processes:
-        process.join(240)
+        process.join(within_s)
         assert process.exitcode == 0
     return [json.loads(path.read_text()) for path in paths]
 
@@ -198,6 +201,57 @@ def test_the_benchmark_runs_on_every_rank_and_rank_0_reports(checkpoint, tmp_pat
     first, second = run_ranks(ranked_worker.benchmark, engine_dir, tmp_path, 2, str(dataset))
     assert first == {"full": 20.0, "lexical": 20.0}
     assert second == {}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ctrl_c_on_one_rank_ends_all_of_them_with_every_waiter_answered(tmp_path, victim):
+    first, second = run_ranks(ranked_worker.interrupted, "", tmp_path, 2, victim, within_s=60)
+    cause = "KeyboardInterrupt" if victim == 0 else "RankLostError: rank 0 of 2 has lost another one"
+    assert len(first["ends"]) == 6
+    assert all(end.startswith(f"the executor stopped: {cause}") for end in first["ends"]), first
+    if victim == 1:
+        assert second == {"error": "KeyboardInterrupt"}
+    else:
+        assert second["error"].startswith(
+            "rank 1 of 2 has lost another one: it has ended, or did not answer for 1800 s"
+        )
+
+
+def test_nobody_waits_for_ever_for_a_rank_that_never_answers(tmp_path):
+    first, second, _ = run_ranks(ranked_worker.silent, "", tmp_path, 3, within_s=60)
+    for rank, result in enumerate((first, second)):
+        assert result["error"].startswith(
+            f"rank {rank} of 3 has lost another one: it has ended, or did not answer for 2 s (see the other ranks' "
+            f"logs, start all of them again): "
+        )
+
+
+def test_nobody_waits_for_ever_for_a_rank_that_never_comes(tmp_path):
+    (alone,) = run_ranks(ranked_worker.never_met, "", tmp_path, 1, within_s=60)
+    assert alone["error"].startswith("rank 0 of 2 has lost another one: it has ended, or did not answer for 0.3 s")
+
+
+def test_without_requests_rank_0_speaks_before_the_others_give_it_up(boundaries):
+    turns: list = []
+
+    class Alone(OneOf):
+        def broadcast(self, value, root=0):
+            turns.append(value)
+            return super().broadcast(value, root)
+
+    communicator = Alone(0, 1, {})
+    executor = RankedExecutor(CountingRunner(), make_config("off"), boundaries, 400, communicator, 1, 1)
+    assert executor.max_idle_s < torch_communicator.MAX_WAIT_S / 10
+    executor.max_idle_s = 0.01
+    with executor:
+        deadline = time.monotonic() + 20
+        while len(turns) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        idle = len(turns)
+        assert executor.submit([5], SamplingParams(4)).result(20).token_ids == expected([5], 4)
+    assert idle >= 3
+    assert not any(turn.new or turn.ends for turn in turns[:idle])
+    assert turns[-1].ends
 
 
 def test_a_process_that_nobody_started_with_others_is_told_how(monkeypatch):

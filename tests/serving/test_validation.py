@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from itertools import repeat
 
 import numpy as np
 import pytest
-from request_extremes import BAD, GOOD, GREEDY, VOCAB_SIZE
+from request_extremes import BAD, GOOD, GREEDY, VOCAB_SIZE, NoLength
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.request import SamplingParams
@@ -65,3 +66,11 @@ def test_an_error_names_the_place():
         check_params(SamplingParams(bad_words=tuple((i,) for i in range(80))), VOCAB_SIZE)
     with pytest.raises(UserError, match=r"min_new_tokens must be at most max_new_tokens 4, got 5"):
         check_params(SamplingParams(4, min_new_tokens=5), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("prompt", [NoLength(), np.array(5), repeat(1), (i for i in (1, 2)), None])
+def test_a_prompt_without_a_length_is_refused_in_one_sentence(prompt):
+    with pytest.raises(
+        UserError, match=r"^input_ids must be a list of token ids, got .* \(tokenize the prompt first\)$"
+    ):
+        check_prompt(prompt, VOCAB_SIZE)

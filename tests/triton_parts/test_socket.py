@@ -186,6 +186,25 @@ def test_a_reader_that_goes_away_frees_the_request(service, tmp_path, way):
     over_socket(service[0], tmp_path, use)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[1]", b'{"inputs": {}}', b'{"id": "a"}', b'{"id": 1, "cancel": "x"}', b"\xff\xfe", b"[" * 100_000],
+    ids=lambda line: line[:10].decode("latin-1"),
+)
+def test_what_is_no_message_ends_its_connection_alone(service, tmp_path, caplog, line):
+    async def use(client):
+        others = asyncio.create_task(collect(client, INPUTS))
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "private" / "executor.sock"))
+        writer.write(line + b"\n")
+        assert await asyncio.wait_for(reader.read(), 30) == b""
+        writer.close()
+        return await others
+
+    tokens, _ = over_socket(service[0], tmp_path, use)
+    assert len(tokens) == 20
+    assert "a client of the executor is cut off: UserError: a message must be a JSON object" in caplog.text
+
+
 def test_a_service_that_is_not_there_is_named(tmp_path):
     async def use():
         with pytest.raises(ServiceLostError, match="the model tensorrt_llm cannot be reached"):

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,10 +99,16 @@ def free_ports(count: int) -> list[int]:
 
 
 def start_triton(
-    folder: Path, engine_dir: Path, with_whole: bool = False, launch: tuple[str, ...] = ("--no-spare",), **options
+    folder: Path,
+    engine_dir: Path,
+    with_whole: bool = False,
+    launch: tuple[str, ...] = ("--no-spare",),
+    edit: Callable[[Path], object] = lambda repository: None,
+    **options,
 ) -> Triton:
     """Writes a repository and starts the server through ``launch_triton.py``.
 
+    ``edit``: changes the repository before the server reads it.
     ``launch``: its options; a spare would take time from tests that kill nothing.
     ``with_whole``: a further model ``whole``, which is `ensemble` as a repository without decoupled models has it.
     """
@@ -114,6 +120,7 @@ def start_triton(
         (folder / "other" / "ensemble").rename(repository / "whole")
         config = repository / "whole" / "config.pbtxt"
         config.write_text(config.read_text().replace('name: "ensemble"', 'name: "whole"'))
+    edit(repository)
     http, grpc, metrics = free_ports(3)
     command = [sys.executable, str(ROOT / "build_scripts" / "launch_triton.py"), str(repository),
                f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", *launch]  # fmt: skip

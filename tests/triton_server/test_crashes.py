@@ -79,6 +79,44 @@ def test_a_process_that_stands_still_is_noticed_and_replaced(served_engine, tmp_
         stop_triton(server)
 
 
+BREAKING = """
+from pathlib import Path
+
+from trtllm_memshare.runners.torch.runner import TorchRunner
+
+
+def step(self, inputs, go=TorchRunner.step):
+    if Path({flag!r}).exists():
+        raise SystemExit("broken by the test")
+    return go(self, inputs)
+
+
+TorchRunner.step = step
+"""
+
+
+def test_a_failed_executor_is_not_ready_and_comes_back(served_engine, tmp_path):
+    flag = tmp_path / "broken"
+
+    def edit(repository):
+        with (repository / "tensorrt_llm" / "1" / "model.py").open("a") as file:
+            file.write(BREAKING.format(flag=str(flag)))
+
+    server = start_triton(tmp_path, served_engine, edit=edit, kv_cache_blocks=500)
+    try:
+        flag.touch()
+        assert "the executor stopped: SystemExit: broken by the test" in how_it_ended(
+            server, text_input=LONG, max_tokens=1500
+        )
+        server.wait_until(lambda: not server.is_ready(), 20)
+        flag.unlink()
+        server.wait_until(server.is_ready, 120)
+        assert server.generate(text_input=QUESTION, max_tokens=5)["text_output"].startswith("<think>")
+        assert "the executor has failed" in server.log.read_text()
+    finally:
+        stop_triton(server)
+
+
 def test_shutdown_under_load_drains_and_a_full_queue_is_named(served_engine, tmp_path):
     server = start_triton(tmp_path, served_engine, kv_cache_blocks=500, max_queue_size=0)
     with ThreadPoolExecutor(80) as clients:

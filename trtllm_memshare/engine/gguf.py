@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.engine.checkpoint import SUPPORTED, portable_config, read_checkpoint
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.engine.gguf_header import check_gguf_header
+from trtllm_memshare.errors import UserError, shorten
 
-_MAGIC = b"GGUF"
 _NEEDS = ("gguf", "accelerate")
 
 
@@ -51,7 +51,7 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     Raises:
       UserError: no GGUF file, another architecture, packages that are missing, or a folder that is there already.
     """
-    _check_file(gguf_file)
+    check_gguf_header(gguf_file)
     if output_dir.exists() and not force:
         raise UserError(f"{output_dir} exists already (add --force to replace it, or name another --output-dir)")
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
@@ -79,16 +79,6 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     return output_dir
 
 
-def _check_file(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_MAGIC))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror} (give --model-dir a GGUF file or a folder)") from error
-    if magic != _MAGIC:
-        raise UserError(f"{path} is no GGUF file: it must start with {_MAGIC!r}, got {magic!r} (download it again)")
-
-
 def _save_plain(gguf_file: Path, folder: Path) -> None:
     """transformers refuses to save what it read from a GGUF file as quantized, so a plain model takes the weights."""
     import torch
@@ -109,8 +99,8 @@ def _save_plain(gguf_file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except UserError:
         raise
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:  # what transformers and gguf raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # transformers and gguf raise anything over metadata that no model has
+        reason = shorten(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise UserError(f"cannot read {gguf_file}: {reason} (take a GGUF file of {', '.join(SUPPORTED)})") from error
     plain = type(read.config).from_dict(
         {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}

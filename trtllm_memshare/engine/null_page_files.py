@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import trtllm_memshare
 from trtllm_memshare.engine.checkpoint import Checkpoint, read_json
 from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageSet
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote, shorten
 
 KEYS_FILE = "null_pages.safetensors"
 REPORT_FILE = "null_pages.json"
@@ -93,23 +94,54 @@ def load_null_pages(engine_dir: Path, checkpoint: Checkpoint, max_seq_len: int) 
     Raises:
       UserError: a damaged file, or pages of another model or for shorter texts.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = engine_dir / KEYS_FILE
     if not path.is_file():
         return None
+    keys, bands, gaps = read_null_pages(path, _REBUILD)
+    shape = (len(bands) - 1, checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_dim)
+    if tuple(keys.shape) != shape:
+        raise UserError(f"{path} should hold finite keys of shape {list(shape)}, got {list(keys.shape)} ({_REBUILD})")
+    expected = (*shape[:2], checkpoint.num_attention_heads)
+    if gaps is None or tuple(gaps.shape) != expected:
+        found = "none" if gaps is None else list(gaps.shape)
+        raise UserError(f"{path} should hold gaps of shape {list(expected)}, got {found} ({_REBUILD})")
+    if bands[-1] < max_seq_len:
+        raise UserError(f"{path} covers positions {bands.tolist()}, expected 0 to {max_seq_len} ({_REBUILD})")
+    return NullPageSet(keys, bands, gaps)
+
+
+def read_null_pages(path: Path, remedy: str) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
+    """What a file of null pages holds, whatever model it is of.
+
+    Args:
+      remedy: what to do about a damaged file, for the error.
+
+    Returns:
+      keys float32 ``[num_bands, num_layers, num_kv_heads, head_dim]``; bands int32 ``[num_bands + 1]``, ascending from
+      0; gaps float32, which other hosts do without.
+
+    Raises:
+      UserError: a damaged file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         tensors = load_file(path)
-        keys, gaps, bands = tensors["keys"].float(), tensors["gaps"].float(), tensors["bands"].numpy()
+        keys, bands, gaps = tensors["keys"], tensors["bands"], tensors.get("gaps")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error} ({_REBUILD})") from error
-    shape = (len(bands) - 1, checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_dim)
-    if tuple(keys.shape) != shape or not torch.isfinite(keys).all():
-        raise UserError(f"{path} should hold finite keys of shape {list(shape)}, got {list(keys.shape)} ({_REBUILD})")
-    if (np.diff(bands) <= 0).any() or bands[0] != 0 or bands[-1] < max_seq_len:
-        raise UserError(f"{path} covers positions {bands.tolist()}, expected 0 to {max_seq_len} ({_REBUILD})")
-    return NullPageSet(keys, bands.astype(np.int32), gaps)
+        raise UserError(f"{path} is damaged: {shorten(str(error))} ({remedy})") from error
+    if keys.ndim != 4 or not keys.is_floating_point() or not torch.isfinite(keys.float()).all():
+        expected, found = "[bands, layers, heads, head_dim]", f"{list(keys.shape)[:8]} of {keys.dtype}"
+        raise UserError(f"{path} should hold finite keys of shape {expected}, got {found} ({remedy})")
+    is_integer = bands.dtype in (torch.int32, torch.int64)
+    if bands.ndim != 1 or not is_integer or len(bands) != len(keys) + 1:
+        expected, found = f"[{len(keys) + 1}] of integers", f"{list(bands.shape)[:8]} of {bands.dtype}"
+        raise UserError(f"{path} should hold borders of bands of shape {expected}, got {found} ({remedy})")
+    ends = bands.tolist()
+    if ends[0] != 0 or any(a >= b for a, b in itertools.pairwise(ends)) or ends[-1] >= 2**31:
+        raise UserError(f"{path} covers positions {quote(ends)}, expected borders that ascend from 0 ({remedy})")
+    return keys.float(), bands.numpy().astype(np.int32), None if gaps is None else gaps.float()
 
 
 def describe_null_pages(engine_dir: Path) -> str:

@@ -21,7 +21,7 @@ from trtllm_memshare.search.types import Candidate, Decision
 
 
 class Communicator(Protocol):
-    """Connects the processes of one engine."""
+    """Connects the processes of one engine. Each call waits for the others, and has a limit: ``RankLostError``."""
 
     rank: int
     size: int
@@ -31,6 +31,10 @@ class Communicator(Protocol):
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """The value of ``root`` on every rank; the others' is ignored. Every rank calls it."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank has ended, or does not answer in time; this one cannot go on without it."""
 
 
 class RankDisagreementError(RuntimeError):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.ranks.agreement import RankLostError
 
 _LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"), ("RANK", "WORLD_SIZE"))
 """Variables of Open MPI's mpirun, of MPICH's, of torchrun."""
 
-_NEVER = datetime.timedelta(days=365)  # ranks wait for rank 0, and rank 0 for requests
+MAX_WAIT_S = 1800.0
+"""Longest wait for another rank: loading a model takes less, and a rank 0 without requests speaks every minute."""
 
 
 class TorchCommunicator:
@@ -22,13 +26,19 @@ class TorchCommunicator:
     Args:
       rank, size: of this process.
       init_method: as ``torch.distributed.init_process_group`` takes it.
+      max_wait_s: longest wait for the others, in seconds.
+
+    Raises:
+      RankLostError: the other processes did not come within ``max_wait_s``.
     """
 
-    def __init__(self, rank: int, size: int, init_method: str) -> None:
-        self.rank, self.size = rank, size
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=_NEVER)
-        self._group = dist.new_group(backend="gloo", timeout=_NEVER)
+    def __init__(self, rank: int, size: int, init_method: str, max_wait_s: float = MAX_WAIT_S) -> None:
+        self.rank, self.size, self._max_wait_s = rank, size, max_wait_s
+        limit = datetime.timedelta(seconds=max_wait_s)
+        with self._waiting():
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=limit)
+            self._group = dist.new_group(backend="gloo", timeout=limit)
 
     @classmethod
     def from_environment(cls) -> TorchCommunicator:
@@ -48,11 +58,24 @@ class TorchCommunicator:
     def gather(self, value: Any) -> list[Any] | None:
         """See ``Communicator``."""
         values = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self._group)
+        with self._waiting():
+            dist.gather_object(value, values, dst=0, group=self._group)
         return values
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """See ``Communicator``."""
         values = [value]
-        dist.broadcast_object_list(values, src=root, group=self._group)
+        with self._waiting():
+            dist.broadcast_object_list(values, src=root, group=self._group)
         return values[0]
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's and the store's: out of time, or a connection that was closed
+            cause = shorten(str(error).strip().partition("\n")[0])
+            raise RankLostError(
+                f"rank {self.rank} of {self.size} has lost another one: it has ended, or did not answer for "
+                f"{self._max_wait_s:g} s (see the other ranks' logs, start all of them again): {cause}"
+            ) from error

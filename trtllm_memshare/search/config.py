@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtllm_memshare.errors import UserError, describe_validation_error, nearest
+from trtllm_memshare.errors import UserError, describe_validation_error, nearest, quote, shorten
 from trtllm_memshare.json_input import check_known_keys
 from trtllm_memshare.search.pressure import Spread
 
@@ -187,8 +187,9 @@ def make_config(preset: str, **overrides: Any) -> MemShareConfig:
     Raises:
       UserError: unknown preset or key (the nearest known one is named), or a value out of range.
     """
-    if preset not in PRESETS:
-        raise UserError(f"unknown preset {preset} ({nearest(preset, PRESETS)})")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        named = preset if isinstance(preset, str) else quote(preset)
+        raise UserError(f"unknown preset {shorten(named)} ({nearest(named, PRESETS)})")
     return parse_config({**PRESETS[preset], **overrides}, "memshare settings")
 
 

@@ -48,6 +48,8 @@ class ExecutorLoop:
     """
 
     max_step_s = MAX_STEP_S
+    max_idle_s: float | None = None
+    """Longest wait of the thread without a step; None = for ever."""
 
     def __init__(self, scheduler: Scheduler, max_queue_size: int) -> None:
         self._scheduler, self._max_queue_size = scheduler, max_queue_size
@@ -73,6 +75,11 @@ class ExecutorLoop:
         """Whether the thread's step has gone on for longer than ``max_step_s``; safe from any thread."""
         since = self._step_since
         return since is not None and time.monotonic() - since > self.max_step_s
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can still end: what a health probe asks; safe from any thread."""
+        return not (self.has_failed or self.is_stuck)
 
     def run_until_idle(self) -> None:
         """Steps until every request has ended."""
@@ -146,9 +153,9 @@ class ExecutorLoop:
         try:
             while True:
                 with self._lock:
-                    while not self.has_work and not self._stopping:
-                        self._lock.wait()
-                if self.has_failed or not self.has_work:
+                    while not self.has_work and not self._stopping and self._lock.wait(self.max_idle_s):
+                        pass
+                if self.has_failed or (self._stopping and not self.has_work):
                     return  # it has failed if nobody waits for its step any more
                 if self._aborting:
                     self._cancel_all()

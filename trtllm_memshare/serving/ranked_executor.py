@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trtllm_memshare.ranks.agreement import Communicator, RankAgreement
+from trtllm_memshare.ranks.agreement import Communicator, RankAgreement, RankLostError
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.steps import BoundaryTokens
@@ -73,6 +73,8 @@ class RankedExecutor(Executor):
     """One per rank. Rank 0 is used like an ``Executor``; the others call ``follow``, which returns at the end.
 
     A request is drawn on rank 0 alone, so its arrival and its cancelling count from the step at which rank 0 says so.
+    A rank that ends, by an error or by Ctrl-C, ends the others: their next exchange raises ``RankLostError``. They wait
+    for rank 0 no longer than their communicator's limit: without requests it takes an empty step every minute.
 
     Args:
       runner: this rank's, over its own layers and heads.
@@ -80,6 +82,8 @@ class RankedExecutor(Executor):
       tp_size, pp_size: rank = pp_rank * tp_size + tp_rank; the last stage's first rank samples.
       options: as for ``Executor``.
     """
+
+    max_idle_s = 60.0
 
     def __init__(
         self,
@@ -132,13 +136,17 @@ class RankedExecutor(Executor):
         """Lets the other ranks return, unless a step failed.
 
         They may wait in another exchange then: a broadcast would hang, and hide the error. This process ends with it,
-        and the launcher ends the others.
+        and the others with their next exchange.
         """
         try:
             super().__exit__(*error)
         finally:
             if not self.has_failed:
-                self.close()
+                try:
+                    self.close()
+                except RankLostError:  # after Ctrl-C for all ranks: what the body raised is to be seen
+                    if not any(error):
+                        raise
 
     def _take_submissions(self) -> None:
         """Takes what this turn names; until then rank 0 keeps it queued, so that a failed turn loses no request."""

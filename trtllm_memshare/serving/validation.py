@@ -35,9 +35,7 @@ def check_prompt(input_ids: Any, vocab_size: int) -> list[int]:
     Raises:
       UserError: no list of integers, or one outside the vocabulary; names the first place that is wrong.
     """
-    if isinstance(input_ids, str | bytes) or not isinstance(input_ids, Iterable) or not hasattr(input_ids, "__len__"):
-        raise UserError(f"input_ids must be a list of token ids, got {quote(input_ids)} (tokenize the prompt first)")
-    ids = list(input_ids)
+    ids = _listed(input_ids, "input_ids must be a list of token ids", " (tokenize the prompt first)")
     if not ids:
         raise UserError("input_ids must hold at least one token, got none (send a prompt)")
     array = np.asarray(ids) if all(type(i) is int for i in ids) else None
@@ -143,16 +141,25 @@ def _token(value: Any, vocab_size: int, name: str) -> int:
         raise UserError(f"{error} (ids of this model lie in the vocabulary 0..{vocab_size - 1})") from error
 
 
+def _listed(value: Any, what: str, remedy: str = "") -> list[Any]:
+    """The elements of something that has a length: a generator need not end, an array may have no dimension."""
+    try:
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise TypeError
+        len(value)  # type: ignore[arg-type]
+        return list(value)
+    except Exception as error:  # of the caller's own class
+        raise UserError(f"{what}, got {quote(value)}{remedy}") from error
+
+
 def _tokens(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise UserError(f"{name} must be a list of token ids, got {quote(value)}")
-    return tuple(_token(token, vocab_size, f"{name}[{place}]") for place, token in enumerate(value))
+    tokens = _listed(value, f"{name} must be a list of token ids")
+    return tuple(_token(token, vocab_size, f"{name}[{place}]") for place, token in enumerate(tokens))
 
 
 def _sequences(name: str, value: Any, vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise UserError(f"{name} must be lists of token ids, got {quote(value)}")
-    found = tuple(_tokens(f"{name}[{place}]", word, vocab_size) for place, word in enumerate(value))
+    words = _listed(value, f"{name} must be lists of token ids")
+    found = tuple(_tokens(f"{name}[{place}]", word, vocab_size) for place, word in enumerate(words))
     if not all(found):
         raise UserError(f"{name}[{found.index(())}] must hold at least one token, got none (leave it out)")
     return found

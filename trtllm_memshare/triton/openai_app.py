@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -15,8 +16,11 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.serving.failures import describe
+from trtllm_memshare.triton.body_limit import BodyLimit
 from trtllm_memshare.triton.events import QueueFullError, TextEvent
 from trtllm_memshare.triton.openai_replies import Replies
 from trtllm_memshare.triton.openai_schema import ChatRequest, Common, CompletionRequest, token_inputs
@@ -26,6 +30,7 @@ from trtllm_memshare.triton.text_service import TextRequest, TextService
 
 _LEFT_S = 0.2  # how often it is asked whether the client of an answer that is not streamed is still there
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+_log = logging.getLogger(__name__)
 
 
 class UnauthorizedError(Exception):
@@ -59,6 +64,7 @@ def make_app(endpoint: Endpoint) -> FastAPI:
     """The application."""
     app = FastAPI(title="MemShare", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.endpoint = endpoint
+    app.add_middleware(BodyLimit)
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -76,6 +82,10 @@ def make_app(endpoint: Endpoint) -> FastAPI:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{where or 'the body'}: {first['msg'].lower()}")
+
+    @app.exception_handler(HTTPException)
+    async def refused_by_framework(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, str(error.detail))
 
     @app.exception_handler(UserError)
     async def refused(_: Request, error: UserError) -> JSONResponse:
@@ -141,11 +151,17 @@ async def _answer(
             return JSONResponse(replies.whole(await collecting))
         except asyncio.CancelledError:
             return Response(status_code=499)  # nobody reads it
+        except UserError:
+            raise
+        except Exception as error:
+            return _failure(error)
     # A refusal must come as a status, so the first event is waited for before the stream begins.
     try:
         first = await anext(events)
     except UserError as error:
         return _refusal(error)
+    except Exception as error:
+        return _failure(error)
     return StreamingResponse(
         _stream(first, events, replies, body.wants_usage),
         media_type="text/event-stream",
@@ -170,7 +186,7 @@ async def _stream(
             async for prompt, event, _ in events:
                 yield _data(replies.chunk(prompt, event))
         except Exception as error:  # too late for a status
-            yield _data({"error": {"message": f"{error}", "type": "server_error", "param": None, "code": None}})
+            yield b"data: " + bytes(_failure(error).body) + b"\n\n"
             return
         if with_usage:
             yield _data(replies.usage_chunk())
@@ -189,13 +205,19 @@ def _model(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _no_model(name: str, endpoint: Endpoint) -> JSONResponse:
-    return _error(404, f"there is no model {name}, this server has {endpoint.model}", code="model_not_found")
+    return _error(404, f"there is no model {shorten(name)}, this server has {endpoint.model}", code="model_not_found")
 
 
 def _refusal(error: UserError) -> JSONResponse:
     if isinstance(error, QueueFullError):
         return _error(503, str(error), "overloaded_error", headers={"Retry-After": "1"})
     return _error(400, str(error))
+
+
+def _failure(error: Exception) -> JSONResponse:
+    """The answer to a request that nothing was wrong with."""
+    _log.error("a request failed: %s", describe(error))
+    return _error(500, f"the request failed: {describe(error)}", "server_error")
 
 
 def _error(
@@ -205,7 +227,8 @@ def _error(
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    content = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    readable = message.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate cannot be sent
+    content = {"error": {"message": readable, "type": kind, "param": None, "code": code}}
     return JSONResponse(content, status, headers=headers)
 
 

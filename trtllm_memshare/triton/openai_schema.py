@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trtllm_memshare.errors import UserError, quote
+from trtllm_memshare.triton.tensors import MAX_WORD_ELEMENTS, MAX_WORDS
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
@@ -33,6 +34,10 @@ _WITHOUT_EFFECT = (
     "verbosity", "length_penalty", "request_id",
 )  # fmt: skip
 """Accepted at every value: they ask nothing of the model."""
+
+
+MAX_PROMPTS = 1024
+"""Of one request; each becomes a task."""
 
 
 class StreamOptions(BaseModel):
@@ -70,7 +75,17 @@ class Common(BaseModel):
 
     @property
     def stop_words(self) -> list[str]:
+        """Texts that end an answer.
+
+        Raises:
+          UserError: more than what Triton's inputs may hold; every one is looked for after every token.
+        """
         words = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        length = sum(map(len, words))
+        if len(words) > MAX_WORDS or length > MAX_WORD_ELEMENTS:
+            raise UserError(
+                f"stop may hold {MAX_WORDS} texts and {MAX_WORD_ELEMENTS} characters, got {len(words)} and {length}"
+            )
         return [word for word in words if word]
 
     @property
@@ -107,7 +122,7 @@ class CompletionRequest(Common):
         """One entry for each prompt.
 
         Raises:
-          UserError: no prompt, or an empty one.
+          UserError: no prompt, an empty one, or too many.
         """
         if isinstance(self.prompt, str):
             found: list[str | list[int]] = [self.prompt]
@@ -117,6 +132,8 @@ class CompletionRequest(Common):
             found = [p for p in self.prompt if isinstance(p, (str, list))]
         if not found or not all(found):
             raise UserError("prompt must not be empty")
+        if len(found) > MAX_PROMPTS:
+            raise UserError(f"prompt may hold {MAX_PROMPTS} prompts, got {len(found)} (send several requests)")
         return found
 
     @property

@@ -81,7 +81,7 @@ def main(command: str, arguments: list[str]) -> None:
         options.served_model_name or options.engine_dir.resolve().name,
         deployment.max_output_tokens,
         engine.build.max_seq_len,
-        lambda: not (executor.has_failed or executor.is_stuck),
+        lambda: executor.is_alive,
         registry,
         os.environ.get(API_KEY_VARIABLE, ""),
     )
@@ -95,7 +95,7 @@ def main(command: str, arguments: list[str]) -> None:
         timeout_graceful_shutdown=options.drain_seconds,
     )
     with executor:
-        _end_when(lambda: executor.has_failed or executor.is_stuck)
+        _end_when(lambda: not executor.is_alive)
         # uvicorn raises the signal once more after draining; it must not end the process before the executor is left.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run()

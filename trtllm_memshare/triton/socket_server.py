@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.serving.failures import describe
 from trtllm_memshare.triton.events import QueueFullError
 from trtllm_memshare.triton.inputs import TEXT_NAMES
@@ -16,6 +17,7 @@ from trtllm_memshare.triton.service import ExecutorService
 from trtllm_memshare.triton.tensors import RequestTensors
 
 MAX_MESSAGE_BYTES = 64 << 20  # requests are checked before they are sent, so that none comes near it
+_log = logging.getLogger(__name__)
 
 
 class SocketServer:
@@ -23,7 +25,8 @@ class SocketServer:
 
     A client sends ``{"id": 1, "inputs": {...}}`` or ``{"id": 1, "cancel": SEQUENCE}`` and gets the fields of a
     ``TokenEvent`` with the id, or ``{"id": 1, "error": "...", "queue_full": false, "user": true}``. When it goes away
-    its requests are cancelled. Errors use the names of `ensemble`, whose callers read them.
+    its requests are cancelled, and so they are when it sends what is no message. Errors use the names of `ensemble`,
+    whose callers read them.
 
     Args:
       service: what answers.
@@ -49,7 +52,7 @@ class SocketServer:
         tasks: set[asyncio.Task[None]] = set()
         try:
             while line := await reader.readline():
-                message = json.loads(line)
+                message = _parse(line)
                 label = f"socket {id(writer)} {message['id']}"
                 if "cancel" in message:
                     self._service.cancel(label, message["cancel"])
@@ -61,6 +64,8 @@ class SocketServer:
                     task.add_done_callback(tasks.discard)
         except (asyncio.CancelledError, ConnectionError):
             pass  # this process stops, or the client's was killed
+        except ValueError as error:  # no message, or a line without an end
+            _log.error("a client of the executor is cut off: %s", describe(error))
         finally:
             for task in tasks:
                 task.cancel()
@@ -80,3 +85,19 @@ class SocketServer:
             send(error=str(error), queue_full=isinstance(error, QueueFullError), user=True)
         except Exception as error:  # whatever it is, the other side waits for an answer
             send(error=describe(error), queue_full=False, user=False)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """A client's message. Numbers may be NaN: what a caller set is refused by name later.
+
+    Raises:
+      UserError: no JSON object with a number as id, or a sequence to cancel that is no number.
+    """
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"a message must be a JSON object, got {quote(line[:200])}") from error
+    numbers = [message.get("id"), message.get("cancel", 0)] if isinstance(message, dict) else [None]
+    if not all(type(number) is int for number in numbers):
+        raise UserError(f"a message must be a JSON object with an id, got {quote(line[:200])}")
+    return dict(message)

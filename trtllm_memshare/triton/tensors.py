@@ -75,7 +75,8 @@ class RequestTensors:
             return default
         if not low <= value <= high:
             bounds = f"at least {low:g}" if high >= _UNBOUNDED else f"between {low:g} and {high:g}"
-            raise UserError(f"{self.name(name)} must be {bounds}, got {value:g}")
+            shown = f"{value:g}" if isinstance(value, float) else quote(value)
+            raise UserError(f"{self.name(name)} must be {bounds}, got {shown}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -93,9 +94,13 @@ class RequestTensors:
         return 0 if array is None else int(array.size)
 
     def token_ids(self, name: str) -> list[int]:
-        """All elements as integers; empty if absent."""
+        """All elements as integers; empty if absent. Raises UserError if they are none of 64 bits."""
         array = self.arrays.get(name)
-        return [] if array is None else array.reshape(-1).astype(np.int64).tolist()
+        if array is None or not array.size:
+            return []
+        if array.dtype.kind not in "iu":
+            raise UserError(f"{self.name(name)} must hold integers of 64 bits, got {array.dtype}")
+        return array.reshape(-1).astype(np.int64).tolist()
 
     def texts(self, name: str, max_bytes: int = MAX_WORD_ELEMENTS) -> list[str]:
         """All elements as text, empty ones left out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -10,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.failures import describe
 from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
 from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords, special_stop_tokens
 from trtllm_memshare.triton.events import Call, QueueFullError, TextEvent, TokenEvent
@@ -160,13 +161,18 @@ class TextService:
 
         Args:
           messages: with ``role`` and ``content``.
-          options: further names for the template.
+          options: further names for the template; not the arguments of the tokenizer's method, one of which is a
+            template of the client's own that could run for ever.
 
         Raises:
-          UserError: no template, one that refuses these messages, or too many bytes.
+          UserError: no template, one that refuses these messages, too many bytes, or such a name.
         """
         if not self.tokenizer.chat_template:
             raise UserError("the model's tokenizer has no chat template (use /v1/completions, or set --chat-template)")
+        if taken := set(options) & set(inspect.signature(self.tokenizer.apply_chat_template).parameters):
+            raise UserError(
+                f"chat_template_kwargs must be names that the template reads, got {min(taken)} (leave it out)"
+            )
         self._check_size("".join(message["content"] for message in messages))
 
         def apply() -> str:
@@ -174,8 +180,8 @@ class TextService:
                 return str(
                     self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
                 )
-            except (TemplateError, TypeError, ValueError) as error:
-                raise UserError(f"the chat template cannot be applied: {error}") from error
+            except Exception as error:  # a template may do to messages whatever it likes
+                raise UserError(f"the chat template cannot be applied: {describe(error)}") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, apply)
 

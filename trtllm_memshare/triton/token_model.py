@@ -89,10 +89,10 @@ class TokenModel(ServingModel):
         return moved
 
     def look(self) -> None:
-        """A failed executor takes its process with it: the launcher then starts the server anew."""
-        if self._executor.has_failed and not self._is_ending:
+        """An executor that cannot go on takes its process with it: the launcher then starts the server anew."""
+        if not (self._executor.is_alive or self._is_ending):
             self._is_ending = True
-            self.pb.Logger.log_error("the executor has failed: its process ends")
+            self.pb.Logger.log_error("the executor has failed, or its step does not end: its process ends")
             threading.Timer(_ANSWER_S, os._exit, (1,)).start()
 
     def finalize(self) -> None:

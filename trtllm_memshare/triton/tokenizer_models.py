@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.failures import describe
 from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
 from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.tensors import RequestTensors
@@ -55,10 +56,13 @@ class TokenizerModel:
         raise NotImplementedError
 
     def _respond(self, tensors: RequestTensors) -> Any:
+        codes = self._pb.TritonError
         try:
             found = self.outputs(tensors)
         except UserError as error:
-            return self._pb.InferenceResponse(error=self._pb.TritonError(str(error), self._pb.TritonError.INVALID_ARG))
+            return self._pb.InferenceResponse(error=codes(str(error), codes.INVALID_ARG))
+        except Exception as error:  # raised further, it would end the other requests of this call too
+            return self._pb.InferenceResponse(error=codes(f"the request failed: {describe(error)}", codes.INTERNAL))
         return self._pb.InferenceResponse([self._pb.Tensor(name, array) for name, array in found.items()])
 
 

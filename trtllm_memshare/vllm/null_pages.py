@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
-from trtllm_memshare.engine.null_page_files import KEYS_FILE
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
 from trtllm_memshare.errors import UserError
+
+_AGAIN = "calibrate the model again"
 
 
 def load_bands(folder: str, max_tokens: int) -> np.ndarray:
@@ -21,11 +21,10 @@ def load_bands(folder: str, max_tokens: int) -> np.ndarray:
       int32 ``[num_bands + 1]``.
 
     Raises:
-      UserError: no such file, or the bands end before ``max_tokens``.
+      UserError: no such file, a damaged one, or the bands end before ``max_tokens``.
     """
     path = _path(folder)
-    with safe_open(path, "numpy") as file:
-        bands = file.get_tensor("bands")
+    _, bands, _ = read_null_pages(path, _AGAIN)
     if bands[-1] < max_tokens:
         raise UserError(
             f"{path} covers positions below {bands[-1]}, max_model_len is {max_tokens} (calibrate for longer text or "
@@ -46,8 +45,7 @@ def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: in
     Raises:
       UserError: the calibration is of a model of another shape.
     """
-    tensors = load_file(_path(folder))
-    keys = tensors["keys"]  # [num_bands, num_layers, num_kv_heads, head_dim]
+    keys, _, _ = read_null_pages(_path(folder), _AGAIN)
     layers = attention_layers(runner)
     num_heads, head_dim = layers[0].num_kv_heads, layers[0].head_size
     total = keys.shape[2] if tp_size > keys.shape[2] else num_heads * tp_size

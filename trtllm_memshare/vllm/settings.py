@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
+from trtllm_memshare.errors import UserError, describe_validation_error, read_text, shorten
+from trtllm_memshare.json_input import check_known_keys, parse_json
 from trtllm_memshare.search.config import HOST_NEED, PRESETS, MemShareConfig, parse_config
 from trtllm_memshare.search.need import find_need
 
@@ -73,10 +73,7 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     """Validates one mapping of settings; ``where`` names it in errors. Raises UserError."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must hold a JSON object, got {type(values).__name__}")
-    known = {*MemShareConfig.model_fields, *VllmOptions.model_fields}
-    for name in values:
-        if name not in known:
-            raise UserError(f"{where} has an unknown key {name} ({nearest(str(name), known)})")
+    check_known_keys(dict(values), (*MemShareConfig.model_fields, *VllmOptions.model_fields), where)
     search = {k: v for k, v in values.items() if k in MemShareConfig.model_fields}
     config = parse_config({**PRESETS["pressure"], "need": HOST_NEED, **search}, where)
     if config.retired_becomes != "null":
@@ -99,10 +96,7 @@ def parse_settings(values: object, where: str) -> VllmSettings:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A settings file. Raises UserError if it is not one JSON object."""
-    try:
-        values = json.loads(read_text(path, f"the file of {CONFIG_VARIABLE}"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
+    values = parse_json(read_text(path, f"the file of {CONFIG_VARIABLE}"), shorten(str(path)))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from trtllm_memshare.evaluation.page_table import BASE, Row, Setting, compare, recall, select
+from trtllm_memshare.evaluation.page_table import BASE, Comparison, Row, Setting, compare, recall, select
 from trtllm_memshare.evaluation.statistics import sign_flip
 
 
 def compared(rows: list[Row], what: str, arm: str, base: str = BASE, kept: float = 0.5, tokens: int = 2048) -> float:
     """A field of ``Comparison`` of two arms on the texts that both have, such as ``ratio`` or ``divergence_p``."""
-    found = compare(rows, arm, base, Setting(kept, tokens=tokens))
+    return _field(compare(rows, arm, base, Setting(kept, tokens=tokens)), what, arm, base)
+
+
+def longer_pages(rows: list[Row], what: str, arm: str, size: int, base: str | None = None) -> float:
+    """The same of an arm with pages of ``size`` tokens, against ``base`` (None = itself) with pages of 16."""
+    base = base or arm
+    return _field(compare(rows, arm, base, Setting(tokens_per_block=size), Setting()), what, arm, base)
+
+
+def _field(found: Comparison | None, what: str, arm: str, base: str) -> float:
     if found is None:
         raise ValueError(f"arms {arm!r} and {base!r} have no two problems in common")
     return float(getattr(found, what))

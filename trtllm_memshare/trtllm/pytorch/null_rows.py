@@ -16,7 +16,7 @@ import torch
 
 from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.engine.null_page import stored_keys
-from trtllm_memshare.engine.null_page_files import KEYS_FILE
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 
@@ -48,15 +48,13 @@ class NullKeys:
           max_seq_len: longest sequence that is served.
 
         Raises:
-          UserError: no file, another model's, or pages for fewer positions.
+          UserError: no file, a damaged one, another model's, or pages for fewer positions.
         """
-        from safetensors.torch import load_file
-
         path = folder / KEYS_FILE
         if not path.is_file():
             raise UserError(f"no null pages in {folder} (calibrate them: build an engine directory with --memshare)")
-        tensors = load_file(path)
-        keys, bands = tensors["keys"].float(), [int(b) for b in tensors["bands"]]
+        keys, borders, _ = read_null_pages(path, "build that engine directory again")
+        bands = borders.tolist()
         total = keys.shape[2]
         expected = [len(bands) - 1, shape[1], "KV heads", shape[5]]
         if (len(keys), keys.shape[1], keys.shape[3]) != (len(bands) - 1, shape[1], shape[5]) or (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text
+from trtllm_memshare.errors import UserError, describe_validation_error, nearest, read_text, shorten
+from trtllm_memshare.json_input import check_known_keys, parse_json
 from trtllm_memshare.search.config import HOST_NEED, MemShareConfig, make_config
 from trtllm_memshare.search.need import NEEDS, find_need
 
@@ -82,10 +82,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     path = environment.get(PREFIX + "CONFIG")
     values = _read(Path(path)) if path else {}
     options = {name: values.pop(name) for name in list(values) if name in AdapterOptions.model_fields}
-    known = {*MemShareConfig.model_fields, *AdapterOptions.model_fields}
-    for name in values:
-        if name not in known:
-            raise UserError(f"{path} has an unknown key {name} ({nearest(name, known)})")
+    check_known_keys(values, (*MemShareConfig.model_fields, *AdapterOptions.model_fields), str(path))
     preset = values.pop("preset", "aligned")
     if preset == "pressure":
         values.setdefault("need", HOST_NEED)
@@ -141,10 +138,7 @@ def check_need(need: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(read_text(path, f"the file of {PREFIX}CONFIG"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from error
+    values = parse_json(read_text(path, f"the file of {PREFIX}CONFIG"), shorten(str(path)))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values

@@ -1,0 +1,39 @@
+"""One HTTP request to an ASGI application in this process: no server, no client library."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+async def ask(app: Any, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """Status and body of the answer. An error that the application lets through comes out here."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
+    status, parts = 0, list[bytes]()
+
+    async def receive() -> dict[str, Any]:
+        if not pending:
+            await asyncio.Event().wait()  # the client stays
+        return pending.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, b"".join(parts)

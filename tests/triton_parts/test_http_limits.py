@@ -1,0 +1,71 @@
+"""What one HTTP request may ask of the OpenAI-compatible endpoint: more is refused with a status and a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from fakes.asgi import ask
+from fuzz import service_targets
+from fuzz.service_targets import openai_body
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.triton import body_limit
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "a", "stop": ["x"] * 1025}, "stop may hold 1024 texts and 16384 characters, got 1025 and 1025"),
+        ({"prompt": "a", "stop": "x" * 20_000}, "stop may hold 1024 texts and 16384 characters, got 1 and 20000"),
+        ({"prompt": ["a"] * 1025}, r"prompt may hold 1024 prompts, got 1025 \(send several requests\)"),
+        ({"prompt": [1, 10**40]}, "prompt must hold integers of 64 bits|input_ids must hold integers of 64 bits"),
+        ({"prompt": "a", "seed": 10**400}, "seed must be .*, got an integer of 1329 bits"),
+        ({"prompt": "a", "model": "m" * 3000}, "there is no model m+ ... m+, this server has tiny"),
+        ({**CHAT, "chat_template_kwargs": {"chat_template": "{% for i in range(9**9) %}{% endfor %}"}},
+         r"chat_template_kwargs must be names that the template reads, got chat_template \(leave it out\)"),
+        ({**CHAT, "chat_template_kwargs": {"tokenize": True}}, "got tokenize"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "user"}] * 2000}, ""),
+    ],
+)  # fmt: skip
+def test_what_is_too_much_is_refused(body, message):
+    if message:
+        with pytest.raises(UserError, match=message) as caught:
+            openai_body(json.dumps(body).encode())
+        assert len(str(caught.value)) < 500
+    else:
+        with pytest.raises(UserError):
+            openai_body(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}", b"\xff\xfe", b"{"])
+def test_what_is_no_json_gets_an_error_in_openai_s_form(body):
+    status, answer = asyncio.run(ask(service_targets._app(), "POST", "/v1/completions", body))
+    assert status == 400
+    assert json.loads(answer)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_is_not_read_beyond_the_limit(monkeypatch):
+    monkeypatch.setattr(body_limit, "MAX_BODY_BYTES", 1000)
+    body = json.dumps({"prompt": "a" * 1000}).encode()
+    status, answer = asyncio.run(ask(service_targets._app(), "POST", "/v1/completions", body))
+    assert (status, json.loads(answer)["error"]["message"]) == (
+        413, "the body of a request may have 1,000 bytes, got more"
+    )  # fmt: skip
+
+
+def test_a_template_that_fails_over_the_messages_is_the_request_s_fault(monkeypatch):
+    def fail(self, messages, **_):
+        raise KeyError("tool_calls")
+
+    monkeypatch.setattr(service_targets._Templated, "apply_chat_template", fail)
+    with pytest.raises(UserError, match="the chat template cannot be applied: KeyError: 'tool_calls'"):
+        openai_body(json.dumps(CHAT).encode())
+
+
+def test_a_route_that_is_not_there_says_so_in_the_same_form():
+    status, answer = asyncio.run(ask(service_targets._app(), "GET", "/v1/embeddings"))
+    assert (status, json.loads(answer)["error"]["message"]) == (404, "Not Found")

@@ -1,0 +1,105 @@
+"""The header of a GGUF file, walked through before a library reads it: everything it announces lies in the file.
+
+The reader of the ``gguf`` package follows any length that a header gives: an array of 2**60 elements, from a damaged or
+a hostile file, takes all memory. Here time and memory are bounded by ``MAX_HEADER_BYTES`` and ``MAX_ELEMENTS``.
+
+Layout, little-endian (ggml's docs/gguf.md, versions 2 and 3)::
+
+    "GGUF" | u32 version | u64 tensors | u64 pairs
+    pairs:    string key | u32 type | value      string: u64 length | bytes      array: u32 type | u64 count | values
+    tensors:  string name | u32 dimensions | u64 size of each | u32 type | u64 offset behind the header
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from trtllm_memshare.errors import UserError, quote
+
+MAGIC = b"GGUF"
+MAX_HEADER_BYTES = 64 * 2**20
+"""Names, metadata and tokenizer: a vocabulary of 256,000 tokens with its merges takes a quarter."""
+MAX_ELEMENTS = 4_000_000
+"""Of all arrays together; the same vocabulary has 1.3 million."""
+
+_VERSIONS = (2, 3)
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value by its type's number."""
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
+
+
+def check_gguf_header(path: Path) -> None:
+    """Raises UserError if a file is no GGUF file, or its header announces more than there is."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_HEADER_BYTES)
+            size = file.seek(0, 2)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror} (give --model-dir a GGUF file or a folder)") from error
+    if data[:4] != MAGIC:
+        raise UserError(f"{path} is no GGUF file: it must start with {MAGIC!r}, got {data[:4]!r} (download it again)")
+    try:
+        _Header(data, size).walk()
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error} (download it again)") from error
+
+
+class _Header:
+    """A place in the bytes of a header that only moves forward."""
+
+    def __init__(self, data: bytes, file_size: int) -> None:
+        self._data, self._file_size, self._place = data, file_size, len(MAGIC)
+        self._elements_left = MAX_ELEMENTS
+
+    def walk(self) -> None:
+        """Raises ValueError at the first thing that cannot be."""
+        (version,) = self._take("<I")
+        if version not in _VERSIONS:
+            raise ValueError(f"its version must be one of {_VERSIONS}, got {version}")
+        num_tensors, num_pairs = self._take("<QQ")
+        for _ in range(num_pairs):  # ends where the data ends: each takes at least 12 bytes
+            self._skip_string()
+            (kind,) = self._take("<I")
+            self._skip_values(kind, 1)
+        for _ in range(num_tensors):
+            self._skip_string()
+            (dimensions,) = self._take("<I")
+            if dimensions > _MAX_DIMENSIONS:
+                raise ValueError(f"a tensor must have at most {_MAX_DIMENSIONS} dimensions, got {dimensions}")
+            self._take(f"<{dimensions}Q")
+            _, offset = self._take("<IQ")
+            if offset > self._file_size:
+                raise ValueError(f"a tensor begins at byte {offset}, of {self._file_size}")
+
+    def _skip_values(self, kind: int, count: int) -> None:
+        if kind in _SCALARS:
+            self._skip(_SCALARS[kind] * count)
+        elif kind == _STRING:
+            for _ in range(count):
+                self._skip_string()
+        elif kind == _ARRAY and count == 1:
+            kind, count = self._take("<IQ")
+            self._elements_left -= count
+            if self._elements_left < 0:
+                raise ValueError(f"its arrays must have {MAX_ELEMENTS:,} elements in all at most, got one of {count}")
+            if kind == _ARRAY:
+                raise ValueError("it has an array of arrays, which no model needs")
+            self._skip_values(kind, count)
+        else:
+            raise ValueError(f"a value has the unknown type {quote(kind)}")
+
+    def _skip_string(self) -> None:
+        (length,) = self._take("<Q")
+        self._skip(length)
+
+    def _skip(self, num_bytes: int) -> None:
+        if num_bytes > len(self._data) - self._place:
+            raise ValueError(f"its header goes on for {num_bytes} bytes at byte {self._place} of {len(self._data)}")
+        self._place += num_bytes
+
+    def _take(self, layout: str) -> tuple[int, ...]:
+        start = self._place
+        self._skip(struct.calcsize(layout))
+        return struct.unpack_from(layout, self._data, start)
