@@ -61,6 +61,11 @@ def test_what_is_no_json_gets_an_error_in_openai_s_form(body):
     assert json.loads(answer)["error"]["type"] == "invalid_request_error"
 
 
+def test_where_a_body_is_no_json_is_said():
+    with pytest.raises(UserError, match=r"^the body is not JSON: Expecting value at character 11$"):
+        openai_body(b'{"prompt": ')
+
+
 def test_a_body_is_not_read_beyond_the_limit(monkeypatch):
     monkeypatch.setattr(body_limit, "MAX_BODY_BYTES", 1000)
     body = json.dumps({"prompt": "a" * 1000}).encode()

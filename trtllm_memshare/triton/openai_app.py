@@ -80,6 +80,8 @@ def make_app(endpoint: Endpoint) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{where or 'the body'}: {first['msg'].lower()}")
 
