@@ -146,6 +146,18 @@ def test_weights_that_went_missing_after_the_build_are_not_random_numbers(own_ch
         load_model(own_checkpoint)
 
 
+@pytest.mark.parametrize("settings", [{"cache_implementation": "own"}, {"pad_token_id": "x"}])
+def test_a_file_that_only_transformers_reads_and_refuses(own_checkpoint, settings):
+    (own_checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **settings}))
+    with pytest.raises(UserError, match=r"checkpoint does not load: (ValueError|TypeError): .* own files again"):
+        load_model(own_checkpoint)
+
+
+def test_a_config_that_asks_for_tuples_is_served_all_the_same(own_checkpoint, tmp_path):
+    edit_config(own_checkpoint, return_dict=False)
+    assert len(check_engine_runs(build(own_checkpoint, tmp_path / "engine"), "cpu")) == 8
+
+
 def build(checkpoint: Path, folder: Path, **settings) -> Engine:
     return write_engine(folder, read_checkpoint(checkpoint), BuildConfig(max_seq_len=64, **settings),
                         make_config("off"), False)  # fmt: skip

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from typing import Any
 
 
-async def ask(app: Any, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-    """Status and body of the answer. An error that the application lets through comes out here."""
+async def ask(
+    app: Any, method: str, path: str, body: bytes = b"", leaves_after_s: float | None = None
+) -> tuple[int, bytes]:
+    """Status and body of the answer. An error that the application lets through comes out here.
+
+    ``leaves_after_s``: when the client closes its connection, None = it stays.
+    """
+    arrived = time.monotonic()
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -27,7 +35,11 @@ async def ask(app: Any, method: str, path: str, body: bytes = b"") -> tuple[int,
 
     async def receive() -> dict[str, Any]:
         if not pending:
-            await asyncio.Event().wait()  # the client stays
+            left = None if leaves_after_s is None else max(0.0, arrived + leaves_after_s - time.monotonic())
+            if left != 0.0:  # an application may look and not wait
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(asyncio.Event().wait(), left)
+            return {"type": "http.disconnect"}
         return pending.pop()
 
     async def send(message: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fakes.counting_runner import CountingRunner, expected
 from serving.counting_executor import WAIT, assert_clean, make
 
-from trtllm_memshare.serving.failures import ExecutorStoppedError
+from trtllm_memshare.serving.failures import ExecutorStoppedError, RequestFailedError
 from trtllm_memshare.serving.request import SamplingParams
 
 
@@ -114,3 +114,31 @@ def test_a_stream_is_read_twice(boundaries):
     assert list(handle.stream(0.01)) == []
     assert handle.drain() == ([], True)
     assert handle.drain() == ([], True)
+
+
+@pytest.mark.parametrize("wait", [lambda handle: handle.result(), lambda handle: list(handle.stream())])
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_listener_that_waits_for_a_request_ends_its_own_alone(boundaries, wait, whose):
+    """It runs on the thread that takes the steps: it would wait for itself, and everybody with it."""
+    executor, handles = make(boundaries), []
+    handles.append(executor.submit([5], SamplingParams(30)))
+    handles.append(executor.submit([20], SamplingParams(30), listener=lambda has_ended: wait(handles[whose])))
+    executor.run_until_idle()
+    assert handles[0].result(0).token_ids == expected([5], 30)
+    with pytest.raises(
+        RequestFailedError, match=rf"its listener raised .RuntimeError: a listener waits for request {whose}"
+    ):
+        handles[1].result(0)
+    assert_clean(executor)
+
+
+def test_a_listener_may_read_what_is_there(boundaries):
+    executor, found = make(boundaries), []
+
+    def listener(has_ended: bool) -> None:
+        if has_ended:
+            found.append((handle.result().token_ids, list(handle.stream())))
+
+    handle = executor.submit([5], SamplingParams(4), listener=listener)
+    executor.run_until_idle()
+    assert found == [(expected([5], 4), expected([5], 4))]

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 from fakes.asgi import ask
+from fakes.counting_runner import CountingRunner
+from fakes.letters import Letters
 from fuzz import service_targets
 from fuzz.service_targets import openai_body
+from prometheus_client import CollectorRegistry
+from serving.counting_executor import WAIT, make
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton import body_limit
+from trtllm_memshare.triton.inputs import TEXT_NAMES
+from trtllm_memshare.triton.openai_app import Endpoint, make_app
+from trtllm_memshare.triton.request_metrics import RequestMetrics
+from trtllm_memshare.triton.service import ExecutorService, LocalCall
+from trtllm_memshare.triton.tensors import RequestTensors
+from trtllm_memshare.triton.text_service import TextLimits, TextService
+from trtllm_memshare.triton.token_requests import Limits
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -48,6 +61,11 @@ def test_what_is_no_json_gets_an_error_in_openai_s_form(body):
     assert json.loads(answer)["error"]["type"] == "invalid_request_error"
 
 
+def test_where_a_body_is_no_json_is_said():
+    with pytest.raises(UserError, match=r"^the body is not JSON: Expecting value at character 11$"):
+        openai_body(b'{"prompt": ')
+
+
 def test_a_body_is_not_read_beyond_the_limit(monkeypatch):
     monkeypatch.setattr(body_limit, "MAX_BODY_BYTES", 1000)
     body = json.dumps({"prompt": "a" * 1000}).encode()
@@ -69,3 +87,27 @@ def test_a_template_that_fails_over_the_messages_is_the_request_s_fault(monkeypa
 def test_a_route_that_is_not_there_says_so_in_the_same_form():
     status, answer = asyncio.run(ask(service_targets._app(), "GET", "/v1/embeddings"))
     assert (status, json.loads(answer)["error"]["message"]) == (404, "Not Found")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_leaves_the_queue_leaves_no_request_behind(boundaries, streams):
+    """Before its first token as well: clients that give up and try again would fill the queue with the dead."""
+    runner, metrics = CountingRunner(), RequestMetrics(CollectorRegistry())
+    runner.before_step = lambda batch: time.sleep(0.01)
+    executor = make(boundaries, runner, max_batch_size=1)
+    service = ExecutorService(executor, Limits(50, 100, 8, 80), (), 16, True, metrics)
+
+    async def submit(inputs):
+        return LocalCall(service, RequestTensors.of_values(inputs, TEXT_NAMES))
+
+    texts = TextService(Letters(), TextLimits(50, 1000, 8), submit, metrics)
+    app = make_app(Endpoint(texts, "tiny", 100, 400, lambda: executor.is_alive, CollectorRegistry()))
+    body = json.dumps({"prompt": "5", "max_tokens": 30, "temperature": 0, "stream": streams}).encode()
+    with executor:
+        first = executor.submit([5], SamplingParams(390))  # takes four seconds; the other one waits behind it
+        status, _ = asyncio.run(ask(app, "POST", "/v1/completions", body, leaves_after_s=0.05))
+        deadline = time.monotonic() + WAIT
+        while executor.status().num_waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (status, executor.status().num_waiting, first.future.done()) == (499, 0, False)
+        first.cancel()

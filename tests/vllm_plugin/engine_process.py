@@ -19,6 +19,7 @@ os.environ.update(
     DO_NOT_TRACK="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", VLLM_USE_V2_MODEL_RUNNER="0",
 )  # fmt: skip
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
@@ -67,10 +68,14 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
     """Log-probabilities of vLLM against a masked forward pass that sees the same pages retired at the same tokens."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     events: dict[str, list[tuple[int, list[int]]]] = {}
+    told: dict[str, dict[int, float]] = {}
     retire = scheduler.relief._retire
 
     def watched(request: Any, pages: list[int], update: Any) -> None:
         events.setdefault(request.request_id, []).append((request.num_computed_tokens, list(pages)))
+        known = scheduler.relief.pages(request.request_id)
+        whole = [p for p in range(known.first_generated, len(known._surprisal)) if p - 1 not in known.retired]
+        told.setdefault(request.request_id, {}).update({p: float(known._surprisal[p]) for p in whole})
         retire(request, pages, update)
 
     scheduler.relief._retire = watched
@@ -84,6 +89,7 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     pages = load_file(Path(null_pages) / "null_pages.safetensors")
     worst = {"null": 0.0, "ignoring": 0.0}
+    differences: list[float] = []
     for output, prompt in zip(outputs, prompts, strict=False):
         answer = output.outputs[0]
         tokens = prompt + list(answer.token_ids)
@@ -93,6 +99,9 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
             for page in logical:
                 retired_from[page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE] = position
         said = torch.tensor([next(iter(step.values())).logprob for step in answer.logprobs])
+        for page, nats in told.get(name or "", {}).items():
+            start = page * BLOCK_SIZE - len(prompt)
+            differences.append(abs(nats + float(said[start : start + BLOCK_SIZE].sum())))
         for arm, gone in (("null", retired_from), ("ignoring", torch.full_like(retired_from, 10**9))):
             with torch.no_grad():
                 all_logs = log_probabilities(reference, tokens, gone, pages["keys"], pages["bands"].long())
@@ -104,6 +113,7 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
         "off_retired": any(_is(o.request_id, n) for o in off for n in events),
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         "band_moves": scheduler.relief.totals.band_moves,
+        "pages_with_surprisal": len(differences), "surprisal_difference": float(np.nanmax(differences, initial=0.0)),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trtllm_memshare.search.signatures import SignatureIndex, page_signatures
-from trtllm_memshare.vllm.redundancy import RedundancyReports, ValueSignatures
+from trtllm_memshare.vllm.redundancy import PageReports, ValueSignatures
 from trtllm_memshare.vllm.update import MemShareUpdate
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 6, 5, 2, 4, 8
@@ -49,7 +49,7 @@ def test_answers_are_those_of_an_index_over_the_pages_that_are_there():
     rows = np.random.default_rng(0).standard_normal((20, SIZE, 64)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     source = SimpleNamespace(of_blocks=lambda ids: rows[ids])
-    reports = RedundancyReports(source, SIZE)
+    reports = PageReports(source, None, SIZE)
     table = list(range(10, 20))
     reports.answer(MemShareUpdate(asked={"a": [2, 3, 4]}), {"a": table}, set())
     update = MemShareUpdate(asked={"a": [5, 6]}, null_entries={"a": {3: 0}, "unknown": {1: 0}})
@@ -58,5 +58,6 @@ def test_answers_are_those_of_an_index_over_the_pages_that_are_there():
     for page in (2, 3, 4, 5, 6):
         expected.append(page, rows[table[page]])
     expected.forget(np.array([3]))
-    np.testing.assert_array_equal(answer["a"], expected.redundancy())
+    np.testing.assert_array_equal(answer["a"].redundancy, expected.redundancy())
+    assert answer["a"].surprisal is None
     assert reports.answer(MemShareUpdate(null_entries={"a": {4: 0}}), {}, {"a"}) == {}

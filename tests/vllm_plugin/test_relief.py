@@ -4,10 +4,11 @@ import logging
 
 import numpy as np
 import pytest
-from fakes.vllm_blocks import BLOCK_SIZE, Host
+from fakes.vllm_blocks import Host
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm.blocks import VllmBlocks
+from trtllm_memshare.vllm.page_report import PageReport
 from trtllm_memshare.vllm.request_options import RequestOptions
 from trtllm_memshare.vllm.update import MemShareUpdate
 
@@ -143,9 +144,8 @@ def test_unknown_surprisal_counts_as_needed_most() -> None:
     host = Host(12, min_kept=0.0, need="surprisal", **EXACTLY)
     request = host.add("a", 4, 39)
     pages = host.relief.pages("a")
-    for page, nats in ((3, 2.0), (5, 1.0)):
-        for slot in range(BLOCK_SIZE):
-            pages.add_surprisal(page * BLOCK_SIZE + slot - 4, nats)
+    pages.take(PageReport(surprisal=np.array([np.nan] * 5 + [1.0], np.float32)))
+    pages.take(PageReport(surprisal=np.array([np.nan] * 3 + [2.0], np.float32)))
     for expected in ([5], [3, 5], [1, 3, 5]):
         host.relief.make_room([request], host.blocks.num_free + 1, MemShareUpdate())
         assert retired(host, "a") == expected
@@ -155,7 +155,7 @@ def test_unknown_surprisal_counts_as_needed_most() -> None:
 def test_redundancy_comes_from_the_workers() -> None:
     host = Host(12, min_kept=0.0, need="redundancy", **EXACTLY)
     request = host.add("a", 4, 39)
-    host.relief.pages("a").set_redundancy(np.array([np.nan, 0.1, 0.9, 0.2], np.float32))
+    host.relief.pages("a").take(PageReport(redundancy=np.array([np.nan, 0.1, 0.9, 0.2], np.float32)))
     host.relief.make_room([request], host.blocks.num_free + 1, MemShareUpdate())
     assert retired(host, "a") == [2]
 

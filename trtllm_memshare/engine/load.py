@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.engine.skeleton import describe
 from trtllm_memshare.engine.tensors import find_prefix
 from trtllm_memshare.engine.weights import stored_tensors, weight_files
+from trtllm_memshare.errors import UserError
 
 
 def load_decoder(model_dir: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -15,7 +17,24 @@ def load_decoder(model_dir: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     Args:
       model_dir: a checkpoint that ``read_checkpoint`` accepts.
       options: for ``from_pretrained``, such as ``attn_implementation``.
+
+    Raises:
+      UserError: transformers does not load it, which can be for a file that nothing else reads.
     """
+    try:
+        model, report = _load(model_dir, options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign library makes of a foreign file
+        raise UserError(
+            f"{model_dir} does not load: {describe(error)} (copy the model's own files again, or install another "
+            f"transformers)"
+        ) from error
+    model.config.return_dict = True  # a config may ask for tuples
+    return model, report
+
+
+def _load(model_dir: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import transformers
     from safetensors.torch import load_file
 

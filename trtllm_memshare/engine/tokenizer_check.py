@@ -33,13 +33,12 @@ def check_tokenizer(model_dir: Path, vocab_size: int) -> list[str]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-        num_ids = len(tokenizer)
+        num_ids, unknown = len(tokenizer), tokenizer.unk_token_id
         encoded = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _SAMPLES]
         decoded = [str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in encoded]
     except Exception as error:  # whatever a foreign library makes of a foreign file
         raise UserError(f"{model_dir} has a tokenizer that does not load: {describe(error)} ({_AGAIN})") from error
     _check_against_file(model_dir, encoded)
-    unknown = tokenizer.unk_token_id
     came_back = 0
     for text, ids, back in zip(_SAMPLES, encoded, decoded, strict=True):
         is_whole = _plain(back) == _plain(text)

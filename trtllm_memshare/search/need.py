@@ -83,7 +83,7 @@ def page_need(name: str, facts: PageFacts) -> np.ndarray:
 
 def _relative(importance: np.ndarray) -> np.ndarray:
     """Importance on the scale of the most important page; zeros where nothing is important."""
-    top = importance.max(initial=0.0)
+    top = np.fmax.reduce(importance, initial=0.0)  # past what is not known
     return importance / top if top > 0 else np.zeros_like(importance)
 
 

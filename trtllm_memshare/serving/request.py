@@ -12,6 +12,7 @@ from enum import Enum
 
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.serving.failures import log_listener, request_failed
+from trtllm_memshare.serving.listening import call_listener, check_may_wait, tell_end
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,9 @@ class RequestHandle:
           RequestFailedError: this request failed.
           ExecutorStoppedError: the executor stopped on an error.
           TimeoutError: after ``timeout`` seconds; the request goes on.
+          RuntimeError: a listener waits for a request.
         """
+        check_may_wait(self.request_id, self.future.done())
         return self.future.result(timeout)
 
     def cancel(self) -> None:
@@ -229,9 +232,10 @@ class RequestHandle:
 
         Raises:
           TimeoutError: none came within ``timeout`` seconds; the request goes on.
-          RequestFailedError, ExecutorStoppedError: as ``result``.
+          RequestFailedError, ExecutorStoppedError, RuntimeError: as ``result``.
         """
         while True:
+            check_may_wait(self.request_id, not self._stream.empty())
             try:
                 token = self._stream.get(timeout=timeout)
             except queue.Empty:
@@ -267,7 +271,7 @@ class RequestHandle:
             self._stream.put(token)
         if self._listener is not None:
             try:
-                self._listener(False)
+                call_listener(self._listener, False)
             except BaseException as error:  # SystemExit and CancelledError too: its request ends, and no other
                 self._listener, self._listener_error = None, error
                 self.cancel()
@@ -292,9 +296,5 @@ class RequestHandle:
         except BaseException as raised:  # of a callback, which is the caller's
             log_listener(self.request_id, raised)
         self._stream.put(None)
-        if self._listener is not None:
-            try:
-                self._listener(True)
-            except BaseException as raised:
-                log_listener(self.request_id, raised)
+        tell_end(self.request_id, self._listener)
         return error is not None

@@ -80,6 +80,8 @@ def make_app(endpoint: Endpoint) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{where or 'the body'}: {first['msg'].lower()}")
 
@@ -142,28 +144,23 @@ async def _answer(
     endpoint: Endpoint, body: Common, prompts: list[TextRequest], replies: Replies, request: Request
 ) -> Response:
     events = merged([endpoint.service.answer(prompt) for prompt in prompts])
-    if not body.stream:
-        collecting = asyncio.ensure_future(_collect(events))
-        while not (await asyncio.wait({collecting}, timeout=_LEFT_S))[0]:
-            if await request.is_disconnected():
-                collecting.cancel()
-        try:
-            return JSONResponse(replies.whole(await collecting))
-        except asyncio.CancelledError:
-            return Response(status_code=499)  # nobody reads it
-        except UserError:
-            raise
-        except Exception as error:
-            return _failure(error)
-    # A refusal must come as a status, so the first event is waited for before the stream begins.
+    # A refusal must come as a status, so the first event is waited for before a stream begins.
+    waiting = asyncio.ensure_future(anext(events) if body.stream else _collect(events))
+    while not (await asyncio.wait({waiting}, timeout=_LEFT_S))[0]:
+        if await request.is_disconnected():
+            waiting.cancel()
     try:
-        first = await anext(events)
+        found: Any = await waiting
+        if not body.stream:
+            return JSONResponse(replies.whole(found))
+    except asyncio.CancelledError:
+        return Response(status_code=499)  # nobody reads it
     except UserError as error:
         return _refusal(error)
     except Exception as error:
         return _failure(error)
     return StreamingResponse(
-        _stream(first, events, replies, body.wants_usage),
+        _stream(found, events, replies, body.wants_usage),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
     )

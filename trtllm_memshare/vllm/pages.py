@@ -8,6 +8,7 @@ import numpy as np
 
 from trtllm_memshare.search.need import PageFacts
 from trtllm_memshare.search.types import Matcher
+from trtllm_memshare.vllm.page_report import PageReport
 from trtllm_memshare.vllm.request_options import RequestOptions
 
 
@@ -35,8 +36,8 @@ class RequestPages:
         self._block_size = block_size
         self._matcher = matcher
         self._num_seen = 0
-        self._surprisal = np.zeros(0, np.float32)  # by generated token, NaN where unknown
-        self._redundancy = np.zeros(0, np.float32)  # by page, NaN where unknown
+        self._surprisal = np.zeros(0, np.float32)  # by page, NaN where unknown
+        self._redundancy = np.zeros(0, np.float32)  # the same
 
     @property
     def num_retired(self) -> int:
@@ -60,44 +61,35 @@ class RequestPages:
         """The first page that is protected or not full: pages before it may go."""
         return min(num_computed, max(0, self._matcher.protected_from())) // self._block_size
 
-    def add_surprisal(self, index: int, nats: float) -> None:
-        """Surprisal of the generated token ``index``, as the sampler saw it."""
-        if index >= len(self._surprisal):
-            grown = np.full(max(64, 2 * (index + 1)), np.nan, np.float32)
-            grown[: len(self._surprisal)] = self._surprisal
-            self._surprisal = grown
-        self._surprisal[index] = nats
-
     def facts(self, pages: np.ndarray, draws: np.random.Generator) -> PageFacts:
         """What is known of these pages, by name; NaN where nothing is. ``draws``: the request's own, started anew."""
         last = int(pages[-1]) + 1 if len(pages) else 0
         return PageFacts(
             position=pages,
-            redundancy=self._known_redundancy(pages),
-            surprisal=self._summed_surprisal(pages),
+            redundancy=_known(self._redundancy, pages),
+            surprisal=_known(self._surprisal, pages),
             draw=draws.random(last, np.float32)[pages],
         )
 
-    def _summed_surprisal(self, pages: np.ndarray) -> np.ndarray:
-        sums = np.full(len(pages), np.nan, np.float32)
-        for i, page in enumerate(pages.tolist()):
-            start = page * self._block_size - self.num_prompt_tokens
-            if start + self._block_size <= len(self._surprisal):
-                sums[i] = self._surprisal[start : start + self._block_size].sum()
-        return sums
-
-    def set_redundancy(self, redundancy: np.ndarray) -> None:
-        """Takes the worker's redundancy of pages ``0 .. n - 1``, float32 ``[n]``, NaN for pages without one."""
-        self._redundancy = redundancy
-
-    def _known_redundancy(self, pages: np.ndarray) -> np.ndarray:
-        known = np.full(len(pages), np.nan, np.float32)
-        inside = pages < len(self._redundancy)
-        known[inside] = self._redundancy[pages[inside]]
-        return known
+    def take(self, report: PageReport) -> None:
+        """Takes what a worker knows of pages ``0 .. n - 1``: redundancy of all anew, surprisal of some of them."""
+        if report.redundancy is not None:
+            self._redundancy = report.redundancy
+        if report.surprisal is not None:
+            before = _known(self._surprisal, np.arange(max(len(self._surprisal), len(report.surprisal))))
+            told = _known(report.surprisal, np.arange(len(before)))
+            self._surprisal = np.where(np.isnan(told), before, told)
 
     def lose_blocks(self) -> None:
         """The request was preempted: its blocks are gone, and what it had given up goes again when it is back."""
         self.to_retire_again = sorted({*self.retired, *self.to_retire_again})
         self.retired = []
         self.band = 0
+
+
+def _known(values: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """Values of pages, float32 ``[pages]``, NaN behind the end."""
+    known = np.full(len(pages), np.nan, np.float32)
+    inside = pages < len(values)
+    known[inside] = values[pages[inside]]
+    return known

@@ -1,4 +1,4 @@
-"""KV redundancy of pages, on the worker: what the need ``redundancy`` ranks pages by.
+"""KV redundancy of pages, on the worker, and the reports that tell the scheduler of it and of surprisal.
 
 Values are projected where vLLM hands them to its cache, layer by layer, so no backend's memory layout has to be known.
 Pages are indexed when the scheduler asks, and the answer rides back on the step's output. With tensor parallelism a
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from trtllm_memshare.search.signatures import SignatureIndex, SignatureProjection, make_projection
+from trtllm_memshare.vllm.page_report import PageReport
+from trtllm_memshare.vllm.surprisal import SampledSurprisal
 from trtllm_memshare.vllm.update import MemShareUpdate
 
 
@@ -61,33 +63,59 @@ class ValueSignatures:
         return do_kv_cache_update
 
 
-class RedundancyReports:
-    """An index for each request, fed when the scheduler asks."""
+class PageReports:
+    """An index of signatures for each request, fed when the scheduler asks, and surprisal as it was sampled.
 
-    def __init__(self, signatures: ValueSignatures, block_size: int) -> None:
-        self._signatures, self._block_size = signatures, block_size
+    Args:
+      signatures, surprisal: where the facts that the need reads come from, None = it does not read them.
+    """
+
+    def __init__(self, signatures: ValueSignatures | None, surprisal: SampledSurprisal | None, block_size: int) -> None:
+        self._signatures, self._surprisal, self._block_size = signatures, surprisal, block_size
         self._requests: dict[str, SignatureIndex] = {}
 
-    def answer(self, update: MemShareUpdate, block_ids: dict[str, list[int]], ended: set[str]) -> dict[str, np.ndarray]:
-        """Redundancy of the requests of which something changed, by id: float32 ``[pages]``, NaN for pages without one.
+    def answer(self, update: MemShareUpdate, block_ids: dict[str, list[int]], ended: set[str]) -> dict[str, PageReport]:
+        """Reports of the requests of which something changed, by id; surprisal of the pages that are asked about now.
 
         Args:
           update: names full pages to take in, and pages that are retired.
           block_ids: tables of the requests that were asked about, before the update is applied.
           ended: requests that are no more.
         """
+        asked = {name: pages for name, pages in update.asked.items() if name in block_ids}
+        surprisal = {name: self._sampled(block_ids[name], pages) for name, pages in asked.items()}
+        redundancy = self._redundancy(asked, update.null_entries, block_ids, ended)
+        return {
+            name: PageReport(redundancy.get(name), surprisal.get(name))
+            for name in sorted(asked.keys() | redundancy.keys())
+        }
+
+    def _sampled(self, block_ids: list[int], pages: list[int]) -> np.ndarray | None:
+        if self._surprisal is None:
+            return None
+        known = np.full(pages[-1] + 1, np.nan, np.float32)
+        known[pages] = self._surprisal.of_pages(block_ids, pages)
+        return known
+
+    def _redundancy(
+        self,
+        asked: dict[str, list[int]],
+        null_entries: dict[str, dict[int, int]],
+        block_ids: dict[str, list[int]],
+        ended: set[str],
+    ) -> dict[str, np.ndarray]:
+        if self._signatures is None:
+            return {}
         for request_id in ended:
             self._requests.pop(request_id, None)
-        for request_id, pages in update.asked.items():
-            if request_id not in block_ids:
-                continue
+        for request_id, pages in asked.items():
             index = self._requests.setdefault(request_id, SignatureIndex(self._block_size))
             new = [page for page in pages if page >= index.num_pages]
             signatures = self._signatures.of_blocks([block_ids[request_id][page] for page in new])
             for page, of_page in zip(new, signatures, strict=True):
                 index.append(page, of_page)
-        for request_id, entries in update.null_entries.items():
+        for request_id, entries in null_entries.items():
             if request_id in self._requests:
                 self._requests[request_id].forget(np.fromiter(entries, np.int32))
-        changed = update.asked.keys() | update.null_entries.keys()
-        return {name: self._requests[name].redundancy() for name in sorted(changed & self._requests.keys())}
+        changed = asked.keys() | null_entries.keys()
+        return {name: self._requests[name].redundancy() for name in changed & self._requests.keys()}

@@ -19,6 +19,7 @@ from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
 from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.blocks import VllmBlocks
+from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.pages import RequestPages
 from trtllm_memshare.vllm.request_options import RequestOptions
 from trtllm_memshare.vllm.update import MemShareUpdate
@@ -71,7 +72,7 @@ class Relief:
         self._bands = bands
         self._make_matcher = make_matcher
         self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
-        self._asks = "redundancy" in find_need(config.need).facts
+        self._asks = bool(WORKERS_FACTS.intersection(find_need(config.need).facts))
         # Answers come one or two steps late, so workers are asked before the high watermark is reached.
         self._ask_below = (1 - _ASKED_EARLIER * config.high_watermark) * blocks.num_blocks
         self._pages: dict[str, RequestPages] = {}

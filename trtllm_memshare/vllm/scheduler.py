@@ -31,7 +31,7 @@ from trtllm_memshare.vllm.probe import check_classes, check_scheduler
 from trtllm_memshare.vllm.relief import Relief
 from trtllm_memshare.vllm.request_options import RequestOptions, parse_request_options
 from trtllm_memshare.vllm.settings import load_settings
-from trtllm_memshare.vllm.update import ATTRIBUTE, REDUNDANCY, MemShareUpdate
+from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate
 
 logger = init_logger("vllm.memshare")
 
@@ -149,25 +149,11 @@ class MemShareScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
-        """vLLM's; takes what the workers found out about pages, and the surprisal of sampled tokens, on the way."""
-        for request_id, redundancy in getattr(model_runner_output, REDUNDANCY, {}).items():
+        """vLLM's; takes what the workers found out about pages on the way."""
+        for request_id, report in getattr(model_runner_output, REPORTS, {}).items():
             if request_id in self.requests:
-                self.relief.pages(request_id).set_redundancy(redundancy)
-        if model_runner_output.logprobs is not None and "surprisal" in self.settings.memshare.need:
-            self._take_surprisal(model_runner_output)
+                self.relief.pages(request_id).take(report)
         return super().update_from_output(scheduler_output, model_runner_output)
-
-    def _take_surprisal(self, output: ModelRunnerOutput) -> None:
-        """Only requests that ask for log-probabilities have any."""
-        for request_id, row in output.req_id_to_index.items():
-            request = self.requests.get(request_id)
-            if request is None or not output.sampled_token_ids or not output.sampled_token_ids[row]:
-                continue
-            sampling = request.sampling_params
-            if sampling is None or sampling.logprobs is None or request.num_stale_output_tokens:
-                continue
-            of_request = output.logprobs.slice_request(row, 1)
-            self.relief.pages(request_id).add_surprisal(request.num_output_tokens, -float(of_request.logprobs[0][0]))
 
     def _preempt_request(self, request: Request, *arguments: Any, **keywords: Any) -> None:
         super()._preempt_request(request, *arguments, **keywords)

@@ -12,8 +12,8 @@ from typing import Any
 
 ATTRIBUTE = "memshare"
 """Name under which a ``MemShareUpdate`` rides on vLLM's ``SchedulerOutput``."""
-REDUNDANCY = "memshare_redundancy"
-"""Name under which redundancy by request id, float32 ``[pages]``, rides back on vLLM's ``ModelRunnerOutput``."""
+REPORTS = "memshare_reports"
+"""Name under which a ``PageReport`` by request id rides back on vLLM's ``ModelRunnerOutput``."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class MemShareUpdate:
       null_blocks: the null pages' block ids by band, with the first step only: the workers write them.
       null_entries: request id -> logical block -> block id of a null page; the last word on each entry only, since
         model runner V2 writes all entries of a step at once.
-      asked: request id -> full generated pages whose redundancy the scheduler wants to know, new ones only.
+      asked: request id -> full generated pages of which the scheduler wants to know more, new ones only, in order.
     """
 
     null_blocks: list[int] | None = None

@@ -17,10 +17,12 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.vllm.null_pages import attention_layers, write_null_pages
+from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import runner_form
-from trtllm_memshare.vllm.redundancy import RedundancyReports, ValueSignatures
+from trtllm_memshare.vllm.redundancy import PageReports, ValueSignatures
 from trtllm_memshare.vllm.settings import load_settings
-from trtllm_memshare.vllm.update import ATTRIBUTE, REDUNDANCY, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
+from trtllm_memshare.vllm.surprisal import SampledSurprisal
+from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -42,7 +44,7 @@ class MemShareWorker(PlatformWorker):
     """
 
     _apply: Any = None
-    _reports: RedundancyReports | None = None
+    _reports: PageReports | None = None
     _answers: dict[str, Any] | None = None
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -66,13 +68,13 @@ class MemShareWorker(PlatformWorker):
         return self._answered(super().sample_tokens(grammar_output))
 
     def _answered(self, output: Any) -> Any:
-        """The step's output with the redundancy that was asked for; an async one gets it when it is read."""
+        """The step's output with the reports that were asked for; an async one gets them when it is read."""
         if output is None or not self._answers:
             return output
         answers, self._answers = self._answers, None
         if isinstance(output, AsyncModelRunnerOutput):
             return _Answered(output, answers)
-        setattr(output, REDUNDANCY, answers)
+        setattr(output, REPORTS, answers)
         return output
 
     def _tables(self, update: MemShareUpdate) -> dict[str, list[int]]:
@@ -80,33 +82,38 @@ class MemShareWorker(PlatformWorker):
         return {name: requests[name].block_ids[0] for name in update.asked if name in requests}
 
     def _prepare(self, null_blocks: list[int]) -> None:
-        """With the first step: writes the null pages, and starts to watch values if the need asks for them."""
+        """With the first step: writes the null pages, and starts to watch what the need reads."""
         form = runner_form(self.model_runner, vllm.__version__)
         self._apply = apply_to_v1_runner if form == "V1" else apply_to_v2_runner
         settings = load_settings(self.vllm_config.additional_config, os.environ)
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         write_null_pages(self.model_runner, settings.options.null_pages, null_blocks, rank, size)
-        if "redundancy" not in find_need(settings.memshare.need).facts:
+        read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
+        if not read:
             return
         if form != "V1":
             raise UserError(
-                f"need {settings.memshare.need} reads redundancy, which MemShare tells with vLLM's model runner V1 "
-                f"only, got {form} (set VLLM_USE_V2_MODEL_RUNNER=0, or need age)"
+                f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
+                f"model runner V1 only, got {form} (set VLLM_USE_V2_MODEL_RUNNER=0, or need age)"
             )
-        cache = self.model_runner.kv_cache_config
+        runner, cache = self.model_runner, self.model_runner.kv_cache_config
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
-        layers = attention_layers(self.model_runner)
-        signatures = ValueSignatures(layers, cache.num_blocks * block_size, block_size, self.model_runner.device)
-        self._reports = RedundancyReports(signatures, block_size)
+        num_slots = cache.num_blocks * block_size
+        signatures, surprisal = None, None
+        if "redundancy" in read:
+            signatures = ValueSignatures(attention_layers(runner), num_slots, block_size, runner.device)
+        if "surprisal" in read:
+            surprisal = SampledSurprisal(runner, num_slots, block_size, vllm.__version__)
+        self._reports = PageReports(signatures, surprisal, block_size)
 
 
 class _Answered(AsyncModelRunnerOutput):
-    """An async output that carries redundancy once it is there."""
+    """An async output that carries reports once it is there."""
 
     def __init__(self, output: Any, answers: dict[str, Any]) -> None:
         self._output, self._answers = output, answers
 
     def get_output(self) -> Any:
         output = self._output.get_output()
-        setattr(output, REDUNDANCY, self._answers)
+        setattr(output, REPORTS, self._answers)
         return output

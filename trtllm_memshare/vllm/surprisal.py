@@ -1,0 +1,68 @@
+"""Surprisal of sampled tokens, on the worker, for every request: nobody has to ask for log-probabilities.
+
+A value stays in the slot of the KV pool whose query chose the token, one before the token's own. Slots and tables are
+what vLLM keeps through condensing, preemption and resume; rows of a batch are not.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_memshare.errors import UserError
+
+
+class SampledSurprisal:
+    """-log p of each sampled token, by the logits as the model gave them.
+
+    Args:
+      runner: vLLM's model runner V1; its sampler is wrapped.
+      num_slots: of the pool, blocks times tokens.
+      version: of vLLM, for errors.
+
+    Raises:
+      UserError: the runner lacks a part that is read.
+    """
+
+    def __init__(self, runner: Any, num_slots: int, block_size: int, version: str) -> None:
+        table = runner.input_batch.block_table[0]
+        for owner, name in ((runner, "sampler"), (runner, "query_start_loc"), (table, "slot_mapping")):
+            if not hasattr(owner, name):
+                raise UserError(
+                    f"vLLM {version}'s {type(owner).__name__} has no {name}, from which MemShare learns how likely "
+                    f"tokens were (choose need redundancy)"
+                )
+        self._runner, self._block_size = runner, block_size
+        self._nats = torch.full((num_slots + 1,), torch.nan, device=runner.device)  # one more for padding slots
+        runner.sampler.forward = self._watch(runner.sampler.forward)
+
+    def of_pages(self, block_ids: list[int], pages: list[int]) -> np.ndarray:
+        """Surprisal of full generated pages, summed over their tokens, float32 ``[pages]`` in nats.
+
+        A token whose value is not known counts as the page's mean: the first one of a page whose neighbour is retired,
+        or some that were computed again after a pause. NaN = of most tokens nothing is known.
+        """
+        size = self._block_size
+        positions = np.array(pages)[:, None] * size + np.arange(size) - 1  # of the queries that chose the tokens
+        slots = np.array(block_ids)[positions // size] * size + positions % size
+        values = self._nats[torch.from_numpy(slots).to(self._nats.device)]
+        values[values.isfinite().sum(1) * 2 < size] = torch.nan
+        return (values.nanmean(1) * size).cpu().numpy()
+
+    def _watch(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def forward(logits: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            log_probs = logits.log_softmax(-1, dtype=torch.float32)  # before: the sampler may change logits in place
+            output = original(logits, *arguments, **keywords)
+            chosen = log_probs.gather(1, output.sampled_token_ids[:, :1].long())[:, 0]
+            starts = self._runner.query_start_loc
+            slots = self._runner.input_batch.block_table[0].slot_mapping.gpu[: int(starts.np[len(logits)])]
+            slots = torch.where(slots >= 0, slots, len(self._nats) - 1).long()
+            self._nats[slots] = torch.nan  # what another request, or a longer past, has left there
+            self._nats[slots[starts.gpu[1 : len(logits) + 1].long() - 1]] = -chosen
+            return output
+
+        return forward
