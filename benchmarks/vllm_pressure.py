@@ -6,7 +6,7 @@ requests are there at the start. Seconds are counted twice: on the clock, and as
 work on the machine does not lengthen; the engine runs on one thread.
 
 The arms: ``vllm`` is vLLM as it comes. ``admission`` is our admission alone, nothing retired. A number is ``min_kept``
-with the need ``redundancy``; ``random`` and ``age`` are needs at ``min_kept`` 0.5.
+with the need ``redundancy``; ``random`` and ``age`` are needs at ``min_kept`` 0.5; ``default`` is our default.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ def test_arms_are_settings_of_the_plugin(work, arm, need, min_kept):
         "null_pages": "null", "need": need, "min_kept": min_kept, "protected_tokens": 16, "admission": "lookahead"
     }  # fmt: skip
     assert work.arm_arguments("vllm", "lookahead") == {}
+    default = work.arm_arguments("default", "lookahead")["additional_config"]["memshare"]
+    assert not {"need", "min_kept"} & set(default)
 
 
 def test_our_executor_answers_in_the_order_of_the_requests_with_their_lengths(work):

@@ -129,3 +129,33 @@ def test_a_step_that_never_ends_protects_no_more_than_the_cap(boundaries):
     unbounded = RunMatcher(make_config("aligned", max_protected_tokens=10**6), SIZE, 1, boundaries)
     feed(unbounded, [20] * 1500, 100)
     assert unbounded.protected_from() <= 0
+
+
+@pytest.mark.parametrize("kind", [RunMatcher, StepMatcher])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_matcher_that_is_not_due_has_nothing_to_offer_and_nothing_is_lost_by_not_asking(boundaries, kind, seed):
+    """One is asked after every few tokens, the other only when it is due; steps are found when they are needed."""
+    rng = np.random.default_rng(seed)
+    phrases = [rng.integers(10, 70, rng.integers(3, 90)) for _ in range(6)]
+    tokens = np.concatenate([phrases[i] for i in rng.integers(0, 6, 40)])
+    config = make_config("aligned" if kind is RunMatcher else "paper")
+    always, when_due = kind(config, SIZE, 1, boundaries), kind(config, SIZE, 1, boundaries)
+    unseen: list[int] = []
+    first = 0
+    while first < len(tokens):
+        some = tokens[first : first + int(rng.integers(1, 20))].astype(np.int32)
+        always.append(some)
+        unseen += some.tolist()
+        first += len(some)
+        offered = always.ready_blocks()
+        if when_due.is_due(len(unseen)):
+            when_due.append(np.array(unseen, np.int32))
+            unseen.clear()
+            assert when_due.ready_blocks() == offered
+            if rng.random() < 0.3:
+                assert when_due.protected_from() == always.protected_from()
+        else:
+            assert not offered
+        for block in offered[: int(rng.integers(0, 2))]:
+            for matcher in (always, when_due):
+                matcher.settle(block)

@@ -57,3 +57,23 @@ def test_piece_by_piece_gives_the_same_starts(boundaries):
     for first in range(0, len(tokens), 7):
         cut += boundaries.step_starts(tokens[: first + 7], first).tolist()
     assert cut == whole
+
+
+def test_tokens_of_any_classes_start_steps_where_the_rules_say():
+    """The rules one by one, on ids that are any mixture of classes."""
+    rng = np.random.default_rng(0)
+    names = ("ends_line", "ends_sentence", "ends_wide", "blank", "spaced", "opens_step")
+    for _ in range(300):
+        b = BoundaryTokens(**{name: rng.random(40) < 0.25 for name in names})
+        ids = rng.integers(0, 40, rng.integers(0, 12)).astype(np.int32)
+        first, expected = int(rng.integers(0, len(ids) + 1)), []
+        for position in range(max(first, 1), len(ids)):
+            now, last, before = ids[position], ids[position - 1], ids[max(position - 2, 0)]
+            if (
+                ((b.ends_line[last] or b.ends_wide[last]) and not b.blank[now])
+                or (b.ends_sentence[last] and b.spaced[now])
+                or (b.ends_sentence[before] and b.blank[last] and not b.blank[now])
+                or b.opens_step[now]
+            ):
+                expected.append(position)
+        assert b.step_starts(ids, first).tolist() == expected

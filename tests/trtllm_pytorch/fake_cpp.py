@@ -90,12 +90,12 @@ class FakeCppKVCacheManager:
             self._allocate(sequence.blocks)
 
     def rewind_kv_cache(self, request_id, rewind_length):
-        sequence = self.sequences[request_id]
-        for _ in range(rewind_length):
-            sequence.num_tokens -= 1
-            if sequence.num_tokens % self.tokens_per_block == 0:
-                block = sequence.blocks.pop()
-                self._release(block, to_front=True)
+        """Token by token there; a block goes when its first token does."""
+        sequence, size = self.sequences[request_id], self.tokens_per_block
+        before = sequence.num_tokens
+        sequence.num_tokens -= rewind_length
+        for _ in range((before - 1) // size - (sequence.num_tokens - 1) // size):
+            self._release(sequence.blocks.pop(), to_front=True)
 
     def remove_sequence(self, request_id, request, pin_on_release):
         if request is None and not self.accepts_none:

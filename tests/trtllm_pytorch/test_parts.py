@@ -87,6 +87,36 @@ def test_only_rows_of_known_requests_are_rearranged():
     assert 8 not in rows
 
 
+def test_rows_are_those_of_a_plain_gather_whoever_comes_and_goes():
+    """Rows set anew, requests in other places of the table, null pages taken in between, slots given back."""
+    rng = np.random.default_rng(0)
+    width, bands = 9, 3
+    for _ in range(40):
+        rows, expected, null, ids = RowMap(6, width, torch.device("cpu")), {}, None, []
+        for step in range(30):
+            if step == 10:
+                null = rows.null_entries = torch.from_numpy(rng.integers(0, 99, (1, 2, bands)).astype(np.int32))
+            for request_id in rng.integers(0, 12, rng.integers(0, 3)).tolist():
+                if request_id in expected or len(expected) < 6:
+                    expected[request_id] = rng.integers(0, width + bands * (null is not None), width)
+                    rows.set_row(request_id, expected[request_id])
+            if expected and rng.random() < 0.2:
+                gone = int(rng.choice(list(expected)))
+                del expected[gone]
+                rows.forget(gone)
+            if rng.random() < 0.4:
+                ids = rng.permutation(14)[: rng.integers(0, 8)].tolist()
+            table = torch.from_numpy(rng.integers(0, 999, (1, 9, 2, width + step % 2)).astype(np.int32))
+            wanted = table.clone()
+            for row, request_id in enumerate(ids):
+                if request_id in expected:
+                    own = table[:, row, :, :width]
+                    readable = own if null is None else torch.cat([own, null], 2)
+                    wanted[:, row, :, :width] = readable[:, :, expected[request_id]]
+            assert rows.gather(table, ids) == sum(i in expected for i in ids)
+            assert torch.equal(table, wanted)
+
+
 @pytest.fixture
 def installed(tmp_path) -> Path:
     """A folder with a fake of TensorRT-LLM; the activation file is where the installation of this package put it."""

@@ -83,6 +83,18 @@ class BlockPool:
         self.drift.reshape(-1, self.tokens_per_block)[blocks] = 0.0
         return blocks
 
+    def allocate_one(self, origin_position: int) -> int | None:
+        """``allocate`` for one block, without arrays: requests that generate take one at a time."""
+        if not self.num_free:
+            return None
+        self.num_free -= 1
+        block = int(self._free[self.num_free])
+        self.ref_count[block] = 1
+        self.origin_position[block] = origin_position
+        self.is_full[block] = False
+        self.drift[block * self.tokens_per_block : (block + 1) * self.tokens_per_block] = 0.0
+        return block
+
     def release(self, blocks: np.ndarray) -> int:
         """Drops one reference for each element of ``blocks`` (repeats count); returns how many blocks became free.
 

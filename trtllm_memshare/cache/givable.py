@@ -51,9 +51,11 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     pages = np.arange(first, max(first, end), dtype=np.int32)
     pages = pages[~sequence.retired[pages]]
     blocks = table[pages]
-    row = table[: sequence.num_blocks]
-    own = np.bincount(row[row != NO_BLOCK], minlength=pool.num_blocks)
-    pages = pages[(pool.ref_count[blocks] == own[blocks]) & pool.is_full[blocks]]
+    counts, is_own = pool.ref_count[blocks], np.ones(len(blocks), bool)
+    if (counts > 1).any():  # by other requests, or by entries of this one
+        row = table[: sequence.num_blocks]
+        is_own = counts == np.bincount(row[row != NO_BLOCK], minlength=pool.num_blocks)[blocks]
+    pages = pages[is_own & pool.is_full[blocks]]
     repeated = np.zeros(len(pages), bool)
     if find_repeats and len(pages):
         repeated = np.array([p in ready and _stands_again(sequence, p, size) for p in pages.tolist()], bool)

@@ -44,6 +44,7 @@ class KVCacheManager(CacheState):
         self.config = config
         self._make_matcher = make_matcher
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
+        self._slots_of_block = np.arange(tokens_per_block, dtype=np.int32)
         self._groups: dict[tuple[int, bytes], GroupCandidates] = {}
         self._remapper = Remapper(self.pool, self._tables, config, null_pages)
         self._stats = CacheStats(num_blocks=num_blocks)
@@ -95,6 +96,7 @@ class KVCacheManager(CacheState):
             to_retire=np.zeros(self.max_blocks_per_seq, bool),
             matcher=matcher,
             epoch=parked.epoch,
+            comes_back=len(parked.retired) > 0,
             num_context_tokens=num_tokens,
             donors=parked.donors,
         )
@@ -120,9 +122,10 @@ class KVCacheManager(CacheState):
         sequence = self._sequences[request_id]
         first, last = sequence.num_computed // self.tokens_per_block, num_computed // self.tokens_per_block
         if last > first:
-            self.pool.is_full[self._tables[sequence.slot, first:last]] = True
+            blocks = slice(first, last) if last > first + 1 else first
+            self.pool.is_full[self._tables[sequence.slot, blocks]] = True
         sequence.num_computed = num_computed
-        if sequence.to_retire.any():
+        if sequence.comes_back and sequence.to_retire.any():
             self._retire_again(sequence)
 
     def givable_pages(self, request_id: int, find_repeats: bool = True) -> GivablePages:
@@ -134,7 +137,7 @@ class KVCacheManager(CacheState):
     def match(self, request_id: int) -> None:
         """Lets stage 1 look at a request's new tokens now, so that ``candidates`` finds less to do at once."""
         sequence = self._sequences[request_id]
-        if sequence.matcher is not None:
+        if sequence.is_matcher_due and sequence.matcher is not None:
             sequence.feed_matcher()
             sequence.matcher.ready_blocks()
 
@@ -144,6 +147,8 @@ class KVCacheManager(CacheState):
         for sequence in self._sequences.values():
             if sequence.matcher is None or not sequence.is_generating:
                 continue
+            if sequence.group is None and not sequence.is_matcher_due:
+                continue  # most, most of the time
             room = self.config.max_pairs - len(found)
             if room <= 0:
                 break
@@ -275,12 +280,19 @@ class KVCacheManager(CacheState):
                     f"request {sequence.request_id} needs {stop} blocks, a table has {self.max_blocks_per_seq}"
                 )
             size = self.tokens_per_block
-            blocks = self.pool.allocate(np.arange(start, stop, dtype=np.int32) * size)
-            if blocks is None:
-                return False
-            self._tables[sequence.slot, start:stop] = blocks
-            rows = blocks[:, None] * size + np.arange(size, dtype=np.int32)
-            sequence.token_rows[start * size : stop * size] = rows.ravel()
+            if stop - start == 1:
+                block = self.pool.allocate_one(start * size)
+                if block is None:
+                    return False
+                self._tables[sequence.slot, start] = block
+                rows = self._slots_of_block + block * size
+            else:
+                blocks = self.pool.allocate(np.arange(start * size, stop * size, size, dtype=np.int32))
+                if blocks is None:
+                    return False
+                self._tables[sequence.slot, start:stop] = blocks
+                rows = (blocks[:, None] * size + self._slots_of_block).ravel()
+            sequence.token_rows[start * size : stop * size] = rows
             sequence.num_blocks = stop
             sequence.peak_blocks = max(sequence.peak_blocks, stop - sequence.num_retired)
             self._stats.peak_used_blocks = max(self._stats.peak_used_blocks, self.pool.num_used)

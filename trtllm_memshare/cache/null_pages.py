@@ -97,14 +97,16 @@ def forget_blocks(
     if not len(blocks):
         return 0
     row = table[: sequence.num_blocks]
-    entries = np.isin(row, blocks)
+    goes = np.zeros(pool.num_blocks, bool)
+    goes[blocks] = True
+    entries = goes[row] & (row != NO_BLOCK)
     freed = pool.release(row[entries])
     row[entries] = become
     sequence.retired[: sequence.num_blocks] |= entries
     for page in np.flatnonzero(entries).tolist():
         sequence.donors.pop(page, None)
     rows = sequence.token_rows[: sequence.num_blocks * size]
-    rows[np.isin(rows // size, blocks)] = -1
+    rows[goes[rows // size]] = -1  # of a row that is -1 already it does not matter what is read
     sequence.num_retired += freed
     return freed
 

@@ -30,6 +30,7 @@ class Sequence:
       retired: bool ``[max_blocks_per_seq]``, logical blocks that were given up: another one of the request stands in
         for them, or they are forgotten.
       to_retire: bool ``[max_blocks_per_seq]``, blocks that were given up before a pause and go again once computed.
+      comes_back: it was paused with blocks given up.
       donors: of blocks given up under pressure, those before a pause included: the logical block that is read in place
         of each; one that is not named is forgotten.
       num_context_tokens: tokens that came as context in this life; all have room at once unless it came back.
@@ -49,6 +50,7 @@ class Sequence:
     to_retire: np.ndarray
     matcher: Matcher | None
     epoch: int = 0
+    comes_back: bool = False
     num_context_tokens: int = 0
     num_tokens: int = 0
     num_computed: int = 0
@@ -63,6 +65,11 @@ class Sequence:
     def is_generating(self) -> bool:
         """Whether all that came as context is computed, and at most one token is not."""
         return self.num_computed >= max(self.num_tokens - 1, self.num_context_tokens)
+
+    @property
+    def is_matcher_due(self) -> bool:
+        """Whether stage 1 has anything to look at or to offer."""
+        return self.matcher is not None and self.matcher.is_due(len(self.unmatched))
 
     def feed_matcher(self) -> None:
         """Hands stage 1 the tokens it has not seen: a few at a time cost less than one by one."""

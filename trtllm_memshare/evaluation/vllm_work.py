@@ -109,6 +109,8 @@ class VllmWork:
             settings = {"need": "age", "min_kept": 1.0}
         elif arm in ("random", "age"):
             settings["need"] = arm
+        elif arm == "default":
+            settings = {}
         else:
             settings["min_kept"] = float(arm)
         settings |= {"protected_tokens": self.protected_tokens, "admission": admission}

@@ -15,7 +15,7 @@ class TokenHistory:
 
     Attributes:
       token_ids: int32 ``[>= num_tokens]``, a growing buffer.
-      step_starts: positions at which steps start, ascending.
+      step_starts: positions at which steps start, ascending, up to ``num_segmented``.
     """
 
     def __init__(self, boundaries: BoundaryTokens) -> None:
@@ -23,7 +23,7 @@ class TokenHistory:
         self.token_ids = np.zeros(1024, np.int32)
         self.num_tokens = 0
         self.step_starts: list[int] = [0]
-        self._segmented = 0
+        self.num_segmented = 0
 
     def append(self, token_ids: np.ndarray) -> None:
         end = self.num_tokens + len(token_ids)
@@ -32,12 +32,13 @@ class TokenHistory:
         self.token_ids[self.num_tokens : end] = token_ids
         self.num_tokens = end
 
-    def segment(self) -> None:
-        """Brings ``step_starts`` up to date."""
-        if self._segmented < self.num_tokens:
-            found = self._boundaries.step_starts(self.token_ids[: self.num_tokens], self._segmented)
+    def segment(self, end: int | None = None) -> None:
+        """Brings ``step_starts`` up to position ``end``; None = that of the last token."""
+        end = self.num_tokens if end is None else end
+        if self.num_segmented < end:
+            found = self._boundaries.step_starts(self.token_ids[:end], self.num_segmented)
             self.step_starts.extend(found.tolist())
-            self._segmented = self.num_tokens
+            self.num_segmented = end
 
 
 class BlockMatcher(ABC):
@@ -68,6 +69,10 @@ class BlockMatcher(ABC):
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids at ``[start, stop)`` that were appended, int32; a view."""
         return self._history.token_ids[start:stop]
+
+    @abstractmethod
+    def is_due(self, num_more: int = 0) -> bool:
+        """False if ``ready_blocks`` would look at no token and find nothing, were so many more appended before."""
 
     def ready_blocks(self) -> list[int]:
         """Logical blocks with a counterpart for every token; looks at the tokens since the last call first."""

@@ -45,12 +45,21 @@ class RunMatcher(BlockMatcher):
         """The one choice of counterpart positions, int32 ``[tokens_per_block]``."""
         return [self._counterpart[logical_block * self._size : (logical_block + 1) * self._size]]
 
+    def is_due(self, num_more: int = 0) -> bool:
+        """See ``BlockMatcher.is_due``."""
+        return bool(self._ready) or self._history.num_tokens + num_more - self._processed >= self._stride
+
+    def protected_from(self) -> int:
+        """See ``BlockMatcher.protected_from``; steps are looked for now, since most looks at new tokens need none."""
+        if self._config.protected_steps:
+            self._history.segment(self._processed)
+        return super().protected_from()
+
     def _advance(self) -> None:
         end = self._history.num_tokens
         # Many tokens at a time: numpy's cost per call is then shared by them.
         if end - self._processed < self._stride:
             return
-        self._history.segment()
         self._grow(end)
         # A repeat is at least a slice away, so its older copy is in the table.
         for start in range(self._processed, end, self._stride):
@@ -78,7 +87,7 @@ class RunMatcher(BlockMatcher):
     def _shingle_hashes(self, start: int, end: int) -> list[int]:
         """Hashes of the shingles that end at positions ``start`` .. ``end - 1`` (fewer at the very beginning)."""
         width = self._config.shingle_tokens
-        tokens = self._history.token_ids[max(0, start - width + 1) : end].astype(np.uint64) + np.uint64(1)
+        tokens = self._history.token_ids[max(0, start - width + 1) : end].astype(np.uint64)
         if len(tokens) < width:
             return []
         # A weighted sum over each window, modulo 2**64: one call, five times as fast as windows times weights.
@@ -87,7 +96,10 @@ class RunMatcher(BlockMatcher):
     def _seek(self, position: int, end: int, keys: list[int], start: int) -> int:
         """Looks for the end of a known shingle from ``position`` on; returns where to go on."""
         first = end - len(keys)
-        for candidate in range(max(position, first), end):
+        position = max(position, first)
+        if self._last_end.keys().isdisjoint(keys[position - first :]):
+            return end  # as in most text
+        for candidate in range(position, end):
             earlier = self._last_end.get(keys[candidate - first])
             # Closer than this, both copies could sit in one block, and no run could be long enough.
             if earlier is None or candidate - earlier < self._stride:

@@ -37,6 +37,10 @@ class StepMatcher(BlockMatcher):
         slots = np.arange(self._size, dtype=np.int32)
         return [other * self._size + slots for other in self._choices[logical_block]]
 
+    def is_due(self, num_more: int = 0) -> bool:
+        """See ``BlockMatcher.is_due``."""
+        return bool(self._ready) or self._history.num_tokens + num_more > self._history.num_segmented
+
     def _advance(self) -> None:
         self._history.segment()
         starts = self._history.step_starts

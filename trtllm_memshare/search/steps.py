@@ -8,6 +8,7 @@ detokenized on the hot path.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,24 @@ class BoundaryTokens:
             opens_step=np.array([s in OPENERS for s in stripped]),
         )
 
+    @cached_property
+    def _roles(self) -> np.ndarray:
+        """What an id is good for as the token itself, the one before, and the one before that: uint8 ``[vocab, 3]``.
+
+        A step starts at a token in four cases, a bit each: behind the end of a line; behind that of a sentence, with
+        white space of its own; behind both; anywhere. It does where all three tokens have the bit of one case.
+        """
+        line, sentence, gap, opener = 1, 2, 4, 8
+        roles = np.full((len(self.blank), 3), [0, opener, line | sentence | opener], np.uint8)
+        roles[:, 0] |= np.where(self.blank, 0, line | gap).astype(np.uint8)
+        roles[self.spaced, 0] |= sentence
+        roles[self.opens_step, 0] |= opener
+        roles[self.ends_line | self.ends_wide, 1] |= line
+        roles[self.ends_sentence, 1] |= sentence
+        roles[self.blank, 1] |= gap
+        roles[self.ends_sentence, 2] |= gap
+        return roles
+
     def step_starts(self, token_ids: np.ndarray, first: int) -> np.ndarray:
         """Positions from ``first`` on at which a step starts.
 
@@ -71,15 +90,8 @@ class BoundaryTokens:
           follows at 2. Cut as "a", ".", " b" it has one at 2.
         """
         lead = min(first, 2)
-        window = token_ids[first - lead :]
-        padded = np.concatenate([np.full(2 - lead, window[0] if len(window) else 0, window.dtype), window])
-        current, previous, before = padded[2:], padded[1:-1], padded[:-2]
-        text = ~self.blank[current]
-        starts = (
-            ((self.ends_line[previous] | self.ends_wide[previous]) & text)
-            | (self.ends_sentence[previous] & self.spaced[current])
-            | (self.ends_sentence[before] & self.blank[previous] & text)
-            | self.opens_step[current]
-        )
-        found = np.flatnonzero(starts) + first
-        return found[found >= max(first, 1)]  # position 0 starts the first step by definition
+        roles = self._roles[token_ids[first - lead :]]
+        if lead < 2:
+            roles = np.concatenate([np.repeat(roles[:1], 2 - lead, 0), roles])
+        found = np.flatnonzero(roles[2:, 0] & roles[1:-1, 1] & roles[:-2, 2]) + first
+        return found if first else found[found > 0]  # position 0 starts the first step by definition

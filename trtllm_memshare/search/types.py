@@ -67,6 +67,9 @@ class Matcher(Protocol):
     def protected_from(self) -> int:
         """Position from which on nothing may be retired: recent tokens and recent whole steps."""
 
+    def is_due(self, num_more: int = 0) -> bool:
+        """False if ``ready_blocks`` would look at no token and find nothing, were so many more appended before."""
+
     def ready_blocks(self) -> list[int]:
         """Logical blocks with a counterpart for every token, oldest first."""
 

@@ -74,7 +74,7 @@ class PageDropper:
         self._step += 1
         try:
             self._running = {r.py_request_id: r for r in generation_requests}
-            self.pauses.look(self._running.keys())
+            self.pauses.look(self._running)
             if not (self.failures.is_off or self._switch.is_off(self._step)):
                 self._relieve([r for r in generation_requests if self._may_shrink(r)])
         except Exception as error:  # TensorRT-LLM's loop would end with it

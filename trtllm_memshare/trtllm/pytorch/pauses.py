@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
+from typing import Any
 
 
 class Pauses:
@@ -22,20 +22,28 @@ class Pauses:
     def __init__(self, is_suspended: Callable[[int], bool]) -> None:
         self._is_suspended = is_suspended
         self._running: set[int] = set()
+        self._active: Mapping[int, Any] = {}
         self.num = 0
 
-    def look(self, active: AbstractSet[int]) -> None:
-        """Notes who generates in this iteration; who did before and is suspended now has been paused."""
-        for request_id in self._running - active:
+    def look(self, active: Mapping[int, Any]) -> None:
+        """Notes who generates, by id; who did before and is suspended now has been paused.
+
+        The same object as before means that they are the same.
+        """
+        if active is self._active:
+            return
+        self._active = active
+        for request_id in self._running - active.keys():
             if self._is_suspended(request_id):
                 self.num += 1
                 self._running.discard(request_id)
-        self._running |= active
+        self._running.update(active)
 
     def freed(self, request_id: int, has_ended: bool) -> None:
         """A request's resources are freed: it has ended, or it is paused."""
         self.num += request_id in self._running and not has_ended
         self._running.discard(request_id)
+        self._active = {}
 
 
 class AvoidedPauses:

@@ -8,6 +8,7 @@ the low one: exact repeats first, then those needed least, none below a request'
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 from trtllm_memshare.trtllm.pytorch.wishes import Wishes
 
 _FEWEST = 4  # pages that are worth looking for
+_length = attrgetter("max_beam_num_tokens")
 
 Choice = list[tuple[int, list[int]]]
 """Logical pages that each request gives up."""
@@ -66,19 +68,21 @@ class Pressure:
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)
         self._size = manager.tokens_per_block
         self.stats = PressureStats(self._num_pages, config.low_watermark)
-        # Of this iteration's requests, in their order: ids, tokens, prompt tokens, share of its pages that each keeps.
+        # Of this iteration's requests, in their order: tokens, prompt tokens, share of its pages that each keeps.
         self._active: Mapping[int, Any] = {}
-        self._ids: list[int] = []
         self._lengths = self._prompts = np.zeros(0, np.int64)
         self._kept = np.zeros(0)
         self._floor_blocks: int | None = None  # what these hold at their floors
 
     def begin(self, active: Mapping[int, Any]) -> None:
-        """Takes the requests of this iteration that generate, by id; what each wishes is read when others run."""
-        count, self._active, self._floor_blocks = len(active), active, None
-        self._lengths = np.fromiter((r.max_beam_num_tokens for r in active.values()), np.int64, count)
-        if (ids := list(active)) != self._ids:
-            self._ids = ids
+        """Takes the requests of this iteration that generate, by id.
+
+        What each wishes is read when others run: the same object means that they are the same.
+        """
+        self._lengths = np.fromiter(map(_length, active.values()), np.int64, len(active))
+        self._floor_blocks = None
+        if active is not self._active:
+            count, self._active = len(active), active
             self._prompts = np.fromiter((r.orig_prompt_len for r in active.values()), np.int64, count)
             self._kept = np.fromiter(map(self._wishes.min_kept, active.values()), np.float64, count)
             for request_id in active if self._paused else ():
@@ -175,8 +179,8 @@ class Pressure:
             self.release()
 
     def _look_for_avoided(self, num_needed: int) -> None:
-        known = [k for i in self._ids if (k := self._requests.get(i)) is not None]
-        pages = dict(zip(self._ids, (-(-self._lengths // self._size)).tolist(), strict=True))
+        known = [k for i in self._active if (k := self._requests.get(i)) is not None]
+        pages = dict(zip(self._active, (-(-self._lengths // self._size)).tolist(), strict=True))
         self.stats.look_for_avoided(num_needed, [k.pages.num_given_up for k in known], pages)
 
     def _view(self, request: Any) -> PressureView | None:

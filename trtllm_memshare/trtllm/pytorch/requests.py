@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,24 @@ class KnownRequest:
     is_behind: bool = False
 
 
+class ActiveRequests:
+    """The requests of an iteration that are past their prompt: most of the time those of the one before."""
+
+    def __init__(self) -> None:
+        self._requests: list[Any] = []
+        self._by_id: dict[int, Any] = {}
+
+    def by_id(self, requests: Sequence[Any]) -> dict[int, Any]:
+        """By id, in their order; the very dictionary of the last call if the requests are the same objects."""
+        if requests != self._requests:
+            self._requests, self._by_id = list(requests), {r.py_request_id: r for r in requests}
+        return self._by_id
+
+    def clear(self) -> None:
+        """Lets go of them: one has been freed."""
+        self._requests, self._by_id = [], {}
+
+
 class KnownRequests:
     """The requests of one manager, kept in step with ours.
 
@@ -60,6 +78,8 @@ class KnownRequests:
         self._parked: dict[int, int] = {}  # paused requests: tokens that stage 1 has seen
         self._agenda = Agenda()  # when enough tokens may have gathered: a request grows by one an iteration at most
         self._late: set[int] = set()  # requests that were due in an iteration without them
+        self._active: Mapping[int, Any] = {}
+        self._order: dict[int, int] = {}
 
     def __getitem__(self, request_id: int) -> KnownRequest:
         return self._known[request_id]
@@ -78,13 +98,16 @@ class KnownRequests:
         reading each token as it comes. Requests began at different times, so no iteration has to look at all of them.
 
         Args:
-          active: TensorRT-LLM's requests of this iteration that are past their prompt, by id.
+          active: TensorRT-LLM's requests of this iteration that are past their prompt, by id; the same object as before
+            if they are the same.
           step: number of this iteration.
         """
-        due = self._late.union(self._agenda.due(step))
-        self._late = due - active.keys()
-        looked_at = (active.keys() - self._known.keys() - self._unshared) | due
-        for request_id in [i for i in active if i in looked_at] if looked_at else ():
+        looked_at = self._late.union(self._agenda.due(step))
+        if active is not self._active:
+            self._active, self._order = active, {request_id: place for place, request_id in enumerate(active)}
+            looked_at |= active.keys() - self._known.keys() - self._unshared
+        self._late = looked_at - active.keys()
+        for request_id in sorted(looked_at & active.keys(), key=self._order.__getitem__):
             request, known = active[request_id], self._known.get(request_id)
             if known is None:
                 known = self._admit(request)
@@ -102,6 +125,7 @@ class KnownRequests:
         request_id = request.py_request_id
         self._unshared.discard(request_id)
         self._late.discard(request_id)
+        self._active = {}
         self._agenda.forget(request_id)
         known, has_ended = (
             self._known.pop(request_id, None),

@@ -3,6 +3,12 @@
 The manager writes the positions of its list from left to right. A request that shares reads them in another order, some
 several times: ``row[..., positions]``. The gather knows nothing of the encoding of entries, needs no pinned memory of
 the manager's, and runs on the stream that fills the table, before a CUDA graph replays on it.
+
+Which entry goes where changes when a row is set or other requests run, not in every step: the index is kept. A step
+is two copies and one gather::
+
+    table row r        | width entries |  ->  | width entries | entries of the null pages |  ->  index  ->  table row r
+                        as written by it       ``_scratch``, row r of those that share
 """
 
 from __future__ import annotations
@@ -20,18 +26,28 @@ class RowMap:
       max_requests: most requests that share at once.
       width: entries of a table's row.
       device: of the table.
-
-    Attributes:
-      null_entries: int32 ``[num_pools, 2, num_bands]``, entries of the null pages, which positions from ``width`` on
-        name; None = there are none.
     """
 
     def __init__(self, max_requests: int, width: int, device: torch.device) -> None:
-        self._rows = torch.zeros((max_requests, width), dtype=torch.int32, device=device)
+        self._rows = torch.zeros((max_requests, width), dtype=torch.int64, device=device)
         self._changed: dict[int, np.ndarray] = {}  # by slot, until the next table
         self._slots: dict[int, int] = {}
         self._free = list(range(max_requests - 1, -1, -1))
-        self.null_entries: torch.Tensor | None = None
+        self._null_entries: torch.Tensor | None = None
+        self._ids: list[int] | None = None  # of the table that the index was made for; None = it has to be made
+        self._place: dict[int, int] = {}  # slot -> which of the rows that share, in the index
+        self._table_rows = self._begins = self._index = torch.zeros(0, dtype=torch.int64, device=device)
+        self._are_first = False  # the rows that share are the table's first ones
+        self._scratch = torch.zeros(0, dtype=torch.int32, device=device)
+
+    @property
+    def null_entries(self) -> torch.Tensor | None:
+        """int32 ``[num_pools, 2, num_bands]``, entries that positions from ``width`` on name; None = there are none."""
+        return self._null_entries
+
+    @null_entries.setter
+    def null_entries(self, entries: torch.Tensor | None) -> None:
+        self._null_entries, self._ids = entries, None
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._slots
@@ -41,6 +57,7 @@ class RowMap:
         slot = self._slots.get(request_id)
         if slot is None:
             slot = self._slots[request_id] = self._free.pop()
+            self._ids = None
         self._changed[slot] = positions
 
     def forget(self, request_id: int) -> None:
@@ -49,6 +66,7 @@ class RowMap:
         if slot is not None:
             self._changed.pop(slot, None)
             self._free.append(slot)
+            self._ids = None
 
     def gather(self, table: torch.Tensor, request_ids: Sequence[int]) -> int:
         """Rearranges the rows of requests that share; ids that are not known pass through.
@@ -62,32 +80,63 @@ class RowMap:
         """
         if not self._slots:
             return 0
-        self._flush()
-        slots = self._slots
-        pairs = [(row, slots[i]) for row, i in enumerate(request_ids) if i in slots]
-        if not pairs:
+        ids, width = list(request_ids), self._rows.shape[1]
+        changed = self._flush()
+        if ids != self._ids:
+            self._make_index(ids, table.shape[0])
+            self._ids = ids
+        elif renewed := [slot for slot in changed if slot in self._place]:
+            self._renew_index(renewed)
+        count = len(self._table_rows)
+        if not count:
             return 0
-        index = _on_device(torch.tensor(pairs, dtype=torch.int64), table.device)
-        rows, width = index[:, 0], self._rows.shape[1]
-        positions = self._rows[index[:, 1]].long()
-        old = table[:, rows, :, :width]
-        readable = old
-        if self.null_entries is not None:
-            null = self.null_entries[:, None].expand(-1, len(rows), -1, -1)
-            readable = torch.cat([old, null], 3)
-        table[:, rows, :, :width] = readable.gather(3, positions[None, :, None, :].expand(old.shape))
-        return len(pairs)
+        for pool, scratch in zip(table[..., :width], self._scratch, strict=True):
+            old = pool[:count] if self._are_first else pool.index_select(0, self._table_rows)
+            scratch[:count, :, :width].copy_(old)
+            new = scratch.view(-1).index_select(0, self._index).view(count, 2, width)
+            if self._are_first:
+                pool[:count].copy_(new)
+            else:
+                pool.index_copy_(0, self._table_rows, new)
+        return count
 
-    def _flush(self) -> None:
-        """One copy to the device for all rows that changed since the last table."""
+    def _make_index(self, ids: list[int], num_pools: int) -> None:
+        """Makes the index of a table with these requests in its first rows."""
+        slots = self._slots
+        pairs = np.array([(row, slots[i]) for row, i in enumerate(ids) if i in slots], np.int64).reshape(-1, 2)
+        device, width, count = self._rows.device, self._rows.shape[1], len(pairs)
+        self._are_first = bool((pairs[:, 0] == np.arange(count)).all())
+        pairs_there = on_device(torch.from_numpy(pairs), device)
+        self._table_rows = pairs_there[:, 0].contiguous()
+        bands = 0 if self.null_entries is None else self.null_entries.shape[2]
+        shape = (num_pools, len(self._rows), 2, width + bands)
+        if self._scratch.shape != shape:
+            self._scratch = torch.zeros(shape, dtype=torch.int32, device=device)
+            if self.null_entries is not None:
+                self._scratch[..., width:] = self.null_entries[:, None]
+        self._place = {slot: place for place, slot in enumerate(pairs[:, 1].tolist())}
+        self._begins = torch.arange(2 * count, device=device).view(count, 2, 1) * (width + bands)
+        self._index = (self._rows.index_select(0, pairs_there[:, 1])[:, None] + self._begins).view(-1)
+
+    def _renew_index(self, slots: list[int]) -> None:
+        """Brings the index up to date for rows that have changed; the same requests share."""
+        pairs = np.array([(self._place[slot], slot) for slot in slots], np.int64).reshape(-1, 2)
+        pairs_there = on_device(torch.from_numpy(pairs), self._rows.device)
+        rows = self._rows.index_select(0, pairs_there[:, 1])[:, None] + self._begins.index_select(0, pairs_there[:, 0])
+        self._index.view(len(self._place), 2, -1).index_copy_(0, pairs_there[:, 0], rows)
+
+    def _flush(self) -> list[int]:
+        """One copy to the device for all rows that changed since the last table; returns their slots."""
         if not self._changed:
-            return
-        slots = torch.tensor(list(self._changed), dtype=torch.int64)
-        rows = torch.from_numpy(np.stack(list(self._changed.values())).astype(np.int32))
-        self._rows.index_copy_(0, _on_device(slots, self._rows.device), _on_device(rows, self._rows.device))
+            return []
+        changed = list(self._changed)
+        slots = torch.tensor(changed, dtype=torch.int64)
+        rows = torch.from_numpy(np.stack(list(self._changed.values())).astype(np.int64))
+        self._rows.index_copy_(0, on_device(slots, self._rows.device), on_device(rows, self._rows.device))
         self._changed.clear()
+        return changed
 
 
-def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy through pinned memory, which torch keeps until the stream has read it: nothing here waits."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -40,7 +40,7 @@ from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
 from trtllm_memshare.trtllm.pytorch.pauses import Pauses
 from trtllm_memshare.trtllm.pytorch.pressure import Choice, Pressure
 from trtllm_memshare.trtllm.pytorch.rank_meetings import RankMeetings
-from trtllm_memshare.trtllm.pytorch.requests import KnownRequests
+from trtllm_memshare.trtllm.pytorch.requests import ActiveRequests, KnownRequests
 from trtllm_memshare.trtllm.pytorch.searcher import Pending, Searcher
 from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
@@ -117,6 +117,7 @@ class Sharing:
         self._meetings = None if agreement is None else RankMeetings(agreement, config.search_interval)
         self.pauses = Pauses(backend.is_suspended)
         self._pending: Pending | None = None
+        self._batch = ActiveRequests()
         self._lost: dict[int, Any] = {}  # requests whose rows cannot be vouched for, not ended yet
         self._step = 0
         self.num_tables = 0
@@ -136,8 +137,8 @@ class Sharing:
         """
         started, disagreed = time.perf_counter(), False
         try:
-            active = {r.py_request_id: r for r in generation_requests}
-            self.pauses.look(active.keys())
+            active = self._batch.by_id(generation_requests)
+            self.pauses.look(active)
             self._rows.cross(self._step)
             if not self.failures.is_off and self._is_ready(generation_requests):
                 self._advance(active)
@@ -178,6 +179,7 @@ class Sharing:
     def forget(self, request: Any) -> None:
         """Lets go of a request whose resources are freed; raises nothing."""
         request_id = request.py_request_id
+        self._batch.clear()
         try:
             if not getattr(request, "is_dummy_request", False):
                 self.pauses.freed(request_id, getattr(request.state, "name", "") == "GENERATION_COMPLETE")
@@ -241,8 +243,7 @@ class Sharing:
 
     def _apply(self, decisions: list[Decision], active: Container[int]) -> None:
         kept = {id(c) for c in self._searcher.only_active([d.candidate for d in decisions], active)}
-        decisions = [d for d in decisions if id(d.candidate) in kept]
-        if not decisions:
+        if not (decisions := [d for d in decisions if id(d.candidate) in kept]):
             return
         if not self._config.shares:
             self.manager.count_shadow(decisions)

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest
+from trtllm_memshare.trtllm.pytorch.row_map import on_device
 
+_AT_ONCE = 8  # pages that are copied together: they need room for as many beside the pool, and two kernels
 _MAX_AHEAD = 2  # tokens that may have a slot before the host knows them: the one in flight, and the next
 
 
@@ -30,6 +34,8 @@ class TailSwap:
     def __init__(self, backend: CacheBackend, tokens_at_once: int, wait_for_table: Callable[[], None]) -> None:
         self._backend, self._wait_for_table = backend, wait_for_table
         self._size = backend.pool.shape[4]
+        # Eight bytes at a time, whatever the elements are; a view, or an error.
+        self._pages = backend.pool.view(backend.pool.shape[0], -1).view(torch.int64)
         self._slack = tokens_at_once + _MAX_AHEAD
         self.num_copies = 0
 
@@ -61,10 +67,9 @@ class TailSwap:
           RuntimeError: the manager's list is not what its calls imply; the request's row cannot be vouched for.
         """
         pages = self.synchronise(known)
-        pool = self._backend.pool
-        for source, target in known.pages.give_up(blocks):
-            pool[pages[target]].copy_(pool[pages[source]], non_blocking=True)
-            self.num_copies += 1
+        moves = [(pages[source], pages[target]) for source, target in known.pages.give_up(blocks)]
+        self._copy(moves)
+        self.num_copies += len(moves)
         self._wait_for_table()
         self._backend.shrink(known.request_id, len(blocks))
         left = self._backend.pages(known.request_id)
@@ -73,3 +78,12 @@ class TailSwap:
                 f"request {known.request_id} had pages {pages}, {len(blocks)} were dropped from the end, but the KV "
                 f"cache manager now lists {left}"
             )
+
+    def _copy(self, moves: list[tuple[int, int]]) -> None:
+        """Copies pages of the pool, (from, to); none is both."""
+        if not moves:
+            return
+        sources, targets = on_device(torch.tensor(moves).T.contiguous(), self._pages.device)
+        for start in range(0, len(moves), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            self._pages.index_copy_(0, targets[some], self._pages.index_select(0, sources[some]))
