@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 import subprocess
 import sys
 
@@ -92,6 +93,60 @@ def test_what_cannot_be_read_is_named(gguf_file, tmp_path):
     with pytest.raises(UserError, match="has architecture GPT2LMHeadModel, expected one of LlamaForCausalLM"):
         convert_gguf(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj.weight"),
+        ("blk.0.attn_k.bias", "model.layers.0.self_attn.k_proj.bias"),
+        ("output_norm.weight", "model.norm.weight"),
+        ("token_embd.weight", "model.embed_tokens.weight"),
+    ],
+)
+def test_a_file_that_lacks_a_tensor_gives_no_random_weights(tmp_path, name, lost):
+    file = write_tiny_gguf(tmp_path / "x.gguf", leave_out=name)
+    with pytest.raises(UserError, match=rf"x.gguf lacks the tensor of {lost} \(download it again\)"):
+        convert_gguf(file, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_an_output_layer_that_is_left_out_is_the_embedding_as_in_llama_cpp(tmp_path):
+    folder = convert_gguf(write_tiny_gguf(tmp_path / "x.gguf", leave_out="output.weight"), tmp_path / "out")
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+
+
+def header(*pairs: bytes, tensors: tuple[str, ...] = ()) -> bytes:
+    """A GGUF header with these pairs and tensors of one element."""
+    infos = [string(name) + struct.pack("<IQIQ", 1, 1, 0, 0) for name in tensors]
+    return b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(pairs)) + b"".join((*pairs, *infos)) + bytes(64)
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GGUF", r"is damaged: its header goes on for 4 bytes at byte 4 of 4"),
+        (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), r"its version must be one of \(2, 3\), got 4"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**62), r"its header goes on for 8 bytes at byte 24 of 24"),
+        (header(string("x") + struct.pack("<IIQ", 9, 0, 2**60)), rf"4,000,000 elements in all at most, got one of {2**60}"),
+        (header(string("x") + struct.pack("<IIQ", 9, 10, 3_000_000)), r"goes on for 24000000 bytes"),
+        (header(string("x") + struct.pack("<IIQ", 9, 9, 1)), r"an array of arrays"),
+        (header(string("x") + struct.pack("<IQ", 8, 2**63)), r"goes on for 9223372036854775808 bytes"),
+        (header(string("x") + struct.pack("<I", 99)), r"a value has the unknown type 99"),
+        (header(string("a.block_count") + struct.pack("<II", 4, 2**25), tensors=("blk.0.x", "blk.1.x")),
+         r"its block_count is 33554432, its tensors are of 2 blocks"),
+    ],
+)  # fmt: skip
+def test_headers_that_announce_what_is_not_there(tmp_path, content, message):
+    """The library follows any length: it would take all memory, or build millions of layers."""
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        checkpoint_of_gguf(tmp_path / "x.gguf")
 
 
 def test_missing_packages_are_named(gguf_file, tmp_path, monkeypatch):

@@ -95,7 +95,9 @@ def _save_plain(gguf_file: Path, folder: Path) -> None:
         name = NAMES.get(config.model_type, config.model_type)
         if name not in SUPPORTED:
             raise UserError(f"{gguf_file} has architecture {name}, expected one of {', '.join(SUPPORTED)}")
-        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        read, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:  # transformers has put random numbers there
+            raise UserError(f"{gguf_file} lacks the tensor of {min(report['missing_keys'])} (download it again)")
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except UserError:
         raise

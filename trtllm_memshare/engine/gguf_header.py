@@ -12,6 +12,7 @@ Layout, little-endian (ggml's docs/gguf.md, versions 2 and 3)::
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -27,7 +28,9 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by its type's number."""
 _STRING, _ARRAY = 8, 9
+_COUNTS = (4, 5, 10, 11)  # types of integers of 4 and 8 bytes
 _MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
+_BLOCK = re.compile(rb"blk\.(\d{1,4})\.")
 
 
 def check_gguf_header(path: Path) -> None:
@@ -59,12 +62,17 @@ class _Header:
         if version not in _VERSIONS:
             raise ValueError(f"its version must be one of {_VERSIONS}, got {version}")
         num_tensors, num_pairs = self._take("<QQ")
+        announced, stored = None, 0
         for _ in range(num_pairs):  # ends where the data ends: each takes at least 12 bytes
-            self._skip_string()
+            key = self._take_string()
             (kind,) = self._take("<I")
+            start = self._place
             self._skip_values(kind, 1)
+            if kind in _COUNTS and key.endswith(b".block_count"):
+                announced = int.from_bytes(self._data[start : self._place], "little")
         for _ in range(num_tensors):
-            self._skip_string()
+            if found := _BLOCK.match(self._take_string()):
+                stored = max(stored, int(found[1]) + 1)
             (dimensions,) = self._take("<I")
             if dimensions > _MAX_DIMENSIONS:
                 raise ValueError(f"a tensor must have at most {_MAX_DIMENSIONS} dimensions, got {dimensions}")
@@ -72,6 +80,8 @@ class _Header:
             _, offset = self._take("<IQ")
             if offset > self._file_size:
                 raise ValueError(f"a tensor begins at byte {offset}, of {self._file_size}")
+        if announced is not None and stored and announced != stored:  # each is built before a weight is read
+            raise ValueError(f"its block_count is {announced}, its tensors are of {stored} blocks")
 
     def _skip_values(self, kind: int, count: int) -> None:
         if kind in _SCALARS:
@@ -93,6 +103,11 @@ class _Header:
     def _skip_string(self) -> None:
         (length,) = self._take("<Q")
         self._skip(length)
+
+    def _take_string(self) -> bytes:
+        start = self._place + 8  # behind the length
+        self._skip_string()
+        return self._data[start : self._place]
 
     def _skip(self, num_bytes: int) -> None:
         if num_bytes > len(self._data) - self._place:
