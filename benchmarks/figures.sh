@@ -36,6 +36,7 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" benchmarks/vs_transformers.py --engine-dir "$engine" --repeat 3 --output-json "$results/vs_transformers.json"
 "$python" benchmarks/search_cost.py --output-json "$results/search_cost.json"
 "$python" benchmarks/queue_cost.py --output-json "$results/queue_cost.json"
+"$python" benchmarks/sampling_cost.py --output-json "$results/sampling_cost.json"
 "$python" benchmarks/redundancy.py benchmarks/data/traces/r1_aime24.jsonl benchmarks/data/traces/r1_math500.jsonl \
   "$results/evaluation.texts.jsonl" "$results/hard.texts.jsonl" --output-json "$results/redundancy.json"
 # Share against accuracy, on the problems that settings were chosen on.

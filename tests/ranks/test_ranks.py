@@ -175,7 +175,7 @@ def test_what_goes_wrong_on_the_rank_that_samples_is_known_to_all(monkeypatch):
     shared = {}
     states = [RequestState(0, [1], SamplingParams(temperature=0.5), RequestHandle(0))]
     last, first = (RankedSampler(OneOf(r, 2, shared), root=1) for r in (1, 0))
-    monkeypatch.setattr(last, "_sample_row", lambda *_: 1 / 0)
+    monkeypatch.setattr(last, "_uniform", lambda *_: 1 / 0)
     for sampler in (last, first):
         assert sampler.sample(torch.tensor([[0.0, 3.0]]), states) == [-1]
         assert "ZeroDivisionError" in str(sampler.errors[0])

@@ -73,10 +73,10 @@ def test_a_mask_of_minus_infinity_is_no_error(boundaries):
 class RaisingSampler(Sampler):
     """Raises for requests with seed 13, where a bug in one request's parameters would."""
 
-    def _sample_row(self, logits, request, is_scaled):
+    def _uniform(self, request):
         if request.params.seed == 13:
             raise ArithmeticError("no probability")
-        return super()._sample_row(logits, request, is_scaled)
+        return super()._uniform(request)
 
 
 def test_an_error_in_choosing_a_token_is_one_request_s(boundaries):

@@ -1,4 +1,4 @@
-"""Chooses next tokens: greedy rows in one call, sampled rows with a generator of their own.
+"""Chooses next tokens: greedy rows in one call, sampled rows in another, each with a generator of its own.
 
 A row that asks for it goes through temperature, then repetition, presence and frequency penalties, then bans, in
 TensorRT-LLM's order and with its meaning: penalties count the prompt's tokens too.
@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.functional import cross_entropy
 
+from trtllm_memshare.serving.drawing import MIN_TEMPERATURE, Draw, draw_tokens
 from trtllm_memshare.serving.request import RequestState, SamplingParams
 
-_MIN_TEMPERATURE = 1e-6  # below it float32 logits divide to infinity, and softmax gives NaN
 NO_TOKEN = -1
 """What a row gives that has no next token: its logits are not finite, or choosing failed. The request ends then."""
 _Result = TypeVar("_Result")
@@ -54,12 +54,22 @@ class Sampler:
                     logits[row] = shaped
             chosen = logits.argmax(-1)
         tokens: list[int] = torch.where(is_broken, NO_TOKEN, chosen).tolist()
-        for row, request in enumerate(requests):
-            if row in changed and changed[row] is None:
+        for row, shaped in changed.items():
+            if shaped is None:
                 tokens[row] = NO_TOKEN
-            elif request.params.temperature > 0 and tokens[row] != NO_TOKEN:
-                token = self._guard(request, self._sample_row, logits[row], request, row in changed)
-                tokens[row] = NO_TOKEN if token is None else token
+        drawn = [r for r, q in enumerate(requests) if q.params.temperature > 0 and tokens[r] != NO_TOKEN]
+        draws = dict[int, Draw]()
+        for row in drawn:
+            uniform = self._guard(requests[row], self._uniform, requests[row])
+            if uniform is None:
+                tokens[row] = NO_TOKEN
+                continue
+            params = requests[row].params
+            temperature = 1.0 if row in changed else params.temperature  # a shaped row has its temperature
+            draws[row] = Draw(temperature, params.top_k, params.top_p, uniform)
+        if draws:
+            for row, token in zip(draws, draw_tokens(logits[list(draws)], list(draws.values())), strict=True):
+                tokens[row] = token
         return tokens
 
     def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
@@ -84,7 +94,7 @@ class Sampler:
         """``row`` after temperature, penalties and bans. Bans that would leave no token are not applied."""
         params = request.params
         if params.temperature > 0:
-            row = row / max(params.temperature, _MIN_TEMPERATURE)
+            row = row / max(params.temperature, MIN_TEMPERATURE)
         if params.penalizes:
             counts = self._counts.get(request.request_id)
             if counts is None:
@@ -96,25 +106,12 @@ class Sampler:
             row = shaped if shaped.max() > -torch.inf else row
         return row
 
-    def _sample_row(self, logits: torch.Tensor, request: RequestState, is_scaled: bool) -> int:
-        params = request.params
+    def _uniform(self, request: RequestState) -> float:
+        """The next number in [0, 1) of the request's own generator."""
         generator = self._generators.get(request.request_id)
         if generator is None:
-            generator = self._generators[request.request_id] = torch.Generator().manual_seed(params.seed)
-        if not is_scaled:
-            logits = logits / max(params.temperature, _MIN_TEMPERATURE)
-        ordered, ids = logits.cpu().sort(descending=True, stable=True)
-        ordered = ordered - ordered[0]  # a tiny temperature must not reach infinity less infinity
-        if params.top_k:
-            ordered[params.top_k :] = -torch.inf
-        probabilities = ordered.softmax(-1)
-        if params.top_p < 1:
-            # A token stays while those before it have not reached top_p: the first one always does.
-            before = probabilities.cumsum(-1) - probabilities
-            cut = before >= params.top_p
-            cut[0] = False  # float32 rounds a tiny top_p to 0
-            probabilities[cut] = 0
-        return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+            generator = self._generators[request.request_id] = torch.Generator().manual_seed(request.params.seed)
+        return float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 class TokenCounts:
