@@ -9,16 +9,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 
-from trtllm_memshare.errors import UserError, read_text
+from trtllm_memshare.errors import UserError, quote, read_text, shorten
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
 from trtllm_memshare.triton.inputs import TEXT_NAMES
 from trtllm_memshare.triton.metrics import ExecutorCollector
 from trtllm_memshare.triton.repository import RepositoryOptions, deployment_limits
 from trtllm_memshare.triton.request_metrics import RequestMetrics
+from trtllm_memshare.triton.server import check_port
 from trtllm_memshare.triton.service import ExecutorService, LocalCall
 from trtllm_memshare.triton.tensors import RequestTensors
 from trtllm_memshare.triton.text_service import TextLimits, TextService
@@ -27,6 +29,7 @@ from trtllm_memshare.triton.token_requests import Limits
 
 API_KEY_VARIABLE = "MEMSHARE_API_KEY"
 _CHECK_S, _ANSWER_S = 0.5, 1.0
+_MAX_DRAIN_S = 86_400
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -42,6 +45,9 @@ def main(command: str, arguments: list[str]) -> None:
         from trtllm_memshare.triton.openai_app import Endpoint, make_app
     except ImportError as error:
         raise UserError(f"serve --engine-dir needs {error.name} (pip install 'trtllm-memshare[serve]')") from error
+    check_port("--port", options.host, options.port)
+    if not 0 <= options.drain_seconds <= _MAX_DRAIN_S:
+        raise UserError(f"--drain-seconds must be between 0 and {_MAX_DRAIN_S}, got {quote(options.drain_seconds)}")
     engine = load_engine(options.engine_dir)
     deployment = deployment_limits(
         engine,
@@ -59,6 +65,7 @@ def main(command: str, arguments: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     if options.chat_template is not None:
         tokenizer.chat_template = read_text(options.chat_template, "--chat-template")
+        _check_template(tokenizer, options.chat_template)
     executor, description = make_executor(engine, deployment.num_blocks, options.batch_scheduler_policy)
     registry = CollectorRegistry()
     metrics = RequestMetrics(registry)
@@ -99,6 +106,16 @@ def main(command: str, arguments: list[str]) -> None:
         # uvicorn raises the signal once more after draining; it must not end the process before the executor is left.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run()
+
+
+def _check_template(tokenizer: Any, path: Path) -> None:
+    """Raises UserError for a template that no conversation could be put into."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(f"--chat-template {shorten(str(path))} is no template: {shorten(str(error))}") from error
+    except Exception:
+        return  # it may refuse this conversation and take others
 
 
 def _end_when(has_failed: Any) -> None:

@@ -123,7 +123,7 @@ def deployment_limits(engine: Engine, options: RepositoryOptions) -> Deployment:
     build = engine.build
     size, longest = build.tokens_per_block, build.max_seq_len
     one_request = -(-longest // size)
-    blocks = options.kv_cache_blocks or one_request * build.max_batch_size
+    blocks = one_request * build.max_batch_size if options.kv_cache_blocks is None else options.kv_cache_blocks
     if blocks < one_request:
         raise UserError(
             f"--kv-cache-blocks must hold one request of max_seq_len {longest}: {one_request} blocks of {size} tokens, "

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import trtllm_memshare
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote, shorten
 from trtllm_memshare.triton.llmapi_repository import llmapi_environment
 from trtllm_memshare.triton.repository import flavour_of
 from trtllm_memshare.triton.runtime import (
@@ -124,22 +124,30 @@ def server_command(
 
 
 def check_ports(ports: Ports, host: str) -> None:
-    """Refuses ports that something listens on, before anything is loaded.
+    """Refuses ports that cannot be listened on. Raises UserError: names the port."""
+    for name in ("http", "grpc", "metrics"):
+        check_port(f"--{name}-port", host, getattr(ports, name))
+
+
+def check_port(option: str, host: str, port: int) -> None:
+    """Refuses a port that something listens on, and what is no port or address, before anything is loaded.
 
     Raises:
       UserError: names the port.
     """
-    for name in ("http", "grpc", "metrics"):
-        port = getattr(ports, name)
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise UserError(
-                    f"--{name}-port {port} on {host} cannot be used: {error.strerror} (stop what listens there, or "
-                    f"choose another port)"
-                ) from error
+    if not host:
+        raise UserError("--host must be an address, got none (127.0.0.1, or 0.0.0.0 for all of this machine's)")
+    if not 0 <= port <= 65535:
+        raise UserError(f"{option} must be between 0 and 65535, got {quote(port)}")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"{option} {port} on {shorten(host)} cannot be used: {error.strerror} (stop what listens there, or "
+                f"choose another one)"
+            ) from error
 
 
 def server_environment(server: Server, repository: Path, runtime: Path) -> dict[str, str]:
