@@ -170,10 +170,10 @@ class Raising(Sampler):
             raise self._error
         return super()._shape(row, request)
 
-    def _sample_row(self, logits, request, is_scaled):
+    def _uniform(self, request):
         if self._where == "sample" and request.params.seed == 13:
             raise self._error
-        return super()._sample_row(logits, request, is_scaled)
+        return super()._uniform(request)
 
 
 ERRORS = [

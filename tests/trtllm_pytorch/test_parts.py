@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch import wrap
 from trtllm_memshare.trtllm.pytorch.page_list import PageList
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap
+from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 from trtllm_memshare.trtllm.pytorch.wrap import merge_options, place_option
 
 ROOT = Path(trtllm_memshare.__file__).parents[1]
@@ -68,6 +70,22 @@ def test_a_page_cannot_be_given_up_twice():
     pages.give_up([1])
     with pytest.raises(RuntimeError, match="must be distinct and have pages"):
         pages.give_up([1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_pages_of_any_element_type_are_copied_whole(dtype):
+    """More of them than are copied together; pages that are in no move stay as they are."""
+    width = 4 * torch.empty(0, dtype=dtype).element_size()
+    content = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3, 8, width)).astype(np.uint8))
+    pool = content.clone().view(dtype)
+    tail = TailSwap(SimpleNamespace(pool=pool), 4, lambda: None)
+    moves = [(14 + i, i) for i in range(0, 10)]
+    tail._copy(moves)
+    tail._copy([])
+    expected = content.clone()
+    for source, target in moves:
+        expected[target] = content[source]
+    assert torch.equal(pool.view(torch.uint8), expected)
 
 
 def test_only_rows_of_known_requests_are_rearranged():

@@ -43,9 +43,9 @@ class PageList:
 
     def extend(self, num_blocks: int) -> None:
         """Takes over the pages that the manager appended: its list grows at the end as logical blocks begin."""
-        for block in range(len(self.position), num_blocks):
-            self.position.append(len(self.block_at))
-            self.block_at.append(block)
+        new = range(len(self.position), num_blocks)
+        self.position.extend(range(len(self.block_at), len(self.block_at) + len(new)))
+        self.block_at.extend(new)
 
     def give_up(self, blocks: list[int]) -> list[tuple[int, int]]:
         """Drops pages of logical blocks.

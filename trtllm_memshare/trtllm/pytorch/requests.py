@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -106,8 +107,9 @@ class KnownRequests:
         if active is not self._active:
             self._active, self._order = active, {request_id: place for place, request_id in enumerate(active)}
             looked_at |= active.keys() - self._known.keys() - self._unshared
-        self._late = looked_at - active.keys()
-        for request_id in sorted(looked_at & active.keys(), key=self._order.__getitem__):
+        here = [request_id for request_id in looked_at if request_id in active]
+        self._late = looked_at.difference(here)
+        for request_id in sorted(here, key=self._order.__getitem__):
             request, known = active[request_id], self._known.get(request_id)
             if known is None:
                 known = self._admit(request)
@@ -188,4 +190,4 @@ def _tokens_from(request: Any, first: int, count: int) -> list[int]:
     get_token = getattr(request, "get_token", None)
     if get_token is None:
         return list(request.get_tokens(_BEAM)[first:count])
-    return [get_token(_BEAM, position) for position in range(first, count)]
+    return list(map(get_token, repeat(_BEAM), range(first, count)))

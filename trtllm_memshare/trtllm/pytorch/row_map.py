@@ -29,7 +29,7 @@ class RowMap:
     """
 
     def __init__(self, max_requests: int, width: int, device: torch.device) -> None:
-        self._rows = torch.zeros((max_requests, width), dtype=torch.int64, device=device)
+        self._rows = torch.zeros((max_requests, width), dtype=torch.int32, device=device)
         self._changed: dict[int, np.ndarray] = {}  # by slot, until the next table
         self._slots: dict[int, int] = {}
         self._free = list(range(max_requests - 1, -1, -1))
@@ -115,7 +115,8 @@ class RowMap:
             if self.null_entries is not None:
                 self._scratch[..., width:] = self.null_entries[:, None]
         self._place = {slot: place for place, slot in enumerate(pairs[:, 1].tolist())}
-        self._begins = torch.arange(2 * count, device=device).view(count, 2, 1) * (width + bands)
+        begins = torch.arange(2 * count, dtype=torch.int32, device=device) * (width + bands)
+        self._begins = begins.view(count, 2, 1)
         self._index = (self._rows.index_select(0, pairs_there[:, 1])[:, None] + self._begins).view(-1)
 
     def _renew_index(self, slots: list[int]) -> None:
@@ -131,7 +132,7 @@ class RowMap:
             return []
         changed = list(self._changed)
         slots = torch.tensor(changed, dtype=torch.int64)
-        rows = torch.from_numpy(np.stack(list(self._changed.values())).astype(np.int64))
+        rows = torch.from_numpy(np.stack(list(self._changed.values())).astype(np.int32))
         self._rows.index_copy_(0, on_device(slots, self._rows.device), on_device(rows, self._rows.device))
         self._changed.clear()
         return changed
