@@ -133,7 +133,7 @@ def string(text: str) -> bytes:
         (b"GGUF", r"is damaged: its header goes on for 4 bytes at byte 4 of 4"),
         (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), r"its version must be one of \(2, 3\), got 4"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**62), r"its header goes on for 8 bytes at byte 24 of 24"),
-        (header(string("x") + struct.pack("<IIQ", 9, 0, 2**60)), rf"4,000,000 elements in all at most, got one of {2**60}"),
+        (header(string("x") + struct.pack("<IIQ", 9, 0, 2**60)), rf"4,000,000 elements in all .* got one of {2**60}"),
         (header(string("x") + struct.pack("<IIQ", 9, 10, 3_000_000)), r"goes on for 24000000 bytes"),
         (header(string("x") + struct.pack("<IIQ", 9, 9, 1)), r"an array of arrays"),
         (header(string("x") + struct.pack("<IQ", 8, 2**63)), r"goes on for 9223372036854775808 bytes"),
