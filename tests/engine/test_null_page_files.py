@@ -55,6 +55,7 @@ def test_a_model_without_null_pages_is_built_all_the_same_where_the_runner_skips
     (model_dir / "calibration.txt").write_text(TEXT)
     engine = build_engine(plan(model_dir, tmp_path / "engine"))
     assert "null pages: none: no null page is found for layer" in summarize(engine)
+    assert "leaves pages that were given up out of attention" in summarize(engine)
     assert open_runner(engine, 30, "cpu").null_pages is None
     with pytest.raises(UserError, match="no null page is found for layer"):
         build_engine(plan(model_dir, tmp_path / "reads", read_null=True))

@@ -44,7 +44,10 @@ def _null_page_lines(engine: Engine) -> list[str]:
         return ["null pages: will be calibrated with the build"]
     from trtllm_memshare.engine.null_page_files import describe_null_pages
 
-    return [f"null pages: {describe_null_pages(engine.engine_dir)}"]
+    described = describe_null_pages(engine.engine_dir)
+    if described.startswith("none") and engine.backend == "torch":
+        described += "; the torch runner leaves pages that were given up out of attention, which comes to the same"
+    return [f"null pages: {described}"]
 
 
 def describe_sharing(config: MemShareConfig) -> str:
