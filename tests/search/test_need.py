@@ -72,3 +72,13 @@ def test_unknown_names_and_missing_facts():
         page_need("surprise", ALL)
     with pytest.raises(ValueError, match="need surprisal-redundancy reads surprisal, redundancy, got no surprisal"):
         page_need("surprisal-redundancy", facts(redundancy=[0.9, 0.6, 0.6]))
+
+
+@pytest.mark.parametrize("others", [[np.nan], [10.0], [np.inf]])
+def test_a_page_of_unknown_surprisal_is_ranked_by_its_redundancy(others):
+    """Whether anything is known of its neighbours or not: repeats go first, and nobody's need is unknown."""
+    known = facts(redundancy=[0.95, 0.2, 0.5], surprisal=[np.nan, np.nan, *others])
+    need = page_need("surprisal-led-redundancy", known)
+    assert np.isfinite(need).all()
+    assert need[0] < need[1]
+    assert need[0] < need[2]

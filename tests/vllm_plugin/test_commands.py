@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm import V2_VARIABLE
 from trtllm_memshare.vllm.commands import engine_arguments, main
 
 
@@ -49,7 +50,9 @@ def test_an_unknown_command_names_the_nearest():
 @pytest.mark.parametrize(("command", "ours"), [(["serve", "m"], True), (["bench", "serve"], False)])
 def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, ours):
     program = tmp_path / "vllm"
-    program.write_text('#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\nexit 3\n')
+    program.write_text(
+        '#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\necho "V2 $VLLM_USE_V2_MODEL_RUNNER"\nexit 3\n'
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     path = {"PATH": f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin"}
     code = (
@@ -58,8 +61,10 @@ def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, o
     )
     ran = subprocess.run(
         [sys.executable, "-c", code, "vllm", *command, *(["--null-pages", "x"] if ours else [])],
-        env={**os.environ, **path}, capture_output=True, text=True, check=False,
+        env={**{k: v for k, v in os.environ.items() if k != V2_VARIABLE}, **path},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 3, ran.stderr
     assert ("--scheduler-cls" in ran.stdout) == ours
     assert ("metrics /" in ran.stdout) == ours
+    assert "V2 0" in ran.stdout  # on a GPU vLLM would choose its runner V2

@@ -216,3 +216,19 @@ def test_room_that_a_waiting_request_missed_is_made_before_the_next_step() -> No
     assert not update.null_entries
     host.relief.begin_step([request], MemShareUpdate(), host.blocks.num_free + 2)
     assert len(retired(host, "a")) >= 2
+
+
+def test_pages_that_were_asked_about_in_the_step_of_a_preemption_are_asked_about_again() -> None:
+    """vLLM preempts after we have asked, and the question goes with the blocks."""
+    host = Host(42, min_kept=0.0, need="redundancy", high_watermark=0.3, low_watermark=0.3)
+    request = host.add("a", 4, 39)
+    update = MemShareUpdate()
+    host.relief.begin_step([request], update)
+    asked = update.asked["a"]
+    assert asked
+    update.keep_only(set())
+    host.relief.lose_blocks("a")
+    again = MemShareUpdate()
+    host.relief.begin_step([request], again)
+    assert again.asked["a"] == [page for page in asked if page in again.asked["a"]]
+    assert again.asked["a"]

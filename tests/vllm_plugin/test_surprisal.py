@@ -23,6 +23,8 @@ class Runner:
         self.sampler = SimpleNamespace(forward=self._sample)
         self.query_start_loc = self._buffer(9)
         self.slots = self._buffer(16)
+        discarded = torch.zeros(8, dtype=torch.bool)
+        self.discard_request_mask = SimpleNamespace(gpu=discarded, np=discarded.numpy())
         self.input_batch = SimpleNamespace(block_table=[SimpleNamespace(slot_mapping=self.slots)])
 
     @staticmethod
@@ -63,6 +65,19 @@ def test_a_page_has_the_surprisal_of_its_own_tokens_and_no_others():
     # The blocks go to a request that reads its text: what was there is gone.
     runner.step([slots[4:8]], torch.randn(1, VOCABULARY, generator=draw))
     assert np.isnan(surprisal.of_pages(table, [1])[0])
+
+
+def test_what_vllm_discards_and_what_had_no_probability_is_not_known():
+    runner = Runner()
+    surprisal = SampledSurprisal(runner, BLOCKS * SIZE, SIZE, "0.32")
+    for slot in range(7):
+        logits = torch.zeros(1, VOCABULARY)
+        if slot == 5:
+            logits[0, 3] = -torch.inf  # and the sampler takes the least likely one
+        runner.discard_request_mask.np[0] = slot == 4
+        runner.step([[slot]], logits)
+    # Of the page's four tokens two are known, each one in ten.
+    assert surprisal.of_pages([0, 1], [1])[0] == pytest.approx(4 * np.log(VOCABULARY), rel=1e-5)
 
 
 def test_reports_have_surprisal_of_what_was_asked_about():

@@ -18,6 +18,7 @@ import numpy as np
 from trtllm_memshare.errors import UserError, nearest
 
 IMPORTANCE_WEIGHT = 0.1  # lambda of R-KV
+_MIDDLING = 0.5  # importance of a page, on the scale of the most important one, where that of none is known
 LED_WEIGHT = 0.25
 """Of surprisal against redundancy from signatures, whose cosines spread wider than those of whole keys. Chosen on ten
 texts that are in no table: they keep 0.97 of the pages of facts stated once, 0.91 with a tenth."""
@@ -82,9 +83,15 @@ def page_need(name: str, facts: PageFacts) -> np.ndarray:
 
 
 def _relative(importance: np.ndarray) -> np.ndarray:
-    """Importance on the scale of the most important page; zeros where nothing is important."""
-    top = np.fmax.reduce(importance, initial=0.0)  # past what is not known
-    return importance / top if top > 0 else np.zeros_like(importance)
+    """Importance on the scale of the most important page; zeros where nothing is important.
+
+    A page whose importance is not known has that of a middling page, so that the other facts decide over it.
+    """
+    is_known = np.isfinite(importance)
+    known = importance[is_known]
+    top = known.max(initial=0.0)
+    relative = importance / top if top > 0 else np.zeros_like(importance)
+    return np.where(is_known, relative, relative[is_known].mean() if len(known) else _MIDDLING)
 
 
 def _with_redundancy(importance: np.ndarray, redundancy: np.ndarray, weight: float = IMPORTANCE_WEIGHT) -> np.ndarray:

@@ -22,7 +22,7 @@ from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import save_null_pages
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import parse_json
-from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm import SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
 _WITH_ENGINE = {"bench": ("throughput", "latency")}
@@ -79,6 +79,7 @@ def _wrap(arguments: list[str]) -> None:
         print("memshare: this benchmark is a client, the server has the settings")
     line = [*_program(), *(engine_arguments(arguments) if runs_engine else arguments)]
     environment = {k: v for k, v in os.environ.items() if k != CONFIG_VARIABLE}  # it is in the arguments now
+    environment.setdefault(V2_VARIABLE, "0")  # on a GPU vLLM would take its runner V2, which tells nothing of pages
     with tempfile.TemporaryDirectory(prefix="memshare-metrics-") as folder:
         if arguments[0] == "serve":
             # The scheduler's process and the API server's write their metrics into one folder.

@@ -85,6 +85,7 @@ class RequestPages:
         self.to_retire_again = sorted({*self.retired, *self.to_retire_again})
         self.retired = []
         self.band = 0
+        self.num_asked = 0  # what was asked in this step, nobody answers
 
 
 def _known(values: np.ndarray, pages: np.ndarray) -> np.ndarray:

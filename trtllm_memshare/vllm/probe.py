@@ -6,6 +6,9 @@ import inspect
 from typing import Any
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.need import find_need
+from trtllm_memshare.vllm import V2_VARIABLE
+from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 
 _SCHEDULER_METHODS = (
     "schedule",
@@ -81,6 +84,23 @@ def check_scheduler(scheduler: Any, version: str) -> None:
     for name in _GROUP_ATTRIBUTES:
         if not hasattr(group, name):
             raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
+
+
+def check_need(config: Any, need: str) -> None:
+    """Refuses a need that the workers cannot serve, before anything is loaded.
+
+    Args:
+      config: vLLM's ``VllmConfig``.
+
+    Raises:
+      UserError: it reads what only workers with model runner V1 tell, and vLLM has chosen V2.
+    """
+    read = sorted(WORKERS_FACTS.intersection(find_need(need).facts))
+    if read and getattr(config, "use_v2_model_runner", False):
+        raise UserError(
+            f"need {need} reads {' and '.join(read)}, which MemShare tells with vLLM's model runner V1 only, got V2 "
+            f"(set {V2_VARIABLE}=0, or need age)"
+        )
 
 
 def runner_form(runner: Any, version: str) -> str:

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from trtllm_memshare.errors import UserError
 
+_ROWS = 64  # of logits that are looked at together: vLLM has planned its memory without them
+
 
 class SampledSurprisal:
-    """-log p of each sampled token, by the logits as the model gave them.
+    """-log p of each sampled token by the logits that the sampler gets: the model's, less what a grammar forbids.
 
     Args:
       runner: vLLM's model runner V1; its sampler is wrapped.
@@ -29,7 +32,8 @@ class SampledSurprisal:
 
     def __init__(self, runner: Any, num_slots: int, block_size: int, version: str) -> None:
         table = runner.input_batch.block_table[0]
-        for owner, name in ((runner, "sampler"), (runner, "query_start_loc"), (table, "slot_mapping")):
+        parts = ("sampler", "query_start_loc", "discard_request_mask")
+        for owner, name in (*((runner, part) for part in parts), (table, "slot_mapping")):
             if not hasattr(owner, name):
                 raise UserError(
                     f"vLLM {version}'s {type(owner).__name__} has no {name}, from which MemShare learns how likely "
@@ -49,20 +53,33 @@ class SampledSurprisal:
         positions = np.array(pages)[:, None] * size + np.arange(size) - 1  # of the queries that chose the tokens
         slots = np.array(block_ids)[positions // size] * size + positions % size
         values = self._nats[torch.from_numpy(slots).to(self._nats.device)]
+        values[~values.isfinite()] = torch.nan
         values[values.isfinite().sum(1) * 2 < size] = torch.nan
         return (values.nanmean(1) * size).cpu().numpy()
 
     def _watch(self, original: Any) -> Any:
         @functools.wraps(original)
         def forward(logits: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            log_probs = logits.log_softmax(-1, dtype=torch.float32)  # before: the sampler may change logits in place
+            # The sampler changes float32 logits in place, others it copies first.
+            given = logits.clone() if logits.dtype == torch.float32 else logits
             output = original(logits, *arguments, **keywords)
-            chosen = log_probs.gather(1, output.sampled_token_ids[:, :1].long())[:, 0]
-            starts = self._runner.query_start_loc
-            slots = self._runner.input_batch.block_table[0].slot_mapping.gpu[: int(starts.np[len(logits)])]
+            count, starts = len(given), self._runner.query_start_loc
+            nats = _surprisal(given, output.sampled_token_ids[:, 0].long())
+            # Of a text that is not read to its end vLLM discards what it sampled.
+            nats = nats.masked_fill(self._runner.discard_request_mask.gpu[:count], torch.nan)
+            slots = self._runner.input_batch.block_table[0].slot_mapping.gpu[: int(starts.np[count])]
             slots = torch.where(slots >= 0, slots, len(self._nats) - 1).long()
             self._nats[slots] = torch.nan  # what another request, or a longer past, has left there
-            self._nats[slots[starts.gpu[1 : len(logits) + 1].long() - 1]] = -chosen
+            self._nats[slots[starts.gpu[1 : count + 1].long() - 1]] = nats
             return output
 
         return forward
+
+
+def _surprisal(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """-log p of a token in each row, float32 ``[batch]``; some rows at a time, so that little memory is taken."""
+    parts = [
+        cross_entropy(rows.float(), chosen, reduction="none")
+        for rows, chosen in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True)
+    ]
+    return torch.cat(parts)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
+from trtllm_memshare.vllm import V2_VARIABLE
 from trtllm_memshare.vllm.null_pages import attention_layers, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import runner_form
@@ -74,6 +76,7 @@ class MemShareWorker(PlatformWorker):
         answers, self._answers = self._answers, None
         if isinstance(output, AsyncModelRunnerOutput):
             return _Answered(output, answers)
+        output = copy.copy(output)  # vLLM has one output for all empty steps
         setattr(output, REPORTS, answers)
         return output
 
@@ -94,7 +97,7 @@ class MemShareWorker(PlatformWorker):
         if form != "V1":
             raise UserError(
                 f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
-                f"model runner V1 only, got {form} (set VLLM_USE_V2_MODEL_RUNNER=0, or need age)"
+                f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
             )
         runner, cache = self.model_runner, self.model_runner.kv_cache_config
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
