@@ -5,6 +5,7 @@ Needs vLLM in the environment (``make test-vllm``).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from vllm_plugin.simulation import Simulation, make_engine_args, make_scheduler,
 MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
 NUM_BLOCKS = 30  # one request of full length, 24, two null pages, vLLM's own, and three more
 
+NUM_SEEDS = -(-int(os.environ.get("MEMSHARE_SCHEDULES", "108")) // 12)
+"""Of each of twelve settings: 108 schedules in all, MEMSHARE_SCHEDULES=1000 draws a thousand."""
+
 
 @pytest.fixture(scope="module")
 def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -36,8 +40,8 @@ def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("admission", ["vllm", "lookahead", "max-tokens"])
 def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, prefix_caching, admission):
     retired = null_reads = shared_reads = 0
-    for seed in range(9):
-        need = ("age", "random", "redundancy")[seed % 3]
+    for seed in range(NUM_SEEDS):
+        need = ("age", "random", "surprisal-led-redundancy")[seed % 3]
         arguments = make_engine_args(
             MODEL, null_pages, NUM_BLOCKS, prefix_caching, need=need, admission=admission, min_kept=0.25
         )
