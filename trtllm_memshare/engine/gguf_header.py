@@ -32,7 +32,7 @@ _COUNTS = (2, 3, 4, 5, 10, 11)  # types of integers of 2, 4 and 8 bytes
 _MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 _NUM_PARTS = b"split.count"
 _BLOCK_COUNT = re.compile(rb"[^.]*\.block_count")
-"""Of any architecture, since transformers takes that of another one too, but no image tower's ``x.vision.block_count``."""
+"""Of any architecture: transformers takes that of another one too. ``x.vision.block_count`` is an image tower's."""
 _BLOCK = re.compile(rb"blk\.(\d{1,4})\.")
 
 
