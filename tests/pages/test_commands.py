@@ -88,7 +88,7 @@ _HELP: dict[tuple[str, ...], str | None] = {}
 def help_of(words: list[str], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
     """What a program prints; None if it does not take the arguments.
 
-    As for a user, who has the package installed: a script finds what stands beside it, a module what stands in the root.
+    As for a user, who has the package installed: a script finds what is beside it, a module what is in the root.
     """
     is_module = words[0] == "-m"
     name = words[1] if is_module else words[0]
