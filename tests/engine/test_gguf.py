@@ -17,6 +17,7 @@ from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, pla
 from trtllm_memshare.engine import gguf, smollm2
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.gguf import checkpoint_of_gguf, convert_gguf
+from trtllm_memshare.engine.gguf_header import check_gguf_header
 from trtllm_memshare.errors import UserError
 
 
@@ -127,6 +128,10 @@ def string(text: str) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode()
 
 
+def count(owner: str, value: int) -> bytes:
+    return string(f"{owner}.block_count") + struct.pack("<II", 4, value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -138,8 +143,9 @@ def string(text: str) -> bytes:
         (header(string("x") + struct.pack("<IIQ", 9, 9, 1)), r"an array of arrays"),
         (header(string("x") + struct.pack("<IQ", 8, 2**63)), r"goes on for 9223372036854775808 bytes"),
         (header(string("x") + struct.pack("<I", 99)), r"a value has the unknown type 99"),
-        (header(string("a.block_count") + struct.pack("<II", 4, 2**25), tensors=("blk.0.x", "blk.1.x")),
+        (header(count("a", 2**25), tensors=("blk.0.x", "blk.1.x")),
          r"its block_count is 33554432, its tensors are of 2 blocks"),
+        (header(count("a", 2**25), count("b", 2), tensors=("blk.0.x", "blk.1.x")), r"its block_count is 33554432"),
     ],
 )  # fmt: skip
 def test_headers_that_announce_what_is_not_there(tmp_path, content, message):
@@ -147,6 +153,23 @@ def test_headers_that_announce_what_is_not_there(tmp_path, content, message):
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(UserError, match=message):
         checkpoint_of_gguf(tmp_path / "x.gguf")
+
+
+def test_the_blocks_of_an_image_tower_are_not_those_of_the_decoder(tmp_path):
+    file = tmp_path / "x.gguf"
+    file.write_bytes(header(count("a", 2), count("a.vision", 24), tensors=("blk.0.x", "blk.1.x", "v.blk.23.x")))
+    check_gguf_header(file)
+
+
+@pytest.mark.parametrize("part", [("blk.0.x", "blk.1.x"), ()])
+def test_one_part_of_a_split_model_is_not_called_damaged(tmp_path, part):
+    split = string("split.count") + struct.pack("<IH", 2, 3)
+    (tmp_path / "x.gguf").write_bytes(header(count("a", 8), split, tensors=part))
+    with pytest.raises(UserError, match=r"x.gguf is one of 3 files .* \(merge them with gguf-split --merge\)"):
+        checkpoint_of_gguf(tmp_path / "x.gguf")
+    merged = string("split.count") + struct.pack("<IH", 2, 0)
+    (tmp_path / "x.gguf").write_bytes(header(count("a", 2), merged, tensors=("blk.0.x", "blk.1.x")))
+    check_gguf_header(tmp_path / "x.gguf")
 
 
 def test_missing_packages_are_named(gguf_file, tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtllm_pytorch.conftest import make_sharing_class
@@ -16,6 +18,7 @@ from trtllm_pytorch.test_pressure import PRESSURE
 from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_SCHEDULES, check_contents, check_pages, drive, run
 
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
+from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
 
 
 class Fault(Exception):
@@ -48,6 +51,7 @@ PLACES = {
     "pressure": lambda shared: (shared.pressure, "choose"),
     "forgotten pages": lambda shared: (shared.manager, "retire"),
     "crossings": lambda shared: (shared._rows, "cross"),
+    "bands": lambda shared: (shared.manager, "cross_bands"),
     "the end of a request": lambda shared: (shared.requests, "forget"),
 }
 
@@ -117,6 +121,24 @@ def test_a_list_that_changed_behind_our_back_ends_its_request_alone(monkeypatch,
     assert "dropped from the end, but the KV cache manager now lists" in caplog.text
     assert "Please report this line with: FakeKVCacheManager of TensorRT-LLM" in caplog.text
     assert f"request {ended[0].py_request_id} is ended alone" in caplog.text
+
+
+def test_a_request_that_cannot_cross_its_band_is_lost_and_the_others_cross(monkeypatch):
+    """They are expected in this iteration only: left out, they would read the null pages of another band for ever."""
+    backend = SimpleNamespace(max_batch_size=4, max_blocks_per_seq=8, pool=torch.zeros(1))
+    rows, crossed, lost = TableRows(backend, None, {1: "known", 2: "known", 3: "known"}, None), [], []
+
+    def cross(request_id, step):
+        if request_id < 3:
+            raise Fault(f"made up for {request_id}")
+        crossed.append((request_id, step))
+
+    monkeypatch.setattr(rows, "set", cross)
+    for request_id in (1, 2, 3, 4):  # the last one has ended
+        rows._crossings.expect(request_id, 5)
+    with pytest.raises(Fault, match="made up for 1"):
+        rows.cross(5, lost.append)
+    assert (crossed, lost) == ([(3, 5)], [1, 2])
 
 
 def test_rows_that_exist_when_sharing_stops_stay_right():

@@ -28,8 +28,11 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by its type's number."""
 _STRING, _ARRAY = 8, 9
-_COUNTS = (4, 5, 10, 11)  # types of integers of 4 and 8 bytes
+_COUNTS = (2, 3, 4, 5, 10, 11)  # types of integers of 2, 4 and 8 bytes
 _MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
+_NUM_PARTS = b"split.count"
+_BLOCK_COUNT = re.compile(rb"[^.]*\.block_count")
+"""Of any architecture: transformers takes that of another one too. ``x.vision.block_count`` is an image tower's."""
 _BLOCK = re.compile(rb"blk\.(\d{1,4})\.")
 
 
@@ -44,9 +47,14 @@ def check_gguf_header(path: Path) -> None:
     if data[:4] != MAGIC:
         raise UserError(f"{path} is no GGUF file: it must start with {MAGIC!r}, got {data[:4]!r} (download it again)")
     try:
-        _Header(data, size).walk()
+        num_parts = _Header(data, size).walk()
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error} (download it again)") from error
+    if num_parts > 1:
+        raise UserError(
+            f"{path} is one of {num_parts} files that hold a model together, expected one file with all of it (merge "
+            f"them with gguf-split --merge)"
+        )
 
 
 class _Header:
@@ -56,20 +64,24 @@ class _Header:
         self._data, self._file_size, self._place = data, file_size, len(MAGIC)
         self._elements_left = MAX_ELEMENTS
 
-    def walk(self) -> None:
-        """Raises ValueError at the first thing that cannot be."""
+    def walk(self) -> int:
+        """Number of files that the model is split into; raises ValueError at the first thing that cannot be."""
         (version,) = self._take("<I")
         if version not in _VERSIONS:
             raise ValueError(f"its version must be one of {_VERSIONS}, got {version}")
         num_tensors, num_pairs = self._take("<QQ")
-        announced, stored = None, 0
+        announced, stored, num_parts = set[int](), 0, 0
         for _ in range(num_pairs):  # ends where the data ends: each takes at least 12 bytes
             key = self._take_string()
             (kind,) = self._take("<I")
             start = self._place
             self._skip_values(kind, 1)
-            if kind in _COUNTS and key.endswith(b".block_count"):
-                announced = int.from_bytes(self._data[start : self._place], "little")
+            if kind in _COUNTS and (key == _NUM_PARTS or _BLOCK_COUNT.fullmatch(key)):
+                value = int.from_bytes(self._data[start : self._place], "little")
+                if key == _NUM_PARTS:
+                    num_parts = value
+                else:
+                    announced.add(value)
         for _ in range(num_tensors):
             if found := _BLOCK.match(self._take_string()):
                 stored = max(stored, int(found[1]) + 1)
@@ -80,8 +92,10 @@ class _Header:
             _, offset = self._take("<IQ")
             if offset > self._file_size:
                 raise ValueError(f"a tensor begins at byte {offset}, of {self._file_size}")
-        if announced is not None and stored and announced != stored:  # each is built before a weight is read
-            raise ValueError(f"its block_count is {announced}, its tensors are of {stored} blocks")
+        for count in announced:
+            if num_parts < 2 and stored and count != stored:  # each is built before a weight is read
+                raise ValueError(f"its block_count is {count}, its tensors are of {stored} blocks")
+        return num_parts
 
     def _skip_values(self, kind: int, count: int) -> None:
         if kind in _SCALARS:

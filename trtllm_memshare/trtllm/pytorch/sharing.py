@@ -139,7 +139,7 @@ class Sharing:
         try:
             active = self._batch.by_id(generation_requests)
             self.pauses.look(active)
-            self._rows.cross(self._step)
+            self._rows.cross(self._step, self._lose)
             if not self.failures.is_off and self._is_ready(generation_requests):
                 self._advance(active)
                 if self.pressure is not None and self._config.shares and not self._switch.is_off(self._step):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -66,11 +66,25 @@ class TableRows:
             self._crossings.expect(request_id, step + max(1, self._null.pages.end_of_band(position) - position))
         self._map.set_row(request_id, row)
 
-    def cross(self, step: int) -> None:
-        """Moves null entries of requests whose newest token enters another band in this iteration."""
+    def cross(self, step: int, lose: Callable[[int], None]) -> None:
+        """Moves null entries of requests whose newest token enters another band in this iteration.
+
+        Args:
+          lose: told of a request whose row cannot be vouched for.
+
+        Raises:
+          Exception: the first problem of any request, after all of them have crossed.
+        """
+        problem = None
         for request_id in self._crossings.due(step):
             if self._requests.get(request_id) is not None:
-                self.set(request_id, step)
+                try:
+                    self.set(request_id, step)
+                except Exception as error:  # nobody expects the others again, and they would read the band before
+                    problem = problem or error
+                    lose(request_id)
+        if problem is not None:
+            raise problem
 
     def set_own_page(self, request_id: int) -> None:
         """Lets a request that is lost read and write the last page of its own list, until it ends."""
