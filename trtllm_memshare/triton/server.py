@@ -148,6 +148,11 @@ def check_port(option: str, host: str, port: int) -> None:
                 f"{option} {port} on {shorten(host)} cannot be used: {error.strerror} (stop what listens there, or "
                 f"choose another one)"
             ) from error
+        except (TypeError, ValueError) as error:  # a NUL; a name that has no form in a name server's letters
+            raise UserError(
+                f"--host must be an address or a host's name, got {quote(host)} (127.0.0.1, or 0.0.0.0 for all of "
+                f"this machine's)"
+            ) from error
 
 
 def server_environment(server: Server, repository: Path, runtime: Path) -> dict[str, str]:
