@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.packed_linear import PackedLinear, pack_linears
 
 
@@ -27,6 +31,26 @@ def test_only_large_float32_layers_are_packed_and_their_plain_weights_go():
     assert [type(layer) for layer in model] == [PackedLinear, torch.nn.Linear, torch.nn.Linear]
     assert "weight" not in dict(model[0].named_parameters())
     assert model[0].bias is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda model: model.to(torch.bfloat16), r"a move to torch.bfloat16 on cpu"),
+        (lambda model: model.double(), r"a move to torch.float64 on cpu"),
+        (lambda model: model.to("meta"), r"a move to torch.float32 on meta"),
+        (copy.deepcopy, "a copy"),
+        (pickle.dumps, "a copy"),
+        (lambda model: model.state_dict(), "state_dict"),
+    ],
+)
+def test_what_packed_weights_cannot_follow_is_refused_at_once(change, got):
+    model = torch.nn.Sequential(PackedLinear(torch.nn.Linear(16, 32)))
+    with pytest.raises(UserError, match=rf"neither moved, .* got {got} \(give load_model the dtype or device"):
+        change(model)
+    rows = torch.randn(2, 16)
+    expected = model(rows)
+    assert torch.equal(model.to("cpu").float()(rows), expected)  # nothing to move
 
 
 def test_a_tied_output_layer_is_packed_and_the_embedding_stays():

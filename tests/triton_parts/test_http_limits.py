@@ -14,6 +14,9 @@ from fuzz import service_targets
 from fuzz.service_targets import openai_body
 from prometheus_client import CollectorRegistry
 from serving.counting_executor import WAIT, make
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.request import SamplingParams
@@ -39,7 +42,8 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
         ({"prompt": "a", "seed": 10**400}, "seed must be .*, got an integer of 1329 bits"),
         ({"prompt": "a", "model": "m" * 3000}, "there is no model m+ ... m+, this server has tiny"),
         ({**CHAT, "chat_template_kwargs": {"chat_template": "{% for i in range(9**9) %}{% endfor %}"}},
-         r"chat_template_kwargs must be names that the template reads, got chat_template \(leave it out\)"),
+         r"chat_template_kwargs must be names that the template reads, got chat_template, which is an argument of "
+         r"the tokenizer's method \(leave it out\)"),
         ({**CHAT, "chat_template_kwargs": {"tokenize": True}}, "got tokenize"),
         ({"messages": [{"role": "user", "content": "hi"}, {"role": "user"}] * 2000}, ""),
     ],
@@ -82,6 +86,16 @@ def test_a_template_that_fails_over_the_messages_is_the_request_s_fault(monkeypa
     monkeypatch.setattr(service_targets._Templated, "apply_chat_template", fail)
     with pytest.raises(UserError, match="the chat template cannot be applied: KeyError: 'tool_calls'"):
         openai_body(json.dumps(CHAT).encode())
+
+
+def test_a_template_gets_the_tools_and_documents_of_a_request():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    tokenizer.chat_template = "{{ tools[0].function.name }} {{ documents[0].text }} {{ messages[0].content }}"
+    service = TextService(tokenizer, TextLimits(100, 1000, 1), None, None)
+    options = {"tools": [{"type": "function", "function": {"name": "add"}}], "documents": [{"text": "a page"}]}
+    assert asyncio.run(service.render(CHAT["messages"], options)) == "add a page hi"
+    with pytest.raises(UserError, match="the chat template cannot be applied"):
+        asyncio.run(service.render(CHAT["messages"], {"tools": 5}))
 
 
 def test_a_route_that_is_not_there_says_so_in_the_same_form():

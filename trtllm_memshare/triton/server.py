@@ -68,7 +68,7 @@ def find_server(named: Path | None = None) -> Server:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "there is no tritonserver on PATH and no nvidia-pytriton wheel (run inside a Triton container, or pip "
-            "install 'trtllm-memshare[triton]')"
+            "install '.[triton]')"
         )
     return _server_of_wheel(Path(spec.submodule_search_locations[0]))
 
@@ -147,6 +147,11 @@ def check_port(option: str, host: str, port: int) -> None:
             raise UserError(
                 f"{option} {port} on {shorten(host)} cannot be used: {error.strerror} (stop what listens there, or "
                 f"choose another one)"
+            ) from error
+        except (TypeError, ValueError) as error:  # a NUL; a name that has no form in a name server's letters
+            raise UserError(
+                f"--host must be an address or a host's name, got {quote(host)} (127.0.0.1, or 0.0.0.0 for all of "
+                f"this machine's)"
             ) from error
 
 

@@ -23,6 +23,7 @@ from trtllm_memshare.triton.tensors import RequestTensors
 from trtllm_memshare.triton.token_requests import check_prompt_length
 
 _TOKENIZER_THREADS = 2
+_READ_BY_TEMPLATES = {"tools", "documents"}  # which the tokenizer's method takes by name and hands on
 _PASSED_ON = {i.token: i.text for i in USED if i.token in TEXT_NAMES and i.token != "streaming"}
 
 
@@ -161,17 +162,19 @@ class TextService:
 
         Args:
           messages: with ``role`` and ``content``.
-          options: further names for the template; not the arguments of the tokenizer's method, one of which is a
-            template of the client's own that could run for ever.
+          options: further names for the template, ``tools`` and ``documents`` too; not the other arguments of the
+            tokenizer's method, one of which is a template of the client's own that could run for ever.
 
         Raises:
           UserError: no template, one that refuses these messages, too many bytes, or such a name.
         """
         if not self.tokenizer.chat_template:
             raise UserError("the model's tokenizer has no chat template (use /v1/completions, or set --chat-template)")
-        if taken := set(options) & set(inspect.signature(self.tokenizer.apply_chat_template).parameters):
+        arguments = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - _READ_BY_TEMPLATES
+        if taken := set(options) & arguments:
             raise UserError(
-                f"chat_template_kwargs must be names that the template reads, got {min(taken)} (leave it out)"
+                f"chat_template_kwargs must be names that the template reads, got {min(taken)}, which is an argument "
+                f"of the tokenizer's method (leave it out)"
             )
         self._check_size("".join(message["content"] for message in messages))
 
