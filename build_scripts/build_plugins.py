@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from trtllm_memshare.engine.plugin_build import (
-    build_plugin,
-    check_kernels,
-    plan_plugin_build,
-    resources_table,
-    spilling,
-)
-from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.search.kernel_compiler import ARCHITECTURES
+try:
+    from trtllm_memshare.engine.plugin_build import (
+        build_plugin,
+        check_kernels,
+        plan_plugin_build,
+        resources_table,
+        spilling,
+    )
+    from trtllm_memshare.errors import UserError, run_command_line
+    from trtllm_memshare.search.kernel_compiler import ARCHITECTURES
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

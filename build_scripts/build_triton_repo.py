@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from trtllm_memshare.commands.triton_repository import main
-from trtllm_memshare.errors import run_command_line
+try:
+    from trtllm_memshare.commands.triton_repository import main
+    from trtllm_memshare.errors import run_command_line
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 if __name__ == "__main__":
     run_command_line(lambda: main(sys.argv[0], sys.argv[1:]))

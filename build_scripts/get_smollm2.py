@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR, get_smollm2
-from trtllm_memshare.errors import run_command_line
+try:
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR, get_smollm2
+    from trtllm_memshare.errors import run_command_line
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -28,10 +28,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Module whose ``main(command, arguments)`` runs it, and what comes out; imported when it is asked for."""
 
-_EXTRAS = {"torch": "torch", "transformers": "torch", "safetensors": "torch", "tokenizers": "torch",
-           "matplotlib": "report", "cuda": "cuda", "tritonclient": "triton", "yaml": "trtllm", "fastapi": "serve",
-           "uvicorn": "serve", "gguf": "real"}  # fmt: skip
-"""The extra of pyproject.toml that brings a package."""
+_EXTRAS = {"numpy": "", "prometheus_client": "", "pydantic": "", "tqdm": "", "filelock": "",
+           "torch": "[torch]", "transformers": "[torch]", "safetensors": "[torch]", "tokenizers": "[torch]",
+           "jinja2": "[torch]", "matplotlib": "[report]", "cuda": "[cuda]", "tritonclient": "[triton]",
+           "aiohttp": "[triton]", "psutil": "[triton]", "yaml": "[trtllm]", "fastapi": "[serve]",
+           "uvicorn": "[serve]", "gguf": "[real]"}  # fmt: skip
+"""What of pyproject.toml brings a package: an extra, or nothing where every install has it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,8 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         if package not in _EXTRAS:
             raise
         raise UserError(
-            f"memshare {command} needs the package {package}, which {sys.executable} does not have "
-            f"(pip install 'trtllm-memshare[{_EXTRAS[package]}]', or take .venv/bin/python after make venv)"
+            f"memshare {command} needs the package {package}, which {sys.executable} does not have (make venv; "
+            f"source .venv/bin/activate; or, in a clone, for this Python: pip install '.{_EXTRAS[package]}')"
         ) from error
 
 

@@ -7,8 +7,10 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # a bare Python, which lacks it, must be told so by an error of ours
 
 MAX_QUOTED = 200  # characters of a user's value that an error repeats
 _MAX_MESSAGE = 2000  # characters; the last defence of a terminal and a log

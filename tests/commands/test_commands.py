@@ -13,7 +13,7 @@ from trtllm_memshare.__main__ import COMMANDS, main
 from trtllm_memshare.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-OURS = ("build", "bench", "explain", "calibrate", "doctor", "triton")
+OURS = ("build", "bench", "explain", "calibrate", "doctor", "serve", "triton", "vllm")
 
 
 @pytest.mark.parametrize("command", OURS)
@@ -54,3 +54,23 @@ def test_a_python_without_the_packages_says_which_one_and_what_to_do():
     assert "needs the package torch" in done.stderr
     assert "make venv" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+BARE = [["-m", "trtllm_memshare", *c] for c in ([name] for name in COMMANDS)]
+BARE += [["-m", "trtllm_memshare", "triton", "repository"], ["-m", "trtllm_memshare", "serve", "--engine-dir", "x"]]
+BARE += [[f"build_scripts/{p.name}"] for p in (ROOT / "build_scripts").glob("*.py") if p.stem != "draw_architecture"]
+BARE += [["benchmarks/inflight_batching.py"]]
+
+
+@pytest.mark.parametrize("command", BARE, ids=" ".join)
+def test_a_python_without_any_package_says_in_one_line_what_to_do(command):
+    """``-S`` leaves site-packages out, ``-s`` the user's own."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    line = [sys.executable, "-S", "-s", *command]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    if command[2:] in (["triton"], ["vllm"]):
+        assert done.returncode in (0, 2)
+    else:
+        assert done.returncode in (1, 2), done.stdout
+        assert "make venv; source .venv/bin/activate" in done.stderr
+    assert done.stderr.count("\n") <= 1, done.stderr

@@ -133,7 +133,7 @@ def array_at(address, dtype, shape):
 
 
 def block_distances(units, num_layers, inputs, size):
-    """What MemShareBlockSearch computes (contract 3.3), in float64: ``[pairs, num_layers, 4]``."""
+    """What MemShareBlockSearch computes, in float64: ``[pairs, num_layers, 4]``."""
     new, old, delta = (inputs[f"memshare_{n}"] for n in ("new_rows", "old_rows", "position_delta"))
     inv_freq = inputs["memshare_inv_freq"].astype(np.float64)
     sums = np.zeros((len(new), num_layers, 4), np.float32)

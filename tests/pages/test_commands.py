@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 from pages.markers import COMMENT, ROOT
@@ -51,8 +52,9 @@ def test_commands_know_their_options(page, command, monkeypatch):
         words = ["-m", "trtllm_memshare", *words]
     if words[0] == "-m" and words[1] in ("pytest", "pip", "venv"):
         pytest.skip("not a command of this project")
-    if words[0] != "-m" and not (ROOT / words[0]).is_file():
+    if words[0] != "-m" and "/" not in words[0]:
         pytest.skip(f"{words[0]} is the reader's own")
+    assert words[0] == "-m" or (ROOT / words[0]).is_file(), f"{page} names {words[0]}, which is not there"
     if words[:2] == ["-m", "trtllm_memshare"] and wraps_another(words[2:]):
         return
     options = {w.partition("=")[0] for w in words[1:] if w.startswith("--")}
@@ -84,7 +86,10 @@ _HELP: dict[tuple[str, ...], str | None] = {}
 
 
 def help_of(words: list[str], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """What a program prints; None if it does not take the arguments."""
+    """What a program prints; None if it does not take the arguments.
+
+    As for a user, who has the package installed: a script finds what is beside it, a module what is in the root.
+    """
     is_module = words[0] == "-m"
     name = words[1] if is_module else words[0]
     key = (name, *arguments)
@@ -93,7 +98,10 @@ def help_of(words: list[str], arguments: list[str], monkeypatch: pytest.MonkeyPa
     output = io.StringIO()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    monkeypatch.setattr(sys, "path", [str((ROOT / name).parent), str(ROOT), *sys.path])
+    root = ROOT if is_module else (ROOT / name).parent
+    monkeypatch.setattr(sys, "path", [str(root), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)])
+    for loaded in [m for m in sys.modules if m.partition(".")[0] in ("benchmarks", "build_scripts")]:
+        monkeypatch.delitem(sys.modules, loaded)
     _HELP[key] = None
     try:
         with redirect_stdout(output), redirect_stderr(io.StringIO()):

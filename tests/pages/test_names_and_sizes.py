@@ -83,3 +83,9 @@ def test_the_page_on_tensorrt_llm_names_what_is_used_and_what_exists():
     for option in ("--dry-run", "--search-engine", "--quantization", "--kv-cache-dtype", "--tp-size", "--pp-size"):
         assert option in page
         assert option in scripts or option[2:].replace("-", "_") in BuildConfig.model_fields
+
+
+def test_a_file_of_the_product_has_at_most_300_lines():
+    files = list((ROOT / "trtllm_memshare").rglob("*.py"))
+    assert files
+    assert not {p.relative_to(ROOT).as_posix(): n for p in files if (n := len(p.read_text().splitlines())) > 300}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -113,6 +114,24 @@ def test_strict_exits_with_1_if_a_surface_lacks_something(monkeypatch, capsys, m
     surfaces = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))["surfaces"]
     assert surfaces["torch"] == {"can_run": True, "lacks": [], "note": ""}
     assert surfaces["gpu"]["can_run"] == (not missing)
+
+
+@pytest.mark.parametrize("has_vllm", [True, False])
+def test_vllm_is_looked_for_in_this_python(tmp_path, monkeypatch, has_vllm):
+    monkeypatch.setenv("PATH", "")
+    if has_vllm:
+        (tmp_path / "vllm.py").touch()
+        (tmp_path / "vllm_own-0.32.0.dist-info").mkdir()
+        (tmp_path / "vllm_own-0.32.0.dist-info" / "METADATA").write_text("Name: vllm-own\nVersion: 0.32.0\n")
+        (tmp_path / "vllm_own-0.32.0.dist-info" / "RECORD").write_text("vllm.py,,\n")
+        (tmp_path / "vllm_own-0.32.0.dist-info" / "top_level.txt").write_text("vllm\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    elif importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    component = components_module._vllm()
+    assert component.found == has_vllm
+    assert component.detail == ("vllm-own 0.32.0" if has_vllm else "not installed")
+    assert ("make vllm" in component.remedy) != has_vllm
 
 
 def test_an_unknown_surface_is_refused():

@@ -1,4 +1,4 @@
-"""The only owner of block tables: allocation, remaps, and the invariants of both (DESIGN 3.2)."""
+"""The only one that changes block tables: a sequence's life, its remaps, what it gives up (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from trtllm_memshare.cache.candidates import find_candidates
 from trtllm_memshare.cache.givable import GivablePages, givable_pages
 from trtllm_memshare.cache.group_candidates import GroupCandidates
+from trtllm_memshare.cache.growth import take_blocks
 from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks, null_entry
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.remap import Remapper
@@ -44,7 +45,6 @@ class KVCacheManager(CacheState):
         self.config = config
         self._make_matcher = make_matcher
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
-        self._slots_of_block = np.arange(tokens_per_block, dtype=np.int32)
         self._groups: dict[tuple[int, bytes], GroupCandidates] = {}
         self._remapper = Remapper(self.pool, self._tables, config, null_pages)
         self._stats = CacheStats(num_blocks=num_blocks)
@@ -273,28 +273,14 @@ class KVCacheManager(CacheState):
         self._extend(sequence, max(sequence.num_tokens, room))
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
-        start, stop = sequence.num_blocks, self.blocks_for(num_tokens)
-        if stop > start:
+        stop = self.blocks_for(num_tokens)
+        if stop > sequence.num_blocks:
             if stop > self.max_blocks_per_seq:
                 raise ValueError(
                     f"request {sequence.request_id} needs {stop} blocks, a table has {self.max_blocks_per_seq}"
                 )
-            size = self.tokens_per_block
-            if stop - start == 1:
-                block = self.pool.allocate_one(start * size)
-                if block is None:
-                    return False
-                self._tables[sequence.slot, start] = block
-                rows = self._slots_of_block + block * size
-            else:
-                blocks = self.pool.allocate(np.arange(start * size, stop * size, size, dtype=np.int32))
-                if blocks is None:
-                    return False
-                self._tables[sequence.slot, start:stop] = blocks
-                rows = (blocks[:, None] * size + self._slots_of_block).ravel()
-            sequence.token_rows[start * size : stop * size] = rows
-            sequence.num_blocks = stop
-            sequence.peak_blocks = max(sequence.peak_blocks, stop - sequence.num_retired)
+            if not take_blocks(sequence, self._tables[sequence.slot], stop, self.pool):
+                return False
             self._stats.peak_used_blocks = max(self._stats.peak_used_blocks, self.pool.num_used)
         sequence.num_tokens = num_tokens
         return True

@@ -58,7 +58,7 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     if missing:
         raise UserError(
             f"reading {gguf_file} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)} "
-            f"(pip install 'trtllm-memshare[real]')"
+            f"(pip install '.[real]')"
         )
     part = output_dir.with_name(f".{output_dir.name}.{secrets.token_hex(4)}")  # nobody else's, whoever converts beside
     old = part.with_name(f"{part.name}.old")

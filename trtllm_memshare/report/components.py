@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -52,8 +53,8 @@ def find_components(plugin_library: Path, load: Callable[[str], Any] = importlib
     machine, cuda = describe_machine(), _cuda(load)
     return [
         _python(),
-        _package("torch", "pip install 'trtllm-memshare[torch]'"),
-        _package("transformers", "pip install 'trtllm-memshare[torch]'"),
+        _package("torch", "pip install '.[torch]'"),
+        _package("transformers", "pip install '.[torch]'"),
         _gpu(machine["gpu"], load),
         _driver(machine["driver"], cuda.detail),
         cuda,
@@ -64,6 +65,7 @@ def find_components(plugin_library: Path, load: Callable[[str], Any] = importlib
         _tensorrt_llm(),
         _plugin(plugin_library),
         _triton(),
+        _vllm(),
     ]
 
 
@@ -103,14 +105,14 @@ def _cuda(load: Callable[[str], Any]) -> Component:
     try:
         version = load("torch").version.cuda
     except ImportError as error:
-        return Component("CUDA", False, str(error), "pip install 'trtllm-memshare[torch]'")
+        return Component("CUDA", False, str(error), "pip install '.[torch]'")
     if version is None:
         return Component("CUDA", False, "torch is built for the CPU", "install a torch wheel that is built for CUDA")
     return Component("CUDA", True, f"{version} (torch)")
 
 
 def _nvrtc() -> Component:
-    remedy = "pip install 'trtllm-memshare[cuda]'"
+    remedy = "pip install '.[cuda]'"
     try:
         import_cuda_core()
         nvrtc = importlib.import_module("cuda.bindings.nvrtc")
@@ -171,8 +173,19 @@ def _triton() -> Component:
     try:
         server = find_server(None)
     except UserError as error:
-        return Component("Triton", False, str(error), "pip install 'trtllm-memshare[triton]'")
+        return Component("Triton", False, str(error), "pip install '.[triton]'")
     return Component("Triton", True, server.origin)
+
+
+def _vllm() -> Component:
+    """In this Python, under whatever name it was packaged, or on PATH; importing it takes many seconds."""
+    found = importlib.util.find_spec("vllm")
+    if found is not None and found.origin is not None:
+        names = importlib.metadata.packages_distributions().get("vllm", [])
+        return Component("vLLM", True, ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names) or found.origin)
+    if (program := shutil.which("vllm")) is not None:
+        return Component("vLLM", True, f"{program}, not in this Python")
+    return Component("vLLM", False, "not installed", "make vllm, then .venv-vllm/bin/python -m trtllm_memshare vllm")
 
 
 def has_engine_backend(component: Component) -> bool:

@@ -52,6 +52,9 @@ SURFACES = (
         "python -m trtllm_memshare serve MODEL",
     ),
     Surface("triton", "Triton Inference Server", (*_TORCH, "Triton"), "python build_scripts/build_triton_repo.py"),
+    Surface(
+        "vllm", "vLLM, pressure", (*_TORCH, "vLLM"), "python -m trtllm_memshare vllm serve MODEL --null-pages FOLDER"
+    ),
 )
 
 

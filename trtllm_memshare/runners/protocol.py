@@ -54,8 +54,8 @@ class StepOutput:
 
     Attributes:
       logits: float32 ``[batch, vocab_size]``, of each sequence's last token.
-      block_distances: of the batch's pairs (contract 3.3), or None. To be read after the logits: a runner on a GPU
-        then need not be waited for twice.
+      block_distances: of the batch's pairs, see ``search.block_search``, or None. To be read after the logits: a
+        runner on a GPU then need not be waited for twice.
       block_attention: float32 ``[num_blocks]``, if it was asked for: attention that each physical block received from
         the generation requests, averaged over layers and heads; of one request it sums to 1.
     """

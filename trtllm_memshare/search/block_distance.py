@@ -1,4 +1,4 @@
-"""Stage 2, the specification: distance of KV rows in a paged pool, in plain PyTorch (contract 3.3)."""
+"""Stage 2, the specification: distance of KV rows in a paged pool, in plain PyTorch."""
 
 from __future__ import annotations
 

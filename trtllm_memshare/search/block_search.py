@@ -19,7 +19,7 @@ class Distances(Protocol):
     """Results of one search, perhaps still on their way."""
 
     def read(self) -> tuple[np.ndarray, float]:
-        """float32 ``[pairs, num_layers, 4]`` (contract 3.3) and the seconds the search took; waits for them."""
+        """float32 ``[pairs, num_layers, 4]`` as of ``block_distance``, and the search's seconds; waits for them."""
 
 
 class BlockSearch(Protocol):

@@ -161,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "protected_tokens": 128,
         "protected_steps": 0,
     },
-    # Our reconstruction: the paper's thresholds and alignment are not public (DESIGN section 4).
+    # Our reconstruction: the paper's thresholds and alignment are not public (docs/method.md).
     "paper": {
         "preset": "paper",
         "direction": "keep-earliest",

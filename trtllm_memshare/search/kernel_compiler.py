@@ -37,12 +37,10 @@ def import_cuda_core() -> Any:
         import cuda.core
         import cuda.core.utils
     except ImportError as error:
-        raise UserError(
-            f"the CUDA search needs cuda.core, got {error} (pip install 'trtllm-memshare[cuda]')"
-        ) from error
+        raise UserError(f"the CUDA search needs cuda.core, got {error} (pip install '.[cuda]')") from error
     if not hasattr(cuda.core, "Program") or not hasattr(cuda.core.utils, "FileStreamProgramCache"):
         version = getattr(cuda.core, "__version__", "of unknown version")
-        raise UserError(f"cuda.core must be 1.0 or newer, got {version} (pip install 'trtllm-memshare[cuda]')")
+        raise UserError(f"cuda.core must be 1.0 or newer, got {version} (pip install '.[cuda]')")
     return cuda.core
 
 

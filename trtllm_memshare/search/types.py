@@ -37,7 +37,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """Inputs of stage 2 (contract 3.3), all int32 ``[pairs, tokens_per_block]``, -1 = no row.
+    """Inputs of stage 2 (``search.block_distance``), all int32 ``[pairs, tokens_per_block]``, -1 = no row.
 
     ``undo_rope``: whether K is compared after undoing the rotation between the two rows, or as stored.
     """

@@ -44,7 +44,7 @@ def main(command: str, arguments: list[str]) -> None:
 
         from trtllm_memshare.triton.openai_app import Endpoint, make_app
     except ImportError as error:
-        raise UserError(f"serve --engine-dir needs {error.name} (pip install 'trtllm-memshare[serve]')") from error
+        raise UserError(f"serve --engine-dir needs {error.name} (pip install '.[serve]')") from error
     check_port("--port", options.host, options.port)
     if not 0 <= options.drain_seconds <= _MAX_DRAIN_S:
         raise UserError(f"--drain-seconds must be between 0 and {_MAX_DRAIN_S}, got {quote(options.drain_seconds)}")

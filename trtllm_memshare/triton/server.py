@@ -68,7 +68,7 @@ def find_server(named: Path | None = None) -> Server:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "there is no tritonserver on PATH and no nvidia-pytriton wheel (run inside a Triton container, or pip "
-            "install 'trtllm-memshare[triton]')"
+            "install '.[triton]')"
         )
     return _server_of_wheel(Path(spec.submodule_search_locations[0]))
 

@@ -27,6 +27,12 @@ from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE
 
 _WITH_ENGINE = {"bench": ("throughput", "latency")}
 _OURS = {"--memshare-config": "JSON file with settings", "--null-pages": "folder that vllm calibrate wrote"}
+_HELP = """serve      vLLM's server, which gives pages up when memory is short
+bench      vLLM's benchmark of such an engine: its table
+calibrate  a folder with a model's null pages, to be made once
+
+serve and bench take vLLM's own options, which vllm serve --help lists, and:
+""" + "\n".join(f"  {option:<18}  {what}" for option, what in _OURS.items())
 _TAKEN = ("--scheduler-cls", "--worker-cls")
 
 
@@ -37,6 +43,9 @@ def main(command: str, arguments: list[str]) -> None:
       UserError: no such command, wrong settings, a conflict, or vLLM is not installed.
     """
     known = {"serve": _wrap, "bench": _wrap, "calibrate": _calibrate}
+    if {"-h", "--help"} & set(arguments) and arguments[0] != "calibrate":
+        print(f"usage: memshare {command} {{{','.join(known)}}} ...\n\n{_HELP}")
+        return
     if not arguments or arguments[0] not in known:
         got = arguments[0] if arguments else "nothing"
         raise UserError(f"{command} needs serve, bench or calibrate, got {got} ({nearest(got, known)})")

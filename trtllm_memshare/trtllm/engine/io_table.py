@@ -73,7 +73,7 @@ def io_table(spec: EngineSpec) -> list[IoTensor]:
 
 
 def memshare_io(spec: EngineSpec) -> list[IoTensor]:
-    """What ``MemShareBlockSearch`` adds (DESIGN 3.4): six inputs and one output, all on the device."""
+    """What ``MemShareBlockSearch`` adds to a TensorRT engine: six inputs and one output, all on the device."""
     rows = ("pairs", spec.tokens_per_block)
     return [
         IoTensor("memshare_pool_pointers", "int64", (1,)),

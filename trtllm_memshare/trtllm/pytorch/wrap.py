@@ -56,7 +56,7 @@ def main(command: str, arguments: list[str]) -> None:
     program = shutil.which(_PROGRAMS[command])
     if program is None:
         raise UserError(
-            f"{_PROGRAMS[command]} is not on PATH (install TensorRT-LLM 1.1 or later, then trtllm-memshare[trtllm])"
+            f"{_PROGRAMS[command]} is not on PATH (install TensorRT-LLM 1.1 or later, then pip install '.[trtllm]')"
         )
     with tempfile.TemporaryDirectory() as folder:
         options_file = Path(folder) / "llm_options.yaml"
