@@ -132,6 +132,54 @@ def test_a_listener_that_waits_for_a_request_ends_its_own_alone(boundaries, wait
     assert_clean(executor)
 
 
+@pytest.mark.parametrize("wait", [lambda handle: handle.result(WAIT), lambda handle: list(handle.stream(WAIT))])
+def test_a_listener_may_wait_for_an_executor_with_a_thread_of_its_own(boundaries, wait):
+    executor, found = make(boundaries), []
+    runner, may_step = CountingRunner(), threading.Event()
+    runner.before_step = lambda batch: may_step.wait(WAIT)
+    with make(boundaries, runner) as other:
+        awaited = other.submit([5], SamplingParams(4))
+
+        def listener(has_ended: bool) -> None:
+            if has_ended:
+                threading.Timer(0.05, may_step.set).start()  # by then it waits
+                found.append(wait(awaited))
+
+        executor.submit([20], SamplingParams(2), listener=listener)
+        executor.run_until_idle()
+    assert found in ([awaited.result(0)], [expected([5], 4)])
+
+
+def test_a_listener_may_not_wait_for_an_executor_that_its_thread_steps_too(boundaries):
+    executor, other = make(boundaries), make(boundaries)
+    awaited = other.submit([5], SamplingParams(4))
+    handle = executor.submit([20], SamplingParams(2), listener=lambda has_ended: awaited.result(WAIT))
+    executor.run_until_idle()
+    with pytest.raises(RequestFailedError, match="RuntimeError: a listener waits for request 0"):
+        handle.result(0)
+
+
+def test_a_listener_may_not_wait_for_what_its_thread_answers_after_it(boundaries):
+    """The executor's own thread hangs, and who leaves answers one request after the other."""
+    runner, hangs, raised, handles = CountingRunner(), threading.Event(), [], []
+    runner.before_step = lambda batch: hangs.wait(WAIT)
+    executor = make(boundaries, runner)
+    executor.max_step_s = 0.05
+
+    def listener(has_ended: bool) -> None:
+        try:
+            handles[1].result(WAIT)
+        except BaseException as error:
+            raised.append(error)
+
+    handles.append(executor.submit([5], SamplingParams(30), listener=listener))
+    handles.append(executor.submit([20], SamplingParams(30)))
+    with pytest.raises(ExecutorStoppedError), executor:
+        pass
+    hangs.set()
+    assert "a listener waits for request 1" in str(raised[0])
+
+
 def test_a_listener_may_read_what_is_there(boundaries):
     executor, found = make(boundaries), []
 

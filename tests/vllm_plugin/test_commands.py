@@ -28,6 +28,15 @@ def test_vllms_arguments_get_classes_and_settings(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["serve", "--help"], ["bench", "throughput", "--help"]])
+def test_help_says_what_comes_out_without_vllm(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    main("vllm", arguments)
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: memshare vllm {serve,bench,calibrate} ...")
+    assert "--null-pages" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -137,7 +137,7 @@ class Executor(ExecutorLoop):
         at_floor = None if self.pressure is None else self.pressure.blocks_at_floor(len(input_ids), params)
         check_lengths(len(input_ids), params.max_new_tokens, self._max_seq_len, self.manager, at_floor)
         request_id = next(self._ids)
-        handle = RequestHandle(request_id, listener, self._note_cancelled)
+        handle = RequestHandle(request_id, listener, self._note_cancelled, self._steps_elsewhere)
         self._queue(RequestState(request_id, input_ids, params, handle, group, tokens=list(input_ids)))
         return handle
 

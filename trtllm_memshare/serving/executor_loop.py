@@ -184,6 +184,10 @@ class ExecutorLoop:
         """Some request has been cancelled: the next step looks for it. Any thread may say so."""
         self._has_cancelled = True
 
+    def _steps_elsewhere(self) -> bool:
+        """Whether another thread than the caller's takes the steps; after a failure the caller's may be who answers."""
+        return self._thread not in (None, threading.current_thread()) and not self.has_failed
+
     def _looks_for_cancelled(self) -> bool:
         if not self._has_cancelled:
             return False

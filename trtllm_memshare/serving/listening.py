@@ -1,7 +1,8 @@
-"""Calls of a request's listener, and the one thing that it must not do: wait.
+"""Calls of a request's listener, and the one thing that it must not do: wait for its own thread.
 
-A listener runs on the thread that takes the steps. One that waits for a request, its own or another, would wait for
-itself, and everybody with it.
+A listener runs on the thread that takes the steps. One that waits for a request of these steps, its own or another,
+would wait for itself, and everybody with it. For a request of an executor with another thread it may wait, if nobody
+there waits for this one.
 """
 
 from __future__ import annotations

@@ -60,10 +60,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)  # as below: a long queue that is cancelled makes as many at once
 class RequestStats:
-    """Times in seconds since submission; counts of tokens, pauses and blocks.
-
-    ``queue_s``: until the request first had a place in the batch; all of it if it never had.
-    """
+    """Times in seconds since submission; counts of tokens, pauses and blocks."""
 
     ttft_s: float
     latency_s: float
@@ -71,7 +68,7 @@ class RequestStats:
     num_output_tokens: int
     num_pauses: int
     sharing: SharingRecord
-    queue_s: float = 0.0
+    queue_s: float = 0.0  # until the request first had a place in the batch; all of it if it never had
 
     @property
     def tpot_s(self) -> float:
@@ -195,9 +192,10 @@ class RequestHandle:
         request_id: int,
         listener: Callable[[bool], None] | None = None,
         on_cancel: Callable[[], None] | None = None,
+        steps_elsewhere: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.request_id = request_id
-        self._listener, self._on_cancel = listener, on_cancel
+        self.request_id, self._listener = request_id, listener
+        self._on_cancel, self._steps_elsewhere = on_cancel, steps_elsewhere
         self._listener_error: BaseException | None = None
         self._has_ended = False  # guarded: a step that was given up may come back while its requests are answered
         self._lock = threading.Lock()
@@ -213,9 +211,9 @@ class RequestHandle:
           RequestFailedError: this request failed.
           ExecutorStoppedError: the executor stopped on an error.
           TimeoutError: after ``timeout`` seconds; the request goes on.
-          RuntimeError: a listener waits for a request.
+          RuntimeError: a listener waits for its own thread.
         """
-        check_may_wait(self.request_id, self.future.done())
+        check_may_wait(self.request_id, self.future.done() or self._steps_elsewhere())
         return self.future.result(timeout)
 
     def cancel(self) -> None:
@@ -235,7 +233,7 @@ class RequestHandle:
           RequestFailedError, ExecutorStoppedError, RuntimeError: as ``result``.
         """
         while True:
-            check_may_wait(self.request_id, not self._stream.empty())
+            check_may_wait(self.request_id, not self._stream.empty() or self._steps_elsewhere())
             try:
                 token = self._stream.get(timeout=timeout)
             except queue.Empty:

@@ -31,7 +31,7 @@ _HELP = """serve      vLLM's server, which gives pages up when memory is short
 bench      vLLM's benchmark of such an engine: its table
 calibrate  a folder with a model's null pages, to be made once
 
-serve and bench take vLLM's own options, and:
+serve and bench take vLLM's own options, which vllm serve --help lists, and:
 """ + "\n".join(f"  {option:<18}  {what}" for option, what in _OURS.items())
 _TAKEN = ("--scheduler-cls", "--worker-cls")
 
@@ -43,7 +43,7 @@ def main(command: str, arguments: list[str]) -> None:
       UserError: no such command, wrong settings, a conflict, or vLLM is not installed.
     """
     known = {"serve": _wrap, "bench": _wrap, "calibrate": _calibrate}
-    if arguments and arguments[0] in ("-h", "--help"):
+    if {"-h", "--help"} & set(arguments) and arguments[0] != "calibrate":
         print(f"usage: memshare {command} {{{','.join(known)}}} ...\n\n{_HELP}")
         return
     if not arguments or arguments[0] not in known:
