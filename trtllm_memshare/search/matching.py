@@ -70,9 +70,12 @@ class BlockMatcher(ABC):
         """Token ids at ``[start, stop)`` that were appended, int32; a view."""
         return self._history.token_ids[start:stop]
 
-    @abstractmethod
     def is_due(self, num_more: int = 0) -> bool:
-        """False if ``ready_blocks`` would look at no token and find nothing, were so many more appended before."""
+        """False if ``ready_blocks`` would look at no token and find nothing, were so many more appended before.
+
+        A matcher that cannot tell is asked each time.
+        """
+        return True
 
     def ready_blocks(self) -> list[int]:
         """Logical blocks with a counterpart for every token; looks at the tokens since the last call first."""
