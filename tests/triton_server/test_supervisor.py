@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import http.server
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from trtllm_memshare.triton.runtime import (
     wait_for_turn,
 )
 from trtllm_memshare.triton.server import Ports, check_ports
+from trtllm_memshare.triton.server_process import ServerPlan, ServerProcess
 
 # Answers 200 on every path once its two children run; drains for a while on SIGTERM; notes each start.
 SERVER = """
@@ -135,6 +137,26 @@ def test_one_dead_model_process_gives_one_new_server(supervised, tmp_path, model
     line_with(process, "ready after")
     assert [restarts for _, restarts in starts(tmp_path)] == [0, 1]
     assert not psutil.pid_exists(old)
+
+
+def test_a_server_that_is_slow_to_say_that_it_is_ready_is_believed(tmp_path):
+    """Busy with the requests of clients that saw it ready first; until then nobody watches its model processes."""
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            time.sleep(1.5)
+            self.send_response(200)
+            self.end_headers()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Slow) as health:
+        threading.Thread(target=health.handle_request).start()
+        url = f"http://127.0.0.1:{health.server_port}/ready"
+        plan = ServerPlan(lambda number: ["sleep", "60"], os.environ, url, tmp_path, False)
+        server = ServerProcess(plan, 0)
+        try:
+            assert server.became_ready()
+        finally:
+            server.end()
 
 
 def test_a_dead_server_is_started_anew_and_leaves_no_child(supervised, tmp_path):

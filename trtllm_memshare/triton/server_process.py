@@ -20,6 +20,7 @@ from trtllm_memshare.triton.runtime import GATE_VARIABLE, RESTARTS_VARIABLE, rem
 
 _STUB = b"triton_python_backend_stub"
 _PR_SET_PDEATHSIG = 1
+_ANSWER_S = 5.0  # a loaded server may take seconds to say that it is ready, and nobody watches it until then
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ServerProcess:
         if self.ready_at is not None:
             return False
         try:
-            with urllib.request.urlopen(self._plan.ready_url, timeout=1) as response:
+            with urllib.request.urlopen(self._plan.ready_url, timeout=_ANSWER_S) as response:
                 if response.status != 200:
                     return False
         except (urllib.error.URLError, ConnectionError, TimeoutError):
