@@ -22,6 +22,22 @@ OUTPUT_TOKENS = (20, 100, 400, 1500)
 REQUEST_TIMEOUT_S = 600  # with hundreds of clients a long answer waits for minutes
 _LEAVES_AFTER = 10
 _BACK_OFF_S = (0.5, 4.0)
+_LAG_S = 0.1  # how often the clients' loop is asked whether it is late
+
+
+@dataclass(frozen=True)
+class Closing:
+    """A connection that closed without an answer.
+
+    Attributes:
+      began: when the request was sent, seconds of ``time.monotonic``.
+      noted: when its client saw the end, the same clock.
+      how: the client's error, or after how much of an answer.
+    """
+
+    began: float
+    noted: float
+    how: str
 
 
 @dataclass
@@ -31,27 +47,35 @@ class Ends:
     Attributes:
       counts: by end: ``answered``, ``client left``, ``told why``, ``closed``, ``unclear``, ``no end``.
       reasons: error texts, and what was asked where nothing came.
-      closed_at: when connections closed, seconds of ``time.monotonic``.
+      closed: connections that closed.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    closed_at: list[float] = field(default_factory=list)
+    closed: list[Closing] = field(default_factory=list)
 
-    def add(self, end: str, reason: str = "") -> None:
+    def add(self, end: str, reason: str, began: float) -> None:
+        """A request that began then has ended now; ``reason``: of a closed connection, how it closed."""
         self.counts[end] += 1
         if end == "closed":
-            self.closed_at.append(time.monotonic())
-        if reason:
+            self.closed.append(Closing(began, time.monotonic(), reason))
+        elif reason:
             self.reasons[reason] += 1
 
-    def closed_outside(self, windows: list[tuple[float, float]]) -> int:
-        """Connections that closed although no server was dying; ``windows``: when one was."""
-        return sum(not any(begin <= at <= end for begin, end in windows) for at in self.closed_at)
+    def closed_outside(self, windows: list[tuple[float, float]]) -> list[Closing]:
+        """Connections that closed although no server died or was away during their request.
+
+        The request's whole life counts and not the time when its client saw the end: on a busy machine a client sees it
+        seconds later.
+
+        Args:
+          windows: from each kill until the next server was ready.
+        """
+        return [c for c in self.closed if not any(c.began <= end and begin <= c.noted for begin, end in windows)]
 
 
 async def ask(session: aiohttp.ClientSession, url: str, kind: str, inputs: dict[str, Any]) -> tuple[str, str]:
-    """One request to ``ensemble``. Returns its end and, if it was told one, the reason."""
+    """One request to ``ensemble``. Returns its end and, if it was told one, the reason; or how it closed."""
     endpoint = "generate" if kind == "whole" else "generate_stream"
     body = inputs if kind == "whole" else {**inputs, "stream": True}
     try:
@@ -64,24 +88,25 @@ async def ask(session: aiohttp.ClientSession, url: str, kind: str, inputs: dict[
             return _end_of(last)
     except asyncio.TimeoutError:
         return "no end", f"no end within {REQUEST_TIMEOUT_S} s: {kind}, {inputs['max_tokens']} tokens"
-    except (aiohttp.ClientError, ConnectionError):
-        return "closed", ""
+    except (aiohttp.ClientError, ConnectionError) as error:
+        cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        return "closed", type(cause).__name__
 
 
 def _end_of(last: bytes) -> tuple[str, str]:
     """What the last line of an answer says."""
     if not last:
-        return "closed", ""
+        return "closed", "an empty answer"
     try:
         message = json.loads(last.removeprefix(b"data:"))
     except ValueError:
-        return "closed", ""  # in the middle of a line
+        return "closed", "in the middle of a line"
     if "error" in message:
         return "told why", str(message["error"])
     finish = message.get("finish_reason")
     if finish in ("length", "stop"):
         return "answered", ""
-    return ("closed", "") if finish == "" else ("unclear", str(message)[:200])
+    return ("closed", "in the middle of a stream") if finish == "" else ("unclear", str(message)[:200])
 
 
 class Clients:
@@ -91,10 +116,14 @@ class Clients:
       url: of the server.
       prompts: texts to choose from.
       count: clients.
+
+    Attributes:
+      ends: how requests ended.
+      max_lag_s: how late the clients' loop was at most: a client sees nothing in that time.
     """
 
     def __init__(self, url: str, prompts: list[str], count: int) -> None:
-        self.ends = Ends()
+        self.ends, self.max_lag_s = Ends(), 0.0
         self._url, self._prompts, self._count = url, prompts, count
 
     async def run(self, until: float) -> None:
@@ -102,15 +131,24 @@ class Clients:
         limits = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         async with aiohttp.ClientSession(connector=limits, timeout=timeout, read_bufsize=2**20) as session:
+            lag = asyncio.create_task(self._watch_lag())
             await asyncio.gather(*(self._client(session, random.Random(seed), until) for seed in range(self._count)))
+            lag.cancel()
+
+    async def _watch_lag(self) -> None:
+        while True:
+            expected = time.monotonic() + _LAG_S
+            await asyncio.sleep(_LAG_S)
+            self.max_lag_s = max(self.max_lag_s, time.monotonic() - expected)
 
     async def _client(self, session: aiohttp.ClientSession, rng: random.Random, until: float) -> None:
         wait_s = _BACK_OFF_S[0]
         while time.monotonic() < until:
             kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
             inputs = {"text_input": rng.choice(self._prompts), "max_tokens": rng.choice(OUTPUT_TOKENS)}
+            began = time.monotonic()
             end, reason = await ask(session, self._url, kind, inputs)
-            self.ends.add(end, reason)
+            self.ends.add(end, reason, began)
             if end in ("answered", "client left"):
                 wait_s = _BACK_OFF_S[0]
                 continue

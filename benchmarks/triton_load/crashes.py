@@ -6,21 +6,20 @@ import asyncio
 import math
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import cycle, islice
 from typing import Any
 
 import psutil
 
 from benchmarks.triton_load.clients import Clients, Ends
-from benchmarks.triton_load.server import TritonServer, cpu_seconds
+from benchmarks.triton_load.server import TritonServer, cpu_pressure_s, cpu_seconds
 
 VICTIMS = ("tensorrt_llm", "ensemble", "tritonserver", "preprocessing", "postprocessing")
 MAX_READY_S = 10.0
 MAX_GROWTH = 1.1
 _SAMPLE_S = 5.0
 _SETTLE_S = 60.0
-_AFTERWARDS_S = 2.0  # a connection may be found closed a little after its server is ready again
 _REASON = "the model tensorrt_llm went away while it worked on this request"
 _STARTING = "the model tensorrt_llm cannot be reached"
 
@@ -49,15 +48,15 @@ class Soak:
 
     async def run(self) -> dict[str, Any]:
         """Returns figures, with everything that went wrong under ``faults``."""
-        self._sample()
+        await asyncio.to_thread(self._sample)
         began = time.monotonic()
         load = asyncio.create_task(self._clients.run(began + self._seconds))
         for number, victim in enumerate(islice(cycle(VICTIMS), self._crashes), 1):
             await self._sample_until(began + number * self._seconds / (self._crashes + 1))
-            self._sample(before_crash=True)
+            await asyncio.to_thread(self._sample, before_crash=True)
             await asyncio.to_thread(self._kill, victim)
         await self._sample_until(began + self._seconds)
-        self._sample(before_crash=True)
+        await asyncio.to_thread(self._sample, before_crash=True)
         await load
         give_up = time.monotonic() + _SETTLE_S
         while self._server.metric('block_type="used"') != 0 and time.monotonic() < give_up:
@@ -66,7 +65,9 @@ class Soak:
         ends = self._clients.ends
         found = {
             "requests": dict(ends.counts), "reasons": dict(ends.reasons), "recoveries": self.recoveries,
-            "closed_without_a_crash": ends.closed_outside(self._away),
+            "closings": dict(Counter(c.how for c in ends.closed)),
+            "closed_without_a_crash": len(unexplained := ends.closed_outside(self._away)),
+            "closed_so": dict(Counter(c.how for c in unexplained)), "client_lag_s": round(self._clients.max_lag_s, 2),
             "restarts_counted": self._server.metric("memshare_server_restarts"),
             "leaked_blocks": self._server.metric('block_type="used"'), "samples": self.samples,
         }  # fmt: skip
@@ -75,20 +76,21 @@ class Soak:
     def _kill(self, victim: str) -> None:
         old = self._server.processes()
         spare_cpu_s = sum(map(cpu_seconds, self._server.spare()))
-        killed_at = time.monotonic()
+        killed_at, pressure_s = time.monotonic(), cpu_pressure_s()
         old[victim].kill()
         while self._server.is_ready() and time.monotonic() < killed_at + _SETTLE_S:
             time.sleep(0.02)
         red_at = time.monotonic()
         self._server.wait_until_ready()
         ready_at = time.monotonic()
-        self._away.append((killed_at, ready_at + _AFTERWARDS_S))
+        self._away.append((killed_at, ready_at))
         self.recoveries.append(
             {
                 "killed": victim,
                 "red_after_s": round(red_at - killed_at, 2),
                 "ready_after_s": round(ready_at - killed_at, 2),
                 "cpu_s": round(self._server.cpu_s() - spare_cpu_s, 2),
+                "waited_for_cpu": round((cpu_pressure_s() - pressure_s) / (ready_at - killed_at), 2),
             }
         )
         print(f"killed {victim}: ready again after {ready_at - killed_at:.1f} s", flush=True)
@@ -96,7 +98,7 @@ class Soak:
     async def _sample_until(self, deadline: float) -> None:
         while (left := deadline - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _SAMPLE_S))
-            self._sample()
+            await asyncio.to_thread(self._sample)  # it reads all of /proc: on the clients' loop it would hold them up
 
     def _sample(self, before_crash: bool = False) -> None:
         held: dict[str, Any] = {}
@@ -148,7 +150,7 @@ def faults_of(found: dict[str, Any], ends: Ends, crashes: int) -> list[str]:
     if not ends.counts["answered"]:
         faults.append("no request was answered")
     if count := found["closed_without_a_crash"]:
-        faults.append(f"{count} connections closed although no server was dying")
+        faults.append(f"{count} connections closed although no server was dying: {found['closed_so']}")
     for recovery in found["recoveries"]:
         if recovery["ready_after_s"] > MAX_READY_S:
             faults.append(f"{recovery['killed']}: ready after {recovery['ready_after_s']} s, allowed {MAX_READY_S:g}")

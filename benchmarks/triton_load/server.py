@@ -122,6 +122,14 @@ def cpu_seconds(process: psutil.Process) -> float:
         return 0.0
 
 
+def cpu_pressure_s() -> float:
+    """Seconds since boot in which some process of the machine waited for a core; NaN where the kernel does not say."""
+    try:
+        return int(Path("/proc/pressure/cpu").read_text().split("total=")[1].split()[0]) / 1e6
+    except OSError:
+        return float("nan")
+
+
 def _line(process: psutil.Process, place: int = 0) -> str:
     try:
         return str(process.cmdline()[place])

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.triton_load.clients import Clients, Ends, ask
+from benchmarks.triton_load.clients import Clients, Closing, Ends, ask
 from benchmarks.triton_load.cost import Round, summary
 from benchmarks.triton_load.crashes import faults_of, growth
 from benchmarks.triton_load.server import runtime_name
@@ -70,6 +70,7 @@ def test_every_request_ends_in_one_way(answer, kind, end):
     found, reason = asyncio.run(serve(handler, then))
     assert found == end
     assert (reason == WENT_AWAY) is (end == "told why")
+    assert bool(reason) is (end not in ("answered", "client left"))  # a closed one says how it closed
 
 
 def test_a_server_that_is_not_there_and_one_that_never_answers():
@@ -136,7 +137,11 @@ def test_a_soak_that_held_has_no_faults():
         (Ends(Counter({"answered": 1, "unclear": 1})), {}, "1 requests: unclear"),
         (Ends(Counter(answered=1), Counter({"bad request": 1})), {}, "untrue reason: bad request"),
         (Ends(), {}, "no request was answered"),
-        (None, {"closed_without_a_crash": 3}, "3 connections closed although no server was dying"),
+        (
+            None,
+            {"closed_without_a_crash": 3, "closed_so": {"X": 3}},
+            "3 connections closed although no server was dying: {'X': 3}",
+        ),
         (None, {"recoveries": [{"killed": "x", "ready_after_s": 11.0}]}, "x: ready after 11.0 s, allowed 10"),
         (None, {"restarts_counted": 4.0}, "4 restarts for 1 crashes"),
         (None, {"leaked_blocks": 7.0}, "7 KV blocks in use without a request"),
@@ -154,9 +159,25 @@ def test_growth_looks_at_servers_of_equal_age():
     assert growth(samples)["tensorrt_llm"] == {"rss_mb": 1.01, "fds": 1.0, "threads": 1.0}
 
 
-def test_a_closed_connection_belongs_to_a_crash_or_to_none():
-    ends = Ends(closed_at=[1.0, 5.5, 9.0])
-    assert ends.closed_outside([(0.5, 2.0), (5.0, 6.0)]) == 1
+def test_a_closed_connection_belongs_to_the_server_that_served_it():
+    """A client may see the end long after its server died; a request that the next server took is no crash's."""
+    windows = [(10.0, 12.0), (50.0, 51.0)]
+    explained = [Closing(1.0, 11.0, "cut"), Closing(1.0, 30.0, "cut"), Closing(11.0, 11.5, "refused")]
+    others = [Closing(1.0, 9.0, "cut"), Closing(12.5, 49.0, "cut"), Closing(51.5, 52.0, "cut")]
+    assert Ends(closed=explained + others).closed_outside(windows) == others
+
+
+def test_clients_say_for_how_long_they_saw_nothing():
+    async def handler(request):
+        time.sleep(0.3)  # what holds the loop up holds the clients up
+        return web.Response(body=ANSWERS["streamed" if "stream" in request.path else "whole"])
+
+    async def then(url):
+        clients = Clients(url, ["a"], 1)
+        await clients.run(time.monotonic() + 0.1)
+        return clients.max_lag_s
+
+    assert asyncio.run(serve(handler, then)) > 0.1
 
 
 def test_what_triton_adds_is_taken_from_pairs_of_rounds():
