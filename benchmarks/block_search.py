@@ -12,13 +12,17 @@ written after each row; the last line is JSON.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from benchmarks.gpu.search_timing import FORMS, SHAPES, SearchTiming, table
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import publish, write_report
+    from benchmarks.gpu.search_timing import FORMS, SHAPES, SearchTiming, table
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import publish, write_report
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _MAX_RELATIVE_ERROR = 1e-4  # of float32 sums in two orders; a wrong row or angle is off by about 1
 

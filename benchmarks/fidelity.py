@@ -15,13 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.arms import parse_arm
-from trtllm_memshare.evaluation.curve import CurveOptions, measure_curve
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.session import Session
-from trtllm_memshare.evaluation.variants import VARIANTS
-from trtllm_memshare.report.fidelity import fidelity_table, plot_fidelity
+try:
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.arms import parse_arm
+    from trtllm_memshare.evaluation.curve import CurveOptions, measure_curve
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.session import Session
+    from trtllm_memshare.evaluation.variants import VARIANTS
+    from trtllm_memshare.report.fidelity import fidelity_table, plot_fidelity
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -16,12 +16,16 @@ one is in benchmarks/results/, nothing in the plan has been measured. The last l
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks.gpu.kernel_plan import make_plan, table
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import publish
-from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+try:
+    from benchmarks.gpu.kernel_plan import make_plan, table
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import publish
+    from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

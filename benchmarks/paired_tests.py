@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.curve import compare, pool_reports
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.statistics import wilson_interval
+try:
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.curve import compare, pool_reports
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.statistics import wilson_interval
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-from transformers import AutoTokenizer
+try:
+    import psutil
+    from transformers import AutoTokenizer
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.runners.engines import load_engine
-from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
-from trtllm_memshare.search.config import make_config
-from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.request import RequestHandle, SamplingParams
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.runners.engines import load_engine
+    from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+    from trtllm_memshare.search.config import make_config
+    from trtllm_memshare.search.steps import BoundaryTokens
+    from trtllm_memshare.serving.executor import Executor
+    from trtllm_memshare.serving.request import RequestHandle, SamplingParams
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _WAIT_S = 600  # a wait that is longer is an error
 

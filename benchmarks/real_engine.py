@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
+try:
+    import torch
+    from transformers import AutoModelForCausalLM
 
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
-from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
-from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
+    from trtllm_memshare.engine.gguf import checkpoint_of_gguf, is_gguf
+    from trtllm_memshare.errors import run_command_line
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -14,22 +14,25 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
-from trtllm_memshare.builder.summary import summarize
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR, get_smollm2
-from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.evaluation.machine import describe_machine
-from trtllm_memshare.evaluation.masked_replay import MaskedReplay
-from trtllm_memshare.evaluation.page_arms import Budget
-from trtllm_memshare.evaluation.page_study import Task, compute_rows
-from trtllm_memshare.evaluation.page_table import Setting
-from trtllm_memshare.evaluation.real_rows import RowFile
-from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
-from trtllm_memshare.evaluation.recall_study import compute_recall
-from trtllm_memshare.report.real_model import main_table, recall_table, summary
-from trtllm_memshare.report.real_model_plots import plot_curve
+    from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
+    from trtllm_memshare.builder.summary import summarize
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR, get_smollm2
+    from trtllm_memshare.errors import UserError, run_command_line
+    from trtllm_memshare.evaluation.machine import describe_machine
+    from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+    from trtllm_memshare.evaluation.page_arms import Budget
+    from trtllm_memshare.evaluation.page_study import Task, compute_rows
+    from trtllm_memshare.evaluation.page_table import Setting
+    from trtllm_memshare.evaluation.real_rows import RowFile
+    from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+    from trtllm_memshare.evaluation.recall_study import compute_recall
+    from trtllm_memshare.report.real_model import main_table, recall_table, summary
+    from trtllm_memshare.report.real_model_plots import plot_curve
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 ARMS = ("random", "attention-redundancy", "surprisal-led-signature")
 SHARES = (0.75, 0.5, 0.25)

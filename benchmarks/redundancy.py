@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.redundancy import measure
-from trtllm_memshare.evaluation.texts import TEXT_FIELDS, read_texts
-from trtllm_memshare.report.redundancy import redundancy_table
+try:
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.redundancy import measure
+    from trtllm_memshare.evaluation.texts import TEXT_FIELDS, read_texts
+    from trtllm_memshare.report.redundancy import redundancy_table
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _TRACES = Path("benchmarks/data/traces")
 

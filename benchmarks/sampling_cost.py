@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from itertools import product
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
-from trtllm_memshare.serving.sampling import Sampler
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
+    from trtllm_memshare.serving.sampling import Sampler
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 DECODING = {
     "greedy": SamplingParams(),

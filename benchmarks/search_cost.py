@@ -8,13 +8,17 @@ the last 1,000 tokens is taken, median over streams. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.search_cost import median_search_times
-from trtllm_memshare.evaluation.texts import make_streams
-from trtllm_memshare.search.config import make_config
+try:
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.search_cost import median_search_times
+    from trtllm_memshare.evaluation.texts import make_streams
+    from trtllm_memshare.search.config import make_config
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

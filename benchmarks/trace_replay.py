@@ -21,18 +21,22 @@ need not be those of a trained model. The report is written after each round; th
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from trtllm_memshare.errors import UserError, nearest, run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish, write_report
-from trtllm_memshare.evaluation.fixed_sharing import FULL_SEARCHES
-from trtllm_memshare.evaluation.random_model import SHAPES
-from trtllm_memshare.evaluation.replay_cost import make_setup, replay_rounds
-from trtllm_memshare.evaluation.texts import read_texts
-from trtllm_memshare.report.replay_cost import replay_cost_table
-from trtllm_memshare.runners.torch.paged_decode import CHOICES
+    from trtllm_memshare.errors import UserError, nearest, run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish, write_report
+    from trtllm_memshare.evaluation.fixed_sharing import FULL_SEARCHES
+    from trtllm_memshare.evaluation.random_model import SHAPES
+    from trtllm_memshare.evaluation.replay_cost import make_setup, replay_rounds
+    from trtllm_memshare.evaluation.texts import read_texts
+    from trtllm_memshare.report.replay_cost import replay_cost_table
+    from trtllm_memshare.runners.torch.paged_decode import CHOICES
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _PROMPT_TOKENS = 64
 

@@ -19,19 +19,23 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from benchmarks.triton_load.aiperf import find_aiperf
-from benchmarks.triton_load.cost import Alone, Round, Triton, run_round, summary
-from benchmarks.triton_load.executor_alone import ExecutorAlone
-from benchmarks.triton_load.server import TritonServer
-from benchmarks.triton_load.streamed import Streams, streamed_lines, streamed_summary
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.dataset import read_dataset
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.runners.engines import load_engine
+    from benchmarks.triton_load.aiperf import find_aiperf
+    from benchmarks.triton_load.cost import Alone, Round, Triton, run_round, summary
+    from benchmarks.triton_load.executor_alone import ExecutorAlone
+    from benchmarks.triton_load.server import TritonServer
+    from benchmarks.triton_load.streamed import Streams, streamed_lines, streamed_summary
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.dataset import read_dataset
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.runners.engines import load_engine
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:
@@ -56,28 +60,24 @@ def main() -> None:
     rounds: dict[str, list[Round]] = {"executor": [], "triton": []}
     streamed = []
     deadline = time.monotonic() + 60 * options.max_minutes
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ends:
         server = TritonServer(options.engine_dir, Path(folder), ("--no-spare",), kv_cache_blocks=blocks)
-        executor = None
-        try:
-            executor = ExecutorAlone(options.engine_dir, Path(folder), blocks)
-            sides: dict[str, Alone | Triton] = {"executor": Alone(executor), "triton": Triton(server)}
-            for side in sides.values():  # warm
-                asyncio.run(run_round(side, items[:8], texts[:8], 8, 5))
-            for number in range(options.repeat):
-                if number and time.monotonic() > deadline:
-                    break
-                for name in sorted(sides, reverse=bool(number % 2)):
-                    found = asyncio.run(run_round(sides[name], items, texts, options.clients, options.first_tokens))
-                    rounds[name].append(found)
-                    print(f"{name}: first token {found.ttft_ms:.2f} ms, {found.req_s:.2f} req/s", file=sys.stderr)
-                if streams is not None:
-                    streamed.append(streams.run(sides, server.url, Path(folder) / f"aiperf_{number}"))
-                    print(f"streamed: {streamed[-1]}", file=sys.stderr)
-        finally:
-            if executor is not None:
-                executor.stop()
-            server.stop()
+        ends.callback(server.stop)
+        executor = ExecutorAlone(options.engine_dir, Path(folder), blocks)
+        ends.callback(executor.stop)
+        sides: dict[str, Alone | Triton] = {"executor": Alone(executor), "triton": Triton(server)}
+        for side in sides.values():  # warm
+            asyncio.run(run_round(side, items[:8], texts[:8], 8, 5))
+        for number in range(options.repeat):
+            if number and time.monotonic() > deadline:
+                break
+            for name in sorted(sides, reverse=bool(number % 2)):
+                found = asyncio.run(run_round(sides[name], items, texts, options.clients, options.first_tokens))
+                rounds[name].append(found)
+                print(f"{name}: first token {found.ttft_ms:.2f} ms, {found.req_s:.2f} req/s", file=sys.stderr)
+            if streams is not None:
+                streamed.append(streams.run(sides, server.url, Path(folder) / f"aiperf_{number}"))
+                print(f"streamed: {streamed[-1]}", file=sys.stderr)
     report = make_report(
         {"server": server.origin, "threads": os.environ.get("OMP_NUM_THREADS"), "note": options.note,
          "clients": options.clients, "num_requests": len(items), **summary(rounds["executor"], rounds["triton"]),

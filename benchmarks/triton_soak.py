@@ -18,16 +18,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
-from transformers import AutoTokenizer
+try:
+    import psutil
+    from transformers import AutoTokenizer
 
-from benchmarks.triton_load.clients import Clients
-from benchmarks.triton_load.crashes import Soak, growth
-from benchmarks.triton_load.server import TritonServer, cpu_seconds
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.dataset import read_dataset
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.runners.engines import load_engine
+    from benchmarks.triton_load.clients import Clients
+    from benchmarks.triton_load.crashes import Soak, growth
+    from benchmarks.triton_load.server import TritonServer, cpu_seconds
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.dataset import read_dataset
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.runners.engines import load_engine
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -13,12 +13,16 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.trtllm_suite import Answers, failed_gates, is_active, read_arms
-from trtllm_memshare.report.trtllm_suite import suite_table
+try:
+    from trtllm_memshare.errors import UserError, run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.trtllm_suite import Answers, failed_gates, is_active, read_arms
+    from trtllm_memshare.report.trtllm_suite import suite_table
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

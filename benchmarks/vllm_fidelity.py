@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from datetime import date
 from pathlib import Path
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.machine import describe_machine
-from trtllm_memshare.evaluation.masked_replay import MaskedReplay
-from trtllm_memshare.evaluation.vllm_fidelity import BLOCK_SIZE, compare_with_replay, through_vllm
-from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT
+try:
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.machine import describe_machine
+    from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+    from trtllm_memshare.evaluation.vllm_fidelity import BLOCK_SIZE, compare_with_replay, through_vllm
+    from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

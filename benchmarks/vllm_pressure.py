@@ -20,10 +20,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.evaluation.machine import describe_machine
-from trtllm_memshare.evaluation.vllm_run import run_engine
-from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
+try:
+    from trtllm_memshare.errors import UserError, run_command_line
+    from trtllm_memshare.evaluation.machine import describe_machine
+    from trtllm_memshare.evaluation.vllm_run import run_engine
+    from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.vllm_run import run_scheduler
-from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
+try:
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.vllm_run import run_scheduler
+    from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

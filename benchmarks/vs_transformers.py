@@ -10,19 +10,27 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+try:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.benchmark import Load, run_variant
-from trtllm_memshare.evaluation.dataset import read_dataset
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.transformers_batching import Served, run_in_turns, run_transformers, summarize_rounds
-from trtllm_memshare.evaluation.variants import make_variant
-from trtllm_memshare.runners.engines import load_engine
-from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
-from trtllm_memshare.search.steps import BoundaryTokens
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.benchmark import Load, run_variant
+    from trtllm_memshare.evaluation.dataset import read_dataset
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.transformers_batching import (
+        Served,
+        run_in_turns,
+        run_transformers,
+        summarize_rounds,
+    )
+    from trtllm_memshare.evaluation.variants import make_variant
+    from trtllm_memshare.runners.engines import load_engine
+    from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+    from trtllm_memshare.search.steps import BoundaryTokens
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -18,11 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.executor_work import load_runner, run_executor
-from trtllm_memshare.evaluation.vllm_run import run_engine
-from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
+try:
+    from trtllm_memshare.errors import UserError, run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.executor_work import load_runner, run_executor
+    from trtllm_memshare.evaluation.vllm_run import run_engine
+    from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

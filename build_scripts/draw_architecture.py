@@ -6,7 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from trtllm_memshare.errors import run_command_line
+try:
+    from trtllm_memshare.errors import run_command_line
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 ROOT = Path(__file__).resolve().parents[1]
 

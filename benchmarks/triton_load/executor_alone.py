@@ -12,18 +12,21 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-from prometheus_client import CollectorRegistry
+try:
+    import psutil
+    from prometheus_client import CollectorRegistry
 
-from benchmarks.triton_load.server import START_TIMEOUT_S, cpu_seconds
-from trtllm_memshare.errors import UserError
-from trtllm_memshare.runners.engines import load_engine
-from trtllm_memshare.triton.request_metrics import RequestMetrics
-from trtllm_memshare.triton.runtime import end_with_parent
-from trtllm_memshare.triton.service import ExecutorService
-from trtllm_memshare.triton.socket_server import SocketServer
-from trtllm_memshare.triton.token_model import make_executor
-from trtllm_memshare.triton.token_requests import Limits
+    from benchmarks.triton_load.server import START_TIMEOUT_S, cpu_seconds
+    from trtllm_memshare.errors import UserError
+    from trtllm_memshare.runners.engines import load_engine
+    from trtllm_memshare.triton.request_metrics import RequestMetrics
+    from trtllm_memshare.triton.runtime import end_with_parent
+    from trtllm_memshare.triton.service import ExecutorService
+    from trtllm_memshare.triton.socket_server import SocketServer
+    from trtllm_memshare.triton.token_model import make_executor
+    from trtllm_memshare.triton.token_requests import Limits
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _MAX_REQUESTS = 4096
 

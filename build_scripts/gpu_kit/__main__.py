@@ -15,7 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from build_scripts.gpu_kit.layout import ROOT, Kit, KitError
+try:
+    from build_scripts.gpu_kit.layout import ROOT, Kit, KitError
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from build_scripts.tiny_reasoner.datasets import write_datasets
+try:
+    from build_scripts.tiny_reasoner.datasets import write_datasets
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from build_scripts.tiny_reasoner.training import TrainingConfig, train
+    from build_scripts.tiny_reasoner.training import TrainingConfig, train
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

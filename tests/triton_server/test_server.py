@@ -97,9 +97,9 @@ def test_limits_are_named_in_the_error(triton, inputs, message):
 
 
 def test_two_hundred_streams_at_once_complete(triton, bundled_model, boundaries, tokenizer):
-    expected = own_text(bundled_model, boundaries, tokenizer, QUESTION, SamplingParams(60, stop_token_ids=(1,)))
+    expected = own_text(bundled_model, boundaries, tokenizer, QUESTION, SamplingParams(20, stop_token_ids=(1,)))
     with ThreadPoolExecutor(200) as clients:
-        calls = [clients.submit(triton.stream, 120, text_input=QUESTION, max_tokens=60) for _ in range(200)]
+        calls = [clients.submit(triton.stream, 120, text_input=QUESTION, max_tokens=20) for _ in range(200)]
         texts = ["".join(e["text_output"] for e in call.result()) for call in calls]
     assert texts == [expected] * 200
     triton.wait_until(lambda: triton.used_blocks() == 0)

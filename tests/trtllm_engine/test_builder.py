@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from conftest import write_random_checkpoint
 from engine.test_engine_dir import edit_json
 from fakes import fake_tensorrt_llm
 from fakes.fake_network import LayerType
+from run_script import run_script
 
 import trtllm_memshare.trtllm.engine.builder as builder_module
 from trtllm_memshare.__main__ import main
@@ -117,11 +116,11 @@ def test_the_dry_run_prints_what_the_builder_is_given(trtllm, plan):
 
 
 def test_the_dry_run_needs_no_tensorrt_llm(bundled_model, tmp_path):
-    command = [sys.executable, "build_scripts/build_engine.py", "--memshare", "--backend", "tensorrt", "--dry-run"]
-    command += ["--output-dir", str(tmp_path / "engine"), "--tp-size", "2", "--pp-size", "2"]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "tensorrt_llm" not in sys.modules
+    options = ["--memshare", "--backend", "tensorrt", "--dry-run", "--tp-size", "2", "--pp-size", "2"]
+    script = ROOT / "build_scripts" / "build_engine.py"
+    done = run_script(script, *options, "--output-dir", str(tmp_path / "engine"))
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("backend: tensorrt (asked for)\n")
     document = json.loads(done.stdout.partition("\n")[2])
     assert any("runs with: this project's executor" in line for line in document["summary"])

@@ -12,12 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
-from trtllm_memshare.evaluation.benchmark_run import run_benchmark
-from trtllm_memshare.evaluation.variants import VARIANTS
-from trtllm_memshare.report.benchmark_report import publish_benchmark
-from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
-
 
 def main(command: str, arguments: list[str]) -> None:
     """Runs it; see ``--help``."""
@@ -26,6 +20,13 @@ def main(command: str, arguments: list[str]) -> None:
 
         run_trtllm_bench("bench", arguments)
         return
+    # Imports of torch and transformers take seconds, which trtllm-bench need not wait for.
+    from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
+    from trtllm_memshare.evaluation.benchmark_run import run_benchmark
+    from trtllm_memshare.evaluation.variants import VARIANTS
+    from trtllm_memshare.report.benchmark_report import publish_benchmark
+    from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
+
     parser = argparse.ArgumentParser(
         prog=command, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -162,7 +162,6 @@ class _Calibration:
     ) -> None:
         self._fit, self._measure, self._check, self._vocabulary = fit, measure, check, vocabulary
         self._inv_freq, self._num_kv_heads = inv_freq, num_kv_heads
-        self._heads_each = fit.unrotated.shape[1] // num_kv_heads
 
     def fit_band(self, width: int) -> bool:
         """Directions and lengths for bands of that width; False if some head has none."""

@@ -8,14 +8,18 @@ An answer of the model that comes out can be right or wrong, which no other real
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from benchmarks.studies.adapter.training import AdapterConfig, train
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import publish
+    from benchmarks.studies.adapter.training import AdapterConfig, train
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import publish
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _DEFAULTS = AdapterConfig()
 

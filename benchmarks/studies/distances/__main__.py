@@ -10,18 +10,22 @@ line is JSON.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks.studies.distances.study import StudyOptions, judge, study_pairs
-from benchmarks.studies.distances.tables import study_tables
-from benchmarks.studies.real_text.study import load_text_model, make_script
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.corpus import TRACES, read_traces
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.session import Session
-from trtllm_memshare.evaluation.teacher_forced import Script
-from trtllm_memshare.search.config import make_config
-from trtllm_memshare.search.steps import BoundaryTokens
+try:
+    from benchmarks.studies.distances.study import StudyOptions, judge, study_pairs
+    from benchmarks.studies.distances.tables import study_tables
+    from benchmarks.studies.real_text.study import load_text_model, make_script
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.corpus import TRACES, read_traces
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.session import Session
+    from trtllm_memshare.evaluation.teacher_forced import Script
+    from trtllm_memshare.search.config import make_config
+    from trtllm_memshare.search.steps import BoundaryTokens
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

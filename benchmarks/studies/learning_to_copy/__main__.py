@@ -4,21 +4,25 @@ thing changed at a time. The last line is JSON."""
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Qwen2ForCausalLM
+try:
+    import torch
+    from transformers import Qwen2ForCausalLM
 
-from benchmarks.studies.learning_to_copy.copy_loss import copy_loss
-from benchmarks.studies.learning_to_copy.curriculum import Curriculum, Mixture
-from benchmarks.studies.learning_to_copy.shape import look_one_back, model_config
-from benchmarks.studies.learning_to_copy.training import TraceTrainingConfig
-from benchmarks.studies.real_text.tables import copying_table
-from build_scripts.tiny_reasoner.optimization import Schedule, optimize
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.corpus import SPECIAL
-from trtllm_memshare.evaluation.document import make_report, publish
+    from benchmarks.studies.learning_to_copy.copy_loss import copy_loss
+    from benchmarks.studies.learning_to_copy.curriculum import Curriculum, Mixture
+    from benchmarks.studies.learning_to_copy.shape import look_one_back, model_config
+    from benchmarks.studies.learning_to_copy.training import TraceTrainingConfig
+    from benchmarks.studies.real_text.tables import copying_table
+    from build_scripts.tiny_reasoner.optimization import Schedule, optimize
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.corpus import SPECIAL
+    from trtllm_memshare.evaluation.document import make_report, publish
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "as trained": {},

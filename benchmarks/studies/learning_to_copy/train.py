@@ -4,14 +4,18 @@ training_log.json."""
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from benchmarks.studies.learning_to_copy.training import TraceTrainingConfig, train
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.corpus import TRACES
+    from benchmarks.studies.learning_to_copy.training import TraceTrainingConfig, train
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.corpus import TRACES
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -4,21 +4,25 @@ every head at its own place in the text, against its own keys."""
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+try:
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trtllm_memshare.engine.attention_queries import FIRST_POSITION, Queries, observe_queries
-from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageSet, calibrate_null_pages
-from trtllm_memshare.engine.null_page_files import calibration_texts, report
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
-from trtllm_memshare.search.block_distance import rotate
+    from trtllm_memshare.engine.attention_queries import FIRST_POSITION, Queries, observe_queries
+    from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageSet, calibrate_null_pages
+    from trtllm_memshare.engine.null_page_files import calibration_texts, report
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+    from trtllm_memshare.search.block_distance import rotate
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

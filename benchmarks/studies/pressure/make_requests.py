@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.real_texts import cut_traces
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.real_texts import cut_traces
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from benchmarks.studies.pressure.modelless import serve
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import make_report, write_report
-from trtllm_memshare.evaluation.real_texts import cut_traces, whole_traces
-from trtllm_memshare.search.steps import BoundaryTokens
+    from benchmarks.studies.pressure.modelless import serve
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import make_report, write_report
+    from trtllm_memshare.evaluation.real_texts import cut_traces, whole_traces
+    from trtllm_memshare.search.steps import BoundaryTokens
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _FLOORS = ("1", "0.75", "0.5", "0.5,lookahead_tokens=16", "0.5,lookahead_tokens=512", "0.25")
 _ARMS = ("full", "full-guaranteed", *(f"pressure:min_kept={kept}" for kept in _FLOORS))

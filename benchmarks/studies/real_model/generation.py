@@ -7,20 +7,24 @@ of a group come before the next.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from itertools import islice
 from pathlib import Path
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from trtllm_memshare.engine.checkpoint import read_checkpoint
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.free_generation import ARMS, Length, compute_generations
-from trtllm_memshare.evaluation.real_rows import RowFile
-from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
-from trtllm_memshare.runners.torch.runner import load_model
-from trtllm_memshare.search.steps import BoundaryTokens
+    from trtllm_memshare.engine.checkpoint import read_checkpoint
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.free_generation import ARMS, Length, compute_generations
+    from trtllm_memshare.evaluation.real_rows import RowFile
+    from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+    from trtllm_memshare.runners.torch.runner import load_model
+    from trtllm_memshare.search.steps import BoundaryTokens
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 MAIN = (
     "full", "surprisal-led-signature", "redundancy-signature", "redundancy-recency-signature", "random-once",

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from transformers import AutoTokenizer
+try:
+    import numpy as np
+    from transformers import AutoTokenizer
 
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.masked_replay import MaskedReplay
-from trtllm_memshare.evaluation.real_texts import read_traces, runaway_trace, token_texts
-from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
-from trtllm_memshare.evaluation.retirement import Retirements
-from trtllm_memshare.search.config import make_config
-from trtllm_memshare.search.steps import BoundaryTokens
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+    from trtllm_memshare.evaluation.real_texts import read_traces, runaway_trace, token_texts
+    from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
+    from trtllm_memshare.evaluation.retirement import Retirements
+    from trtllm_memshare.search.config import make_config
+    from trtllm_memshare.search.steps import BoundaryTokens
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
-BEFORE, LOOP, AFTER = 512, 1024, 512
-PAGE_TOKENS = 16
+BEFORE, LOOP, AFTER, PAGE_TOKENS = 512, 1024, 512, 16
 _RUNAWAY_PERIOD = 98  # tokens of SmolLM2's tokenizer, from the end of the 32,768-token trace
 PASSAGES = {
     "English": "Wait, let me check that again. The sum is 14, so the answer must be 14. Hmm, but is it right?\n\n",

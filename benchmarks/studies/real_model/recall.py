@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from benchmarks.studies.real_model.plan import parse_shard
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.masked_replay import MaskedReplay
-from trtllm_memshare.evaluation.page_arms import Budget
-from trtllm_memshare.evaluation.real_rows import RowFile
-from trtllm_memshare.evaluation.recall_study import compute_recall
+    from benchmarks.studies.real_model.plan import parse_shard
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+    from trtllm_memshare.evaluation.page_arms import Budget
+    from trtllm_memshare.evaluation.real_rows import RowFile
+    from trtllm_memshare.evaluation.recall_study import compute_recall
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 ARMS = (
     "full", "random", "redundancy-k", "redundancy-signature", "attention-redundancy", "attention-redundancy-recency",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.real_rows import read_rows
-from trtllm_memshare.report.generation import generation_tables
-from trtllm_memshare.report.real_model import fill_page, page_tables, summary
-from trtllm_memshare.report.real_model_plots import plot_loss_and_recall
+try:
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.real_rows import read_rows
+    from trtllm_memshare.report.generation import generation_tables
+    from trtllm_memshare.report.real_model import fill_page, page_tables, summary
+    from trtllm_memshare.report.real_model_plots import plot_loss_and_recall
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 ROWS = Path("benchmarks/results/real_model.jsonl")
 RESULTS = Path("benchmarks/studies/real_model/results")

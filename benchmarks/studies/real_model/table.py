@@ -7,20 +7,24 @@ models that wrote them, so that any part of the table is a balanced one.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from itertools import islice
 from pathlib import Path
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from benchmarks.studies.real_model.plan import TEXT_TOKENS, every_task, parse_shard, tasks_of
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.masked_replay import MaskedReplay
-from trtllm_memshare.evaluation.page_study import Task, compute_rows
-from trtllm_memshare.evaluation.real_rows import RowFile
-from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
-from trtllm_memshare.search.steps import BoundaryTokens
+    from benchmarks.studies.real_model.plan import TEXT_TOKENS, every_task, parse_shard, tasks_of
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+    from trtllm_memshare.evaluation.page_study import Task, compute_rows
+    from trtllm_memshare.evaluation.real_rows import RowFile
+    from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+    from trtllm_memshare.search.steps import BoundaryTokens
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

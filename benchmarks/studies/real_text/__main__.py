@@ -11,12 +11,16 @@ JSON.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks.studies.real_text.study import run_reach, run_replay
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.corpus import TRACES
-from trtllm_memshare.evaluation.document import publish
+try:
+    from benchmarks.studies.real_text.study import run_reach, run_replay
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.corpus import TRACES
+    from trtllm_memshare.evaluation.document import publish
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+try:
+    from transformers import AutoTokenizer
 
-from benchmarks.studies.signatures.ranking import FORMS, LAST_PAGES, TextPool
-from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.evaluation.masked_replay import MaskedReplay
-from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+    from benchmarks.studies.signatures.ranking import FORMS, LAST_PAGES, TextPool
+    from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+    from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:

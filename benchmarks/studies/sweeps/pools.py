@@ -11,12 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.studies.sweeps.sweep import measure_pools, pools_table
-from trtllm_memshare.errors import run_command_line
-from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
-from trtllm_memshare.evaluation.benchmark_run import run_benchmark
-from trtllm_memshare.evaluation.document import make_report, publish
-from trtllm_memshare.report.plots import plot_pressure
+try:
+    from benchmarks.studies.sweeps.sweep import measure_pools, pools_table
+    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
+    from trtllm_memshare.evaluation.benchmark_run import run_benchmark
+    from trtllm_memshare.evaluation.document import make_report, publish
+    from trtllm_memshare.report.plots import plot_pressure
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 
 def main() -> None:
