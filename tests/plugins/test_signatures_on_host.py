@@ -118,7 +118,7 @@ def test_redundancy_while_serving_is_that_of_the_kernel_where_the_pool_is_on_a_g
         assert plain[0] > 0.1
 
 
-def test_the_signer_says_why_it_is_the_reference(monkeypatch):
+def test_the_signer_says_why_it_is_the_reference(monkeypatch, caplog):
     pool, projection = make_pool(torch.float16, 1, 8, 32), make_projection(LAYERS, 1, 32)
     assert make_page_signer(pool, frequencies(0), projection).description == "PyTorch reference (the pool is on cpu)"
 
@@ -128,6 +128,8 @@ def test_the_signer_says_why_it_is_the_reference(monkeypatch):
     monkeypatch.setattr(page_signer, "CudaSignatures", no_cuda_core)
     signer = make_page_signer(pool.as_subclass(OnCuda), frequencies(0), projection)
     assert signer.description == "PyTorch reference (cuda.core is missing)"
+    warning = "signatures of pages are computed by PyTorch, not by the CUDA kernel: cuda.core is missing"
+    assert [record.getMessage() for record in caplog.records] == [warning]
 
 
 def test_a_block_out_of_the_pool_is_not_read(run):

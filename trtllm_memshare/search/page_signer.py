@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.cuda_signatures import CudaSignatures
 from trtllm_memshare.search.signatures import SignatureProjection, page_signatures
+
+log = logging.getLogger(__name__)
 
 
 class PageSigner(Protocol):
@@ -35,7 +38,9 @@ class ReferencePageSigner:
 
 
 def make_page_signer(pool: torch.Tensor, inv_freq: torch.Tensor, projection: SignatureProjection) -> PageSigner:
-    """The CUDA kernel for a pool on a CUDA device, the reference elsewhere or where ``cuda.core`` is missing.
+    """The CUDA kernel for a pool on a CUDA device, the reference elsewhere.
+
+    Where ``cuda.core`` is missing a pool on a CUDA device gets the reference too, and a warning says why.
 
     Args:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
@@ -49,4 +54,5 @@ def make_page_signer(pool: torch.Tensor, inv_freq: torch.Tensor, projection: Sig
     try:
         return CudaSignatures(pool, inv_freq, projection)
     except UserError as error:
+        log.warning("signatures of pages are computed by PyTorch, not by the CUDA kernel: %s", error)
         return ReferencePageSigner(pool, inv_freq, projection, str(error))
