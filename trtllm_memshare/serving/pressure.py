@@ -19,6 +19,7 @@ import torch
 from trtllm_memshare.cache.givable import GivablePages
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.stand_ins import NO_DONORS
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
@@ -272,6 +273,11 @@ def open_pressure(
     if not config.pressure:
         return None
     need, source = find_need(config.need), open_source(config, manager, runner, agreement is not None)
+    if "attention" in need.facts and not getattr(runner, "reports_attention", False):
+        raise UserError(
+            f"need {config.need} reads attention, got a runner whose kernels do not report it (take "
+            f"surprisal-led-redundancy, redundancy, age or random, or the torch runner on a CPU)"
+        )
     ledger = PageLedger(need, manager.tokens_per_block, manager.pool.num_blocks, config.control_seed, source)
     pool = getattr(runner, "pool", None)
     bytes_per_block = int(pool[0].nbytes) if isinstance(pool, torch.Tensor) else 0
