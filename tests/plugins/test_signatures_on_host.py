@@ -157,7 +157,7 @@ def test_the_nearest_later_token_against_the_index(tmp_path):
             index.append(page, store[first : first + size])
             mine = slice(request * pages * size, first + size)
             np.testing.assert_allclose(best[mine].reshape(-1, size).mean(1), index.redundancy(), rtol=1e-5)
-            np.testing.assert_array_equal(nearest[mine], index._nearest[: (page + 1) * size])
+            np.testing.assert_array_equal(nearest[mine], index._nearest[: page + 1].ravel())
 
 
 def test_every_element_type_has_a_variant_and_widths_are_checked():
