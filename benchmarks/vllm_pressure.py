@@ -5,6 +5,10 @@ demand is what all requests in flight hold at their ends; pools are parts of it.
 requests are there at the start. Seconds are counted twice: on the clock, and as the process's own CPU time, which other
 work on the machine does not lengthen; the engine runs on one thread.
 
+With ``--free`` the model is asked in its chat template and ends its answers itself, sampled at temperature 0.6 with a
+seed for each request; ``--longest-answer`` is the most, and the demand is that of answers which are all so long. What
+was given up then changes what is written, and how much.
+
 The arms: ``vllm`` is vLLM as it comes. ``admission`` is our admission alone, nothing retired. A number is ``min_kept``
 with the need ``redundancy``; ``random`` and ``age`` are needs at ``min_kept`` 0.5; ``default`` is our default.
 """
@@ -34,6 +38,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["vllm", "admission", "0.75", "0.5", "0.25", "random"])
     parser.add_argument("--admission", default="lookahead", choices=["vllm", "lookahead", "max-tokens"])
     parser.add_argument("--output-json", type=Path, help="runs are added to those in it")
+    parser.add_argument("--free", action="store_true", help="answers as long as the model makes them")
     parser.add_argument("--run-arm", nargs=2, metavar=("ARM", "BLOCKS"), help=argparse.SUPPRESS)
     VllmWork.add_options(
         parser, requests=12, in_flight=8, shorter_by=16, longest_answer=256, block_size=32, protected_tokens=32
@@ -45,7 +50,7 @@ def main() -> None:
         print(json.dumps({name: value for name, value in run.items() if name != "answers"}))
         return
     document: dict[str, Any] = {
-        "workload": work.describe(options.admission), "machine": describe_machine(), "runs": []
+        "workload": {**work.describe(options.admission), "free": work.free}, "machine": describe_machine(), "runs": []
     }  # fmt: skip
     if options.output_json and options.output_json.is_file():
         document = {**document, "runs": json.loads(options.output_json.read_text())["runs"]}
@@ -69,11 +74,13 @@ def _in_process(arm: str, blocks: int) -> dict[str, Any]:
 
 def _line(run: dict[str, Any]) -> str:
     rate = run["answer_tokens"] / run["cpu_seconds"]
-    latency = run["cpu_latency"]
+    latency, count = run["cpu_latency"], len(run["answer_lengths"])
     return (
         f"1/{run['part']} {run['arm']:<10} {run['blocks']} blocks: {run['cpu_seconds']:.0f} CPU s, "
-        f"{run['seconds']:.0f} s, {rate:.0f} tokens/CPU s, in flight {run['mean_in_flight']:.1f}, preempted "
-        f"{run['preemptions']:.0f}, p50 {latency['p50']:.0f}, p99 {latency['p99']:.0f} CPU s, retired {run['retired']}"
+        f"{run['seconds']:.0f} s, {count / run['cpu_seconds']:.3f} requests and {rate:.0f} tokens a CPU s, mean answer "
+        f"{run['answer_tokens'] / count:.0f}, {run['own_ends']} ended by the model, in flight "
+        f"{run['mean_in_flight']:.1f}, preempted {run['preemptions']:.0f}, p50 {latency['p50']:.0f}, p99 "
+        f"{latency['p99']:.0f} CPU s, retired {run['retired']}"
     )
 
 

@@ -1,5 +1,4 @@
-// Signatures of the tokens of some pages, and the nearest later token of each earlier one. The specification is
-// trtllm_memshare/search/signatures.py.
+// Signatures of the tokens of some pages. The specification is trtllm_memshare/search/signatures.py.
 #pragma once
 
 #include "block_distance.h"
@@ -132,53 +131,6 @@ MEMSHARE_UNROLL
         if (slot < shape.tokens_per_block && lane + 32 * i < chosen.width) {
             long long const row = static_cast<long long>(blockIdx.x) * shape.tokens_per_block + slot;
             signatures[row * chosen.width + lane + 32 * i] = scale * values[i];
-        }
-    }
-}
-
-// A page that was filled, and earlier tokens of the same request that it may be nearest to.
-struct NearestJob {
-    int first, count; // rows of the earlier tokens
-    int newer;        // first row of the page's tokens
-    int page;         // its number, written where it is the nearest
-};
-
-constexpr int kMaxPageTokens = 128;
-
-// Job blockIdx.y: raises best[row] to the largest cosine with a token of the page, and notes the page where it did.
-template <int kWidth>
-__device__ __forceinline__ void find_nearest(
-    float const* signatures, NearestJob const* jobs, int tokens_per_block, float* best, int* nearest)
-{
-    static_assert(kWidth % 4 == 0 && kWidth <= kMaxWidth, "a signature is read in vectors of four");
-    __shared__ float newer[kMaxPageTokens * kWidth];
-    NearestJob const job = jobs[blockIdx.y];
-    for (int i = threadIdx.x; i < tokens_per_block * kWidth; i += blockDim.x) {
-        newer[i] = signatures[static_cast<long long>(job.newer) * kWidth + i];
-    }
-    __syncthreads();
-    for (int index = blockIdx.x * blockDim.x + threadIdx.x; index < job.count; index += gridDim.x * blockDim.x) {
-        long long const row = job.first + index;
-        float own[kWidth];
-MEMSHARE_UNROLL
-        for (int i = 0; i < kWidth / 4; ++i) {
-            float4 const four = *reinterpret_cast<float4 const*>(signatures + row * kWidth + 4 * i);
-            own[4 * i] = four.x, own[4 * i + 1] = four.y, own[4 * i + 2] = four.z, own[4 * i + 3] = four.w;
-        }
-        float largest = best[row];
-        bool found = false;
-        for (int token = 0; token < tokens_per_block; ++token) {
-            float cosine = 0.0f;
-MEMSHARE_UNROLL
-            for (int i = 0; i < kWidth; ++i) {
-                cosine = fused_multiply_add(own[i], newer[token * kWidth + i], cosine);
-            }
-            found |= cosine > largest;
-            largest = larger(cosine, largest);
-        }
-        if (found) {
-            best[row] = largest;
-            nearest[row] = job.page;
         }
     }
 }

@@ -1,4 +1,4 @@
-// Entry points for NVRTC, which compiles them for one model. Given on the command line: MEMSHARE_ELEMENT, the five
+// Entry point for NVRTC, which compiles it for one model. Given on the command line: MEMSHARE_ELEMENT, the five
 // numbers of MEMSHARE_SHAPE, and MEMSHARE_CHOSEN: number of layers, field, width.
 #include "page_signatures.cuh"
 
@@ -19,14 +19,4 @@ extern "C" __global__ void __launch_bounds__(memshare::kSignatureThreads) page_s
     static_assert(chosen.width <= memshare::kMaxWidth, "a signature has at most 64 numbers");
     memshare::sign_tokens<memshare::MEMSHARE_ELEMENT>(
         pool_pointers, num_blocks, block_ids, positions, inv_freq, layers, matrix, signatures, shape, chosen);
-}
-
-// Grid: any width by jobs, blocks of up to 256 threads. signatures: float32 [rows, width]; best: float32 [rows];
-// nearest: int32 [rows]; the last two are changed.
-extern "C" __global__ void __launch_bounds__(256) nearest_later(float const* __restrict__ signatures,
-    memshare::NearestJob const* __restrict__ jobs, float* __restrict__ best, int* __restrict__ nearest)
-{
-    constexpr memshare::PoolShape shape{MEMSHARE_SHAPE};
-    constexpr memshare::SignatureShape chosen{MEMSHARE_CHOSEN};
-    memshare::find_nearest<chosen.width>(signatures, jobs, shape.tokens_per_block, best, nearest);
 }

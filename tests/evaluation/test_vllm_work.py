@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fakes.counting_runner import CountingRunner, expected
 import trtllm_memshare
 from benchmarks.vs_vllm import summarize
 from trtllm_memshare.evaluation.executor_work import run_executor
-from trtllm_memshare.evaluation.vllm_work import VllmWork, cut_requests
+from trtllm_memshare.evaluation.vllm_work import VllmWork, ask_in_chat, cut_requests
 from trtllm_memshare.vllm import SCHEDULER_CLASS
 
 MODEL = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
@@ -31,6 +32,23 @@ ROWS = [{"problem": "one three", "reasoning": "a " * 40}, {"problem": "seven", "
 def test_traces_come_back_with_their_prompts_reversed_and_answers_are_cut():
     work = cut_requests(ROWS, Words(), count=3, shorter_by=4, longest_answer=8)
     assert work == [([3, 5], 8), ([5], 2), ([5, 3], 8)]
+
+
+class Chat(Words):
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert (add_generation_prompt, tokenize) == (True, False)
+        return f"<{messages[0]['role']}> {messages[0]['content']} <answer>"
+
+    def __call__(self, text, add_special_tokens=True):
+        return super().__call__(text if not add_special_tokens else f"s {text}")
+
+
+def test_free_answers_are_asked_for_in_the_chat_template_and_end_by_themselves(work):
+    asked = ask_in_chat(ROWS, Chat(), count=3, longest_answer=8)
+    assert asked == [([6, 3, 5, 8], 8), ([6, 5, 8], 8), ([6, 3, 5, 8], 8)]
+    free = replace(work, free=True).sampling(1)
+    assert free == {"max_tokens": work.requests[1][1], "temperature": 0.6, "seed": 1}
+    assert work.sampling(1) == {"max_tokens": work.requests[1][1], "temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture

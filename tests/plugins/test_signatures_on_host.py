@@ -1,4 +1,4 @@
-"""The signature kernels, run on the host, against their specification in PyTorch."""
+"""The signature kernel, run on the host, against its specification in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from plugins.kernels_on_host import address, compile_for_host
+from plugins.kernels_on_host import compile_for_host
 from tolerances import SIGNATURE_ERROR
 
 from trtllm_memshare.errors import UserError
@@ -15,7 +15,7 @@ from trtllm_memshare.search import page_signer
 from trtllm_memshare.search.cuda_signatures import SignatureVariant
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
 from trtllm_memshare.search.page_signer import make_page_signer
-from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+from trtllm_memshare.search.signatures import K, V, make_projection, page_signatures
 from trtllm_memshare.serving.redundancy_source import ValueRedundancy
 
 BLOCKS, LAYERS = 6, 5
@@ -137,27 +137,6 @@ def test_a_block_out_of_the_pool_is_not_read(run):
     got = run(pool, torch.tensor([BLOCKS, 1, -1]), frequencies(32), torch.zeros(3), projection)
     assert torch.isnan(got[[0, 2]]).all()
     assert torch.isfinite(got[1]).all()
-
-
-def test_the_nearest_later_token_against_the_index(tmp_path):
-    """Two requests at once, page after page; each job raises what its page is nearer to."""
-    size, width, pages = 8, 16, 7
-    variant = SignatureVariant("float32", 1, 1, size, 32, 0, 1, V, width)
-    library = compile_for_host(tmp_path, "page_signatures.cpp", *(f"{n}={v}" for n, v in variant.macros))
-    generator = torch.Generator().manual_seed(0)
-    store = torch.nn.functional.normalize(torch.randn(2 * pages * size, width, generator=generator), dim=-1).numpy()
-    best, nearest = np.full(len(store), -1, np.float32), np.full(len(store), -1, np.int32)
-    indexes = [SignatureIndex(size, width) for _ in range(2)]
-    for page in range(pages):
-        jobs = np.array([[r * pages * size, page * size, (r * pages + page) * size, page] for r in range(2)], np.int32)
-        status = library.memshare_nearest_later(*map(address, (store, jobs, best, nearest)), 2, 2, 32)
-        assert status == 0
-        for request, index in enumerate(indexes):
-            first = (request * pages + page) * size
-            index.append(page, store[first : first + size])
-            mine = slice(request * pages * size, first + size)
-            np.testing.assert_allclose(best[mine].reshape(-1, size).mean(1), index.redundancy(), rtol=1e-5)
-            np.testing.assert_array_equal(nearest[mine], index._nearest[: page + 1].ravel())
 
 
 def test_every_element_type_has_a_variant_and_widths_are_checked():

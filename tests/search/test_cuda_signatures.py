@@ -1,10 +1,9 @@
-"""Signatures by CUDA: what compiles and is refused, on every machine; what the kernels compute, where a GPU is."""
+"""Signatures by CUDA: what compiles and is refused, on every machine; what the kernel computes, where a GPU is."""
 
 from __future__ import annotations
 
 import io
 
-import numpy as np
 import pytest
 import torch
 from tolerances import SIGNATURE_ERROR
@@ -12,7 +11,7 @@ from tolerances import SIGNATURE_ERROR
 from trtllm_memshare.search.cuda_signatures import CudaSignatures, SignatureVariant, compile_signatures
 from trtllm_memshare.search.kernel_compiler import parse_resources
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
-from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+from trtllm_memshare.search.signatures import K, V, make_projection, page_signatures
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 9, 6, 2, 16, 64
 INV_FREQ = (1.0 / 1e6 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)).float()
@@ -25,17 +24,16 @@ def make_pool(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("name", "field"), [("bfloat16", V), ("float8_e4m3fn", K)])
-def test_both_kernels_compile_without_a_gpu_and_do_not_spill(arch, name, field):
+def test_the_kernel_compiles_without_a_gpu_and_does_not_spill(arch, name, field):
     pytest.importorskip("cuda.core", reason="cuda.core is not installed (extra cuda)")
     logs = io.StringIO()
     compile_signatures(SignatureVariant(name, 28, 4, 32, 128, 128, 3, field, 64), arch, logs=logs)
     reports = [part for part in logs.getvalue().split("Compiling entry function")[1:] if f"for '{arch}'" in part]
-    assert {part.split("'")[1] for part in reports} == {"page_signatures", "nearest_later"}
-    for report in reports:
-        resources = parse_resources(report)
-        assert resources.spill_bytes == resources.stack_bytes == 0
-        assert resources.registers <= 128
-        assert resources.shared_bytes <= 48 << 10
+    assert [part.split("'")[1] for part in reports] == ["page_signatures"]
+    resources = parse_resources(reports[0])
+    assert resources.spill_bytes == resources.stack_bytes == 0
+    assert resources.registers <= 128
+    assert resources.shared_bytes <= 48 << 10
 
 
 def test_a_pool_on_the_cpu_and_tensors_that_do_not_fit_are_refused():
@@ -67,17 +65,6 @@ def test_signatures_against_the_specification(dtype, field, tmp_path):
 
 
 @pytest.mark.gpu
-def test_nearest_later_tokens_against_the_index_small_for_the_sanitizer(tmp_path):
+def test_signatures_small_for_the_sanitizer(tmp_path):
     """gpu_suite.sh picks it by its name."""
-    _, projection, signatures = on_gpu(torch.bfloat16, V, tmp_path)
-    index = SignatureIndex(SIZE, projection.width)
-    store = signatures.page_signatures(torch.arange(BLOCKS), torch.zeros(BLOCKS)).flatten(0, 1)
-    best, nearest = torch.full((len(store),), -1.0).cuda(), torch.full((len(store),), -1, dtype=torch.int32).cuda()
-    for page in range(BLOCKS):
-        jobs = torch.tensor([[0, page * SIZE, page * SIZE, page]], dtype=torch.int32)
-        signatures.nearest_later(store, jobs, best, nearest)
-        index.append(page, store[page * SIZE : (page + 1) * SIZE].cpu().numpy())
-    redundancy = best.cpu().numpy().reshape(-1, SIZE).mean(1)
-    np.testing.assert_allclose(redundancy, index.redundancy(), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"^best must be contiguous torch.float32 \[144\]"):
-        signatures.nearest_later(store, torch.zeros((1, 4), dtype=torch.int32), best[1:], nearest)
+    test_signatures_against_the_specification(torch.bfloat16, V, tmp_path)

@@ -33,11 +33,10 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
     engine: Any = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     llm.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=2), use_tqdm=False)  # warm-up
-    for index, (prompt, length) in enumerate(work.requests):
-        parameters = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, parameters)
+    for index, (prompt, _) in enumerate(work.requests):
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, SamplingParams(**work.sampling(index)))
     clock, cpu = time.perf_counter(), time.process_time()
-    ends, cpu_ends, answers, steps, in_flight = [], [], dict[int, list[int]](), 0, 0
+    ends, cpu_ends, answers, steps, in_flight, own_ends = [], [], dict[int, list[int]](), 0, 0, 0
     while engine.has_unfinished_requests():
         steps += 1
         outputs = engine.step()
@@ -47,14 +46,16 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
                 ends.append(time.perf_counter() - clock)
                 cpu_ends.append(time.process_time() - cpu)
                 answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+                own_ends += output.outputs[0].finish_reason == "stop"
     lengths = [len(answers[i]) for i in range(len(work.requests))]
-    if lengths != [length for _, length in work.requests]:
+    if not work.free and lengths != [length for _, length in work.requests]:
         raise UserError(f"answers must have their traces' lengths, got {lengths}")
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     return {
         "blocks": blocks, "seconds": ends[-1], "cpu_seconds": cpu_ends[-1], "steps": steps,
         "mean_in_flight": in_flight / steps, "preemptions": metrics["vllm:num_preemptions"],
         "prompt_tokens_computed": metrics["vllm:prompt_tokens"], "answer_tokens": sum(lengths),
+        "answer_lengths": lengths, "own_ends": own_ends,
         "latency": {q: float(np.percentile(ends, int(q[1:]))) for q in ("p50", "p99")},
         "cpu_latency": {q: float(np.percentile(cpu_ends, int(q[1:]))) for q in ("p50", "p99")},
         "retired": _num_retired(scheduler),

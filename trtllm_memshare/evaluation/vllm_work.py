@@ -21,6 +21,7 @@ ENVIRONMENT = {
 """Variables for vLLM in this process, on a CPU; read when it is imported."""
 
 _LONGEST_PROMPT = 96  # tokens of a problem that are used
+_FREE_SAMPLING = {"temperature": 0.6}  # greedily, small models repeat themselves and never end
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class VllmWork:
 
     Attributes:
       requests: (prompt's token ids, tokens to generate) of each.
+      free: the model ends its answers itself, the tokens to generate are the most that it may.
     """
 
     model_dir: Path
@@ -40,6 +42,7 @@ class VllmWork:
     block_size: int
     protected_tokens: int
     requests: list[tuple[list[int], int]]
+    free: bool = False
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -62,9 +65,13 @@ class VllmWork:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
-        values = {f.name: getattr(options, f.name) for f in fields(cls)}
+        values = {"free": False, **vars(options)}
+        values = {f.name: values[f.name] for f in fields(cls)}
         rows = [json.loads(line) for line in options.traces.read_text().splitlines()]
-        requests = cut_requests(rows, tokenizer, options.requests, options.shorter_by, options.longest_answer)
+        if values["free"]:
+            requests = ask_in_chat(rows, tokenizer, options.requests, options.longest_answer)
+        else:
+            requests = cut_requests(rows, tokenizer, options.requests, options.shorter_by, options.longest_answer)
         return cls(**{**values, "requests": requests})
 
     @property
@@ -92,6 +99,11 @@ class VllmWork:
             "longest_answer": max(n for _, n in self.requests), "protected_tokens": self.protected_tokens,
             "admission": admission, "demand_blocks": self.demand_blocks,
         }  # fmt: skip
+
+    def sampling(self, index: int) -> dict[str, Any]:
+        """Arguments of vLLM's ``SamplingParams`` for a request. Free ones have a seed, the same in every arm."""
+        how = {**_FREE_SAMPLING, "seed": index} if self.free else {"temperature": 0.0, "ignore_eos": True}
+        return {"max_tokens": self.requests[index][1], **how}
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments of vLLM's engine that all arms have in common."""
@@ -134,4 +146,16 @@ def cut_requests(
         length = min(len(tokenizer(row["reasoning"])["input_ids"]) // shorter_by, longest_answer)
         # A second request of a trace asks the same of other tokens, so that the prefix cache plays no part.
         work.append((prompt if index < len(rows) else prompt[::-1], length))
+    return work
+
+
+def ask_in_chat(
+    rows: list[dict[str, Any]], tokenizer: Any, count: int, longest_answer: int
+) -> list[tuple[list[int], int]]:
+    """(prompt's token ids, most tokens to generate) of ``count`` problems as a user asks them, by the chat template."""
+    work = []
+    for index in range(count):
+        message = {"role": "user", "content": rows[index % len(rows)]["problem"]}
+        asked = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        work.append((tokenizer(asked, add_special_tokens=False)["input_ids"], longest_answer))
     return work

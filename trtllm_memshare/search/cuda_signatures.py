@@ -1,6 +1,6 @@
-"""Signatures of tokens on a CUDA device: the kernels of ``plugins/kernels/page_signatures.cuh`` on torch's stream.
+"""Signatures of tokens on a CUDA device: the kernel of ``plugins/kernels/page_signatures.cuh`` on torch's stream.
 
-``search.signatures`` is their specification. Nothing here synchronises.
+``search.signatures`` is its specification. Nothing here synchronises.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ TOKENS_OF_BLOCK = 8
 """Tokens of a page that one thread block signs."""
 
 _SIGN_THREADS = 256
-_NEAREST_THREADS = 128
 _MAX_WIDTH = 64
 
 
 @dataclass(frozen=True)
 class SignatureVariant:
-    """The kernels compiled for one pool and projection.
+    """The kernel compiled for one pool and projection.
 
     Attributes:
       dtype, num_layers, num_kv_heads, tokens_per_block, head_dim, rotary_dim: see ``KernelVariant``.
@@ -78,7 +77,7 @@ class SignatureVariant:
 
 
 def compile_signatures(variant: SignatureVariant, arch: str, cache_dir: Path | None = None, logs: Any = None) -> Any:
-    """Both kernels as a ``cuda.core.ObjectCode``; arguments and errors as ``compile_variant``."""
+    """The kernel as a ``cuda.core.ObjectCode``; arguments and errors as ``compile_variant``."""
     try:
         return compile_source(kernel_source(SOURCE), "page_signatures", variant.macros, arch, cache_dir, logs)
     except RuntimeError as error:
@@ -86,7 +85,7 @@ def compile_signatures(variant: SignatureVariant, arch: str, cache_dir: Path | N
 
 
 class CudaSignatures:
-    """Signs pages of one pool and finds nearest later tokens.
+    """Signs pages of one pool.
 
     Args:
       pool: as ``CudaBlockDistance``.
@@ -121,7 +120,7 @@ class CudaSignatures:
         self.description = f"CUDA kernel for {arch}"
         with torch.cuda.device(device):
             self._core.Device(device.index).set_current()
-            self._sign, self._nearest = (code.get_kernel(name) for name in ("page_signatures", "nearest_later"))
+            self._sign = code.get_kernel("page_signatures")
 
     def page_signatures(self, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """float32 ``[blocks, tokens_per_block, width]`` on the device; see ``search.signatures.page_signatures``.
@@ -134,51 +133,15 @@ class CudaSignatures:
         if count:
             blocks, written = (t.to(device, torch.int32).contiguous() for t in (block_ids, positions))
             self._launch(
-                self._sign, (count, -(-size // TOKENS_OF_BLOCK)), _SIGN_THREADS, self._pool_pointer, self._num_blocks,
-                blocks, written, self._inv_freq, self._layers, self._matrix, out,
+                (count, -(-size // TOKENS_OF_BLOCK)), self._pool_pointer, self._num_blocks, blocks, written,
+                self._inv_freq, self._layers, self._matrix, out,
             )  # fmt: skip
         return out
 
-    def nearest_later(
-        self, signatures: torch.Tensor, jobs: torch.Tensor, best: torch.Tensor, nearest: torch.Tensor
-    ) -> None:
-        """Takes pages that were filled into account, as ``SignatureIndex.append`` does for one request.
-
-        Args:
-          signatures: float32 ``[rows, width]``, on the device, contiguous.
-          jobs: int32 ``[jobs, 4]``: first row and number of the earlier tokens, first row of the page's tokens, its
-            number. Jobs of one call must not share earlier tokens.
-          best: float32 ``[rows]``, largest cosine with a later token; changed.
-          nearest: int32 ``[rows]``, page of that token; changed.
-
-        Raises:
-          ValueError: a tensor of another shape, dtype or device; nothing is launched.
-        """
-        rows, device = len(signatures), self._pool.device
-        named = {
-            "signatures": (signatures, torch.float32, (rows, self._projection.width)),
-            "best": (best, torch.float32, (rows,)),
-            "nearest": (nearest, torch.int32, (rows,)),
-        }
-        for name, (tensor, dtype, shape) in named.items():
-            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} must be contiguous {dtype} {list(shape)} on {device}, got {tensor.dtype} "
-                    f"{list(tensor.shape)} on {tensor.device}"
-                )
-        if jobs.ndim != 2 or jobs.shape[1] != 4 or jobs.dtype != torch.int32:
-            raise ValueError(f"jobs must be int32 [jobs, 4], got {jobs.dtype} {list(jobs.shape)}")
-        if not len(jobs):
-            return
-        longest = max(1, int(jobs[:, 1].max())) if not jobs.is_cuda else rows
-        grid = (min(64, -(-longest // _NEAREST_THREADS)), len(jobs))
-        on_device = jobs.to(device).contiguous()
-        self._launch(self._nearest, grid, _NEAREST_THREADS, signatures, on_device, best, nearest)
-
-    def _launch(self, kernel: Any, grid: tuple[int, int], threads: int, *tensors: torch.Tensor) -> None:
+    def _launch(self, grid: tuple[int, int], *tensors: torch.Tensor) -> None:
         device = self._pool.device
         with torch.cuda.device(device):
             self._core.Device(device.index).set_current()
             stream = self._core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-            config = self._core.LaunchConfig(grid=grid, block=threads)
-            self._core.launch(stream, config, kernel, *(t.data_ptr() for t in tensors))
+            config = self._core.LaunchConfig(grid=grid, block=_SIGN_THREADS)
+            self._core.launch(stream, config, self._sign, *(t.data_ptr() for t in tensors))

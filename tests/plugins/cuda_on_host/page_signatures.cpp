@@ -1,4 +1,4 @@
-// The kernels as NVRTC is given them for one model, for callers without C++.
+// The kernel as NVRTC is given it for one model, for callers without C++.
 #include "cuda_runtime_api.h"
 
 #include "page_signatures_nvrtc.cu"
@@ -14,14 +14,4 @@ extern "C" int memshare_page_signatures(void const* pool, int num_blocks, int co
     config.blockDim = dim3(memshare::kSignatureThreads);
     return cudaLaunchKernelEx(
         &config, page_signatures, &address, &num_blocks, block_ids, positions, inv_freq, layers, matrix, signatures);
-}
-
-extern "C" int memshare_nearest_later(
-    float const* signatures, int const* jobs, float* best, int* nearest, int num_jobs, int blocks, int threads)
-{
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned int>(blocks), static_cast<unsigned int>(num_jobs));
-    config.blockDim = dim3(static_cast<unsigned int>(threads));
-    return cudaLaunchKernelEx(
-        &config, nearest_later, signatures, reinterpret_cast<memshare::NearestJob const*>(jobs), best, nearest);
 }
