@@ -1,4 +1,4 @@
-"""In-flight batching with and without MemShare: same engine, same requests, same KV pool. As ``memshare bench``."""
+"""In-flight batching with and without MemShare: same engine, same requests, same KV pool: ``memshare bench``."""
 
 from __future__ import annotations
 

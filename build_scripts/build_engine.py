@@ -1,4 +1,4 @@
-"""Builds an engine directory from a Hugging Face checkpoint, with KV-cache sharing if asked for. As ``memshare build``."""
+"""Builds an engine directory from a Hugging Face checkpoint, with KV-cache sharing if asked for: ``memshare build``."""
 
 from __future__ import annotations
 

@@ -154,9 +154,7 @@ class SignatureIndex:
         if page <= self._known:
             return
         if signatures.shape != self._rows.shape[1:]:
-            raise ValueError(
-                f"page {page} needs signatures {list(self._rows.shape[1:])}, got {list(signatures.shape)}"
-            )
+            raise ValueError(f"page {page} needs signatures {list(self._rows.shape[1:])}, got {list(signatures.shape)}")
         count = len(self._pages)
         if count == len(self._rows):
             self._grow()
