@@ -44,11 +44,23 @@ def test_errors_of_users(arguments, message):
         main(arguments)
 
 
-def test_a_python_without_the_packages_says_which_one_and_what_to_do():
-    """As a bare ``python`` does: nothing of torch can be imported."""
-    block = "import sys; sys.modules['torch'] = None; from trtllm_memshare.__main__ import console; console()"
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["trtllm_memshare/__main__.py", "explain", "--prompt", "x"],
+        ["benchmarks/inflight_batching.py", "--dataset", "benchmarks/data/demo.jsonl"],
+        ["build_scripts/build_engine.py", "--memshare"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_python_without_the_packages_says_which_one_and_what_to_do(command):
+    """The package is installed, nothing of torch can be imported."""
+    block = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", block, "explain", "--prompt", "x"]
+    command = [sys.executable, "-c", block, *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 2
     assert "needs the package torch" in done.stderr

@@ -186,6 +186,19 @@ def test_a_request_that_comes_back_takes_what_it_held():
     executor.run_until_idle()
 
 
+@pytest.mark.parametrize("need", ["attention-redundancy", "attention-redundancy-recency"])
+def test_a_need_that_reads_attention_is_served_where_pytorch_attends(bundled_model, boundaries, prompts, need):
+    runner = TorchRunner(load_model(bundled_model), 40, 16)
+    config = make_config("pressure", need=need, retired_becomes="dropped", protected_tokens=64)
+    executor = Executor(runner, config, boundaries, 2304)
+    executor.submit(prompts[0], SamplingParams(500))
+    executor.submit(prompts[1], SamplingParams(500))
+    for _ in range(450):
+        executor.step()
+    assert executor.pressure.stats.retired_pages["needed_least"] > 0
+    assert executor.last_batch.observe_attention
+
+
 def test_the_bundled_model_answers_with_less_memory(bundled_model, boundaries, prompts):
     model, answers = load_model(bundled_model), []
     for preset, changes in (("off", {}), ("pressure", {"retired_becomes": "dropped", "protected_tokens": 64})):
@@ -335,6 +348,9 @@ def test_what_cannot_be_served_is_refused():
         Executor(runner, paper, TEXTS, 320)
     with pytest.raises(UserError, match="got several ranks that hold parts of them"):
         Executor(ReadingRunner(60, SIZE, shows_pool=True), paper, TEXTS, 320, agreement=RankAgreement(None, 2))
+    reads_attention = make_config("pressure", need="attention-redundancy")
+    with pytest.raises(UserError, match="need attention-redundancy reads attention, got a runner whose kernels do not"):
+        Executor(ReadingRunner(60, SIZE, shows_pool=True), reads_attention, TEXTS, 320)
 
 
 @pytest.mark.parametrize("find_repeats", [True, False])

@@ -26,7 +26,7 @@ WIDTH = 64
 """Numbers of a signature, unless told otherwise."""
 
 _SEED = 2507_21433
-_FIRST_ROWS = 1024
+_FIRST_PAGES = 64
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ def page_signatures(
         written = positions.to(device)[:, None] + torch.arange(size, device=device)
         rows = rotate(rows, -written, inv_freq.to(device))
     unit = torch.nn.functional.normalize(rows, dim=-1)
-    sums = torch.einsum("btlhd,lhdw->btw", unit, projection.matrix.to(device))
-    return torch.nn.functional.normalize(sums, dim=-1)
+    # One product over layers, heads and dimensions: half the time of an einsum of the same.
+    sums = unit.flatten(0, 1).flatten(1) @ projection.matrix.to(device).flatten(0, 2)
+    return torch.nn.functional.normalize(sums.view(len(blocks), size, projection.width), dim=-1)
 
 
 class SignatureIndex:
@@ -142,10 +143,12 @@ class SignatureIndex:
 
     def __init__(self, tokens_per_page: int, width: int = WIDTH) -> None:
         self._size = tokens_per_page
-        self._rows = np.zeros((_FIRST_ROWS * tokens_per_page // 16, width), np.float32)
-        self._best = np.full(len(self._rows), -1.0, np.float32)  # largest cosine with a later resident token
-        self._nearest = np.full(len(self._rows), -1, np.int32)  # the page of that token, -1 = there is none
-        self._pages = np.zeros(0, np.int32)  # resident ones, ascending; their tokens lie in this order
+        # Of the resident pages, in ascending order: signatures; of each token the largest cosine with a later resident
+        # one, -1 where there is none; and the page of that one.
+        self._rows = np.zeros((_FIRST_PAGES, tokens_per_page, width), np.float32)
+        self._best = np.full((_FIRST_PAGES, tokens_per_page), -1.0, np.float32)
+        self._nearest = np.full((_FIRST_PAGES, tokens_per_page), -1, np.int32)
+        self._pages = np.zeros(0, np.int32)  # resident ones, ascending
         self._known = -1  # the newest page ever appended
 
     @property
@@ -163,40 +166,50 @@ class SignatureIndex:
         """
         if page <= self._known:
             return
-        if signatures.shape != (self._size, self._rows.shape[1]):
-            raise ValueError(
-                f"page {page} needs signatures [{self._size}, {self._rows.shape[1]}], got {list(signatures.shape)}"
-            )
-        count = len(self._pages) * self._size
-        self._improve(slice(0, count), signatures @ self._rows[:count].T, np.full(1, page, np.int32))
-        if count + self._size > len(self._rows):
+        if signatures.shape != self._rows.shape[1:]:
+            raise ValueError(f"page {page} needs signatures {list(self._rows.shape[1:])}, got {list(signatures.shape)}")
+        count = len(self._pages)
+        if count == len(self._rows):
             self._grow()
-        self._rows[count : count + self._size] = signatures
-        self._best[count : count + self._size] = -1.0
-        self._nearest[count : count + self._size] = -1
+        if count:
+            best = (signatures @ self._flat(0, count).T).max(0).reshape(count, self._size)
+            better = best > self._best[:count]
+            self._nearest[:count][better] = page
+            np.maximum(self._best[:count], best, out=self._best[:count])
+        self._rows[count] = signatures
+        self._best[count] = -1.0
+        self._nearest[count] = -1
         self._pages = np.append(self._pages, np.int32(page))
         self._known = page
 
     def forget(self, pages: np.ndarray) -> None:
         """Takes out pages that are resident no more; those that are unknown or gone already are passed over."""
-        stays = ~np.isin(self._pages, pages)
-        if stays.all():
+        gone = np.zeros(self.num_pages + 1, bool)  # the last one is for tokens without a nearest page, -1
+        gone[pages[pages < self.num_pages]] = True
+        stays = np.flatnonzero(~gone[self._pages])
+        kept = len(stays)
+        if kept == len(self._pages):
             return
-        rows = np.repeat(stays, self._size)
-        count, kept = len(rows), int(rows.sum())
+        first = int((stays == np.arange(kept)).sum())  # what lies before the first page that goes stays in its place
         for array in (self._rows, self._best, self._nearest):
-            array[:kept] = array[:count][rows]
+            array[first:kept] = array[stays[first:]]
         self._pages = self._pages[stays]
-        orphans = np.flatnonzero(np.isin(self._nearest[:kept], pages) & (self._nearest[:kept] >= 0))
-        if not len(orphans):
+        owners, tokens = np.nonzero(gone[self._nearest[:kept]])
+        if not len(owners):
             return
-        self._best[orphans], self._nearest[orphans] = -1.0, -1
-        # Later pages of the first orphan's are looked at by all of them; products with earlier ones do not count.
-        first = int(orphans[0]) // self._size + 1
-        later = self._pages[first:]
-        products = self._rows[first * self._size : kept] @ self._rows[orphans].T
-        products[np.repeat(later, self._size)[:, None] <= np.repeat(self._pages, self._size)[orphans]] = -np.inf
-        self._improve(orphans, products, later)
+        self._best[owners, tokens], self._nearest[owners, tokens] = -1.0, -1
+        # Pages later than the first orphan's are looked at by all of them; products with earlier ones do not count.
+        start = int(owners[0]) + 1
+        if start == kept:
+            return
+        products = self._rows[owners, tokens] @ self._flat(start, kept).T
+        products[np.arange(start, kept).repeat(self._size) <= owners[:, None]] = -np.inf
+        at = products.argmax(1)
+        best = products[np.arange(len(at)), at]
+        found = best > -1.0
+        owners, tokens = owners[found], tokens[found]
+        self._best[owners, tokens] = best[found]
+        self._nearest[owners, tokens] = self._pages[start + at[found] // self._size]
 
     def redundancy(self) -> np.ndarray:
         """Redundancy of each page, float32 ``[num_pages]`` by logical page.
@@ -205,22 +218,15 @@ class SignatureIndex:
         NaN for pages that were never appended, such as the prompt's, or have gone.
         """
         result = np.full(self.num_pages, np.nan, np.float32)
-        count = len(self._pages) * self._size
-        result[self._pages] = self._best[:count].reshape(-1, self._size).mean(1)
+        result[self._pages] = self._best[: len(self._pages)].mean(1)
         return result
 
-    def _improve(self, rows: slice | np.ndarray, products: np.ndarray, pages: np.ndarray) -> None:
-        """Takes cosines ``[tokens of pages, rows]`` with later tokens into account."""
-        if not products.size:
-            return
-        at = products.argmax(0)
-        best = products[at, np.arange(products.shape[1])]
-        better = best > self._best[rows]
-        self._best[rows] = np.where(better, best, self._best[rows])
-        self._nearest[rows] = np.where(better, pages[at // self._size], self._nearest[rows])
+    def _flat(self, start: int, stop: int) -> np.ndarray:
+        """Signatures of the tokens of resident pages, by place: float32 ``[tokens, width]``, a view."""
+        return self._rows[start:stop].reshape(-1, self._rows.shape[2])
 
     def _grow(self) -> None:
-        more = len(self._rows) + self._size
-        self._rows = np.concatenate([self._rows, np.zeros((more, self._rows.shape[1]), np.float32)])
-        self._best = np.concatenate([self._best, np.full(more, -1.0, np.float32)])
-        self._nearest = np.concatenate([self._nearest, np.full(more, -1, np.int32)])
+        more = len(self._rows)
+        self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._best = np.concatenate([self._best, np.full((more, self._size), -1.0, np.float32)])
+        self._nearest = np.concatenate([self._nearest, np.full((more, self._size), -1, np.int32)])

@@ -19,6 +19,7 @@ import torch
 from trtllm_memshare.cache.givable import GivablePages
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.stand_ins import NO_DONORS
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
@@ -96,6 +97,7 @@ class Pressure:
         # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
         self._finds_repeats = "distance" not in find_need(config.need).facts
         self._is_exhausted = False  # the last relief did not reach the low watermark
+        self._refused: tuple[int, int] | None = None  # whom ``fits`` refused last, and how many ran then
 
     def min_kept(self, params: SamplingParams) -> float:
         """Share of its generated pages that a request keeps; 1 where it shares nothing."""
@@ -157,8 +159,12 @@ class Pressure:
           is_certain: to the last token that each asked for; otherwise for the next ``lookahead_tokens``.
         """
         with self._timed():
+            asked, refused, self._refused = (state.request_id, len(running)), self._refused, None
             if not running and not is_certain:
                 return True
+            if asked == refused:  # nobody came since, so that the same requests run, and are longer
+                self._refused = refused
+                return False
             states = (*running, state)
             ahead = max(s.max_tokens for s in states) if is_certain else self._config.lookahead_tokens
             held = self._at_floors(
@@ -166,7 +172,10 @@ class Pressure:
                 [len(s.prompt) for s in states],
                 [self.min_kept(s.params) for s in states],
             )
-            return held <= self._manager.pool.num_usable
+            if held <= self._manager.pool.num_usable:
+                return True
+            self._refused = asked
+            return False
 
     def status(self, running: Sequence[RequestState]) -> PressureStatus:
         """Counts of this moment; safe from any thread, since it only reads."""
@@ -220,11 +229,11 @@ class Pressure:
         for state in running:
             if state.phase is not Phase.GENERATION or not state.params.memshare:
                 continue
+            room = floor_room(*manager.page_counts(state.request_id), self.min_kept(state.params))
+            if not room:
+                continue  # most, once all are near their floors
             pages = manager.givable_pages(state.request_id, self._finds_repeats)
-            room = min(
-                floor_room(pages.num_generated, pages.num_retired, self.min_kept(state.params)), len(pages.pages)
-            )
-            if room:
+            if room := min(room, len(pages.pages)):
                 givable[state.request_id], rooms[state.request_id] = pages, room
         if not rooms or (all_or_none and sum(rooms.values()) < num_blocks):
             return 0
@@ -272,6 +281,11 @@ def open_pressure(
     if not config.pressure:
         return None
     need, source = find_need(config.need), open_source(config, manager, runner, agreement is not None)
+    if "attention" in need.facts and not getattr(runner, "reports_attention", False):
+        raise UserError(
+            f"need {config.need} reads attention, got a runner whose kernels do not report it (take "
+            f"surprisal-led-redundancy, redundancy, age or random, or the torch runner on a CPU)"
+        )
     ledger = PageLedger(need, manager.tokens_per_block, manager.pool.num_blocks, config.control_seed, source)
     pool = getattr(runner, "pool", None)
     bytes_per_block = int(pool[0].nbytes) if isinstance(pool, torch.Tensor) else 0

@@ -91,7 +91,7 @@ class TensorRTRunner:
       kept_alive: memory that inputs point into and that nobody else holds.
     """
 
-    skips_entries = False
+    skips_entries = reports_attention = False
 
     def __init__(
         self,

@@ -156,6 +156,11 @@ class TorchRunner:
             pages = list_pages(batch, self.num_layers, self.tokens_per_block, fold)
         return TorchInputs(batch, plan, pages)
 
+    @property
+    def reports_attention(self) -> bool:
+        """Whether ``StepBatch.observe_attention`` can be followed: weights are known where PyTorch attends."""
+        return self._decode is None
+
     @torch.inference_mode()
     def step(self, inputs: TorchInputs) -> StepOutput:
         """Runs the model once, then stage 2 on the batch's pairs."""
