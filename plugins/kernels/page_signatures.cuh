@@ -26,10 +26,17 @@ MEMSHARE_UNROLL
     return value;
 }
 
-// What of the pool a signature is taken of.
+// Elements from one block, KV head and token of a layer's field to the next; those of a vector lie side by side.
+//
+//   our pool         block num_layers * 2 * num_kv_heads * tokens_per_block * head_dim, head tokens_per_block * head_dim
+//   vLLM's cache     [blocks, heads, tokens, K then V] in any order: token 2 * head_dim, or num_kv_heads times that
+struct FieldStrides {
+    long long block, head, token;
+};
+
+// What a signature is taken of.
 struct SignatureShape {
-    int num_chosen; // layers
-    int field;      // 0 = K, un-rotated; 1 = V
+    int field; // 0 = K, un-rotated; 1 = V
     int width;
 };
 
@@ -65,9 +72,9 @@ __device__ __forceinline__ void write_unit(typename Element::Bits const* source,
 // A thread has a column of the projection and every fourth vector; its products with eight tokens share each element
 // of the matrix that it loads. Parts are added in order, so the same input gives the same bits.
 template <class Element>
-__device__ __forceinline__ void sign_tokens(long long const* pool_pointers, int const* num_blocks, int const* block_ids,
-    int const* positions, float const* inv_freq, int const* layers, float const* matrix, float* signatures,
-    PoolShape const& shape, SignatureShape const& chosen)
+__device__ __forceinline__ void sign_tokens(long long const* fields, int const* num_blocks, int const* block_ids,
+    int const* positions, float const* inv_freq, float const* matrix, float* signatures, PoolShape const& shape,
+    FieldStrides const& strides, SignatureShape const& chosen)
 {
     __shared__ float units[kSignatureParts][kMaxHeadDim][kSignatureTokens];
     __shared__ float sums[kSignatureParts][kSignatureTokens][kMaxWidth];
@@ -78,22 +85,19 @@ __device__ __forceinline__ void sign_tokens(long long const* pool_pointers, int 
     int const block = block_ids[blockIdx.x];
     int const position = positions[blockIdx.x];
     bool const inside = block >= 0 && block < *num_blocks;
-    auto const* pool = reinterpret_cast<typename Element::Bits const*>(*pool_pointers);
-    int const num_vectors = chosen.num_chosen * shape.num_kv_heads;
+    int const num_vectors = shape.num_layers * shape.num_kv_heads;
     float totals[kSignatureTokens] = {};
     for (int base = 0; base < num_vectors; base += kSignatureParts) {
         int const vector = base + part;
         bool const has_vector = vector < num_vectors;
-        int const layer = layers[has_vector ? vector / shape.num_kv_heads : 0];
-        long long const unit
-            = ((static_cast<long long>(inside ? block : 0) * shape.num_layers + layer) * 2 + chosen.field)
-            * shape.num_kv_heads + vector % shape.num_kv_heads;
+        auto const* vectors = reinterpret_cast<typename Element::Bits const*>(
+                                  fields[has_vector ? vector / shape.num_kv_heads : 0])
+            + (inside ? block : 0) * strides.block + vector % shape.num_kv_heads * strides.head;
         for (int token = column / 32; token < kSignatureTokens; token += kMaxWidth / 32) {
             int const slot = first + token;
             bool const is_there = inside && has_vector && slot < shape.tokens_per_block;
-            auto const* source = pool + (unit * shape.tokens_per_block + (is_there ? slot : 0)) * shape.head_dim;
-            write_unit<Element>(
-                source, is_there, position + slot, inv_freq, shape, chosen.field, units[part], token);
+            write_unit<Element>(vectors + (is_there ? slot : 0) * strides.token, is_there, position + slot, inv_freq,
+                shape, chosen.field, units[part], token);
         }
         __syncthreads();
         if (has_vector && column < chosen.width) {

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.evaluation.retirement import Moment
-from trtllm_memshare.search.signatures import SignatureIndex, make_projection, page_signatures
+from trtllm_memshare.search.signatures import SignatureIndex, fields_of_pool, make_projection, page_signatures
 
 SIZE, PAGES = 8, 12
 IDS = (np.random.default_rng(3).integers(4, 60, 50).tolist() * 2)[: SIZE * PAGES + 3]
@@ -58,7 +58,9 @@ def test_signatures_are_those_of_serving(full):
     pool = states.unflatten(3, (PAGES, SIZE)).permute(3, 0, 1, 2, 4, 5).contiguous()
     count, layers, _, heads, _, head_dim = pool.shape
     blocks = torch.arange(count)
-    signatures = page_signatures(pool, blocks, torch.zeros(0), blocks * SIZE, make_projection(layers, heads, head_dim))
+    projection = make_projection(layers, heads, head_dim)
+    fields = fields_of_pool(pool, projection)
+    signatures = page_signatures(fields, blocks, torch.zeros(0), blocks * SIZE, projection)
     index = SignatureIndex(SIZE)
     for page in range(2, 10):
         index.append(page, signatures[page].numpy())

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from trtllm_memshare.search.cuda_signatures import SignatureVariant
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+from trtllm_memshare.search.signatures import SignatureProjection
 
 HOST = Path(__file__).resolve().parent / "cuda_on_host"
 KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels"
@@ -53,3 +55,32 @@ def run_block_distance(library, pool, new_rows, old_rows, position_delta, inv_fr
     )  # fmt: skip
     assert status == 0
     return torch.from_numpy(out)
+
+
+class SignaturesOnHost:
+    """``CudaSignatures`` with its kernel compiled for the host."""
+
+    description = "the kernel, on the host"
+
+    def __init__(
+        self, fields: list[torch.Tensor], inv_freq: torch.Tensor, projection: SignatureProjection, folder: Path
+    ):
+        self._fields = [field.as_subclass(torch.Tensor) for field in fields]
+        self._inv_freq, self._matrix = inv_freq, projection.matrix
+        self._variant = SignatureVariant.of(self._fields, 2 * len(inv_freq), projection)
+        macros = (f"{name}={value}" for name, value in self._variant.macros)
+        folder = folder / str(abs(hash(self._variant)))
+        folder.mkdir(exist_ok=True)
+        self.library = compile_for_host(folder, "page_signatures.cpp", *macros)
+
+    def page_signatures(self, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Same arguments and result as those of ``CudaSignatures``."""
+        out = torch.full((len(block_ids), self._variant.tokens_per_block, self._variant.width), -7.0)
+        fields = torch.tensor([field.data_ptr() for field in self._fields])
+        tensors = (block_ids.int(), positions.int(), self._inv_freq, self._matrix, out)
+        addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (fields, *tensors)]
+        status = self.library.memshare_page_signatures(
+            addresses[0], len(self._fields[0]), *addresses[1:], len(block_ids)
+        )
+        assert status == 0
+        return out

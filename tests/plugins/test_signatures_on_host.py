@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
-from plugins.kernels_on_host import compile_for_host
+from plugins.kernels_on_host import SignaturesOnHost
 from tolerances import SIGNATURE_ERROR
 
 from trtllm_memshare.errors import UserError
@@ -15,31 +13,11 @@ from trtllm_memshare.search import page_signer
 from trtllm_memshare.search.cuda_signatures import SignatureVariant
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
 from trtllm_memshare.search.page_signer import make_page_signer
-from trtllm_memshare.search.signatures import K, V, make_projection, page_signatures
+from trtllm_memshare.search.signatures import K, V, fields_of_pool, make_projection, page_signatures
 from trtllm_memshare.serving.redundancy_source import ValueRedundancy
 
 BLOCKS, LAYERS = 6, 5
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Compiles for a pool and projection, once, and runs ``page_signatures`` as the reference is called."""
-    libraries = {}
-
-    def run(pool, block_ids, inv_freq, positions, projection, backwards=False):
-        variant = SignatureVariant.of(pool, 2 * len(inv_freq), projection)
-        if variant not in libraries:
-            macros = (f"{name}={value}" for name, value in variant.macros)
-            libraries[variant] = compile_for_host(tmp_path, "page_signatures.cpp", *macros)
-        library = libraries[variant]
-        library.memshare_run_backwards(int(backwards))
-        out = torch.full((len(block_ids), variant.tokens_per_block, projection.width), -7.0)
-        inputs = (block_ids.int(), positions.int(), inv_freq, torch.from_numpy(projection.layers), projection.matrix)
-        addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (pool, *inputs, out)]
-        assert library.memshare_page_signatures(addresses[0], BLOCKS, *addresses[1:], len(block_ids)) == 0
-        return out
-
-    return run
+NO_TURN = torch.zeros(0)
 
 
 def make_pool(dtype, heads, size, dim):
@@ -61,7 +39,7 @@ def frequencies(rotary: int) -> torch.Tensor:
         ("int8", K, 5, 16, 32, 32, 64),
     ],
 )
-def test_signatures_against_the_specification(run, name, field, heads, size, dim, rotary, width):
+def test_signatures_against_the_specification(tmp_path, name, field, heads, size, dim, rotary, width):
     pool, projection = (
         make_pool(getattr(torch, name), heads, size, dim),
         make_projection(LAYERS, heads, dim, width, field),
@@ -69,11 +47,30 @@ def test_signatures_against_the_specification(run, name, field, heads, size, dim
     pool[2, :, field, 0, 1] = 0  # a vector of zeros
     pool[3, :, field, :, 2] = 0  # a token of zeros
     blocks, positions = torch.tensor([3, 0, 2]), torch.tensor([32000, 8, 1024])
-    expected = page_signatures(pool, blocks, frequencies(rotary), positions, projection)
-    got = run(pool, blocks, frequencies(rotary), positions, projection)
+    fields = fields_of_pool(pool, projection)
+    signer = SignaturesOnHost(fields, frequencies(rotary), projection, tmp_path)
+    expected = page_signatures(fields, blocks, frequencies(rotary), positions, projection)
+    got = signer.page_signatures(blocks, positions)
     torch.testing.assert_close(got, expected, **SIGNATURE_ERROR)
     assert (got[0, 2] == 0).all()
-    assert torch.equal(run(pool, blocks, frequencies(rotary), positions, projection, backwards=True), got)
+    signer.library.memshare_run_backwards(1)
+    assert torch.equal(signer.page_signatures(blocks, positions), got)
+
+
+@pytest.mark.parametrize("order", ["LHBNC", "BLNHC"])
+def test_the_order_of_a_pool_in_memory_changes_nothing(tmp_path, order):
+    """vLLM's orders of layers, blocks, heads, tokens and content, which is K then V."""
+    pool, projection = make_pool(torch.float16, 2, 8, 32), make_projection(LAYERS, 2, 32)
+    content = torch.cat(pool.unbind(2), -1).permute(1, 0, 2, 3, 4)  # LBHNC
+    places = ["LBHNC".index(letter) for letter in order]
+    stored = content.permute(places).contiguous().permute([order.index(letter) for letter in "LBHNC"])
+    fields = [stored[layer][..., 32:] for layer in projection.layers]
+    expected = page_signatures(fields_of_pool(pool, projection), torch.arange(BLOCKS), NO_TURN, NO_TURN, projection)
+    assert torch.equal(page_signatures(fields, torch.arange(BLOCKS), NO_TURN, NO_TURN, projection), expected)
+    got = SignaturesOnHost(fields, NO_TURN, projection, tmp_path).page_signatures(
+        torch.arange(BLOCKS), torch.zeros(BLOCKS)
+    )
+    torch.testing.assert_close(got, expected, **SIGNATURE_ERROR)
 
 
 class OnCuda(torch.Tensor):
@@ -91,21 +88,18 @@ class Pages:
         return (1, 4, np.array([0, 2, 5, 1])) if request_id == 7 else (0, 2, np.array([3, 4]))
 
 
-def test_redundancy_while_serving_is_that_of_the_kernel_where_the_pool_is_on_a_gpu(run, monkeypatch):
+def test_redundancy_while_serving_is_that_of_the_kernel_where_the_pool_is_on_a_gpu(tmp_path, monkeypatch):
     """The source that pressure asks, once over the kernel and once over PyTorch: the same numbers."""
     pool = make_pool(torch.bfloat16, 2, 8, 64)
     asked = []
 
-    class Kernel:
-        description = "the kernel, on the host"
-
-        def __init__(self, pool, inv_freq, projection):
-            self._arguments = pool.as_subclass(torch.Tensor), inv_freq, projection
+    class Kernel(SignaturesOnHost):
+        def __init__(self, fields, inv_freq, projection):
+            super().__init__(fields, inv_freq, projection, tmp_path)
 
         def page_signatures(self, block_ids, positions):
-            pool, inv_freq, projection = self._arguments
             asked.append(block_ids.tolist())
-            return run(pool, block_ids, inv_freq, positions, projection)
+            return super().page_signatures(block_ids, positions)
 
     monkeypatch.setattr(page_signer, "CudaSignatures", Kernel)
     sources = [ValueRedundancy(Pages(), pool.as_subclass(OnCuda)), ValueRedundancy(Pages(), pool)]
@@ -120,28 +114,40 @@ def test_redundancy_while_serving_is_that_of_the_kernel_where_the_pool_is_on_a_g
 
 def test_the_signer_says_why_it_is_the_reference(monkeypatch, caplog):
     pool, projection = make_pool(torch.float16, 1, 8, 32), make_projection(LAYERS, 1, 32)
-    assert make_page_signer(pool, frequencies(0), projection).description == "PyTorch reference (the pool is on cpu)"
+    fields = fields_of_pool(pool, projection)
+    assert make_page_signer(fields, NO_TURN, projection).description == "PyTorch reference (the pool is on cpu)"
 
     def no_cuda_core(*_):
         raise UserError("cuda.core is missing")
 
     monkeypatch.setattr(page_signer, "CudaSignatures", no_cuda_core)
-    signer = make_page_signer(pool.as_subclass(OnCuda), frequencies(0), projection)
+    signer = make_page_signer(fields_of_pool(pool.as_subclass(OnCuda), projection), NO_TURN, projection)
     assert signer.description == "PyTorch reference (cuda.core is missing)"
     warning = "signatures of pages are computed by PyTorch, not by the CUDA kernel: cuda.core is missing"
     assert [record.getMessage() for record in caplog.records] == [warning]
 
 
-def test_a_block_out_of_the_pool_is_not_read(run):
+def test_a_block_out_of_the_pool_is_not_read(tmp_path):
     pool, projection = make_pool(torch.float32, 1, 8, 32), make_projection(LAYERS, 1, 32, 4)
-    got = run(pool, torch.tensor([BLOCKS, 1, -1]), frequencies(32), torch.zeros(3), projection)
+    signer = SignaturesOnHost(fields_of_pool(pool, projection), frequencies(32), projection, tmp_path)
+    got = signer.page_signatures(torch.tensor([BLOCKS, 1, -1]), torch.zeros(3))
     assert torch.isnan(got[[0, 2]]).all()
     assert torch.isfinite(got[1]).all()
 
 
-def test_every_element_type_has_a_variant_and_widths_are_checked():
+def test_every_element_type_has_a_variant_and_what_no_kernel_takes_is_refused():
+    pool, projection = make_pool(torch.float32, 2, 8, 32), make_projection(LAYERS, 2, 32)
+    fields = fields_of_pool(pool, projection)
     for name in ELEMENT_TYPES:
-        macros = dict(SignatureVariant(name, 28, 4, 32, 128, 128, 3, V, 64).macros)
-        assert macros["MEMSHARE_CHOSEN"] == "3,1,64"
+        macros = dict(SignatureVariant.of([f.to(getattr(torch, name)) for f in fields], 0, projection).macros)
+        assert (macros["MEMSHARE_SHAPE"], macros["MEMSHARE_CHOSEN"]) == ("3,2,8,32,0", "1,64")
+    assert dict(SignatureVariant.of(fields, 0, projection).macros)["MEMSHARE_STRIDES"] == "5120,256,32"
     with pytest.raises(ValueError, match="width of a signature must be a multiple of 4 and at most 64, got 68"):
-        SignatureVariant("int8", 28, 4, 32, 128, 128, 3, V, 68)
+        SignatureVariant.of(fields, 0, make_projection(LAYERS, 2, 32, 68))
+    for others in (
+        fields[:2],
+        [*fields[:2], fields[2].half()],
+        [f.transpose(2, 3).contiguous().transpose(2, 3) for f in fields],
+    ):
+        with pytest.raises(ValueError, match="a projection of 3 layers reads as many fields"):
+            SignatureVariant.of(others, 0, projection)

@@ -11,9 +11,10 @@ from tolerances import SIGNATURE_ERROR
 from trtllm_memshare.search.cuda_signatures import CudaSignatures, SignatureVariant, compile_signatures
 from trtllm_memshare.search.kernel_compiler import parse_resources
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
-from trtllm_memshare.search.signatures import K, V, make_projection, page_signatures
+from trtllm_memshare.search.signatures import K, V, fields_of_pool, make_projection, page_signatures
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 9, 6, 2, 16, 64
+STRIDES = (28 * 2 * 4 * 32 * 128, 32 * 128, 128)
 INV_FREQ = (1.0 / 1e6 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)).float()
 
 
@@ -27,7 +28,7 @@ def make_pool(dtype: torch.dtype) -> torch.Tensor:
 def test_the_kernel_compiles_without_a_gpu_and_does_not_spill(arch, name, field):
     pytest.importorskip("cuda.core", reason="cuda.core is not installed (extra cuda)")
     logs = io.StringIO()
-    compile_signatures(SignatureVariant(name, 28, 4, 32, 128, 128, 3, field, 64), arch, logs=logs)
+    compile_signatures(SignatureVariant(name, 3, 4, 32, 128, 128, STRIDES, field, 64), arch, logs=logs)
     reports = [part for part in logs.getvalue().split("Compiling entry function")[1:] if f"for '{arch}'" in part]
     assert [part.split("'")[1] for part in reports] == ["page_signatures"]
     resources = parse_resources(reports[0])
@@ -37,28 +38,31 @@ def test_the_kernel_compiles_without_a_gpu_and_does_not_spill(arch, name, field)
 
 
 def test_a_pool_on_the_cpu_and_tensors_that_do_not_fit_are_refused():
+    projection = make_projection(LAYERS, HEADS, DIM)
+    fields = fields_of_pool(make_pool(torch.float16), projection)
     with pytest.raises(ValueError, match="needs a pool on a CUDA device, got cpu"):
-        CudaSignatures(make_pool(torch.float16), INV_FREQ, make_projection(LAYERS, HEADS, DIM))
+        CudaSignatures(fields, INV_FREQ, projection)
     with pytest.raises(ValueError, match=r"must be one of float32, .* got float64"):
-        SignatureVariant("float64", 28, 4, 32, 128, 128, 3, V, 64)
+        SignatureVariant("float64", 3, 4, 32, 128, 128, STRIDES, V, 64)
 
 
 def on_gpu(dtype: torch.dtype, field: int, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pool, projection = make_pool(dtype), make_projection(LAYERS, HEADS, DIM, field=field)
-    return pool, projection, CudaSignatures(pool.cuda(), INV_FREQ, projection, tmp_path)
+    fields = fields_of_pool(pool.cuda(), projection)
+    return fields_of_pool(pool, projection), projection, CudaSignatures(fields, INV_FREQ, projection, tmp_path)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [getattr(torch, name) for name in ELEMENT_TYPES], ids=str)
 @pytest.mark.parametrize("field", [K, V])
 def test_signatures_against_the_specification(dtype, field, tmp_path):
-    pool, projection, signatures = on_gpu(dtype, field, tmp_path)
+    fields, projection, signatures = on_gpu(dtype, field, tmp_path)
     blocks, positions = torch.tensor([3, 0, 8]), torch.tensor([32000, 8, 1024])
     got = signatures.page_signatures(blocks, positions)
     torch.testing.assert_close(
-        got.cpu(), page_signatures(pool, blocks, INV_FREQ, positions, projection), **SIGNATURE_ERROR
+        got.cpu(), page_signatures(fields, blocks, INV_FREQ, positions, projection), **SIGNATURE_ERROR
     )
     assert torch.equal(signatures.page_signatures(blocks, positions), got)
     assert signatures.page_signatures(blocks[:0], positions[:0]).shape == (0, SIZE, projection.width)

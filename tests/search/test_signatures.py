@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trtllm_memshare.search.block_distance import rotate
-from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+from trtllm_memshare.search.signatures import K, SignatureIndex, V, fields_of_pool, make_projection, page_signatures
 
 LAYERS, HEADS, SIZE, DIM = 6, 2, 8, 16
 INV_FREQ = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
@@ -42,11 +42,15 @@ def by_hand(pool, block, position, projection) -> list[list[float]]:
     return signatures
 
 
+def sign(pool, block_ids, inv_freq, positions, projection):
+    return page_signatures(fields_of_pool(pool, projection), block_ids, inv_freq, positions, projection)
+
+
 @pytest.mark.parametrize("field", [K, V])
 def test_signatures_by_hand(field):
     pool, projection = make_pool(), make_projection(LAYERS, HEADS, DIM, 4, field)
     assert projection.layers.tolist() == [1, 3, 5]
-    found = page_signatures(pool, torch.tensor([3, 1]), INV_FREQ, torch.tensor([40, 8]), projection)
+    found = sign(pool, torch.tensor([3, 1]), INV_FREQ, torch.tensor([40, 8]), projection)
     assert found.shape == (2, SIZE, 4)
     for index, (block, position) in enumerate(((3, 40), (1, 8))):
         torch.testing.assert_close(found[index], torch.tensor(by_hand(pool, block, position, projection)))
@@ -66,9 +70,9 @@ def test_equal_text_at_another_place_has_the_same_signature_of_k():
     pool[4] = pool[0]
     rows = pool[0, :, 0].permute(2, 0, 1, 3)[None]
     pool[4, :, 0] = rotate(rows, torch.full((1, SIZE), 320), INV_FREQ)[0].permute(1, 2, 0, 3)
-    found = page_signatures(pool, torch.tensor([0, 4]), INV_FREQ, torch.tensor([16, 336]), projection)
+    found = sign(pool, torch.tensor([0, 4]), INV_FREQ, torch.tensor([16, 336]), projection)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
-    as_stored = page_signatures(pool, torch.tensor([0, 4]), INV_FREQ[:0], torch.tensor([16, 336]), projection)
+    as_stored = sign(pool, torch.tensor([0, 4]), INV_FREQ[:0], torch.tensor([16, 336]), projection)
     assert (as_stored[0] - as_stored[1]).abs().max() > 0.1
 
 
@@ -77,23 +81,23 @@ def test_other_pools_are_read_as_the_numbers_that_they_hold(dtype):
     pool, projection = make_pool() * 20, make_projection(LAYERS, HEADS, DIM)
     held = pool.to(dtype)
     blocks, positions = torch.arange(5), torch.arange(5) * SIZE
-    found = page_signatures(held, blocks, INV_FREQ, positions, projection)
-    assert torch.equal(found, page_signatures(held.float(), blocks, INV_FREQ, positions, projection))
-    scaled = page_signatures(held.float() * 0.01, blocks, INV_FREQ, positions, projection)
+    found = sign(held, blocks, INV_FREQ, positions, projection)
+    assert torch.equal(found, sign(held.float(), blocks, INV_FREQ, positions, projection))
+    scaled = sign(held.float() * 0.01, blocks, INV_FREQ, positions, projection)
     torch.testing.assert_close(found, scaled, rtol=1e-4, atol=1e-5)
 
 
 def test_no_blocks_and_empty_rows_and_what_does_not_fit():
     pool, projection = make_pool(), make_projection(LAYERS, HEADS, DIM)
     none = torch.zeros(0, dtype=torch.int64)
-    assert page_signatures(pool, none, INV_FREQ, none, projection).shape == (0, SIZE, 64)
-    zeros = page_signatures(torch.zeros_like(pool), torch.tensor([1]), INV_FREQ, torch.tensor([0]), projection)
+    assert sign(pool, none, INV_FREQ, none, projection).shape == (0, SIZE, 64)
+    zeros = sign(torch.zeros_like(pool), torch.tensor([1]), INV_FREQ, torch.tensor([0]), projection)
     assert not zeros.any()
     for block in (-1, 5):
         with pytest.raises(ValueError, match=rf"blocks must lie in \[0, 5\), got {block}"):
-            page_signatures(pool, torch.tensor([block]), INV_FREQ, torch.tensor([0]), projection)
+            sign(pool, torch.tensor([block]), INV_FREQ, torch.tensor([0]), projection)
     with pytest.raises(ValueError, match="the projection is for layers"):
-        page_signatures(pool, none, INV_FREQ, none, make_projection(30, HEADS, DIM))
+        sign(pool, none, INV_FREQ, none, make_projection(30, HEADS, DIM))
 
 
 def cosines_by_definition(pages: dict[int, np.ndarray]) -> dict[int, float]:

@@ -27,6 +27,8 @@ SIZE = 8
 MAX_LEN = 40 * SIZE
 BOUNDARIES = BoundaryTokens.from_texts(["a", "b", "\n", ". ", *(f"w{i}" for i in range(VOCAB_SIZE - 4))])
 OPERATIONS = int(os.environ.get("MEMSHARE_SCHEDULE_OPERATIONS", "5000"))
+_READ_THE_POOL = ("surprisal-led-redundancy", "redundancy", "redundancy-recency", "nearest-earlier")
+_NEEDS = ("age", "random", "surprisal", "surprisal-led-redundancy", "nearest-earlier", *_READ_THE_POOL)
 MOST_REQUESTS = 8
 OPERATIONS_AN_EXAMPLE = 500
 """Steps of the executor, for the most part: every request is followed to its end."""
@@ -41,7 +43,7 @@ class PressureMachine(RuleBasedStateMachine):
         def draw(*choices):
             return data.draw(st.sampled_from(choices))
 
-        need = draw("age", "random", "surprisal", "nearest-earlier", "nearest-earlier")
+        need = draw(*_NEEDS)
         self.becomes = draw("null", "dropped") if need != "nearest-earlier" else draw("alias", "alias", "null")
         high = draw(0.7, 0.9, 1.0, 1.0)
         self.config = make_config(
@@ -62,7 +64,7 @@ class PressureMachine(RuleBasedStateMachine):
         )
         unit, most = draw(1, 1, SIZE), data.draw(st.integers(2, 6))
         num_blocks = data.draw(st.integers(26, 70))  # a request alone may be longer than the pool
-        runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit, shows_pool=need == "nearest-earlier")
+        runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit, shows_pool=need in _READ_THE_POOL)
         if draw(self.becomes == "null", self.becomes != "dropped"):
             runner.null_pages = NullPages([0, 1], [0, MAX_LEN // 2, MAX_LEN])
         self.policy = draw(*POLICIES)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
 from engine.centred_model import write_centred_checkpoint
-from plugins.kernels_on_host import compile_for_host
+from plugins.kernels_on_host import SignaturesOnHost
 from tolerances import SAME_LOGITS
 from trtllm_engine.test_null_pages import SIZE, serve
 
@@ -17,7 +15,6 @@ from trtllm_memshare.engine.null_page import calibrate_null_pages
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search import page_signer
 from trtllm_memshare.search.config import make_config
-from trtllm_memshare.search.cuda_signatures import SignatureVariant
 from trtllm_memshare.serving.pressure import Pressure
 
 CONFIG = make_config("pressure", protected_tokens=32, min_kept=0.4, min_run_tokens=500)
@@ -46,26 +43,13 @@ def kernel(monkeypatch, tmp_path):
     """Puts the CUDA kernel, compiled for the host, in the place of its launcher; gives the blocks that it signed."""
     signed = []
 
-    class KernelOnHost:
-        description = "the kernel, on the host"
-
-        def __init__(self, pool, inv_freq, projection):
-            self._pool, self._inv_freq, self._projection = pool.as_subclass(torch.Tensor), inv_freq, projection
-            self._variant = SignatureVariant.of(self._pool, 2 * len(inv_freq), projection)
-            macros = (f"{name}={value}" for name, value in self._variant.macros)
-            self._library = compile_for_host(tmp_path, "page_signatures.cpp", *macros)
+    class KernelOnHost(SignaturesOnHost):
+        def __init__(self, fields, inv_freq, projection):
+            super().__init__(fields, inv_freq, projection, tmp_path)
 
         def page_signatures(self, block_ids, positions):
             signed.extend(block_ids.tolist())
-            out = torch.zeros(len(block_ids), self._variant.tokens_per_block, self._projection.width)
-            tensors = (
-                block_ids.int(), positions.int(), self._inv_freq, torch.from_numpy(self._projection.layers),
-                self._projection.matrix, out,
-            )  # fmt: skip
-            addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-            pool = ctypes.c_void_p(self._pool.data_ptr())
-            assert self._library.memshare_page_signatures(pool, len(self._pool), *addresses, len(block_ids)) == 0
-            return out
+            return super().page_signatures(block_ids, positions)
 
     monkeypatch.setattr(page_signer, "CudaSignatures", KernelOnHost)
     return signed

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from trtllm_memshare.search.signatures import SignatureIndex, page_signatures
+from trtllm_memshare.search.signatures import SignatureIndex, fields_of_pool, page_signatures
 from trtllm_memshare.vllm.redundancy import PageReports, ValueSignatures
 from trtllm_memshare.vllm.update import MemShareUpdate
 
@@ -38,9 +38,9 @@ def test_signatures_are_those_of_the_pool_whatever_the_order_of_writes():
         for layer in layers:
             value = torch.randn(len(padded) + 3, HEADS, DIM, generator=draw)  # more rows than slots, as vLLM pads
             layer.impl.do_kv_cache_update(layer, value, value, None, padded)
-    blocks = [4, 0, 5]
+    blocks, projection = [4, 0, 5], signatures.projection
     expected = page_signatures(
-        pool, torch.tensor(blocks), torch.zeros(0), torch.zeros(3, dtype=torch.int32), signatures.projection
+        fields_of_pool(pool, projection), torch.tensor(blocks), torch.zeros(0), torch.zeros(3), projection
     )
     torch.testing.assert_close(torch.from_numpy(signatures.of_blocks(blocks)), expected)
 

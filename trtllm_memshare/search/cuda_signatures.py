@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from trtllm_memshare.search.cuda_block_distance import check_pool
 from trtllm_memshare.search.kernel_compiler import compile_source, import_cuda_core
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant, kernel_source
 from trtllm_memshare.search.signatures import SignatureProjection
@@ -26,11 +25,12 @@ _MAX_WIDTH = 64
 
 @dataclass(frozen=True)
 class SignatureVariant:
-    """The kernel compiled for one pool and projection.
+    """The kernel compiled for the fields of one pool and a projection.
 
     Attributes:
-      dtype, num_layers, num_kv_heads, tokens_per_block, head_dim, rotary_dim: see ``KernelVariant``.
+      dtype, num_kv_heads, tokens_per_block, head_dim, rotary_dim: see ``KernelVariant``.
       num_chosen: layers of the projection.
+      strides: elements from one block, KV head and token to the next.
       field: 0 = K, 1 = V.
       width: numbers of a signature.
 
@@ -39,18 +39,18 @@ class SignatureVariant:
     """
 
     dtype: str
-    num_layers: int
+    num_chosen: int
     num_kv_heads: int
     tokens_per_block: int
     head_dim: int
     rotary_dim: int
-    num_chosen: int
+    strides: tuple[int, int, int]
     field: int
     width: int
 
     def __post_init__(self) -> None:
         KernelVariant(
-            self.dtype, self.num_layers, self.num_kv_heads, self.tokens_per_block, self.head_dim, self.rotary_dim
+            self.dtype, self.num_chosen, self.num_kv_heads, self.tokens_per_block, self.head_dim, self.rotary_dim
         )
         if not 0 < self.width <= _MAX_WIDTH or self.width % 4:
             raise ValueError(
@@ -58,21 +58,34 @@ class SignatureVariant:
             )
 
     @staticmethod
-    def of(pool: torch.Tensor, rotary_dim: int, projection: SignatureProjection) -> SignatureVariant:
-        """For a pool ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``."""
-        _, num_layers, _, num_kv_heads, size, head_dim = pool.shape
-        dtype = str(pool.dtype).removeprefix("torch.")
-        chosen = (len(projection.layers), projection.field, projection.width)
-        return SignatureVariant(dtype, num_layers, num_kv_heads, size, head_dim, rotary_dim, *chosen)
+    def of(fields: list[torch.Tensor], rotary_dim: int, projection: SignatureProjection) -> SignatureVariant:
+        """For what a projection reads; see ``search.signatures.fields_of_pool``.
+
+        Raises:
+          ValueError: as above, or fields that one launch cannot read together.
+        """
+        like = {(field.dtype, field.device, field.shape, field.stride()) for field in fields}
+        count, heads, head_dim, width = projection.matrix.shape
+        _, num_kv_heads, size, dim = fields[0].shape
+        if len(like) > 1 or fields[0].stride(-1) != 1 or (len(fields), num_kv_heads, dim) != (count, heads, head_dim):
+            raise ValueError(
+                f"a projection of {count} layers reads as many fields [num_blocks, {heads}, tokens_per_block, "
+                f"{head_dim}] of one kind, a vector's elements side by side, got "
+                f"{[(list(field.shape), field.stride()) for field in fields]}"
+            )
+        dtype = str(fields[0].dtype).removeprefix("torch.")
+        strides = (fields[0].stride(0), fields[0].stride(1), fields[0].stride(2))
+        return SignatureVariant(dtype, count, heads, size, head_dim, rotary_dim, strides, projection.field, width)
 
     @property
     def macros(self) -> list[tuple[str, str]]:
         """Definitions that turn the source into this variant."""
-        shape = (self.num_layers, self.num_kv_heads, self.tokens_per_block, self.head_dim, self.rotary_dim)
+        shape = (self.num_chosen, self.num_kv_heads, self.tokens_per_block, self.head_dim, self.rotary_dim)
         return [
             ("MEMSHARE_ELEMENT", ELEMENT_TYPES[self.dtype].cuda_name),
             ("MEMSHARE_SHAPE", ",".join(map(str, shape))),
-            ("MEMSHARE_CHOSEN", f"{self.num_chosen},{self.field},{self.width}"),
+            ("MEMSHARE_STRIDES", ",".join(map(str, self.strides))),
+            ("MEMSHARE_CHOSEN", f"{self.field},{self.width}"),
         ]
 
 
@@ -88,33 +101,33 @@ class CudaSignatures:
     """Signs pages of one pool.
 
     Args:
-      pool: as ``CudaBlockDistance``.
+      fields: of the chosen layers, on a CUDA device; see ``search.signatures.fields_of_pool``.
       inv_freq: float32 ``[rotary_dim / 2]``, radians per token, half-split layout; not read for V.
       projection: from ``make_projection``.
       cache_dir: where cubins are kept; None = ``~/.cache/trtllm_memshare``.
 
     Raises:
-      ValueError: a pool, dtype, shape or width that no kernel takes; nothing has been compiled then.
+      ValueError: fields, a dtype, shape or width that no kernel takes; nothing has been compiled then.
       UserError: ``cuda.core`` is missing.
     """
 
     def __init__(
         self,
-        pool: torch.Tensor,
+        fields: list[torch.Tensor],
         inv_freq: torch.Tensor,
         projection: SignatureProjection,
         cache_dir: Path | None = None,
     ) -> None:
-        check_pool(pool)
-        self._pool, self._projection = pool, projection
-        self.variant = SignatureVariant.of(pool, 2 * len(inv_freq), projection)
-        device = pool.device
+        self.variant = SignatureVariant.of(fields, 2 * len(inv_freq), projection)
+        device = fields[0].device
+        if device.type != "cuda":
+            raise ValueError(f"the CUDA kernel needs a pool on a CUDA device, got {device} (use page_signatures there)")
+        self._fields, self._device = fields, device  # their memory must not go
         self._core = import_cuda_core()
         self._inv_freq = inv_freq.to(device, torch.float32).contiguous()
-        self._layers = torch.from_numpy(projection.layers).to(device, torch.int32)
         self._matrix = projection.matrix.to(device, torch.float32).contiguous()
-        self._pool_pointer = torch.tensor([pool.data_ptr()], dtype=torch.int64, device=device)
-        self._num_blocks = torch.tensor([pool.shape[0]], dtype=torch.int32, device=device)
+        self._addresses = torch.tensor([field.data_ptr() for field in fields], dtype=torch.int64, device=device)
+        self._num_blocks = torch.tensor([len(fields[0])], dtype=torch.int32, device=device)
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         code = compile_signatures(self.variant, arch, cache_dir or Path.home() / ".cache" / "trtllm_memshare")
         self.description = f"CUDA kernel for {arch}"
@@ -127,21 +140,20 @@ class CudaSignatures:
 
         A block outside the pool is not read and gives NaN.
         """
-        device, count = self._pool.device, len(block_ids)
+        device, count = self._device, len(block_ids)
         size = self.variant.tokens_per_block
-        out = torch.empty((count, size, self._projection.width), dtype=torch.float32, device=device)
+        out = torch.empty((count, size, self.variant.width), dtype=torch.float32, device=device)
         if count:
             blocks, written = (t.to(device, torch.int32).contiguous() for t in (block_ids, positions))
             self._launch(
-                (count, -(-size // TOKENS_OF_BLOCK)), self._pool_pointer, self._num_blocks, blocks, written,
-                self._inv_freq, self._layers, self._matrix, out,
+                (count, -(-size // TOKENS_OF_BLOCK)), self._addresses, self._num_blocks, blocks, written,
+                self._inv_freq, self._matrix, out,
             )  # fmt: skip
         return out
 
     def _launch(self, grid: tuple[int, int], *tensors: torch.Tensor) -> None:
-        device = self._pool.device
-        with torch.cuda.device(device):
-            self._core.Device(device.index).set_current()
-            stream = self._core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+        with torch.cuda.device(self._device):
+            self._core.Device(self._device.index).set_current()
+            stream = self._core.Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
             config = self._core.LaunchConfig(grid=grid, block=_SIGN_THREADS)
             self._core.launch(stream, config, self._sign, *(t.data_ptr() for t in tensors))

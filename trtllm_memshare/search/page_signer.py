@@ -27,32 +27,32 @@ class ReferencePageSigner:
     """The PyTorch specification, on whatever device the pool is."""
 
     def __init__(
-        self, pool: torch.Tensor, inv_freq: torch.Tensor, projection: SignatureProjection, reason: str
+        self, fields: list[torch.Tensor], inv_freq: torch.Tensor, projection: SignatureProjection, reason: str
     ) -> None:
-        self._pool, self._inv_freq, self._projection = pool, inv_freq, projection
+        self._fields, self._inv_freq, self._projection = fields, inv_freq, projection
         self.description = f"PyTorch reference ({reason})"
 
     def page_signatures(self, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See ``PageSigner``."""
-        return page_signatures(self._pool, block_ids, self._inv_freq, positions, self._projection)
+        return page_signatures(self._fields, block_ids, self._inv_freq, positions, self._projection)
 
 
-def make_page_signer(pool: torch.Tensor, inv_freq: torch.Tensor, projection: SignatureProjection) -> PageSigner:
+def make_page_signer(fields: list[torch.Tensor], inv_freq: torch.Tensor, projection: SignatureProjection) -> PageSigner:
     """The CUDA kernel for a pool on a CUDA device, the reference elsewhere.
 
     Where ``cuda.core`` is missing a pool on a CUDA device gets the reference too, and a warning says why.
 
     Args:
-      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
+      fields: what is read of each chosen layer; see ``search.signatures.fields_of_pool``.
       inv_freq: float32 ``[rotary_dim / 2]``, radians per token; empty for a projection of V.
 
     Raises:
-      ValueError: a pool on a CUDA device, or a projection, that no kernel takes.
+      ValueError: fields on a CUDA device, or a projection, that no kernel takes.
     """
-    if not pool.is_cuda:
-        return ReferencePageSigner(pool, inv_freq, projection, f"the pool is on {pool.device}")
+    if not fields[0].is_cuda:
+        return ReferencePageSigner(fields, inv_freq, projection, f"the pool is on {fields[0].device}")
     try:
-        return CudaSignatures(pool, inv_freq, projection)
+        return CudaSignatures(fields, inv_freq, projection)
     except UserError as error:
         log.warning("signatures of pages are computed by PyTorch, not by the CUDA kernel: %s", error)
-        return ReferencePageSigner(pool, inv_freq, projection, str(error))
+        return ReferencePageSigner(fields, inv_freq, projection, str(error))

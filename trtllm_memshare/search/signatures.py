@@ -61,8 +61,31 @@ def make_projection(
     return SignatureProjection(layers, field, torch.from_numpy(matrix))
 
 
+def fields_of_pool(pool: torch.Tensor, projection: SignatureProjection) -> list[torch.Tensor]:
+    """Views of what a signature reads of each chosen layer, ``[num_blocks, num_kv_heads, tokens_per_block, head_dim]``.
+
+    Args:
+      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, any element type of a pool.
+
+    Raises:
+      ValueError: a projection for other layers or heads.
+    """
+    _, num_layers, _, num_kv_heads, _, head_dim = pool.shape
+    count, heads, dim, _ = projection.matrix.shape
+    if (
+        (heads, dim) != (num_kv_heads, head_dim)
+        or count != len(projection.layers)
+        or projection.layers[-1] >= num_layers
+    ):
+        raise ValueError(
+            f"the projection is for layers {projection.layers.tolist()} and {heads} KV heads of {dim}, got a pool of "
+            f"{num_layers} layers and {num_kv_heads} KV heads of {head_dim}"
+        )
+    return [pool[:, layer, projection.field] for layer in projection.layers.tolist()]
+
+
 def page_signatures(
-    pool: torch.Tensor,
+    fields: list[torch.Tensor],
     block_ids: torch.Tensor,
     inv_freq: torch.Tensor,
     positions: torch.Tensor,
@@ -75,41 +98,31 @@ def page_signatures(
     brought to length 1. A vector or a sum of zeros stays zero.
 
     Args:
-      pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, any element type of a pool.
+      fields: of ``fields_of_pool``, or the like of another pool.
       block_ids: int ``[blocks]``, physical blocks, full ones.
       inv_freq: float32 ``[rotary_dim / 2]``, radians per token; not read for V. Empty = K as stored.
       positions: int32 ``[blocks]``, position at which each block's first token was written; not read for V.
-      projection: from ``make_projection``; its matrix is moved to the pool's device.
+      projection: from ``make_projection``; its matrix is moved to the fields' device.
 
     Returns:
-      float32 ``[blocks, tokens_per_block, width]``, on the pool's device.
+      float32 ``[blocks, tokens_per_block, width]``, on the fields' device.
 
     Raises:
-      ValueError: a projection for other layers or heads, or a block outside the pool.
+      ValueError: a block outside the pool.
     """
-    num_blocks, num_layers, _, num_kv_heads, size, head_dim = pool.shape
-    count, heads, dim, _ = projection.matrix.shape
-    if (
-        (heads, dim) != (num_kv_heads, head_dim)
-        or count != len(projection.layers)
-        or projection.layers[-1] >= num_layers
-    ):
-        raise ValueError(
-            f"the projection is for layers {projection.layers.tolist()} and {heads} KV heads of {dim}, got a pool of "
-            f"{num_layers} layers and {num_kv_heads} KV heads of {head_dim}"
-        )
-    blocks = block_ids.to(pool.device, torch.int64)
+    num_blocks, _, size, _ = fields[0].shape
+    device = fields[0].device
+    blocks = block_ids.to(device, torch.int64)
     if len(blocks) and (int(blocks.min()) < 0 or int(blocks.max()) >= num_blocks):
         raise ValueError(f"blocks must lie in [0, {num_blocks}), got {int(blocks.min())} to {int(blocks.max())}")
-    layers = torch.from_numpy(projection.layers).to(pool.device, torch.int64)
-    rows = pool[blocks[:, None], layers, projection.field].float()  # [blocks, layers, heads, tokens, head_dim]
+    rows = torch.stack([field[blocks] for field in fields], 1).float()  # [blocks, layers, heads, tokens, head_dim]
     rows = rows.permute(0, 3, 1, 2, 4)
     if projection.field == K and len(inv_freq):
-        written = positions.to(pool.device)[:, None] + torch.arange(size, device=pool.device)
-        rows = rotate(rows, -written, inv_freq.to(pool.device))
+        written = positions.to(device)[:, None] + torch.arange(size, device=device)
+        rows = rotate(rows, -written, inv_freq.to(device))
     unit = torch.nn.functional.normalize(rows, dim=-1)
     # One product over layers, heads and dimensions: half the time of an einsum of the same.
-    sums = unit.flatten(0, 1).flatten(1) @ projection.matrix.to(pool.device).flatten(0, 2)
+    sums = unit.flatten(0, 1).flatten(1) @ projection.matrix.to(device).flatten(0, 2)
     return torch.nn.functional.normalize(sums.view(len(blocks), size, projection.width), dim=-1)
 
 

@@ -18,7 +18,7 @@ from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.search.page_signer import make_page_signer
-from trtllm_memshare.search.signatures import SignatureIndex, make_projection
+from trtllm_memshare.search.signatures import SignatureIndex, fields_of_pool, make_projection
 from trtllm_memshare.serving.nearest_earlier import NearestEarlier
 from trtllm_memshare.serving.page_facts import PageSource
 
@@ -38,7 +38,9 @@ class ValueRedundancy:
     def __init__(self, manager: KVCacheManager, pool: torch.Tensor) -> None:
         self._manager = manager
         projection = make_projection(pool.shape[1], pool.shape[3], pool.shape[5])
-        self._signer = make_page_signer(pool, torch.empty(0), projection)  # V has no rotation to undo
+        self._signer = make_page_signer(
+            fields_of_pool(pool, projection), torch.empty(0), projection
+        )  # V is not rotated
         self._indexes: dict[int, SignatureIndex] = {}
 
     def catch_up(self, request_ids: list[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.search.block_distance import rotate
-from trtllm_memshare.search.signatures import K, SignatureIndex, V, make_projection, page_signatures
+from trtllm_memshare.search.signatures import K, SignatureIndex, V, fields_of_pool, make_projection, page_signatures
 
 PAGE_TOKENS, LAST_PAGES = 16, 8
 """Tokens of a page; newest pages, which are protected and not ranked."""
@@ -56,7 +56,8 @@ class TextPool:
         """The same from the index, as serving has it."""
         pages, layers, _, heads, size, head_dim = self.pool.shape
         projection, blocks = make_projection(layers, heads, head_dim, width, field), torch.arange(pages)
-        signatures = page_signatures(self.pool, blocks, self.inv_freq, blocks * size, projection).numpy()
+        fields = fields_of_pool(self.pool, projection)
+        signatures = page_signatures(fields, blocks, self.inv_freq, blocks * size, projection).numpy()
         index = SignatureIndex(size, width)
         for page, of_page in enumerate(signatures):
             index.append(page, of_page)

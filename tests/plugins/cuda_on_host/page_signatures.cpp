@@ -3,15 +3,14 @@
 
 #include "page_signatures_nvrtc.cu"
 
-extern "C" int memshare_page_signatures(void const* pool, int num_blocks, int const* block_ids, int const* positions,
-    float const* inv_freq, int const* layers, float const* matrix, float* signatures, int num_pages)
+extern "C" int memshare_page_signatures(long long const* fields, int num_blocks, int const* block_ids,
+    int const* positions, float const* inv_freq, float const* matrix, float* signatures, int num_pages)
 {
     constexpr memshare::PoolShape shape{MEMSHARE_SHAPE};
-    auto const address = reinterpret_cast<long long>(pool);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned int>(num_pages),
         (shape.tokens_per_block + memshare::kSignatureTokens - 1) / memshare::kSignatureTokens);
     config.blockDim = dim3(memshare::kSignatureThreads);
     return cudaLaunchKernelEx(
-        &config, page_signatures, &address, &num_blocks, block_ids, positions, inv_freq, layers, matrix, signatures);
+        &config, page_signatures, fields, &num_blocks, block_ids, positions, inv_freq, matrix, signatures);
 }
