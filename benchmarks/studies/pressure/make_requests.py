@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 try:
     from transformers import AutoTokenizer
@@ -51,7 +52,7 @@ def main() -> None:
         publish(report, options.demand_json)
 
 
-def measure_demand(requests: Path, tokenizer: object, in_flight: int) -> dict[str, float]:
+def measure_demand(requests: Path, tokenizer: Any, in_flight: int) -> dict[str, float]:
     """What the requests of a file hold at most when nobody waits for memory, and how long they are."""
     items = read_dataset(requests, tokenizer)
     texts = [(item.input_ids, item.output_ids or []) for item in items]
