@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 from fakes.reading_runner import MAX_TOKENS, PHRASES, VOCAB_SIZE, ReadingRunner, repeating_text
+from fakes.schedule_record import ScheduleRecord
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -26,9 +27,12 @@ SIZE = 8
 MAX_LEN = 40 * SIZE
 BOUNDARIES = BoundaryTokens.from_texts(["a", "b", "\n", ". ", *(f"w{i}" for i in range(VOCAB_SIZE - 4))])
 OPERATIONS = int(os.environ.get("MEMSHARE_SCHEDULE_OPERATIONS", "5000"))
+_READ_THE_POOL = ("surprisal-led-redundancy", "redundancy", "redundancy-recency", "nearest-earlier")
+_NEEDS = ("age", "random", "surprisal", "surprisal-led-redundancy", "nearest-earlier", *_READ_THE_POOL)
 MOST_REQUESTS = 8
 OPERATIONS_AN_EXAMPLE = 500
 """Steps of the executor, for the most part: every request is followed to its end."""
+RECORD = ScheduleRecord("tests/serving/test_pressure_schedules.py", OPERATIONS)
 
 
 class PressureMachine(RuleBasedStateMachine):
@@ -39,7 +43,7 @@ class PressureMachine(RuleBasedStateMachine):
         def draw(*choices):
             return data.draw(st.sampled_from(choices))
 
-        need = draw("age", "random", "surprisal", "nearest-earlier", "nearest-earlier")
+        need = draw(*_NEEDS)
         self.becomes = draw("null", "dropped") if need != "nearest-earlier" else draw("alias", "alias", "null")
         high = draw(0.7, 0.9, 1.0, 1.0)
         self.config = make_config(
@@ -60,7 +64,7 @@ class PressureMachine(RuleBasedStateMachine):
         )
         unit, most = draw(1, 1, SIZE), data.draw(st.integers(2, 6))
         num_blocks = data.draw(st.integers(26, 70))  # a request alone may be longer than the pool
-        runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit, shows_pool=need == "nearest-earlier")
+        runner = ReadingRunner(num_blocks, SIZE, chunk_unit_size=unit, shows_pool=need in _READ_THE_POOL)
         if draw(self.becomes == "null", self.becomes != "dropped"):
             runner.null_pages = NullPages([0, 1], [0, MAX_LEN // 2, MAX_LEN])
         self.policy = draw(*POLICIES)
@@ -236,6 +240,7 @@ class PressureMachine(RuleBasedStateMachine):
             text = repeating_text(prompt[0])
             assert result.token_ids == text[len(prompt) : len(prompt) + len(result.token_ids)]
             assert len(state.tokens) <= MAX_TOKENS
+        RECORD.add(self.executor, len(self.requests))
 
 
 PressureMachine.TestCase.settings = settings(

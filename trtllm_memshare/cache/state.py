@@ -87,6 +87,11 @@ class CacheState:
         first, full = sequence.first_generated_block, sequence.num_computed // self.tokens_per_block
         return max(0, full - first), int(sequence.retired[first : max(first, full)].sum())
 
+    def num_given_up(self, request_id: int) -> int:
+        """Pages that a request has given up now, while its context is computed again too; 0 if it is not here."""
+        sequence = self._sequences.get(request_id)
+        return 0 if sequence is None else int(sequence.retired.sum())
+
     def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
         """The first page of generated tokens, the end of the full ones, and the request's row of the block table."""
         sequence = self._sequences[request_id]

@@ -182,7 +182,7 @@ class Pressure:
         at_floor = retired_now = 0
         for state in running:
             generated, retired = self._manager.page_counts(state.request_id)
-            retired_now += retired
+            retired_now += self._manager.num_given_up(state.request_id)
             at_floor += retired > 0 and floor_room(generated, retired, self.min_kept(state.params)) == 0
         stats = self.stats
         return PressureStatus(
