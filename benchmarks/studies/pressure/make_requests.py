@@ -1,4 +1,8 @@
-"""Writes real reasoning traces as requests with written outputs, for ``inflight_batching.py --replay``."""
+"""Writes real reasoning traces as requests with written outputs, for ``inflight_batching.py --replay``.
+
+With ``--in-flight`` it also says what they hold at most: the scheduler and the cache serve them without a model, in a
+pool in which nobody waits (``peak_demand_blocks``, of 16 tokens).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 try:
     from transformers import AutoTokenizer
 
-    from trtllm_memshare.errors import run_command_line
+    from benchmarks.studies.pressure.modelless import TOKENS_PER_BLOCK, serve
+    from trtllm_memshare.errors import UserError, run_command_line
+    from trtllm_memshare.evaluation.dataset import read_dataset
+    from trtllm_memshare.evaluation.document import make_report, publish
     from trtllm_memshare.evaluation.real_texts import cut_traces
+    from trtllm_memshare.search.steps import BoundaryTokens
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
@@ -23,7 +33,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=704, help="of a request, problem and written text")
     parser.add_argument("--seed", type=int, default=0, help="of the lengths, drawn from a quarter of that upwards")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/data/trace_requests.jsonl"))
+    parser.add_argument("--in-flight", type=int, help="outstanding at any time: measure the demand")
+    parser.add_argument("--demand-json", type=Path, help="where the demand is written")
     options = parser.parse_args()
+    if options.in_flight is not None and options.in_flight < 1:
+        raise UserError(f"--in-flight must be at least 1, got {options.in_flight} (12 requests at a time: 12)")
     tokenizer = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
     rows = []
     for index, (prompt, output) in enumerate(
@@ -33,6 +47,25 @@ def main() -> None:
         rows.append(json.dumps({"task_id": index, **texts, "output_tokens": len(output)}, ensure_ascii=False) + "\n")
     options.output.write_text("".join(rows), encoding="utf-8")
     print(f"{len(rows)} requests: {options.output}")
+    if options.in_flight is not None:
+        report = make_report(measure_demand(options.output, tokenizer, options.in_flight))
+        publish(report, options.demand_json)
+
+
+def measure_demand(requests: Path, tokenizer: Any, in_flight: int) -> dict[str, float]:
+    """What the requests of a file hold at most when nobody waits for memory, and how long they are."""
+    items = read_dataset(requests, tokenizer)
+    texts = [(item.input_ids, item.output_ids or []) for item in items]
+    longest = max(len(prompt) + len(output) for prompt, output in texts)
+    enough = in_flight * (longest // TOKENS_PER_BLOCK + 2)
+    boundaries = BoundaryTokens.from_tokenizer(tokenizer, len(tokenizer))
+    return {
+        "num_requests": len(texts),
+        "in_flight": in_flight,
+        "mean_written_tokens": mean(len(output) for _, output in texts),
+        "longest_request_tokens": longest,
+        "peak_demand_blocks": serve("full", texts, boundaries, enough, in_flight)["peak_blocks"],
+    }
 
 
 if __name__ == "__main__":

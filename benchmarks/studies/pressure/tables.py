@@ -1,8 +1,11 @@
-"""The table of schedules at size, as `docs/pressure.md` shows it."""
+"""Tables and figures of `docs/pressure.md` from the committed results."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from trtllm_memshare.evaluation.random_model import SHAPES
+from trtllm_memshare.evaluation.step_model import GpuModel
 
 
 def schedule_table(report: dict[str, Any]) -> str:
@@ -24,3 +27,30 @@ def schedule_table(report: dict[str, Any]) -> str:
             f"{row['paused_requests']} | {row['recomputed_tokens']:,.0f} | {row['shared_block_fraction']:.0%} |"
         )
     return "\n".join(lines).replace("% |", " % |")
+
+
+def measured_gain(report: dict[str, Any], arm: str = "pressure:min_kept=0.5") -> float:
+    """Requests/s of an arm over those of the full cache, by the clock of the run."""
+    rows = {row["variant"]: row["request_throughput_req_s"] for row in report["variants"]}
+    return float(rows[arm] / rows["full"])
+
+
+def modelled_gain(report: dict[str, Any], arm: str = "pressure:min_kept=0.5", extra_ms: float = 0.0) -> float:
+    """The same by the modelled clock; ``extra_ms``: if every step took so much longer than the model says."""
+    num_requests = report["num_requests"] if "rows" in report else report["dataset"]["num_requests"]
+    seconds = {
+        row["variant"]: 1 / row["modelled_gpu"]["request_throughput_req_s"]
+        + row["num_steps"] * extra_ms / 1e3 / num_requests
+        for row in report["rows" if "rows" in report else "variants"]
+    }
+    return seconds["full"] / seconds[arm]
+
+
+def modelled_step_ms(report: dict[str, Any], step: str = "replay_7b") -> float:
+    """What the modelled clock gives for the mean step of a GPU suite's replay without sharing."""
+    run = next(s["report"] for s in report["steps"] if s["step"] == step)
+    shape, clock = SHAPES[run["model_shape"]], GpuModel()
+    head_dim = shape.hidden_size // shape.num_heads
+    per_token = shape.num_layers * 2 * shape.num_kv_heads * head_dim * 2  # K and V, bf16
+    held = run["variants"]["off"]["mean_used_blocks"] * run["tokens_per_block"] * per_token
+    return 1e3 * clock.step_seconds(run["batch_size"], held / clock.pool_bytes)
