@@ -76,6 +76,8 @@ class SignaturesOnHost:
     def page_signatures(self, block_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Same arguments and result as those of ``CudaSignatures``."""
         out = torch.full((len(block_ids), self._variant.tokens_per_block, self._variant.width), -7.0)
+        if not len(block_ids):
+            return out
         fields = torch.tensor([field.data_ptr() for field in self._fields])
         tensors = (block_ids.int(), positions.int(), self._inv_freq, self._matrix, out)
         addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (fields, *tensors)]

@@ -1,14 +1,15 @@
 """KV redundancy of pages, on the worker, and the reports that tell the scheduler of it and of surprisal.
 
-Values are projected where vLLM hands them to its cache, layer by layer, so no backend's memory layout has to be known.
-Pages are indexed when the scheduler asks, and the answer rides back on the step's output. With tensor parallelism a
-rank sees its own KV heads, and the rank that reports speaks for all.
+Without a GPU values are projected where vLLM hands them to its cache, layer by layer: the CPU backend packs what it
+keeps by instruction set. With one they are read from the cache (``cache_signatures.py``). Pages are indexed when the
+scheduler asks, and the answer rides back on the step's output. With tensor parallelism a rank sees its own KV heads,
+and the rank that reports speaks for all.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -63,6 +64,13 @@ class ValueSignatures:
         return do_kv_cache_update
 
 
+class PageSignatures(Protocol):
+    """Signs full pages of vLLM's pool."""
+
+    def of_blocks(self, block_ids: list[int]) -> np.ndarray:
+        """float32 ``[blocks, tokens_per_block, width]``, normalised."""
+
+
 class PageReports:
     """An index of signatures for each request, fed when the scheduler asks, and surprisal as it was sampled.
 
@@ -70,7 +78,7 @@ class PageReports:
       signatures, surprisal: where the facts that the need reads come from, None = it does not read them.
     """
 
-    def __init__(self, signatures: ValueSignatures | None, surprisal: SampledSurprisal | None, block_size: int) -> None:
+    def __init__(self, signatures: PageSignatures | None, surprisal: SampledSurprisal | None, block_size: int) -> None:
         self._signatures, self._surprisal, self._block_size = signatures, surprisal, block_size
         self._requests: dict[str, SignatureIndex] = {}
 

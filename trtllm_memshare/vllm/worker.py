@@ -18,10 +18,11 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.vllm import V2_VARIABLE
+from trtllm_memshare.vllm.cache_signatures import open_signatures
 from trtllm_memshare.vllm.null_pages import attention_layers, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import runner_form
-from trtllm_memshare.vllm.redundancy import PageReports, ValueSignatures
+from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import load_settings
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
 from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
@@ -89,12 +90,8 @@ class MemShareWorker(PlatformWorker):
         form = runner_form(self.model_runner, vllm.__version__)
         self._apply = apply_to_v1_runner if form == "V1" else apply_to_v2_runner
         settings = load_settings(self.vllm_config.additional_config, os.environ)
-        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        write_null_pages(self.model_runner, settings.options.null_pages, null_blocks, rank, size)
         read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
-        if not read:
-            return
-        if form != "V1":
+        if read and form != "V1":
             raise UserError(
                 f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
                 f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
@@ -103,11 +100,14 @@ class MemShareWorker(PlatformWorker):
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
         num_slots = cache.num_blocks * block_size
         signatures, surprisal = None, None
-        if "redundancy" in read:
-            signatures = ValueSignatures(attention_layers(runner), num_slots, block_size, runner.device)
+        if "redundancy" in read:  # tries a block out that becomes a null page below
+            signatures = open_signatures(runner, attention_layers(runner), num_slots, block_size, null_blocks[0])
         if "surprisal" in read:
             surprisal = SampledSurprisal(runner, num_slots, block_size, vllm.__version__)
-        self._reports = PageReports(signatures, surprisal, block_size)
+        if read:
+            self._reports = PageReports(signatures, surprisal, block_size)
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        write_null_pages(runner, settings.options.null_pages, null_blocks, rank, size)
 
 
 class _Answered(AsyncModelRunnerOutput):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -45,4 +46,23 @@ def signatures_table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         lines.append(f"| {row['model']} | " + " | ".join(f"{row[form]:.3f}" for form in forms) + " |")
     lines.append("| mean | " + " | ".join(f"{report['mean'][form]:.3f}" for form in forms) + " |")
+    return "\n".join(lines)
+
+
+def pools_table(report: dict[str, Any]) -> str:
+    """Gaps by the pool's element type."""
+    lines = [
+        "| pool | length of K | worst gap on held-out text, nats | on real traces | of them nearer than 20 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in report["rows"]:
+        if "refused" in row:
+            found = re.search(r"(layer \d+, head \d+) .* lies ([\d.]+) nats below", row["refused"])
+            assert found is not None
+            lines.append(f"| {row['pool']} | refused | -{found[2]} ({found[1]}) | | |")
+            continue
+        lines.append(
+            f"| {row['pool']} | {row['shortest_key']:.0f} to {row['longest_key']:.0f} | {row['worst_gap']:.1f} | "
+            f"{row['worst_gap_traces']:.1f} | {row['nearer_than_target']} of {row['queries']:,} |"
+        )
     return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""Where vLLM's own GPU backends put V, in vLLM's own views of a cache, is where signatures are read; needs vLLM.
+
+The last kernel, which scatters rows into the views that it is given, is a loop here: it would want a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
+
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheTensor,
+    compute_layout_strides,
+    create_kv_cache_views,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from trtllm_memshare.vllm.cache_signatures import CacheSignatures, open_signatures
+
+BLOCKS, LAYERS, HEADS, SIZE, DIM = 6, 5, 2, 16, 32
+
+
+def scatter(key, value, key_cache, value_cache, slot_mapping, *_):
+    """``reshape_and_cache_flash`` over caches ``[blocks, tokens, KV heads, head size]``."""
+    size = key_cache.shape[1]
+    for row, slot in enumerate(slot_mapping.tolist()):
+        key_cache[slot // size, slot % size], value_cache[slot // size, slot % size] = key[row], value[row]
+
+
+@pytest.mark.parametrize("kernel_block_size", [SIZE, SIZE // 2])
+@pytest.mark.parametrize("layout", list(KVCacheLayout), ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("flash_attn", "FlashAttentionImpl"),
+        ("flex_attention", "FlexAttentionImpl"),
+        ("triton_attn", "TritonAttentionImpl"),
+    ],
+)
+def test_v_of_every_backend_and_layout(monkeypatch, module, name, layout, kernel_block_size):
+    backend = importlib.import_module(f"vllm.v1.attention.backends.{module}")
+    monkeypatch.setattr(backend, "reshape_and_cache_flash", scatter, raising=False)
+    monkeypatch.setattr(backend, "triton_reshape_and_cache_flash", scatter, raising=False)
+    monkeypatch.setattr(torch.ops._C_cache_ops, "reshape_and_cache_flash", scatter, raising=False)
+    spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16)
+    layer_stride, block_stride, *_ = compute_layout_strides(spec, BLOCKS, LAYERS, layout)
+    total = LAYERS * BLOCKS * spec.page_size_bytes
+    placed = KVCacheTensor(total, [str(i) for i in range(LAYERS)], layer_stride, block_stride)
+    raw = torch.zeros(total, dtype=torch.int8)
+    try:
+        caches = create_kv_cache_views(raw, spec, BLOCKS, layout, placed, kernel_block_size)
+    except ValueError as error:
+        pytest.skip(f"vLLM itself does not cut blocks in this layout: {error}")
+    impl = SimpleNamespace(
+        attn_type="decoder", head_size=DIM, kv_cache_dtype="auto", _is_per_token_head_quant=False
+    )  # fmt: skip
+    impl.do_kv_cache_update = getattr(backend, name).do_kv_cache_update.__get__(impl)
+    scales = {"_k_scale": torch.ones(1), "_v_scale": torch.ones(1)}
+    layers = [
+        SimpleNamespace(num_kv_heads=HEADS, head_size=DIM, impl=impl, kv_cache=cache, **scales) for cache in caches
+    ]
+    graphs = SimpleNamespace(cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: True))
+    runner = SimpleNamespace(
+        device=torch.device("cuda"), vllm_config=SimpleNamespace(compilation_config=graphs)
+    )  # fmt: skip
+    assert isinstance(open_signatures(runner, layers, BLOCKS * SIZE, SIZE, BLOCKS - 1), CacheSignatures)

@@ -1,0 +1,109 @@
+"""KV redundancy on a GPU: signatures of full pages, read out of vLLM's own cache when the scheduler asks for them.
+
+vLLM 0.32's backends for GPUs (FlashAttention, FlashInfer, Triton, FlexAttention) see a layer's cache as
+``[blocks, KV heads, tokens, 2 * head size]``, K in front of V, in one of several orders in memory. Their sources say so
+and nothing promises it. So a start writes random V through the backend's own operator and signs it where we read: what
+comes back decides. Values that pass by (``ValueSignatures``) are not seen where a full CUDA graph is replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.page_signer import make_page_signer
+from trtllm_memshare.search.signatures import SignatureProjection, make_projection, page_signatures
+from trtllm_memshare.vllm.redundancy import ValueSignatures
+
+log = logging.getLogger(__name__)
+
+_ERROR = 1e-3  # of a number of a signature; those of other text differ by a tenth
+
+
+class CacheSignatures:
+    """Signatures of pages by the CUDA kernel, or by PyTorch where ``cuda.core`` is missing.
+
+    Args:
+      layers: vLLM's attention layers, first to last, caches in place.
+      block_size: tokens of the scheduler's blocks; a backend may have cut each into several of its own.
+
+    Raises:
+      ValueError: a cache of another form, or one that no kernel takes.
+    """
+
+    def __init__(self, layers: list[Any], block_size: int) -> None:
+        self.projection = make_projection(len(layers), layers[0].num_kv_heads, layers[0].head_size)
+        fields = _values(layers, self.projection)
+        self._signer = make_page_signer(fields, torch.empty(0), self.projection)  # V is not rotated
+        self._block_size, self._parts = block_size, torch.arange(block_size // fields[0].shape[2], dtype=torch.int32)
+        self.description = self._signer.description
+
+    def of_blocks(self, block_ids: list[int]) -> np.ndarray:
+        """Signatures of full blocks, float32 ``[blocks, tokens_per_block, width]``, normalised."""
+        own = (torch.tensor(block_ids, dtype=torch.int32)[:, None] * len(self._parts) + self._parts).flatten()
+        signatures = self._signer.page_signatures(own, torch.zeros_like(own))
+        return signatures.view(len(block_ids), self._block_size, self.projection.width).cpu().numpy()
+
+
+def open_signatures(
+    runner: Any, layers: list[Any], num_slots: int, block_size: int, spare_block: int
+) -> CacheSignatures | ValueSignatures:
+    """What signs pages on this worker: on a GPU the cache, if it is as we read it; else values on their way into it.
+
+    Args:
+      runner: vLLM's model runner.
+      num_slots: of the pool, blocks times tokens.
+      spare_block: nobody's yet; on a GPU it is overwritten.
+
+    Raises:
+      UserError: neither way is open, since full CUDA graphs hide the values.
+    """
+    if runner.device.type == "cuda":
+        try:
+            signatures = CacheSignatures(layers, block_size)
+            reason = _what_differs(signatures, layers, block_size, spare_block)
+        except ValueError as error:
+            reason = str(error)
+        if not reason:
+            log.info("KV redundancy is read from vLLM's cache: %s", signatures.description)
+            return signatures
+        if runner.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            raise UserError(
+                f"KV redundancy can neither be read from vLLM's cache ({reason}) nor beside full CUDA graphs (give "
+                f'--compilation-config \'{{"cudagraph_mode": "PIECEWISE"}}\', or need surprisal or age)'
+            )
+        log.warning("KV redundancy is computed by PyTorch in every step, not from vLLM's cache: %s", reason)
+    return ValueSignatures(layers, num_slots, block_size, runner.device)
+
+
+def _values(layers: list[Any], projection: SignatureProjection) -> list[torch.Tensor]:
+    """V of the chosen layers, ``[blocks, KV heads, tokens, head size]``, views. Raises ValueError for another form."""
+    fields = []
+    for index in projection.layers.tolist():
+        cache, heads, dim = layers[index].kv_cache, layers[index].num_kv_heads, layers[index].head_size
+        shape = list(getattr(cache, "shape", ()))
+        if len(shape) != 4 or (shape[1], shape[3]) != (heads, 2 * dim):
+            raise ValueError(f"a layer's cache must be [blocks, {heads}, tokens, {2 * dim}], got {shape}")
+        fields.append(cache[..., dim:])
+    return fields
+
+
+def _what_differs(signatures: CacheSignatures, layers: list[Any], block_size: int, block: int) -> str:
+    """Writes random K and V into a block through the backend and signs it; empty if that is what was written."""
+    generator = torch.Generator().manual_seed(0)
+    written = []
+    for index in signatures.projection.layers.tolist():
+        layer, cache = layers[index], layers[index].kv_cache
+        rows = torch.randn(2, block_size, layer.num_kv_heads, layer.head_size, generator=generator)
+        key, value = rows.to(cache.device, cache.dtype)
+        slots = torch.arange(block * block_size, (block + 1) * block_size, device=cache.device)
+        layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
+        written.append(value.transpose(0, 1)[None])
+    first = torch.zeros(1, dtype=torch.int32)
+    expected = page_signatures(written, first, torch.empty(0), first, signatures.projection).cpu().numpy()
+    difference = float(np.abs(signatures.of_blocks([block]) - expected).max())
+    return "" if difference < _ERROR else f"V that was written is not what is read there, by up to {difference:.2g}"
