@@ -45,9 +45,9 @@ def largest_loss(rows: list[Row]) -> float:
     return max(row["loss"] for row in rows if row["arm"] == "full")
 
 
-def recalled(rows: list[Row], arm: str) -> str:
-    """Facts stated once that are still known with half of the pages kept, ``42 of 52``."""
-    (found,) = [r for r in recall(rows) if r.arm == arm]
+def recalled(rows: list[Row], arm: str, kept: float = 0.5) -> str:
+    """Facts stated once that are still known with that share of the pages kept, ``42 of 52``."""
+    (found,) = [r for r in recall(rows, kept) if r.arm == arm]
     return f"{found.right} of {found.asked}"
 
 
