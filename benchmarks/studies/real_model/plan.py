@@ -14,7 +14,10 @@ MAIN = (
     "redundancy-k", "surprisal-redundancy", "surprisal-led-signature",
     "attention-surprisal-redundancy", "rkv", *PAIRED,
 )  # fmt: skip
-SOME = ("snapkv", "streaming", "redundancy-v", "redundancy-signature", "random-once", "aligned", BY_HEAD)
+SOME = (
+    "snapkv", "streaming", "redundancy-v", "redundancy-signature", "redundancy-recency-signature", "random-once",
+    "aligned", BY_HEAD,
+)  # fmt: skip
 """On every fourth text; the first two on every second of the later ones."""
 AXES = ("random", "attention-redundancy")
 """On every fourth text: other shares kept, longer pages."""
@@ -22,7 +25,7 @@ ALL_ARMS_UNTIL = 16
 """Texts after these have fewer arms, so that there can be more of them."""
 LATER = (
     "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
-    "redundancy-signature", *PAIRED,
+    "redundancy-signature", "redundancy-recency-signature", *PAIRED,
 )  # fmt: skip
 
 

@@ -21,9 +21,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 ARMS = (
-    "full", "random", "redundancy-k", "redundancy-signature", "attention-redundancy", "attention-redundancy-recency",
-    "surprisal-redundancy",
-    "surprisal-led-signature", "attention-surprisal-redundancy", "rkv", "streaming", "paper-null", "paper-alias",
+    "full", "random", "redundancy-k", "redundancy-signature", "redundancy-recency-signature", "attention-redundancy",
+    "attention-redundancy-recency", "surprisal-redundancy", "surprisal-led-signature", "attention-surprisal-redundancy", "rkv", "streaming", "paper-null", "paper-alias",
 )  # fmt: skip
 
 
