@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -118,9 +119,16 @@ def test_a_failed_executor_is_not_ready_and_comes_back(served_engine, tmp_path):
 
 
 def test_shutdown_under_load_drains_and_a_full_queue_is_named(served_engine, tmp_path):
+    grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
     server = start_triton(tmp_path, served_engine, kv_cache_blocks=500, max_queue_size=0)
     with ThreadPoolExecutor(80) as clients:
         calls = [clients.submit(how_it_ended, server, text_input=QUESTION, max_tokens=400) for _ in range(80)]
+        server.wait_until(lambda: any(call.done() for call in calls))  # the first to end was refused
+        errors, inputs = queue.Queue(), tensors(grpc, text_input=[[QUESTION]], max_tokens=[[5]])
+        with grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+            client.start_stream(lambda result, error: errors.put(error), headers={"triton_grpc_error": "true"})
+            client.async_stream_infer("ensemble", inputs)
+            assert errors.get(timeout=60).status() == "StatusCode.UNAVAILABLE"
         server.wait_until(lambda: server.used_blocks() > 100)
         time.sleep(0.5)
         server.process.terminate()
