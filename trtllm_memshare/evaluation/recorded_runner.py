@@ -34,6 +34,8 @@ class RecordedRunner:
       vocab_size: width of its logits, which are all zero.
     """
 
+    skips_entries, null_pages = True, None  # it reads no entry at all
+
     def __init__(self, full: FullPass, tokens_per_block: int, inv_freq: torch.Tensor, vocab_size: int) -> None:
         self.tokens_per_block, self.vocab_size = tokens_per_block, vocab_size
         self.num_layers, self.num_blocks = len(full.states), len(full.ids) // tokens_per_block + 2

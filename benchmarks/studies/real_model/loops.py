@@ -1,7 +1,7 @@
 """A model that repeats itself for ever, inside ordinary reasoning: is memory flat, and is the text around it unharmed?
 
-A text is real reasoning, then one passage again and again, then the reasoning goes on. The preset shares exact repeats
-with nothing else to press it.
+A text is real reasoning, then one passage again and again, then the reasoning goes on. Exact repeats go with nothing
+else to press: shared, or forgotten (``--variant aligned:retired_becomes=dropped``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ try:
     from trtllm_memshare.evaluation.real_texts import read_traces, runaway_trace, token_texts
     from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
     from trtllm_memshare.evaluation.retirement import Retirements
-    from trtllm_memshare.search.config import make_config
+    from trtllm_memshare.evaluation.variants import parse_variant
+    from trtllm_memshare.search.config import MemShareConfig, make_config
     from trtllm_memshare.search.steps import BoundaryTokens
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
@@ -40,6 +41,7 @@ PASSAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
+    parser.add_argument("--variant", default="aligned", help="NAME[:KEY=VALUE,...] (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/real_model/results/loops.json"))
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
@@ -49,9 +51,10 @@ def main() -> None:
     passages = {"the runaway trace's own": endless[-_RUNAWAY_PERIOD:]}
     passages |= {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in PASSAGES.items()}
     texts = islice(token_texts(read_traces(), tokenizer, BEFORE + AFTER), len(passages))
-    found = []
+    config, found = parse_variant(arguments.variant, make_config("off")).config, []
     for (name, passage), text in zip(passages.items(), texts, strict=True):
-        found.append({"passage": name, **measure_loop(replay, text.ids, text.num_prompt_tokens, passage, boundaries)})
+        figures = measure_loop(replay, text.ids, text.num_prompt_tokens, passage, boundaries, config)
+        found.append({"passage": name, **figures})
         print(json.dumps(found[-1]), flush=True)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n")
 
@@ -62,6 +65,7 @@ def measure_loop(
     num_prompt_tokens: int,
     passage: list[int],
     boundaries: BoundaryTokens,
+    config: MemShareConfig,
     before: int = BEFORE,
     loop: int = LOOP,
 ) -> dict[str, float]:
@@ -69,12 +73,13 @@ def measure_loop(
 
     Args:
       ids: the text, token ids; what is behind ``before`` follows the loop.
+      config: what shares or forgets, without a budget.
       before, loop: tokens, multiples of a page.
     """
     repeated = (passage * (loop // len(passage) + 1))[:loop]
     written = [*ids[:before], *repeated, *ids[before:]]
     full = replay.read(written, PAGE_TOKENS)
-    retirements = retire_by_preset(make_config("aligned"), full, num_prompt_tokens, replay.model, boundaries)
+    retirements = retire_by_preset(config, full, num_prompt_tokens, replay.model, boundaries)
     loss = replay.change(full, retirements).loss
     held = [_held(retirements, end) for end in range(0, len(written) + 1, PAGE_TOKENS)]
     begin, end = before // PAGE_TOKENS, (before + loop) // PAGE_TOKENS

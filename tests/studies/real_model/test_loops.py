@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.studies.real_model.loops import PAGE_TOKENS, measure_loop
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 
 BEFORE, LOOP, AFTER = 4 * PAGE_TOKENS, 16 * PAGE_TOKENS, 2 * PAGE_TOKENS
@@ -18,11 +19,11 @@ def replay(tiny_checkpoint) -> MaskedReplay:
     return MaskedReplay(tiny_checkpoint)
 
 
-def measured(replay: MaskedReplay, passage: list[int]) -> dict[str, float]:
+def measured(replay: MaskedReplay, passage: list[int], loop: int = LOOP, **changes: object) -> dict[str, float]:
     boundaries = BoundaryTokens.from_texts(
         ["\n\n" if i == 41 else f"t{i}" for i in range(replay.model.config.vocab_size)]
     )
-    return measure_loop(replay, IDS, 8, passage, boundaries, BEFORE, LOOP)
+    return measure_loop(replay, IDS, 8, passage, boundaries, make_config("aligned", **changes), BEFORE, loop)
 
 
 def test_memory_stays_behind_what_a_loop_writes_and_the_text_before_is_untouched(replay):
@@ -32,6 +33,15 @@ def test_memory_stays_behind_what_a_loop_writes_and_the_text_before_is_untouched
     assert found["pages_held_halfway"] <= found["pages_held_at_its_end"]
     assert found["loss_change_before"] == 0
     assert found["loss_change_in_loop"] != 0
+
+
+def test_repeats_that_are_forgotten_know_no_limit_of_aliases(replay):
+    """A page stands in for one other at most, or for none."""
+    passage, held = list(range(10, 42)), {}
+    for becomes in ("alias", "dropped"):
+        found = measured(replay, passage, 3 * LOOP, max_aliases=2, retired_becomes=becomes)
+        held[becomes] = found["pages_held_at_its_end"]
+    assert held["dropped"] < held["alias"]
 
 
 def test_a_passage_that_comes_once_frees_nothing(replay):
