@@ -18,10 +18,13 @@ class ScheduleRecord:
     Args:
       test: path of the test in this repository.
       operations: how many were asked for.
+
+    Attributes:
+      counts: so far.
     """
 
     def __init__(self, test: str, operations: int) -> None:
-        self._test, self._operations, self._counts = test, operations, Counter[str]()
+        self._test, self._operations, self.counts = test, operations, Counter[str]()
 
     def add(self, executor: Executor, num_requests: int) -> None:
         """A schedule has ended and everything held."""
@@ -35,8 +38,8 @@ class ScheduleRecord:
         }
         if status.pressure is not None:
             counts |= {f"retired_{reason}": n for reason, n in status.pressure.retired_pages.items()}
-        self._counts.update(counts)
+        self.counts.update(counts)
         if FOLDER is not None:
             variables = f"MEMSHARE_SCHEDULE_OPERATIONS={self._operations} MEMSHARE_SCHEDULE_RESULTS=FOLDER"
-            report = make_report(dict(self._counts), f"{variables} pytest {self._test}")
+            report = make_report(dict(self.counts), f"{variables} pytest {self._test}")
             write_report(report, Path(FOLDER) / f"{Path(self._test).stem.removeprefix('test_')}.json")

@@ -2,7 +2,7 @@
 
 Without sharing, and in shadow, tokens equal those of an executor that has memory for everything: there the next token
 depends on every row that is read. With sharing every token rests on a row that holds its like, in a block that the
-request's table names. About 1,500 operations in an ordinary run; ``MEMSHARE_SCHEDULE_OPERATIONS=100000`` for a long
+request's table names. About 6,000 operations in an ordinary run; ``MEMSHARE_SCHEDULE_OPERATIONS=100000`` for a long
 one.
 """
 
@@ -13,6 +13,7 @@ import os
 from functools import lru_cache
 
 import numpy as np
+import pytest
 from fakes.reading_runner import PHRASES, VOCAB_SIZE, ReadingRunner, repeating_text
 from fakes.schedule_record import ScheduleRecord
 from hypothesis import HealthCheck, settings
@@ -32,7 +33,7 @@ from trtllm_memshare.serving.scheduler import POLICIES
 SIZE = 8
 MAX_LEN = 40 * SIZE
 BOUNDARIES = BoundaryTokens.from_texts(["a", "b", "\n", ". ", *(f"w{i}" for i in range(VOCAB_SIZE - 4))])
-OPERATIONS = int(os.environ.get("MEMSHARE_SCHEDULE_OPERATIONS", "1500"))
+OPERATIONS = int(os.environ.get("MEMSHARE_SCHEDULE_OPERATIONS", "6000"))
 OPERATIONS_AN_EXAMPLE = 500
 MOST_REQUESTS = 8
 STEPS_OF_TOKENS = "paper"  # its matcher takes steps that are alike, not tokens that are equal
@@ -222,3 +223,11 @@ SharingMachine.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestSharingMachine = SharingMachine.TestCase
+
+
+def test_the_schedules_above_shared_and_paused():
+    """Hypothesis begins with small examples: too few of them, and nothing would have been tried."""
+    if not RECORD.counts["schedules"]:
+        pytest.skip("no schedule ran before this")
+    assert RECORD.counts["shared_blocks"] > 50
+    assert RECORD.counts["pauses"] > 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fakes.reading_runner import ReadingRunner
 
+from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
@@ -75,8 +76,11 @@ def test_what_is_not_pressures_is_the_executors():
 def test_a_short_pool_is_seen_while_it_is_short_and_in_the_totals_afterwards(retired_becomes):
     size, texts = 8, BoundaryTokens.from_texts([f"w{i}" for i in range(64)])
     runner = ReadingRunner(40, size)
+    if retired_becomes == "null":
+        runner.null_pages = NullPages([0, 1], [0, 160, 320])
     config = make_config("pressure", need="age", retired_becomes=retired_becomes, protected_tokens=16)
     executor = Executor(runner, config, texts, 320)
+    runner.manager = executor.manager
     for first in range(4, 8):
         executor.submit([first] * 4, SamplingParams(200))
     most = 0.0

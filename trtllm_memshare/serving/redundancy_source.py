@@ -38,9 +38,8 @@ class ValueRedundancy:
     def __init__(self, manager: KVCacheManager, pool: torch.Tensor) -> None:
         self._manager = manager
         projection = make_projection(pool.shape[1], pool.shape[3], pool.shape[5])
-        self._signer = make_page_signer(
-            fields_of_pool(pool, projection), torch.empty(0), projection
-        )  # V is not rotated
+        no_rotation = torch.empty(0)  # V has none to undo
+        self._signer = make_page_signer(fields_of_pool(pool, projection), no_rotation, projection)
         self._indexes: dict[int, SignatureIndex] = {}
 
     def catch_up(self, request_ids: list[int]) -> None:
