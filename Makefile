@@ -26,9 +26,10 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One thread: the model is small, and two that wait for one another take many times as long once another program runs.
 demo: venv
 	$(BIN)/python build_scripts/build_engine.py --memshare --force
-	$(BIN)/python benchmarks/inflight_batching.py --engine-dir engines/tiny_reasoner \
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inflight_batching.py --engine-dir engines/tiny_reasoner \
 	  --dataset benchmarks/data/demo.jsonl --kv-cache-share 0.5 \
 	  --variants full pressure paper aligned lexical shadow drop-duplicate random streaming \
 	  --output-json demo/report.json --plot demo/report.png
