@@ -49,7 +49,7 @@ def test_errors_of_users(arguments, message):
     [
         ["trtllm_memshare/__main__.py", "explain", "--prompt", "x"],
         ["benchmarks/inflight_batching.py", "--dataset", "benchmarks/data/demo.jsonl"],
-        ["build_scripts/build_engine.py", "--memshare"],
+        ["build_scripts/build_engine.py", "--memshare", "--force", "--output-dir", "build/no_torch"],
     ],
     ids=lambda command: command[0],
 )

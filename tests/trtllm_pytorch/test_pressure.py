@@ -52,6 +52,13 @@ def test_with_block_reuse_no_page_of_the_tree_is_given_up_or_written(null_pages,
     assert all(counts[page] == 1 for page in held)
 
 
+def test_null_pages_are_taken_once_there_is_room_for_all_of_them(null_pages):
+    """V1 raises in the middle of its last pages, and keeps them: seen with this seed, where they were never freed."""
+    executor = run("V1 reuse", 644, True, reuse=True, null_pages=null_pages, **PRESSURE)
+    assert not executor.manager.memshare.failures.num_errors
+    assert sum(executor.manager.impl.ref_count) == len(resident_pages(executor.manager, NULL_REQUEST))
+
+
 def test_with_block_reuse_who_gave_pages_up_is_freed_unregistered(null_pages):
     executor = run("V1 reuse", 4, True, reuse=True, null_pages=null_pages, **PRESSURE)
     gave_up = sum(r.py_memshare_retired_blocks > 0 for r in executor.requests)

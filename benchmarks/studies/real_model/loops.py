@@ -13,22 +13,20 @@ from itertools import islice
 from pathlib import Path
 
 try:
-    import numpy as np
     from transformers import AutoTokenizer
 
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
     from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.loop_study import measure_loop
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
     from trtllm_memshare.evaluation.real_texts import read_traces, runaway_trace, token_texts
-    from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
-    from trtllm_memshare.evaluation.retirement import Retirements
     from trtllm_memshare.evaluation.variants import parse_variant
-    from trtllm_memshare.search.config import MemShareConfig, make_config
+    from trtllm_memshare.search.config import make_config
     from trtllm_memshare.search.steps import BoundaryTokens
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
-BEFORE, LOOP, AFTER, PAGE_TOKENS = 512, 1024, 512, 16
+BEFORE, LOOP, AFTER = 512, 1024, 512
 _RUNAWAY_PERIOD = 98  # tokens of SmolLM2's tokenizer, from the end of the 32,768-token trace
 PASSAGES = {
     "English": "Wait, let me check that again. The sum is 14, so the answer must be 14. Hmm, but is it right?\n\n",
@@ -53,52 +51,10 @@ def main() -> None:
     texts = islice(token_texts(read_traces(), tokenizer, BEFORE + AFTER), len(passages))
     config, found = parse_variant(arguments.variant, make_config("off")).config, []
     for (name, passage), text in zip(passages.items(), texts, strict=True):
-        figures = measure_loop(replay, text.ids, text.num_prompt_tokens, passage, boundaries, config)
+        figures = measure_loop(replay, text.ids, text.num_prompt_tokens, passage, boundaries, config, BEFORE, LOOP)
         found.append({"passage": name, **figures})
         print(json.dumps(found[-1]), flush=True)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def measure_loop(
-    replay: MaskedReplay,
-    ids: list[int],
-    num_prompt_tokens: int,
-    passage: list[int],
-    boundaries: BoundaryTokens,
-    config: MemShareConfig,
-    before: int = BEFORE,
-    loop: int = LOOP,
-) -> dict[str, float]:
-    """Pages held and change of the loss when ``passage`` fills ``loop`` tokens behind the first ``before`` of a text.
-
-    Args:
-      ids: the text, token ids; what is behind ``before`` follows the loop.
-      config: what shares or forgets, without a budget.
-      before, loop: tokens, multiples of a page.
-    """
-    repeated = (passage * (loop // len(passage) + 1))[:loop]
-    written = [*ids[:before], *repeated, *ids[before:]]
-    full = replay.read(written, PAGE_TOKENS)
-    retirements = retire_by_preset(config, full, num_prompt_tokens, replay.model, boundaries)
-    loss = replay.change(full, retirements).loss
-    held = [_held(retirements, end) for end in range(0, len(written) + 1, PAGE_TOKENS)]
-    begin, end = before // PAGE_TOKENS, (before + loop) // PAGE_TOKENS
-    return {
-        "passage_tokens": len(passage),
-        "pages_before": held[begin],
-        "pages_written_in_loop": end - begin,
-        "pages_held_halfway": held[(begin + end) // 2],
-        "pages_held_at_its_end": held[end],
-        "loss_change_before": round(float(loss[num_prompt_tokens : before - 1].mean()), 5),
-        "loss_change_in_loop": round(float(loss[before - 1 : before + loop - 1].mean()), 5),
-        "loss_change_after": round(float(loss[before + loop - 1 :].mean()), 5),
-    }
-
-
-def _held(retirements: Retirements, num_tokens: int) -> int:
-    """Pages in memory when so many tokens are written."""
-    written = num_tokens // retirements.tokens_per_block
-    return written - int((np.asarray(retirements.retired_at[:written]) <= num_tokens).sum())
 
 
 if __name__ == "__main__":

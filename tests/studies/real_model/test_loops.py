@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.studies.real_model.loops import PAGE_TOKENS, measure_loop
+from trtllm_memshare.evaluation.loop_study import PAGE_TOKENS, measure_loop
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens

@@ -107,6 +107,8 @@ class NullRows:
           RuntimeError: the manager gave another number of pages than was asked for.
         """
         count, pool = len(self.pages.blocks), self._backend.pool
+        if self._backend.num_free_pages() < count:
+            return False  # V1 would hand out what there is, keep it for nobody, and raise
         tokens = count * pool.shape[4]
         made = self._manager.add_dummy_requests([NULL_REQUEST], token_nums=[tokens], prepare_resource=True)
         if not made:
