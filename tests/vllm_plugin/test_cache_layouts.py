@@ -1,6 +1,7 @@
-"""Where vLLM's own GPU backends put V, in vLLM's own views of a cache, is where signatures are read; needs vLLM.
+"""Where vLLM's own backends put V, in vLLM's own views of a cache, is where signatures are read; needs vLLM.
 
-The last kernel, which scatters rows into the views that it is given, is a loop here: it would want a GPU.
+The last kernel of GPU backends, which scatters rows into the views that it is given, is a loop here: it would want a
+GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from trtllm_memshare.vllm.cache_signatures import CacheSignatures, open_signatures
+from trtllm_memshare.vllm.cache_signatures import CacheSignatures, PlacedSignatures, open_signatures
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 6, 5, 2, 16, 32
 
@@ -65,8 +66,19 @@ def test_v_of_every_backend_and_layout(monkeypatch, module, name, layout, kernel
     layers = [
         SimpleNamespace(num_kv_heads=HEADS, head_size=DIM, impl=impl, kv_cache=cache, **scales) for cache in caches
     ]
-    graphs = SimpleNamespace(cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: True))
-    runner = SimpleNamespace(
-        device=torch.device("cuda"), vllm_config=SimpleNamespace(compilation_config=graphs)
-    )  # fmt: skip
-    assert isinstance(open_signatures(runner, layers, BLOCKS * SIZE, SIZE, BLOCKS - 1), CacheSignatures)
+    assert isinstance(open_signatures(torch.device("cuda"), layers, BLOCKS, SIZE, BLOCKS - 1), CacheSignatures)
+
+
+@pytest.mark.parametrize(("isa", "dtype"), [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)])
+def test_v_of_the_cpu_backend_whatever_instructions_it_packs_for(isa, dtype):
+    backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn").CPUAttentionBackendImpl
+    impl = SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto")
+    impl.do_kv_cache_update = backend.do_kv_cache_update.__get__(impl)
+    layers = [
+        SimpleNamespace(
+            num_kv_heads=HEADS, head_size=DIM, impl=impl, isa=isa, _k_scale_float=1.0, _v_scale_float=1.0,
+            kv_cache=torch.zeros(BLOCKS, HEADS, 32, 2 * DIM, dtype=dtype),
+        )
+        for _ in range(LAYERS)
+    ]  # fmt: skip
+    assert isinstance(open_signatures(torch.device("cpu"), layers, BLOCKS, 32, BLOCKS - 1), PlacedSignatures)

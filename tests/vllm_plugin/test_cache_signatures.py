@@ -1,7 +1,8 @@
-"""Signatures out of vLLM's cache: the kernel, on the host, over caches as GPU backends have them, and over others."""
+"""Signatures out of vLLM's cache: by the kernel, on the host, over caches as GPUs have them, by PyTorch over others."""
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,11 @@ from tolerances import SIGNATURE_ERROR
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search import page_signer
-from trtllm_memshare.vllm import cache_signatures
-from trtllm_memshare.vllm.cache_signatures import CacheSignatures, open_signatures
-from trtllm_memshare.vllm.redundancy import ValueSignatures
+from trtllm_memshare.search.signatures import page_signatures
+from trtllm_memshare.vllm.cache_signatures import CacheSignatures, PlacedSignatures, open_signatures
 
 BLOCKS, LAYERS, HEADS, DIM, SPARE = 6, 5, 2, 32, 3
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class OnCuda(torch.Tensor):
@@ -25,7 +26,7 @@ class OnCuda(torch.Tensor):
 
 
 class Layer:
-    """An attention layer; ``packed``: as the CPU backend fills the same shape, V of a head behind all of its K."""
+    """An attention layer. ``packed``: V of a head behind all of its K, two rows interleaved, as AMX has it on a CPU."""
 
     num_kv_heads, head_size = HEADS, DIM
 
@@ -38,10 +39,16 @@ class Layer:
         blocks, heads, size, _ = plain.shape
         if self.packed:
             keys, values = plain.view(blocks, heads, 2 * size, DIM).split(size, dim=2)
+            values = values.view(blocks, heads, size // 2, DIM, 2)
         else:
             keys, values = plain.split(DIM, dim=-1)
         for slot, k, v in zip(slot_mapping.tolist(), key, value, strict=True):
-            keys[slot // size, :, slot % size], values[slot // size, :, slot % size] = k, v
+            block, token = divmod(slot, size)
+            keys[block, :, token] = k
+            if self.packed:
+                values[block, :, token // 2, :, token % 2] = v
+            else:
+                values[block, :, token] = v
 
 
 def make_layers(size: int, packed: bool = False) -> list[Layer]:
@@ -50,49 +57,70 @@ def make_layers(size: int, packed: bool = False) -> list[Layer]:
     return [Layer(torch.zeros_like(pool[:, i]).contiguous() if packed else pool[:, i], packed) for i in range(LAYERS)]
 
 
-def make_runner(has_full_graphs: bool = True) -> SimpleNamespace:
-    mode = SimpleNamespace(has_full_cudagraphs=lambda: has_full_graphs)
-    config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
-    return SimpleNamespace(device=torch.device("cuda"), vllm_config=config)
+def fill(layers: list[Layer], size: int, projection) -> list[torch.Tensor]:
+    """Writes every slot of the scheduler's blocks in some order; V of the projection's layers, [blocks, heads, tokens,
+    head size]."""
+    num_blocks = BLOCKS * layers[0].kv_cache.shape[2] // size
+    generator = torch.Generator().manual_seed(1)
+    written = []
+    for layer in layers:
+        value = torch.randn(num_blocks * size, HEADS, DIM, generator=generator).bfloat16()
+        slots = torch.randperm(len(value), generator=generator)
+        layer.impl.do_kv_cache_update(layer, torch.randn_like(value), value, layer.kv_cache, slots)
+        written.append(value[slots.argsort()].view(num_blocks, size, HEADS, DIM).transpose(1, 2))
+    return [written[index] for index in projection.layers.tolist()]
+
+
+def compare(found, written) -> None:
+    for blocks in ([len(written[0]) - 1, 0], []):
+        none = torch.zeros(len(blocks))
+        expected = page_signatures(written, torch.tensor(blocks), torch.empty(0), none, found.projection)
+        torch.testing.assert_close(torch.from_numpy(found.of_blocks(blocks)), expected, **SIGNATURE_ERROR)
 
 
 @pytest.mark.parametrize("parts", [1, 2])  # a backend may cut the scheduler's blocks
 def test_the_kernel_signs_what_the_backend_wrote(tmp_path, monkeypatch, parts):
     monkeypatch.setattr(page_signer, "CudaSignatures", lambda *given: SignaturesOnHost(*given, tmp_path))
     size, layers = 16, make_layers(16 // parts)
-    num_blocks = BLOCKS // parts
-    found = open_signatures(make_runner(), layers, num_blocks * size, size, num_blocks - 1)
+    found = open_signatures(CUDA, layers, BLOCKS // parts, size, BLOCKS // parts - 1)
     assert isinstance(found, CacheSignatures)
     assert found.description == "the kernel, on the host"
-    beside = ValueSignatures(layers, num_blocks * size, size, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(1)
-    for layer in layers:
-        value = torch.randn(num_blocks * size, HEADS, DIM, generator=generator).bfloat16()
-        layer.impl.do_kv_cache_update(
-            layer, value, value, layer.kv_cache, torch.randperm(len(value), generator=generator)
-        )
-    for blocks in ([num_blocks - 1, 0], []):
-        got, expected = (torch.from_numpy(source.of_blocks(blocks)) for source in (found, beside))
-        torch.testing.assert_close(got, expected, **SIGNATURE_ERROR)
+    compare(found, fill(layers, size, found.projection))
 
 
-def test_a_cache_of_another_order_leaves_it_to_pytorch_with_a_warning(monkeypatch, caplog):
-    taken = []
-    monkeypatch.setattr(cache_signatures, "ValueSignatures", lambda *given: taken.append(given))
+@pytest.mark.parametrize("parts", [1, 2])
+def test_v_is_found_where_a_cpu_packs_it(parts):
+    layers = make_layers(16 // parts, packed=True)
+    found = open_signatures(CPU, layers, BLOCKS // parts, 16, BLOCKS // parts - 1)
+    compare(found, fill(layers, 16, found.projection))
+
+
+def test_a_packed_cache_on_a_gpu_is_read_by_pytorch_with_a_warning(monkeypatch, caplog):
     reference = page_signer.ReferencePageSigner
     monkeypatch.setattr(page_signer, "CudaSignatures", lambda *given: reference(*given, "a test"))
     layers = make_layers(16, packed=True)
-    open_signatures(make_runner(has_full_graphs=False), layers, BLOCKS * 16, 16, SPARE)
-    assert len(taken) == 1
+    with caplog.at_level(logging.WARNING):
+        found = open_signatures(CUDA, layers, BLOCKS, 16, SPARE)
+    assert isinstance(found, PlacedSignatures)
     (record,) = caplog.records
-    assert "not from vLLM's cache: V that was written is not what is read there, by up to 0." in record.getMessage()
-    with pytest.raises(UserError, match=r"nor beside full CUDA graphs \(give --compilation-config"):
-        open_signatures(make_runner(), layers, BLOCKS * 16, 16, SPARE)
+    assert "PyTorch, V by its places in a block; not V that was written is not what" in record.getMessage()
+    compare(found, fill(layers, 16, found.projection))
 
 
-def test_a_cache_of_another_form_is_not_touched(caplog):
+def test_a_cache_that_changes_numbers_is_refused_by_name():
+    layers = make_layers(16)
+    for layer in layers:
+        update = layer.update
+        layer.impl.do_kv_cache_update = lambda a, k, v, c, s, update=update: update(a, k, v / 2, c, s)
+    with pytest.raises(UserError, match=r"1024 numbers of V must lie unchanged.*\(choose need surprisal or age\)"):
+        open_signatures(CPU, layers, BLOCKS, 16, SPARE)
+
+
+def test_a_cache_of_another_form_is_not_touched():
     layers = make_layers(16)
     for layer in layers:
         layer.kv_cache = [layer.kv_cache]
-    with pytest.raises(UserError, match=r"a layer's cache must be \[blocks, 2, tokens, 64\], got \[\]"):
-        open_signatures(make_runner(), layers, BLOCKS * 16, 16, SPARE)
+    with pytest.raises(
+        UserError, match=r"\[blocks, 2, tokens, 64\], got \[\]; a layer's cache must be one tensor of 6"
+    ):
+        open_signatures(CUDA, layers, BLOCKS, 16, SPARE)

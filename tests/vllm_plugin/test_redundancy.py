@@ -1,48 +1,14 @@
-"""Signatures taken where vLLM hands values to its cache are those of the pool."""
+"""Reports of redundancy are those of an index over the pages that are there."""
 
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
-from trtllm_memshare.search.signatures import SignatureIndex, fields_of_pool, page_signatures
-from trtllm_memshare.vllm.redundancy import PageReports, ValueSignatures
+from trtllm_memshare.search.signatures import SignatureIndex
+from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.update import MemShareUpdate
 
-BLOCKS, LAYERS, HEADS, SIZE, DIM = 6, 5, 2, 4, 8
-
-
-class Layer:
-    """An attention layer whose cache is part of a pool in TensorRT-LLM's layout."""
-
-    num_kv_heads, head_size = HEADS, DIM
-
-    def __init__(self, pool, index):
-        self.impl = SimpleNamespace(do_kv_cache_update=self.update)
-        self.values = pool[:, index, 1]
-
-    def update(self, layer, key, value, kv_cache, slot_mapping):
-        for row, slot in zip(value, slot_mapping.tolist(), strict=False):
-            if slot >= 0:
-                self.values[slot // SIZE, :, slot % SIZE] = row
-
-
-def test_signatures_are_those_of_the_pool_whatever_the_order_of_writes():
-    draw = torch.Generator().manual_seed(0)
-    pool = torch.zeros(BLOCKS, LAYERS, 2, HEADS, SIZE, DIM)
-    layers = [Layer(pool, i) for i in range(LAYERS)]
-    signatures = ValueSignatures(layers, BLOCKS * SIZE, SIZE, torch.device("cpu"))
-    slots = torch.randperm(BLOCKS * SIZE, generator=draw)
-    for step in (slots[:13], slots[13:], slots[:7]):  # the last are written anew
-        padded = torch.cat([step, torch.tensor([-1, -1])])
-        for layer in layers:
-            value = torch.randn(len(padded) + 3, HEADS, DIM, generator=draw)  # more rows than slots, as vLLM pads
-            layer.impl.do_kv_cache_update(layer, value, value, None, padded)
-    blocks, projection = [4, 0, 5], signatures.projection
-    expected = page_signatures(
-        fields_of_pool(pool, projection), torch.tensor(blocks), torch.zeros(0), torch.zeros(3), projection
-    )
-    torch.testing.assert_close(torch.from_numpy(signatures.of_blocks(blocks)), expected)
+SIZE = 4
 
 
 def test_answers_are_those_of_an_index_over_the_pages_that_are_there():

@@ -1,15 +1,17 @@
-"""KV redundancy on a GPU: signatures of full pages, read out of vLLM's own cache when the scheduler asks for them.
+"""KV redundancy on a worker: signatures of full pages, read out of vLLM's own cache when the scheduler asks for them.
 
-vLLM 0.32's backends for GPUs (FlashAttention, FlashInfer, Triton, FlexAttention) see a layer's cache as
-``[blocks, KV heads, tokens, 2 * head size]``, K in front of V, in one of several orders in memory. Their sources say so
-and nothing promises it. So a start writes random V through the backend's own operator and signs it where we read: what
-comes back decides. Values that pass by (``ValueSignatures``) are not seen where a full CUDA graph is replayed.
+On a GPU a kernel reads: vLLM 0.32's backends (FlashAttention, FlashInfer, Triton, FlexAttention) see a layer's cache as
+``[blocks, KV heads, tokens, 2 * head size]``, K in front of V, in one of several orders in memory. Elsewhere, and where
+a GPU's cache turns out otherwise, PyTorch reads V from the places at which it is found (``placed_values.py``). Sources
+say where V is and nothing promises it. So a start writes random V through the backend's own operator and signs it where
+we read: what comes back decides.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,11 +19,21 @@ import torch
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.page_signer import make_page_signer
 from trtllm_memshare.search.signatures import SignatureProjection, make_projection, page_signatures
-from trtllm_memshare.vllm.redundancy import ValueSignatures
+from trtllm_memshare.vllm.placed_values import PlacedValues
 
 log = logging.getLogger(__name__)
 
 _ERROR = 1e-3  # of a number of a signature; those of other text differ by a tenth
+
+
+class PageSignatures(Protocol):
+    """Signs full pages of vLLM's pool. ``projection``: what is signed; ``description``: by what."""
+
+    projection: SignatureProjection
+    description: str
+
+    def of_blocks(self, block_ids: list[int]) -> np.ndarray:
+        """Signatures of full blocks, float32 ``[blocks, tokens_per_block, width]``, normalised."""
 
 
 class CacheSignatures:
@@ -43,41 +55,70 @@ class CacheSignatures:
         self.description = self._signer.description
 
     def of_blocks(self, block_ids: list[int]) -> np.ndarray:
-        """Signatures of full blocks, float32 ``[blocks, tokens_per_block, width]``, normalised."""
+        """See ``PageSignatures``."""
         own = (torch.tensor(block_ids, dtype=torch.int32)[:, None] * len(self._parts) + self._parts).flatten()
         signatures = self._signer.page_signatures(own, torch.zeros_like(own))
         return signatures.view(len(block_ids), self._block_size, self.projection.width).cpu().numpy()
 
 
-def open_signatures(
-    runner: Any, layers: list[Any], num_slots: int, block_size: int, spare_block: int
-) -> CacheSignatures | ValueSignatures:
-    """What signs pages on this worker: on a GPU the cache, if it is as we read it; else values on their way into it.
+class PlacedSignatures:
+    """Signatures of pages by PyTorch, from wherever the backend keeps V.
 
     Args:
-      runner: vLLM's model runner.
-      num_slots: of the pool, blocks times tokens.
-      spare_block: nobody's yet; on a GPU it is overwritten.
+      layers: vLLM's attention layers, first to last, caches in place.
+      block_size: tokens of the scheduler's blocks.
+      num_blocks: of the scheduler's pool.
+      spare_block: nobody's yet; it is overwritten.
 
     Raises:
-      UserError: neither way is open, since full CUDA graphs hide the values.
+      ValueError: V is not found, see ``PlacedValues``.
     """
-    if runner.device.type == "cuda":
+
+    def __init__(self, layers: list[Any], block_size: int, num_blocks: int, spare_block: int) -> None:
+        self.projection = make_projection(len(layers), layers[0].num_kv_heads, layers[0].head_size)
+        chosen = [layers[index] for index in self.projection.layers.tolist()]
+        self._values = [PlacedValues(layer, block_size, num_blocks, spare_block) for layer in chosen]
+        self.description = "PyTorch, V by its places in a block"
+
+    def of_blocks(self, block_ids: list[int]) -> np.ndarray:
+        """See ``PageSignatures``."""
+        fields = [values.of_blocks(torch.tensor(block_ids, dtype=torch.int64)) for values in self._values]
+        own = torch.arange(len(block_ids))
+        return page_signatures(fields, own, torch.empty(0), own, self.projection).cpu().numpy()
+
+
+def open_signatures(
+    device: torch.device, layers: list[Any], num_blocks: int, block_size: int, spare_block: int
+) -> PageSignatures:
+    """What signs pages on this worker: the kernel on a GPU whose cache is as we read it, else PyTorch.
+
+    Args:
+      device: the worker's.
+      num_blocks, block_size: of the scheduler's pool.
+      spare_block: nobody's yet; it is overwritten.
+
+    Raises:
+      UserError: neither finds V.
+    """
+    ways: list[Callable[[], PageSignatures]] = []
+    if device.type == "cuda":
+        ways.append(lambda: CacheSignatures(layers, block_size))
+    ways.append(lambda: PlacedSignatures(layers, block_size, num_blocks, spare_block))
+    reasons: list[str] = []
+    for way in ways:
         try:
-            signatures = CacheSignatures(layers, block_size)
+            signatures = way()
             reason = _what_differs(signatures, layers, block_size, spare_block)
         except ValueError as error:
             reason = str(error)
         if not reason:
-            log.info("KV redundancy is read from vLLM's cache: %s", signatures.description)
+            told = log.warning if reasons else log.info
+            told("KV redundancy is read from vLLM's cache: %s", "; not ".join([signatures.description, *reasons]))
             return signatures
-        if runner.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-            raise UserError(
-                f"KV redundancy can neither be read from vLLM's cache ({reason}) nor beside full CUDA graphs (give "
-                f'--compilation-config \'{{"cudagraph_mode": "PIECEWISE"}}\', or need surprisal or age)'
-            )
-        log.warning("KV redundancy is computed by PyTorch in every step, not from vLLM's cache: %s", reason)
-    return ValueSignatures(layers, num_slots, block_size, runner.device)
+        reasons.append(reason)
+    raise UserError(
+        f"KV redundancy cannot be read from vLLM's cache: {'; '.join(reasons)} (choose need surprisal or age)"
+    )
 
 
 def _values(layers: list[Any], projection: SignatureProjection) -> list[torch.Tensor]:
@@ -92,7 +133,7 @@ def _values(layers: list[Any], projection: SignatureProjection) -> list[torch.Te
     return fields
 
 
-def _what_differs(signatures: CacheSignatures, layers: list[Any], block_size: int, block: int) -> str:
+def _what_differs(signatures: PageSignatures, layers: list[Any], block_size: int, block: int) -> str:
     """Writes random K and V into a block through the backend and signs it; empty if that is what was written."""
     generator = torch.Generator().manual_seed(0)
     written = []

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from trtllm_memshare.errors import UserError
 
-_ROWS = 64  # of logits that are looked at together: vLLM has planned its memory without them
+_ROWS = 64  # of logits that are looked at together where they can be: vLLM has planned its memory without them
 
 
 class SampledSurprisal:
@@ -41,6 +40,8 @@ class SampledSurprisal:
                 )
         self._runner, self._block_size = runner, block_size
         self._nats = torch.full((num_slots + 1,), torch.nan, device=runner.device)  # one more for padding slots
+        # Kept from step to step: to get so much memory anew takes longer than to fill it.
+        self._room = torch.empty(0, device=runner.device)
         runner.sampler.forward = self._watch(runner.sampler.forward)
 
     def of_pages(self, block_ids: list[int], pages: list[int]) -> np.ndarray:
@@ -61,10 +62,15 @@ class SampledSurprisal:
         @functools.wraps(original)
         def forward(logits: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
             # The sampler changes float32 logits in place, others it copies first.
-            given = logits.clone() if logits.dtype == torch.float32 else logits
+            before = self._log_probs(logits) if logits.dtype == torch.float32 else None
             output = original(logits, *arguments, **keywords)
-            count, starts = len(given), self._runner.query_start_loc
-            nats = _surprisal(given, output.sampled_token_ids[:, 0].long())
+            count, starts = len(logits), self._runner.query_start_loc
+            chosen = output.sampled_token_ids[:, :1].long()
+            if before is not None:
+                nats = -before.gather(1, chosen)[:, 0]
+            else:
+                parts = zip(logits.split(_ROWS), chosen.split(_ROWS), strict=True)
+                nats = torch.cat([-self._log_probs(rows).gather(1, tokens)[:, 0] for rows, tokens in parts])
             # Of a text that is not read to its end vLLM discards what it sampled.
             nats = nats.masked_fill(self._runner.discard_request_mask.gpu[:count], torch.nan)
             slots = self._runner.input_batch.block_table[0].slot_mapping.gpu[: int(starts.np[count])]
@@ -75,11 +81,9 @@ class SampledSurprisal:
 
         return forward
 
-
-def _surprisal(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """-log p of a token in each row, float32 ``[batch]``; some rows at a time, so that little memory is taken."""
-    parts = [
-        cross_entropy(rows.float(), chosen, reduction="none")
-        for rows, chosen in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True)
-    ]
-    return torch.cat(parts)
+    def _log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities, float32 in the shape of ``logits``; they stand until the next call."""
+        if self._room.numel() < logits.numel():
+            self._room = torch.empty(logits.numel(), device=logits.device)
+        room = self._room[: logits.numel()].view(logits.shape)
+        return torch.log_softmax(logits, -1, dtype=torch.float32, out=room)

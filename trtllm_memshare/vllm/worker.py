@@ -98,12 +98,12 @@ class MemShareWorker(PlatformWorker):
             )
         runner, cache = self.model_runner, self.model_runner.kv_cache_config
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
-        num_slots = cache.num_blocks * block_size
         signatures, surprisal = None, None
         if "redundancy" in read:  # tries a block out that becomes a null page below
-            signatures = open_signatures(runner, attention_layers(runner), num_slots, block_size, null_blocks[0])
+            layers = attention_layers(runner)
+            signatures = open_signatures(runner.device, layers, cache.num_blocks, block_size, null_blocks[0])
         if "surprisal" in read:
-            surprisal = SampledSurprisal(runner, num_slots, block_size, vllm.__version__)
+            surprisal = SampledSurprisal(runner, cache.num_blocks * block_size, block_size, vllm.__version__)
         if read:
             self._reports = PageReports(signatures, surprisal, block_size)
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
