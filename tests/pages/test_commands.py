@@ -106,6 +106,7 @@ def help_of(words: list[str], arguments: list[str], monkeypatch: pytest.MonkeyPa
     try:
         with redirect_stdout(output), redirect_stderr(io.StringIO()):
             if is_module:
+                monkeypatch.delitem(sys.modules, f"{name}.__main__", raising=False)
                 runpy.run_module(name, run_name="__main__")
             else:
                 runpy.run_path(str(ROOT / name), run_name="__main__")
