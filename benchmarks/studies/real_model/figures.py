@@ -72,7 +72,8 @@ def recall_p(rows: list[Row], arm: str, other: str) -> float:
     by_text: dict[str, int] = {}
     for (text, _), change in _changes(rows, arm, other).items():
         by_text[text] = by_text.get(text, 0) + change
-    return sign_flip(np.array(list(by_text.values())))
+    # In one order: which signs a text draws depends on its place.
+    return sign_flip(np.array([by_text[text] for text in sorted(by_text)]))
 
 
 def _changes(rows: list[Row], arm: str, other: str) -> dict[tuple[str, int], int]:
