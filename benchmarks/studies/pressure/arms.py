@@ -39,7 +39,7 @@ def every_arm(reports: list[dict[str, Any]]) -> str:
             if name == "full" and known.get(name, row)["num_steps"] != row["num_steps"]:
                 raise ValueError(f"{report['kv_cache_blocks']} blocks: full took {row['num_steps']} steps here")
             known.setdefault(name, row)
-    loses_answers = reports[0]["variants"][0].get("loss_change") is None
+    loses_answers = reports[0]["variants"][0].get("loss_nats_per_token") is None
     lost_name = "right" if loses_answers else "Δ loss"
     lines = [
         f"| blocks | arm | steps | modelled GPU | paused | recomputed | given up | {lost_name} |",
@@ -50,7 +50,7 @@ def every_arm(reports: list[dict[str, Any]]) -> str:
         for name, shown in ARMS.items():
             if name in rows:
                 row = rows[name]
-                lost = _percent(row["accuracy"], 1) if loses_answers else f"{row['loss_change']:+.4f}"
+                lost = _percent(row["accuracy"], 1) if loses_answers else f"{_loss(row) - _loss(rows['full']):+.4f}"
                 lines.append(
                     f"| {blocks:,} | {shown} | {row['num_steps']:,} | {_rate(row) / full:.2f} | "
                     f"{row['paused_requests']} | {row['recomputed_tokens']:,.0f} | "
@@ -61,6 +61,11 @@ def every_arm(reports: list[dict[str, Any]]) -> str:
 
 def _percent(share: float, digits: int = 0) -> str:
     return f"{share * 100:.{digits}f} %"
+
+
+def _loss(row: dict[str, Any]) -> float:
+    """Of the tokens that were written, the same in every arm; nats a token."""
+    return row["loss_nats_per_token"]
 
 
 def _rate(row: dict[str, Any]) -> float:
