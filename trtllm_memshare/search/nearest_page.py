@@ -7,8 +7,13 @@ free too little, so a budget in place of a threshold is ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+
+ReadPages = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""K and V of blocks int ``[pages]`` in a layer, float32 ``[pages, width]`` each; all pages' numbers in one order."""
 
 
 def page_distances(pool: torch.Tensor, new_blocks: torch.Tensor, old_blocks: torch.Tensor) -> torch.Tensor:
@@ -22,10 +27,21 @@ def page_distances(pool: torch.Tensor, new_blocks: torch.Tensor, old_blocks: tor
     Returns:
       float32 ``[n, m]``, on the pool's device: 0 = equal, 1.41 = unrelated; NaN where a page is all zero.
     """
-    num_layers = pool.shape[1]
-    result = torch.zeros(len(new_blocks), len(old_blocks), device=pool.device)
+
+    def read(layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = pool[blocks.long(), layer].float().flatten(2).unbind(1)
+        return key, value
+
+    return distances_of_layers(read, pool.shape[1], new_blocks.to(pool.device), old_blocks.to(pool.device))
+
+
+def distances_of_layers(
+    read: ReadPages, num_layers: int, new_blocks: torch.Tensor, old_blocks: torch.Tensor
+) -> torch.Tensor:
+    """``page_distances`` of a pool that ``read`` reads, float32 ``[n, m]``, on the blocks' device."""
+    result = torch.zeros(len(new_blocks), len(old_blocks), device=new_blocks.device)
     for layer in range(num_layers):
-        new, old = (pool[blocks.long(), layer].float().flatten(2).unbind(1) for blocks in (new_blocks, old_blocks))
+        new, old = read(layer, new_blocks), read(layer, old_blocks)
         result += torch.maximum(*map(relative_distances_of_rows, new, old)) / num_layers
     return result
 
