@@ -65,6 +65,12 @@ class Pool:
         self._free.extendleft(reversed(first))
         self._free.extend(last)
 
+    def touch(self, blocks: Any) -> None:
+        for block in blocks:
+            if block.ref_cnt == 0 and not block.is_null:
+                self._free.remove(block)
+            block.ref_cnt += 1
+
     def evict_blocks(self, block_ids: set[int]) -> None:
         for block_id in block_ids:
             self.blocks[block_id].block_hash = None

@@ -1,8 +1,8 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
-``python engine_process.py plain|memshare|ranks MODEL NULL_PAGES``; ``ranks`` is two workers, each with half of the
-heads. A second engine in one process is not something vLLM
-promises, so each arm has its own.
+``python engine_process.py plain|memshare|ranks|aliases MODEL NULL_PAGES``; ``ranks`` is two workers, each with half of
+the heads; ``aliases`` is the published method. A second engine in one process is not something vLLM promises, so each
+arm has its own.
 """
 
 from __future__ import annotations
@@ -67,16 +67,18 @@ def with_room(llm: LLM) -> list[list[int]]:
 def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
     """Log-probabilities of vLLM against a masked forward pass that sees the same pages retired at the same tokens."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    events: dict[str, list[tuple[int, list[int]]]] = {}
+    events: dict[str, list[tuple[int, list[int], dict[int, int]]]] = {}
     told: dict[str, dict[int, float]] = {}
     retire = scheduler.relief._retire
 
-    def watched(request: Any, pages: list[int], update: Any) -> None:
-        events.setdefault(request.request_id, []).append((request.num_computed_tokens, list(pages)))
+    def watched(request: Any, pages: list[int], *rest: Any) -> None:
         known = scheduler.relief.pages(request.request_id)
         whole = [p for p in range(known.first_generated, len(known._surprisal)) if p - 1 not in known.retired]
         told.setdefault(request.request_id, {}).update({p: float(known._surprisal[p]) for p in whole})
-        retire(request, pages, update)
+        retire(request, pages, *rest)
+        events.setdefault(request.request_id, []).append(
+            (request.num_computed_tokens, list(known.forgotten), dict(known.aliased))
+        )
 
     scheduler.relief._retire = watched
     prompts = texts(3, 8, 40)
@@ -88,32 +90,44 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
 
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     pages = load_file(Path(null_pages) / "null_pages.safetensors")
-    worst = {"null": 0.0, "ignoring": 0.0}
+    worst = {"as read": 0.0, "once": 0.0, "all": 0.0}
     differences: list[float] = []
     for output, prompt in zip(outputs, prompts, strict=False):
         answer = output.outputs[0]
         tokens = prompt + list(answer.token_ids)
         retired_from = torch.full((len(tokens),), 10**9)
+        counts = torch.ones(len(tokens), len(tokens))
         name = next((n for n in events if _is(output.request_id, n)), None)
-        for position, logical in events.get(name, []):
-            for page in logical:
-                retired_from[page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE] = position
+        for position, forgotten, aliased in events.get(name or "", []):
+            for page in forgotten:
+                tokens_of_page = slice(page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE)
+                retired_from[tokens_of_page] = retired_from[tokens_of_page].clamp_max(position)
+            counts[position:] = 1
+            for page, donor in aliased.items():
+                counts[position:, page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE] = 0
+                counts[position:, donor * BLOCK_SIZE : (donor + 1) * BLOCK_SIZE] += 1
         said = torch.tensor([next(iter(step.values())).logprob for step in answer.logprobs])
         for page, nats in told.get(name or "", {}).items():
             start = page * BLOCK_SIZE - len(prompt)
             differences.append(abs(nats + float(said[start : start + BLOCK_SIZE].sum())))
-        for arm, gone in (("null", retired_from), ("ignoring", torch.full_like(retired_from, 10**9))):
+        nothing, once = torch.full_like(retired_from, 10**9), counts.clamp_max(1)
+        for arm, gone, seen in (
+            ("as read", retired_from, counts),
+            ("once", retired_from, once),
+            ("all", nothing, None),
+        ):
             with torch.no_grad():
-                all_logs = log_probabilities(reference, tokens, gone, pages["keys"], pages["bands"].long())
+                all_logs = log_probabilities(reference, tokens, gone, pages["keys"], pages["bands"].long(), seen)
             expected = all_logs[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
             worst[arm] = max(worst[arm], float((said - expected).abs().max()))
     return {
-        "difference": worst["null"], "difference_if_nothing_were_retired": worst["ignoring"],
+        "difference": worst["as read"], "difference_if_nothing_were_retired": worst["all"],
+        "difference_if_donors_counted_once": worst["once"], "aliased": scheduler.relief.totals.retired_aliased,
         "retired": retired_before, "requests_retired_from": len(events),
         "off_retired": any(_is(o.request_id, n) for o in off for n in events),
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         "band_moves": scheduler.relief.totals.band_moves,
-        "pages_with_surprisal": len(differences), "surprisal_difference": float(np.nanmax(differences, initial=0.0)),
+        "pages_with_surprisal": len(differences), "surprisal_difference": float(np.nanmax([0.0, *differences])),
     }  # fmt: skip
 
 
@@ -144,8 +158,10 @@ def schedules(llm: LLM, count: int) -> dict[str, Any]:
             row = batch.block_table[0].block_table.np[batch.req_id_to_index[name], : len(held)].tolist()
             assert row == held == list(runner.requests[name].block_ids[0]), f"tables of {name} differ"
             stop = request.num_computed_tokens
-            retired = set(scheduler.relief.pages(name).retired)
-            shadow.step(name, list(request.all_token_ids), stop - computed, stop, row, retired)
+            pages = scheduler.relief.pages(name)
+            shadow.step(
+                name, list(request.all_token_ids), stop - computed, stop, row, set(pages.retired), dict(pages.aliased)
+            )
         return result
 
     worker.execute_model = watched
@@ -179,7 +195,7 @@ def schedules(llm: LLM, count: int) -> dict[str, Any]:
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks, f"blocks leaked in schedule {seed}"
     worker.execute_model = execute
     return {"reads": shadow.reads, "null_reads": shadow.null_reads, "reads_of_others": shadow.reads_of_others,
-            "idle": scheduler.reset_prefix_cache()}  # fmt: skip
+            "alias_reads": shadow.alias_reads, "idle": scheduler.reset_prefix_cache()}  # fmt: skip
 
 
 def _take(engine: Any, live: dict[str, list[int]], answers: list[list[int]]) -> None:
@@ -195,6 +211,13 @@ def main() -> None:
     elif arm == "ranks":
         llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])
         result = {"pressure": under_pressure(llm, model, null_pages)}
+    elif arm == "aliases":
+        llm = make_engine(
+            model, null_pages, int(sys.argv[4]), min_kept=0.25, need="nearest-earlier", retired_becomes="alias"
+        )
+        result = {"pressure": under_pressure(llm, model, null_pages)}
+        if len(sys.argv) > 5:
+            result["schedules"] = schedules(llm, int(sys.argv[5]))
     else:
         llm = make_engine(model, null_pages, min_kept=0.25, need=sys.argv[4])
         totals = llm.llm_engine.engine_core.engine_core.scheduler.relief.totals

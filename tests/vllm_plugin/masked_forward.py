@@ -1,7 +1,8 @@
 """What a model says when retired pages read as null pages: a plain forward pass over one text, and the reference.
 
 Qwen2 and Llama shapes. Query ``t`` sees key ``j`` as it is, or, once ``j``'s page is retired, as the null page's key
-with a value of zero; ``dropped`` leaves such keys out altogether, which is what a calibrated null page amounts to.
+with a value of zero; ``dropped`` leaves such keys out altogether, which is what a calibrated null page amounts to. A
+key that stands for others too counts so many times.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import torch
 
 
 def log_probabilities(
-    model: Any, tokens: list[int], retired_from: torch.Tensor, null_keys: torch.Tensor | None, bands: torch.Tensor
+    model: Any,
+    tokens: list[int],
+    retired_from: torch.Tensor,
+    null_keys: torch.Tensor | None,
+    bands: torch.Tensor,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probabilities after each token, float32 ``[tokens, vocabulary]``.
 
@@ -21,6 +27,8 @@ def log_probabilities(
       retired_from: int64 ``[tokens]``, first query that sees token ``j`` as retired; beyond the text: never.
       null_keys: float32 ``[bands, layers, kv_heads, head_dim]``; None leaves retired keys out.
       bands: int64 ``[bands + 1]``, first positions.
+      counts: ``[query, key]``, how often each query sees each key; None: once. 0 = not at all, another one is in its
+        place.
     """
     config, body = model.config, model.model
     count = len(tokens)
@@ -44,6 +52,8 @@ def log_probabilities(
         else:
             null = null_keys[band, index].repeat_interleave(heads // groups, 1).transpose(0, 1)  # [heads, query, dim]
             logits = torch.where(gone, (query * null).sum(-1, keepdim=True) * attention.scaling, logits)
+        if counts is not None:
+            logits = logits + counts.log()
         weights = logits.masked_fill(~causal, -torch.inf).softmax(-1).masked_fill(gone, 0.0)
         read = (weights @ value).transpose(0, 1).reshape(1, count, -1)
         hidden = hidden + attention.o_proj(read)

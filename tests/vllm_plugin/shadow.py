@@ -6,7 +6,7 @@ if it was computed while nothing that it reads was retired or inexact; only exac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -26,7 +26,7 @@ class Shadow:
         self._blocks: dict[int, list[Slot]] = {}
         self._writers: dict[str, int] = {}
         self._prefixes: dict[str, list[int]] = {}  # hash of the tokens up to each position
-        self.reads = self.reads_of_others = self.null_reads = 0
+        self.reads = self.reads_of_others = self.null_reads = self.alias_reads = 0
 
     def begin(self, request_id: str) -> None:
         """A request begins."""
@@ -38,7 +38,14 @@ class Shadow:
         return self._prefixes[request_id][num_tokens - 1]
 
     def step(
-        self, request_id: str, tokens: Sequence[int], start: int, stop: int, table: Sequence[int], retired: set[int]
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        start: int,
+        stop: int,
+        table: Sequence[int],
+        retired: set[int],
+        aliased: Mapping[int, int],
     ) -> None:
         """One request's part of a step: it reads ``[0, start)`` and computes ``[start, stop)``.
 
@@ -46,7 +53,11 @@ class Shadow:
           tokens: its tokens, at least ``stop``.
           table: block ids by logical block, as the worker holds them.
           retired: its logical blocks that are retired, as the scheduler sees them.
+          aliased: the earlier logical block that is read in place of each of those that are not forgotten.
         """
+        assert aliased.keys() <= retired, f"an alias that is not retired: {request_id} {dict(aliased)} {retired}"
+        there = [block for logical, block in enumerate(table[: -(-stop // self._size)]) if logical not in retired]
+        assert len(set(there)) == len(there), f"one block twice without an alias: {request_id} {list(table)}"
         prefixes = self._prefixes[request_id]
         for position in range(len(prefixes), stop):
             prefixes.append(hash((prefixes[-1] if prefixes else 0, tokens[position])))
@@ -54,11 +65,25 @@ class Shadow:
         for logical in range(-(-stop // self._size)):
             first, block = logical * self._size, table[logical]
             where = f"{request_id} block {block} (logical {logical}), {start} to {stop}"
-            assert (block in self._null) == (logical in retired), f"null entry and retirement differ: {where}"
-            if first < start:
+            is_null = logical in retired and logical not in aliased
+            assert (block in self._null) == is_null, f"null entry and retirement differ: {where}"
+            if logical in aliased:
+                exact = self._read_alias(request_id, logical, aliased[logical], table, retired, where)
+            elif first < start:
                 exact = self._read(request_id, block, prefixes[min(start, first + self._size) - 1], where) and exact
             for position in range(max(start, first), min(stop, first + self._size)):
                 self._write(request_id, block, position - first, prefixes[position], exact, where)
+
+    def _read_alias(
+        self, request_id: str, logical: int, donor: int, table: Sequence[int], retired: set[int], where: str
+    ) -> bool:
+        """Checks that an alias is a full earlier block of its request which is there; nothing after it is exact."""
+        assert donor < logical, f"an alias of a later block {donor}: {where}"
+        assert donor not in retired, f"an alias of {donor}, which is retired: {where}"
+        assert table[donor] == table[logical], f"an alias of {donor}, which is block {table[donor]}: {where}"
+        self._read(request_id, table[logical], self.prefix(request_id, (donor + 1) * self._size), where)
+        self.alias_reads += 1
+        return False
 
     def _read(self, request_id: str, block: int, prefix: int, where: str) -> bool:
         """Checks that a block holds the text with this hash; returns whether it is exact."""

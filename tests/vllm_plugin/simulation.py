@@ -9,10 +9,13 @@ is scheduled before the last one's tokens are known.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -24,8 +27,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm_plugin.shadow import Shadow
 
+from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.scheduler import MemShareScheduler
-from trtllm_memshare.vllm.update import ATTRIBUTE, MemShareUpdate, apply_to_v1_runner
+from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner
 
 VOCABULARY = range(2, 60)
 
@@ -65,7 +69,9 @@ class Simulation:
         self.answers: list[list[int]] = []  # of requests that ended: later prompts begin with them
         self.prompts: list[list[int]] = []
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
-        self.num_submitted = 0
+        self.num_submitted = self.most_entries = 0
+        self._outsiders: list[Any] = []
+        self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier
         self._hash = get_request_block_hasher(self.size, hash_function)
 
     def submit(self) -> None:
@@ -102,11 +108,38 @@ class Simulation:
     def step(self) -> None:
         """Schedules one step; runs and takes in the oldest one in flight."""
         output = self.scheduler.schedule()
+        self.check_references()
         facts = [self._facts(name, count) for name, count in output.num_scheduled_tokens.items()]
         self.in_flight.append((output, facts))
         depth = 2 if self.scheduler.scheduler_config.async_scheduling else 1
         if len(self.in_flight) >= depth or not output.num_scheduled_tokens:
             self.drain(len(self.in_flight) - depth + 1)
+
+    def check_references(self) -> None:
+        """Every block has as many references as there are entries that name it."""
+        manager = self.scheduler.kv_cache_manager
+        tables = manager.coordinator.single_type_managers[0].req_to_blocks
+        entries = Counter(block.block_id for blocks in (*tables.values(), self._outsiders) for block in blocks)
+        for block in manager.block_pool.blocks:
+            if not block.is_null:
+                assert block.ref_cnt == entries[block.block_id], f"{block} is named {entries[block.block_id]} times"
+        for blocks in tables.values():
+            self.most_entries = max([self.most_entries, *Counter(b.block_id for b in blocks if not b.is_null).values()])
+
+    @contextmanager
+    def outsiders(self, blocks: list[Any]) -> Iterator[None]:
+        """While it lasts, somebody else holds these."""
+        self._outsiders = blocks
+        yield
+        self._outsiders = []
+
+    def distances(self, new_blocks: list[int], old_blocks: list[int]) -> np.ndarray:
+        """Any, of blocks that may be compared: no block twice, and no null page."""
+        assert len(set(old_blocks)) == len(old_blocks), f"compared twice: {old_blocks}"
+        assert set(new_blocks) <= set(old_blocks)
+        assert not set(old_blocks) & set(self.scheduler.blocks.null_block_ids), f"a null page is compared: {old_blocks}"
+        draw = np.random.default_rng(self.draw.randrange(2**32))
+        return draw.random((len(new_blocks), len(old_blocks)), np.float32)
 
     def drain(self, count: int) -> None:
         """Runs the oldest ``count`` steps in flight."""
@@ -123,16 +156,22 @@ class Simulation:
         stop = request.num_computed_tokens  # advanced by the step that was just scheduled
         return SimpleNamespace(
             name=name, start=stop - count, stop=stop, tokens=list(request.all_token_ids),
-            partial=request.is_prefill_chunk, retired=self._retired(name),
+            partial=request.is_prefill_chunk, **self._retired(name),
         )  # fmt: skip
 
-    def _retired(self, name: str) -> set[int]:
+    def _retired(self, name: str) -> dict[str, Any]:
         relief = getattr(self.scheduler, "relief", None)  # vLLM's own scheduler has none
-        return set() if relief is None else set(relief.pages(name).retired)
+        if relief is None:
+            return {"retired": set(), "aliased": {}}
+        pages = relief.pages(name)
+        return {"retired": set(pages.retired), "aliased": dict(pages.aliased)}
 
     def _execute(self, output: Any, facts: list[Any]) -> ModelRunnerOutput:
         requests = self.worker.requests
-        apply_to_v1_runner(self.worker, getattr(output, ATTRIBUTE, MemShareUpdate()))
+        update = getattr(output, ATTRIBUTE, MemShareUpdate())
+        asked = {name: requests[name].block_ids[0] for name in update.asked if name in requests}
+        reports = self._reports.answer(update, asked, output.finished_req_ids)
+        apply_to_v1_runner(self.worker, update)
         for name in output.finished_req_ids:
             requests.pop(name, None)
         for new in output.scheduled_new_reqs:
@@ -150,16 +189,18 @@ class Simulation:
             made = self.sampled[fact.name]
             tokens = fact.tokens + [made[p] for p in range(len(fact.tokens), fact.stop)]
             table = requests[fact.name].block_ids[0]
-            self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired)
+            self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased)
             names.append(fact.name)
             # Greedy: by the text alone.
             token = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]
             if not fact.partial:
                 made[fact.stop] = token
             sampled.append([] if fact.partial else [token])
-        return ModelRunnerOutput(
+        result = ModelRunnerOutput(
             req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
         )  # fmt: skip
+        setattr(result, REPORTS, reports)
+        return result
 
     def plain_steps(self, count: int) -> list[dict[str, int]]:
         """What is scheduled in ``count`` steps, one request joining before each of the first ten."""
@@ -188,7 +229,7 @@ class Simulation:
         pool = scheduler.kv_cache_manager.block_pool
         held = [b.block_id for b in pool.blocks if b.ref_cnt and not b.is_null]
         assert held == [], f"blocks {held} are still referenced"
-        assert scheduler.relief.totals.null_entries == 0
+        assert scheduler.relief.totals.null_entries == scheduler.relief.totals.alias_entries == 0
         assert scheduler.reset_prefix_cache(), "vLLM does not find its pool idle"
 
 

@@ -77,6 +77,29 @@ def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(mems
     assert pressure["surprisal_difference"] < 1e-3
 
 
+@pytest.fixture(scope="module")
+def aliases(null_pages: str) -> dict[str, Any]:
+    return run("aliases", null_pages, "1", "4")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_with_aliases_log_probabilities_are_those_of_donors_that_count_more_than_once(aliases, null_pages, num_ranks):
+    pressure = (aliases if num_ranks == 1 else run("aliases", null_pages, "2"))["pressure"]
+    assert pressure["aliased"] >= 20
+    assert pressure["preemptions"] == 0
+    assert not pressure["off_retired"]
+    # As above.
+    assert pressure["difference"] < 1e-4
+    assert pressure["difference_if_donors_counted_once"] > 0.1
+    assert pressure["difference_if_nothing_were_retired"] > 1.0
+
+
+def test_tables_with_aliases_follow_through_random_schedules(aliases):
+    schedules = aliases["schedules"]
+    assert schedules["alias_reads"] > 100
+    assert schedules["idle"]
+
+
 def test_block_tables_of_the_real_model_runner_follow_through_random_schedules(memshare):
     schedules = memshare["schedules"]
     assert schedules["null_reads"] > 100

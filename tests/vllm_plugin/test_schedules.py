@@ -6,6 +6,7 @@ Needs vLLM in the environment (``make test-vllm``).
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import trtllm_memshare
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
 from vllm_plugin.simulation import Simulation, make_engine_args, make_scheduler, run_schedule
 
@@ -54,24 +56,105 @@ def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, pr
     assert (shared_reads > 0) == prefix_caching
 
 
-def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages):
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("prefix_caching", [False, True], ids=["no-prefix-cache", "prefix-cache"])
+def test_aliases_are_earlier_blocks_that_are_there(null_pages, async_scheduling, prefix_caching):
+    """The published method, one schedule in four without its aliases; references add up after every step."""
+    retired, reads, most_entries = Counter(), Counter(), 0
+    for seed in range(NUM_SEEDS):
+        admission = ("vllm", "lookahead", "max-tokens")[seed % 3]
+        becomes = "null" if seed % 4 == 2 else "alias"
+        arguments = make_engine_args(
+            MODEL, null_pages, NUM_BLOCKS, prefix_caching, need="nearest-earlier", retired_becomes=becomes,
+            admission=admission, min_kept=0.25, max_aliases=4,
+        )  # fmt: skip
+        simulation = run_schedule(make_scheduler(arguments, NUM_BLOCKS, async_scheduling), seed)
+        totals, shadow = simulation.scheduler.relief.totals, simulation.shadow
+        retired[becomes] += totals.retired
+        retired["aliased"] += totals.retired_aliased
+        reads.update({f"{becomes} alias": shadow.alias_reads, f"{becomes} null": shadow.null_reads})
+        reads["others"] += shadow.reads_of_others
+        most_entries = max(most_entries, simulation.most_entries)
+    assert retired["aliased"] > retired["alias"] / 3
+    assert reads["alias alias"] > 0
+    assert reads["alias null"] > 0, "no schedule was so short of memory that a page without a donor went"
+    assert reads["null null"] > reads["null alias"] == 0
+    assert (reads["others"] > 0) == prefix_caching
+    assert most_entries == 4, "max_aliases does not hold, or is never reached"
+
+
+def test_a_request_that_was_preempted_has_the_same_aliases_again(null_pages):
+    arguments = make_engine_args(
+        MODEL, null_pages, 60, True, need="nearest-earlier", retired_becomes="alias", min_kept=0.25
+    )
+    scheduler = make_scheduler(arguments, 60, False)
+    simulation = Simulation(scheduler, 0)
+    simulation.add("a", [7] * 20, 300, None)
+    while scheduler.requests["a"].num_output_tokens < 200:
+        simulation.step()
+    under_pressure(simulation)
+    pages = scheduler.relief.pages("a")
+    before = dict(pages.aliased)
+    assert len(before) > 3
+    assert len(before) == len(pages.retired) == scheduler.relief.totals.alias_entries
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert scheduler.relief.totals.alias_entries == 0
+    while not pages.retired:
+        simulation.step()
+    assert dict(pages.aliased) == before
+    assert scheduler.relief.totals.retired_again == len(before)
+    simulation.finish()
+
+
+def test_donors_are_no_prefix_that_all_requests_share(null_pages, monkeypatch):
+    """Vllm 0.32 has given up on reading a shared prefix once for all; where it has not, it would count references."""
+
+    def by_references(manager: KVCacheManager, running_request_id: str) -> list[int]:
+        blocks = manager.coordinator.single_type_managers[0].req_to_blocks[running_request_id]
+        return [sum(block.ref_cnt > 1 for block in blocks)]
+
+    monkeypatch.setattr(KVCacheManager, "get_num_common_prefix_blocks", by_references)
+    for becomes in ("alias", "null"):
+        arguments = make_engine_args(
+            MODEL, null_pages, 60, False, need="nearest-earlier", retired_becomes=becomes, min_kept=0.25
+        )
+        scheduler = make_scheduler(arguments, 60, False)
+        simulation = Simulation(scheduler, 0)
+        simulation.add("a", [7] * 20, 300, None)
+        while scheduler.requests["a"].num_output_tokens < 200:
+            simulation.step()
+        under_pressure(simulation)
+        assert (by_references(scheduler.kv_cache_manager, "a") > [0]) == (becomes == "alias")
+        assert scheduler.kv_cache_manager.get_num_common_prefix_blocks("a") == [0]
+
+
+def under_pressure(simulation: Simulation) -> None:
+    """Steps in which all the rest of the pool is somebody's. Workers need one to answer."""
+    scheduler = simulation.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(scheduler.blocks.num_free)
+    with simulation.outsiders(taken):
+        for _ in range(3):
+            simulation.step()
+    pool.free_blocks(taken)
+
+
+@pytest.mark.parametrize("becomes", [{"need": "age"}, {"need": "nearest-earlier", "retired_becomes": "alias"}])
+def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes):
     """A and B have one prompt and say the same. A gives pages up and writes on; B's copies fill the gaps of A's chain.
 
     Whoever then asks for all of that text must not read what A wrote after it had forgotten.
     """
-    arguments = make_engine_args(MODEL, null_pages, 60, True, need="age", admission="vllm", min_kept=0.0)
+    arguments = make_engine_args(MODEL, null_pages, 60, True, admission="vllm", min_kept=0.0, **becomes)
     scheduler = make_scheduler(arguments, 60, False)
     simulation = Simulation(scheduler, 0)
     prompt = [7] * 20
     simulation.add("a", prompt, 300, {"min_kept": 0.0})
     while scheduler.requests["a"].num_output_tokens < 150:
         simulation.step()
-    # Pressure as a step would feel it: the pool is taken away for the moment.
-    pool = scheduler.kv_cache_manager.block_pool
-    taken = pool.get_new_blocks(scheduler.blocks.num_free)
-    simulation.step()
-    pool.free_blocks(taken)
+    under_pressure(simulation)
     assert scheduler.relief.pages("a").retired
+    assert bool(scheduler.relief.pages("a").aliased) == ("retired_becomes" in becomes)
     while scheduler.requests["a"].num_output_tokens < 250:
         simulation.step()
     text = list(scheduler.requests["a"].all_token_ids)

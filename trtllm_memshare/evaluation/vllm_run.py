@@ -58,7 +58,7 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
         "answer_lengths": lengths, "own_ends": own_ends,
         "latency": {q: float(np.percentile(ends, int(q[1:]))) for q in ("p50", "p99")},
         "cpu_latency": {q: float(np.percentile(cpu_ends, int(q[1:]))) for q in ("p50", "p99")},
-        "retired": _num_retired(scheduler),
+        "retired": _num_retired(scheduler), "retired_aliased": _num_retired(scheduler, "retired_aliased"),
         "answers_hash": hashlib.sha256(json.dumps(sorted(answers.items())).encode()).hexdigest()[:16],
         "all_free": _is_all_free(scheduler), "answers": [answers[i] for i in range(len(work.requests))],
     }  # fmt: skip
@@ -117,7 +117,8 @@ def _make_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> An
 
     ours = work.arm_arguments(arm, admission)
     if arm not in ("vllm", "random"):
-        ours["additional_config"]["memshare"]["need"] = "age"  # which pages go does not change how many
+        # Which pages go, and what is read in their place, does not change how many.
+        ours["additional_config"]["memshare"] |= {"need": "age", "retired_becomes": "null"}
     config = EngineArgs(**work.engine_arguments(), **ours, max_num_batched_tokens=2048).create_engine_config()
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=work.block_size, num_kv_heads=1, head_size=64, dtype=torch.float32)
@@ -128,9 +129,9 @@ def _make_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> An
     )  # fmt: skip
 
 
-def _num_retired(scheduler: Any) -> int:
+def _num_retired(scheduler: Any, total: str = "retired") -> int:
     relief = getattr(scheduler, "relief", None)
-    return relief.totals.retired if relief else 0
+    return getattr(relief.totals, total) if relief else 0
 
 
 def _is_all_free(scheduler: Any) -> bool:

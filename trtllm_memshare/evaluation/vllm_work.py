@@ -20,6 +20,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 """Variables for vLLM in this process, on a CPU; read when it is imported."""
 
+_PAPER = "paper-"  # and min_kept
 _LONGEST_PROMPT = 96  # tokens of a problem that are used
 _FREE_SAMPLING = {"temperature": 0.6}  # greedily, small models repeat themselves and never end
 
@@ -123,6 +124,8 @@ class VllmWork:
             settings["need"] = arm
         elif arm == "default":
             settings = {}
+        elif arm.startswith(_PAPER):
+            settings = {"need": "nearest-earlier", "min_kept": float(arm[len(_PAPER) :]), "retired_becomes": "alias"}
         else:
             settings["min_kept"] = float(arm)
         settings |= {"protected_tokens": self.protected_tokens, "admission": admission}

@@ -6,6 +6,9 @@ Who owns what, before and after block 7 of a request is retired into null page 3
     free queue      ...                ->  7, ...           7 is the next block that anybody gets
     prefix cache    hash(15, 7) -> 7   ->  -                nobody may hit a block that is given away
 
+With block 12 read in its place (an alias) the table is ``[12, 15, 12, 9]``, and block 12 has one reference more. When
+the request ends, vLLM takes one off for each entry.
+
 vLLM does not count references to blocks with ``is_null``; it has one of its own, block 0, which stands for what a
 sliding window has left behind. That one is never written, and padding reads it, so null pages are blocks
 of their own.
@@ -13,7 +16,8 @@ of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trtllm_memshare.errors import UserError
@@ -67,33 +71,83 @@ class VllmBlocks:
         return len(self._group.req_to_blocks.get(request_id, ()))
 
     def owned(self, request_id: str, first: int, last: int) -> list[int]:
-        """Logical blocks in ``[first, last)`` that are this request's alone: not retired, not shared."""
-        blocks = self._group.req_to_blocks.get(request_id, [])
-        return [i for i in range(first, min(last, len(blocks))) if blocks[i].ref_cnt == 1 and not blocks[i].is_null]
+        """Logical blocks in ``[first, last)`` that are there and this request's alone, whatever they stand for."""
+        blocks = self._table(request_id)
+        named = Counter(block.block_id for block in blocks)
+        return [i for i in self.held(request_id, first, last) if blocks[i].ref_cnt == named[blocks[i].block_id]]
 
     def held(self, request_id: str, first: int, last: int) -> list[int]:
-        """Logical blocks in ``[first, last)`` that are not retired."""
-        blocks = self._group.req_to_blocks.get(request_id, [])
-        return [i for i in range(first, min(last, len(blocks))) if not blocks[i].is_null]
+        """Logical blocks in ``[first, last)`` that are not retired: neither null, nor an earlier block's once more."""
+        blocks = self._table(request_id)
+        homes = {blocks[i].block_id: i for i in reversed(range(len(blocks)))}
+        inside = range(first, min(last, len(blocks)))
+        return [i for i in inside if not blocks[i].is_null and homes[blocks[i].block_id] == i]
 
-    def retire(self, request_id: str, logical_blocks: Iterable[int], band: int, num_computed: int) -> None:
+    def retire(self, request_id: str, logical_blocks: Iterable[int], band: int, num_computed: int) -> list[int]:
         """Gives blocks back to the pool, the band's null page in their place; modifies the request's list.
 
         Tokens from ``num_computed`` on see a shorter past than their blocks' hashes say, so none of those blocks may be
         in the prefix cache: vLLM caches a block when it plans the step that fills it, which may be this one.
+
+        Returns:
+          The entries that changed: of the blocks, and of those that they were read in place of.
         """
-        blocks = self._group.req_to_blocks[request_id]
-        null_page = self._null_pages[band]
+        null_page, changed = self._null_pages[band], list[int]()
         freed = []
         for logical in logical_blocks:
-            block = blocks[logical]
-            if block.is_null or block.ref_cnt != 1:
+            block, entries = self._replace(request_id, logical, null_page)
+            freed += [block] * len(entries)
+            changed += entries
+        self._give_back(request_id, freed, num_computed)
+        return changed
+
+    def let_stand_in(self, request_id: str, donors: Mapping[int, int], num_computed: int) -> dict[int, int]:
+        """Gives blocks back to the pool, an earlier one of the request read in the place of each; else as ``retire``.
+
+        Args:
+          donors: the earlier logical block by logical block, in the order in which they go.
+
+        Returns:
+          Block ids by entry, of all that changed.
+        """
+        blocks, changed, freed = self._table(request_id), dict[int, int](), []
+        for logical, donor in donors.items():
+            kept = blocks[donor]
+            home = next(i for i, entry in enumerate(blocks) if entry is kept)
+            if kept.is_null or not home == donor < logical:
                 raise RuntimeError(
-                    f"block {block.block_id} at {logical} of {request_id} cannot be retired: null {block.is_null}, "
-                    f"references {block.ref_cnt}"
+                    f"block {kept.block_id} at {donor} of {request_id} cannot stand in for {logical}: null "
+                    f"{kept.is_null}, it is the block of {home}"
                 )
-            blocks[logical] = null_page
-            freed.append(block)
+            block, entries = self._replace(request_id, logical, kept)
+            self._pool.touch([kept] * len(entries))
+            freed += [block] * len(entries)
+            changed |= dict.fromkeys(entries, kept.block_id)
+        if donors:
+            self._give_back(request_id, freed, num_computed)
+        return changed
+
+    def _table(self, request_id: str) -> list[Any]:
+        blocks: list[Any] = self._group.req_to_blocks.get(request_id, [])
+        return blocks
+
+    def _replace(self, request_id: str, logical: int, other: Any) -> tuple[Any, list[int]]:
+        """Points all entries of a block at another one; returns it, and its entries, ascending."""
+        blocks = self._table(request_id)
+        block = blocks[logical]
+        entries = [i for i, entry in enumerate(blocks) if entry is block]
+        if block.is_null or block.ref_cnt != len(entries) or entries[0] != logical:
+            raise RuntimeError(
+                f"block {block.block_id} at {logical} of {request_id} cannot be retired: null {block.is_null}, "
+                f"references {block.ref_cnt}, entries {entries}"
+            )
+        for entry in entries:
+            blocks[entry] = other
+        return block, entries
+
+    def _give_back(self, request_id: str, freed: list[Any], num_computed: int) -> None:
+        """Frees blocks that no table names any more; one stands in the list for each entry that named it."""
+        blocks = self._table(request_id)
         gapped = [block for block in blocks[num_computed // self.block_size :] if not block.is_null]
         self._pool.evict_blocks({block.block_id for block in (*freed, *gapped)})
         self._pool.free_blocks(freed)

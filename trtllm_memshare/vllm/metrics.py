@@ -16,15 +16,21 @@ from trtllm_memshare.vllm.relief import Relief
 _COUNTERS = {
     "retired": "KV blocks that pressure gave back to the pool",
     "retired_repeats": "Those of them whose text stands again later in the request",
+    "retired_aliased": "Those of them that an earlier page of the request is read in place of",
     "retired_again": "KV blocks given up again by requests that came back from preemption",
     "band_moves": "Requests whose null entries moved to the next band",
+}
+
+_ENTRIES = {
+    "null_entries": "Block table entries at a null page",
+    "alias_entries": "Block table entries at an earlier page of their request",
 }
 
 
 @dataclass(frozen=True)
 class _Registered:
     counters: dict[str, Counter]
-    null_entries: Gauge
+    entries: dict[str, Gauge]
     pressure: Gauge
 
 
@@ -33,9 +39,10 @@ def _registered(registry: CollectorRegistry) -> _Registered:
     """Once for a process: a second engine in it counts on."""
     return _Registered(
         {name: Counter(f"memshare_{name}", text, registry=registry) for name, text in _COUNTERS.items()},
-        Gauge(
-            "memshare_null_entries", "Block table entries at a null page", registry=registry, multiprocess_mode="sum"
-        ),
+        {
+            name: Gauge(f"memshare_{name}", text, registry=registry, multiprocess_mode="sum")
+            for name, text in _ENTRIES.items()
+        },
         Gauge("memshare_pressure", "1 while there is pressure", registry=registry, multiprocess_mode="max"),
     )
 
@@ -53,5 +60,6 @@ class Metrics:
         for name, counter in self._registered.counters.items():
             counter.inc(totals[name] - self._reported[name])
             self._reported[name] = totals[name]
-        self._registered.null_entries.set(totals["null_entries"])
+        for name, gauge in self._registered.entries.items():
+            gauge.set(totals[name])
         self._registered.pressure.set(relief.active)

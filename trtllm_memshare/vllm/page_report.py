@@ -6,8 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-WORKERS_FACTS = frozenset({"redundancy", "surprisal"})
+WORKERS_FACTS = frozenset({"redundancy", "surprisal", "distance"})
 """Facts of pages, by their names in ``PageFacts``, that only a worker knows."""
+
+
+class PageDistances(NamedTuple):
+    """Distances of pages ``new``, int32 ``[n]``, to pages ``old``, int32 ``[m]``: float32 ``[n, m]``."""
+
+    new: np.ndarray
+    old: np.ndarray
+    distance: np.ndarray
 
 
 class PageReport(NamedTuple):
@@ -15,3 +23,4 @@ class PageReport(NamedTuple):
 
     redundancy: np.ndarray | None = None
     surprisal: np.ndarray | None = None
+    distances: PageDistances | None = None

@@ -18,7 +18,7 @@ _SCHEDULER_METHODS = (
     "_free_request",
     "make_stats",
 )
-_POOL_METHODS = ("get_new_blocks", "free_blocks", "evict_blocks", "get_num_free_blocks")
+_POOL_METHODS = ("get_new_blocks", "free_blocks", "touch", "evict_blocks", "get_num_free_blocks")
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.pages import RequestPages
+from trtllm_memshare.vllm.relief_totals import ReliefTotals
 from trtllm_memshare.vllm.request_options import RequestOptions
 from trtllm_memshare.vllm.update import MemShareUpdate
 
@@ -39,17 +39,6 @@ class HostRequest(Protocol):
 
     @property
     def all_token_ids(self) -> Sequence[int]: ...
-
-
-@dataclass
-class ReliefTotals:
-    """Counts since the start, except ``null_entries``: table entries that point at a null page now."""
-
-    retired: int = 0
-    retired_repeats: int = 0
-    retired_again: int = 0
-    band_moves: int = 0
-    null_entries: int = 0
 
 
 class Relief:
@@ -72,7 +61,10 @@ class Relief:
         self._bands = bands
         self._make_matcher = make_matcher
         self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
-        self._asks = bool(WORKERS_FACTS.intersection(find_need(config.need).facts))
+        facts = find_need(config.need).facts
+        self._asks = bool(WORKERS_FACTS.intersection(facts))
+        self._max_aliases = config.max_aliases if "distance" in facts else 0
+        self._aliases = config.retired_becomes == "alias"
         # Answers come one or two steps late, so workers are asked before the high watermark is reached.
         self._ask_below = (1 - _ASKED_EARLIER * config.high_watermark) * blocks.num_blocks
         self._pages: dict[str, RequestPages] = {}
@@ -81,20 +73,21 @@ class Relief:
 
     def add(self, request_id: str, num_prompt_tokens: int, options: RequestOptions) -> None:
         """A request has arrived."""
+        matcher, size = self._make_matcher(num_prompt_tokens), self._blocks.block_size
         self._pages[request_id] = RequestPages(
-            num_prompt_tokens, self._blocks.block_size, options, self._make_matcher(num_prompt_tokens)
+            num_prompt_tokens, size, options, matcher, self._max_aliases, self._aliases
         )
 
     def remove(self, request_id: str) -> None:
         """A request has ended; vLLM frees its blocks."""
         pages = self._pages.pop(request_id, None)
         if pages is not None:
-            self.totals.null_entries -= pages.num_retired
+            self.totals.drop_entries(pages)
 
     def lose_blocks(self, request_id: str) -> None:
         """A request was preempted; vLLM has freed its blocks."""
         pages = self._pages[request_id]
-        self.totals.null_entries -= pages.num_retired
+        self.totals.drop_entries(pages)
         pages.lose_blocks()
 
     def pages(self, request_id: str) -> RequestPages:
@@ -121,17 +114,23 @@ class Relief:
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
         self.make_room(running, wanted, update, force=False)
         if wanted_by_waiting > self._blocks.num_free:
-            self.make_room(running, wanted_by_waiting, update)
+            self.make_room(running, wanted_by_waiting, update, urgent=False)
         self._tell_end()
 
     def make_room(
-        self, running: Iterable[HostRequest], num_wanted: int, update: MemShareUpdate, force: bool = True
+        self,
+        running: Iterable[HostRequest],
+        num_wanted: int,
+        update: MemShareUpdate,
+        force: bool = True,
+        urgent: bool = True,
     ) -> int:
         """Retires pages until ``num_wanted`` blocks can be taken, and on to the low watermark if possible.
 
         Args:
           num_wanted: blocks that are about to be taken.
           force: ``num_wanted`` are needed whatever the watermarks say.
+          urgent: and somebody would be preempted, so pages go too that no other one can stand in for.
 
         Returns:
           Blocks that went back to the pool.
@@ -143,13 +142,16 @@ class Relief:
         if count <= 0:
             return 0
         by_id = {request.request_id: request for request in running}
-        views = [view for request in by_id.values() if (view := self._view(request, force)) is not None]
+        found = (self._view(request, force, force and urgent, count) for request in by_id.values())
+        views = [view for view in found if view is not None]
         freed = 0
         for request_id, chosen in choose_pages(views, count):
             name = str(request_id)
-            repeats = self._pages[name].repeated()
-            self.totals.retired_repeats += sum(page in repeats for page in chosen.tolist())
-            self._retire(by_id[name], chosen.tolist(), update)
+            pages, going = self._pages[name], chosen.tolist()
+            self.totals.retired_repeats += len(pages.repeated().intersection(going))
+            donors = pages.donors(going)
+            self.totals.retired_aliased += len(donors) if self._aliases else 0
+            self._retire(by_id[name], going, donors, update)
             freed += len(chosen)
         if freed:
             self._quiet_steps = 0
@@ -160,17 +162,20 @@ class Relief:
     def cross_bands(self, request_id: str, newest_position: int, update: MemShareUpdate) -> None:
         """Moves a request's null entries when this step's newest token lies in another band than they do."""
         pages = self._pages.get(request_id)
-        if pages is None or not pages.retired:
+        if pages is None or not pages.forgotten:
             return
         band = self._band(newest_position)
         if band == pages.band:
             return
-        self._blocks.move_band(request_id, pages.retired, band)
-        self._note(request_id, pages, pages.retired, band, update)
+        self._move_band(request_id, pages, band, update)
         self.totals.band_moves += 1
 
-    def _view(self, request: HostRequest, force: bool) -> PressureView | None:
-        """What a request could give up now; None if nothing. ``force``: look again where there was nothing before."""
+    def _view(self, request: HostRequest, force: bool, urgent: bool, limit: int) -> PressureView | None:
+        """What a request could give up now, ``limit`` pages at most; None if nothing. See ``make_room``.
+
+        Args:
+          force: look again where there was nothing before.
+        """
         pages = self._pages[request.request_id]
         if not pages.options.memshare:
             return None
@@ -188,32 +193,47 @@ class Relief:
             return None
         array = np.array(owned, np.int32)
         draws = np.random.default_rng([self._config.control_seed, zlib.crc32(request.request_id.encode())])
+        need = page_need(self._config.need, pages.facts(array, draws, min(room, limit)))
+        if not urgent:
+            room = min(room, int((~np.isposinf(need)).sum()))
         return PressureView(
             request.request_id,  # type: ignore[arg-type]  # any name will do
             array,
-            page_need(self._config.need, pages.facts(array, draws)),
+            need,
             np.array([page in repeats for page in owned]),
             room,
         )
 
-    def _retire(self, request: HostRequest, logical_blocks: list[int], update: MemShareUpdate) -> None:
-        """Gives blocks up; the newest token whose query the entries will meet is the first one not computed yet."""
-        pages = self._pages[request.request_id]
-        band = self._band(request.num_computed_tokens)
-        self._blocks.retire(request.request_id, logical_blocks, band, request.num_computed_tokens)
-        self.totals.null_entries += len(logical_blocks)
-        if pages.retired and band != pages.band:
-            self._blocks.move_band(request.request_id, pages.retired, band)
-            self._note(request.request_id, pages, pages.retired, band, update)
-        self._note(request.request_id, pages, logical_blocks, band, update)
-        pages.retired.extend(logical_blocks)
+    def _retire(
+        self, request: HostRequest, logical_blocks: list[int], donors: Mapping[int, int], update: MemShareUpdate
+    ) -> None:
+        """Gives blocks up; the newest token whose query the entries will meet is the first one not computed yet.
+
+        Args:
+          donors: the earlier block nearest to each that has one; read in its place if the settings say so.
+        """
+        name, num_computed = request.request_id, request.num_computed_tokens
+        pages = self._pages[name]
+        self.totals.drop_entries(pages)
+        aliases = donors if self._aliases else {}
+        for entry, block_id in self._blocks.let_stand_in(name, aliases, num_computed).items():
+            update.set(name, entry, block_id)
+        forgotten = [page for page in logical_blocks if page not in aliases]
+        if forgotten:
+            band = self._band(num_computed)
+            if pages.forgotten and band != pages.band:
+                self._move_band(name, pages, band, update)
+            changed = self._blocks.retire(name, forgotten, band, num_computed)
+            self._note(name, pages, changed, band, update)
+        pages.note_retired(logical_blocks, donors)
+        self.totals.add_entries(pages)
 
     def _ask(self, request: HostRequest, update: MemShareUpdate) -> None:
         pages = self._pages[request.request_id]
         full = pages.first_generated + pages.num_full(request.num_computed_tokens)
         if pages.options.memshare and full > pages.num_asked:
             first = max(pages.first_generated, pages.num_asked)
-            # Entries that are null at this point have nothing to say.
+            # Entries that are retired at this point have nothing to say.
             owned = self._blocks.held(request.request_id, first, full)
             if owned:
                 update.asked[request.request_id] = owned
@@ -221,12 +241,20 @@ class Relief:
 
     def _retire_again(self, request: HostRequest, pages: RequestPages, update: MemShareUpdate) -> None:
         full = pages.first_generated + pages.num_full(request.num_computed_tokens)
-        owned = set(self._blocks.owned(request.request_id, pages.first_generated, full))
-        again = [page for page in pages.to_retire_again if page in owned]
-        pages.to_retire_again = []
+        owned, held = (
+            set(those(request.request_id, pages.first_generated, full))
+            for those in (self._blocks.owned, self._blocks.held)
+        )
+        again = {page: donor for page, donor in pages.to_retire_again.items() if page in owned}
+        pages.to_retire_again = {}
         if again:
-            self._retire(request, again, update)
+            donors = {page: donor for page, donor in again.items() if donor is not None and donor in held}
+            self._retire(request, list(again), donors, update)
             self.totals.retired_again += len(again)
+
+    def _move_band(self, request_id: str, pages: RequestPages, band: int, update: MemShareUpdate) -> None:
+        self._blocks.move_band(request_id, pages.forgotten, band)
+        self._note(request_id, pages, pages.forgotten, band, update)
 
     def _note(
         self, request_id: str, pages: RequestPages, logical_blocks: Iterable[int], band: int, update: MemShareUpdate

@@ -60,6 +60,10 @@ class MemShareScheduler(Scheduler):
         self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len)
         factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
         self.relief = Relief(config, self.blocks, bands, factory)
+        if config.retired_becomes == "alias":
+            # A donor has as many references as entries. Where vLLM looks for a prefix that all running requests share,
+            # to read it once for all, it takes blocks with as many references as there are requests.
+            self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: [0]
         self._metrics = Metrics()
         self._wanted_by_waiting = 0
         self._untold = True  # no step has named the null pages to the workers yet
@@ -68,12 +72,14 @@ class MemShareScheduler(Scheduler):
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_relief
         logger.info(
-            "MemShare: %d blocks of %d tokens, %d null pages, min_kept %s, need %s, admission %s",
+            "MemShare: %d blocks of %d tokens, %d null pages, min_kept %s, need %s, retired pages become %s, "
+            "admission %s",
             self.blocks.num_blocks,
             self.blocks.block_size,
             len(bands) - 1,
             config.min_kept,
             config.need,
+            config.retired_becomes,
             options.admission,
         )
 

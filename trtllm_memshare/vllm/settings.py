@@ -76,16 +76,17 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     check_known_keys(dict(values), (*MemShareConfig.model_fields, *VllmOptions.model_fields), where)
     search = {k: v for k, v in values.items() if k in MemShareConfig.model_fields}
     config = parse_config({**PRESETS["pressure"], **search}, where)
-    if config.retired_becomes != "null":
+    if config.retired_becomes == "dropped":
         raise UserError(
-            f"retired_becomes must be null with vLLM, got {config.retired_becomes} (its kernels read every entry)"
+            "with vLLM retired_becomes must be null, or alias with need nearest-earlier, got dropped (its kernels read "
+            "every entry)"
         )
     facts = find_need(config.need).facts
-    if {"attention", "recent_attention", "distance"} & set(facts):
+    if {"attention", "recent_attention"} & set(facts):
         raise UserError(
             f"need must be one that vLLM can tell, got {config.need} (take redundancy, redundancy-recency, "
-            f"surprisal-led-redundancy, surprisal-redundancy, surprisal, age or random: its kernels do not report "
-            f"attention, and whole pages are not compared there)"
+            f"surprisal-led-redundancy, surprisal-redundancy, surprisal, nearest-earlier, age or random: its kernels "
+            f"do not report attention)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})

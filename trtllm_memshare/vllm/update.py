@@ -22,8 +22,9 @@ class MemShareUpdate:
 
     Attributes:
       null_blocks: the null pages' block ids by band, with the first step only: the workers write them.
-      null_entries: request id -> logical block -> block id of a null page; the last word on each entry only, since
-        model runner V2 writes all entries of a step at once.
+      null_entries: request id -> logical block -> block id of a null page, or of the earlier block of the request that
+        is read in its place; the last word on each entry only, since model runner V2 writes all entries of a step at
+        once.
       asked: request id -> full generated pages of which the scheduler wants to know more, new ones only, in order.
     """
 
@@ -32,7 +33,7 @@ class MemShareUpdate:
     asked: dict[str, list[int]] = field(default_factory=dict)
 
     def set(self, request_id: str, logical_block: int, block_id: int) -> None:
-        """The entry points at this null page from this step on."""
+        """The entry of a retired block points at this one from this step on."""
         self.null_entries.setdefault(request_id, {})[logical_block] = block_id
 
     def keep_only(self, request_ids: Container[str]) -> None:

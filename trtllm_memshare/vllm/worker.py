@@ -18,7 +18,9 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.vllm import V2_VARIABLE
+from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import open_signatures
+from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.null_pages import attention_layers, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import runner_form
@@ -47,7 +49,7 @@ class MemShareWorker(PlatformWorker):
     """
 
     _apply: Any = None
-    _reports: PageReports | None = None
+    _reports: PageReports | DistanceReports | None = None
     _answers: dict[str, Any] | None = None
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -98,13 +100,14 @@ class MemShareWorker(PlatformWorker):
             )
         runner, cache = self.model_runner, self.model_runner.kv_cache_config
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
-        signatures, surprisal = None, None
+        layers, signatures, surprisal = attention_layers(runner), None, None
         if "redundancy" in read:  # tries a block out that becomes a null page below
-            layers = attention_layers(runner)
             signatures = open_signatures(runner.device, layers, cache.num_blocks, block_size, null_blocks[0])
         if "surprisal" in read:
             surprisal = SampledSurprisal(runner, cache.num_blocks * block_size, block_size, vllm.__version__)
-        if read:
+        if "distance" in read:  # this too, and no need reads both
+            self._reports = DistanceReports(open_cache_pages(layers, block_size, null_blocks[0]))
+        elif read:
             self._reports = PageReports(signatures, surprisal, block_size)
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         write_null_pages(runner, settings.options.null_pages, null_blocks, rank, size)
