@@ -1,4 +1,4 @@
-"""Where vLLM's own backends put V, in vLLM's own views of a cache, is where signatures are read; needs vLLM.
+"""Where vLLM's own backends put K and V, in vLLM's own views of a cache, is where pages are read; needs vLLM.
 
 The last kernel of GPU backends, which scatters rows into the views that it is given, is a loop here: it would want a
 GPU.
@@ -22,6 +22,8 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from trtllm_memshare.search.nearest_page import relative_distances_of_rows
+from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import CacheSignatures, PlacedSignatures, open_signatures
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 6, 5, 2, 16, 32
@@ -67,10 +69,11 @@ def test_v_of_every_backend_and_layout(monkeypatch, module, name, layout, kernel
         SimpleNamespace(num_kv_heads=HEADS, head_size=DIM, impl=impl, kv_cache=cache, **scales) for cache in caches
     ]
     assert isinstance(open_signatures(torch.device("cuda"), layers, BLOCKS, SIZE, BLOCKS - 1), CacheSignatures)
+    compare_pages(layers, SIZE)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)])
-def test_v_of_the_cpu_backend_whatever_instructions_it_packs_for(isa, dtype):
+def test_pages_of_the_cpu_backend_whatever_instructions_it_packs_for(isa, dtype):
     backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn").CPUAttentionBackendImpl
     impl = SimpleNamespace(attn_type="decoder", kv_cache_dtype="auto")
     impl.do_kv_cache_update = backend.do_kv_cache_update.__get__(impl)
@@ -82,3 +85,14 @@ def test_v_of_the_cpu_backend_whatever_instructions_it_packs_for(isa, dtype):
         for _ in range(LAYERS)
     ]  # fmt: skip
     assert isinstance(open_signatures(torch.device("cpu"), layers, BLOCKS, 32, BLOCKS - 1), PlacedSignatures)
+    compare_pages(layers, 32)
+
+
+def compare_pages(layers, size: int) -> None:
+    """Distances of two pages are those of what the backend wrote into them."""
+    rows = [torch.randn(2 * size, HEADS, DIM).to(layers[0].kv_cache.dtype) for _ in ("key", "value")]
+    pages = open_cache_pages(layers, size, BLOCKS - 1)
+    for layer in layers:  # blocks 0 and 1
+        layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, torch.arange(2 * size))
+    expected = max(relative_distances_of_rows(p[:1], p[1:]).item() for p in (r.float().view(2, -1) for r in rows))
+    assert pages.distances([1], [0]).item() == pytest.approx(expected, rel=1e-4)
