@@ -229,7 +229,7 @@ class Simulation:
         pool = scheduler.kv_cache_manager.block_pool
         held = [b.block_id for b in pool.blocks if b.ref_cnt and not b.is_null]
         assert held == [], f"blocks {held} are still referenced"
-        assert scheduler.relief.totals.null_entries == scheduler.relief.totals.alias_entries == 0
+        assert scheduler.relief.totals.null_entries == scheduler.relief.totals.aliased_entries == 0
         assert scheduler.reset_prefix_cache(), "vLLM does not find its pool idle"
 
 

@@ -51,7 +51,7 @@ def test_the_nearest_earlier_page_is_read_in_place_of_the_one_that_goes() -> Non
     assert host.ids("a") == [*before[:5], before[2], *before[6:]]
     assert host.table("a")[2].ref_cnt == 2
     assert host.manager.block_pool.blocks[before[5]] not in host.table("a")
-    assert host.relief.totals.alias_entries == host.relief.totals.retired_aliased == 1
+    assert host.relief.totals.aliased_entries == host.relief.totals.retired_aliased == 1
     assert host.relief.totals.null_entries == 0
 
 
@@ -82,7 +82,7 @@ def test_no_page_stands_for_more_than_max_aliases() -> None:
     tell(host, "a", {(p, 1): 0.01 * p for p in range(2, 8)})
     make_room(host, request, 3)
     assert max(Counter(host.ids("a")).values()) == 2
-    assert host.relief.totals.alias_entries == 3
+    assert host.relief.totals.aliased_entries == 3
 
 
 def test_exact_repeats_do_not_go_first() -> None:
@@ -107,7 +107,7 @@ def test_pages_without_a_donor_go_only_where_somebody_would_be_preempted() -> No
     assert make_room(host, request, 1, force=False) == {}
     null = host.blocks.null_block_ids[0]
     assert set(make_room(host, request, 1).values()) == {null}
-    assert host.relief.totals.retired_aliased == host.relief.totals.alias_entries == 0
+    assert host.relief.totals.retired_aliased == host.relief.totals.aliased_entries == 0
 
 
 def test_a_donor_that_is_forgotten_takes_along_what_it_stands_for() -> None:
@@ -122,7 +122,7 @@ def test_a_donor_that_is_forgotten_takes_along_what_it_stands_for() -> None:
     null = host.blocks.null_block_ids[0]
     assert make_room(host, request, 2) == {1: null, 2: null, 3: null}
     assert dict(host.relief.pages("a").aliased) == {}
-    assert (host.relief.totals.null_entries, host.relief.totals.alias_entries) == (3, 0)
+    assert (host.relief.totals.null_entries, host.relief.totals.aliased_entries) == (3, 0)
 
 
 def test_a_band_moves_null_entries_and_no_alias() -> None:
@@ -178,7 +178,7 @@ def test_what_was_retired_goes_into_the_same_donors_after_preemption() -> None:
     host.free("a")
     host.relief.lose_blocks("a")
     assert host.blocks.num_free == host.blocks.num_blocks
-    assert host.relief.totals.alias_entries == 0
+    assert host.relief.totals.aliased_entries == 0
     host.give_blocks(request)
     host.relief.begin_step([request], update := MemShareUpdate())
     assert dict(host.relief.pages("a").aliased) == before
@@ -213,7 +213,7 @@ def test_all_blocks_are_free_at_the_end_in_the_order_of_their_text() -> None:
     host.free("a")
     host.relief.remove("a")
     assert host.blocks.num_free == host.blocks.num_blocks == 10
-    assert host.relief.totals.alias_entries == 0
+    assert host.relief.totals.aliased_entries == 0
     # Without a hash the block that was freed first, the last of the text, is reused first.
     assert [block.block_id for block in host.manager.block_pool.get_new_blocks(10 - free)] == homes[::-1]
 

@@ -96,9 +96,9 @@ def test_a_request_that_was_preempted_has_the_same_aliases_again(null_pages):
     pages = scheduler.relief.pages("a")
     before = dict(pages.aliased)
     assert len(before) > 3
-    assert len(before) == len(pages.retired) == scheduler.relief.totals.alias_entries
+    assert len(before) == len(pages.retired) == scheduler.relief.totals.aliased_entries
     scheduler.reset_prefix_cache(reset_running_requests=True)
-    assert scheduler.relief.totals.alias_entries == 0
+    assert scheduler.relief.totals.aliased_entries == 0
     while not pages.retired:
         simulation.step()
     assert dict(pages.aliased) == before

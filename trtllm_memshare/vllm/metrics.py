@@ -23,7 +23,7 @@ _COUNTERS = {
 
 _ENTRIES = {
     "null_entries": "Block table entries at a null page",
-    "alias_entries": "Block table entries at an earlier page of their request",
+    "aliased_entries": "Block table entries at an earlier page of their request",
 }
 
 

@@ -14,7 +14,7 @@ class ReliefTotals:
     Attributes:
       retired_aliased: of those retired, the ones that an earlier page was read in place of.
       null_entries: at a null page.
-      alias_entries: at an earlier page of their request, which is read once more in their place.
+      aliased_entries: at an earlier page of their request, which is read once more in their place.
     """
 
     retired: int = 0
@@ -23,14 +23,14 @@ class ReliefTotals:
     retired_again: int = 0
     band_moves: int = 0
     null_entries: int = 0
-    alias_entries: int = 0
+    aliased_entries: int = 0
 
     def add_entries(self, pages: RequestPages) -> None:
         """A request's retired entries are there now."""
         self.null_entries += len(pages.forgotten)
-        self.alias_entries += len(pages.aliased)
+        self.aliased_entries += len(pages.aliased)
 
     def drop_entries(self, pages: RequestPages) -> None:
         """They are no more, or change and are added anew."""
         self.null_entries -= len(pages.forgotten)
-        self.alias_entries -= len(pages.aliased)
+        self.aliased_entries -= len(pages.aliased)
