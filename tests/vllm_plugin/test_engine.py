@@ -79,7 +79,7 @@ def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(mems
 
 @pytest.fixture(scope="module")
 def aliases(null_pages: str) -> dict[str, Any]:
-    return run("aliases", null_pages, "1", "4")
+    return run("aliases", null_pages, "1", "8")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -90,7 +90,7 @@ def test_with_aliases_log_probabilities_are_those_of_donors_that_count_more_than
     assert not pressure["off_retired"]
     # As above.
     assert pressure["difference"] < 1e-4
-    assert pressure["difference_if_donors_counted_once"] > 0.1
+    assert pressure["difference_if_donors_counted_once"] > 0.5
     assert pressure["difference_if_nothing_were_retired"] > 1.0
 
 
