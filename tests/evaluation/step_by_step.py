@@ -102,10 +102,10 @@ def served_at_floor(
     for now in walk:  # noqa: B007 - read by ``watched``
         executor.pressure._retire(manager.pool.num_blocks, executor._scheduler.running)
         manager.check_integrity()
-        pages = executor.pressure._ledger._source._requests.get(walk.handle.request_id)
-        if pages is not None:
-            seen = slice(walk.first, walk.first + pages.num_seen)
-            distance[seen, seen] = pages.distance[: pages.num_seen, : pages.num_seen]
+        source = executor.pressure._ledger._source
+        pairs, end = (known.get(walk.handle.request_id) for known in (source._requests, source._num_seen))
+        if pairs is not None:
+            distance[walk.first : end, walk.first : end] = pairs._distance[: end - walk.first, : end - walk.first]
     retirements = Retirements(runner.tokens_per_block, walk.retired_at, walk.donor)
     return retirements, distance, torch.stack(walk.sampler.logits)
 
