@@ -17,29 +17,33 @@ class ScheduleRecord:
 
     Args:
       test: path of the test in this repository.
-      operations: how many were asked for.
+      asked: the variable that says how much was asked for, and its value.
 
     Attributes:
       counts: so far.
     """
 
-    def __init__(self, test: str, operations: int) -> None:
-        self._test, self._operations, self.counts = test, operations, Counter[str]()
+    def __init__(self, test: str, asked: str) -> None:
+        self._test, self._asked, self.counts = test, asked, Counter[str]()
 
-    def add(self, executor: Executor, num_requests: int) -> None:
+    def add(self, counts: dict[str, int]) -> None:
         """A schedule has ended and everything held."""
-        status = executor.status()
-        counts = {
-            "schedules": 1,
-            "steps": status.num_steps,
-            "requests": num_requests,
-            "pauses": status.num_pauses,
-            "shared_blocks": status.shared_blocks,
-        }
-        if status.pressure is not None:
-            counts |= {f"retired_{reason}": n for reason, n in status.pressure.retired_pages.items()}
-        self.counts.update(counts)
+        self.counts.update({"schedules": 1, **counts})
         if FOLDER is not None:
-            variables = f"MEMSHARE_SCHEDULE_OPERATIONS={self._operations} MEMSHARE_SCHEDULE_RESULTS=FOLDER"
-            report = make_report(dict(self.counts), f"{variables} pytest {self._test}")
+            command = f"{self._asked} MEMSHARE_SCHEDULE_RESULTS=FOLDER pytest {self._test}"
+            report = make_report(dict(self.counts), command)
             write_report(report, Path(FOLDER) / f"{Path(self._test).stem.removeprefix('test_')}.json")
+
+
+def counts_of(executor: Executor, num_requests: int) -> dict[str, int]:
+    """What a schedule of our own executor did."""
+    status = executor.status()
+    counts = {
+        "steps": status.num_steps,
+        "requests": num_requests,
+        "pauses": status.num_pauses,
+        "shared_blocks": status.shared_blocks,
+    }
+    if status.pressure is not None:
+        counts |= {f"retired_{reason}": n for reason, n in status.pressure.retired_pages.items()}
+    return counts

@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 from fakes.reading_runner import MAX_TOKENS, PHRASES, VOCAB_SIZE, ReadingRunner, repeating_text
-from fakes.schedule_record import ScheduleRecord
+from fakes.schedule_record import ScheduleRecord, counts_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -32,7 +32,7 @@ _NEEDS = ("age", "random", "surprisal", "surprisal-led-redundancy", "nearest-ear
 MOST_REQUESTS = 8
 OPERATIONS_AN_EXAMPLE = 500
 """Steps of the executor, for the most part: every request is followed to its end."""
-RECORD = ScheduleRecord("tests/serving/test_pressure_schedules.py", OPERATIONS)
+RECORD = ScheduleRecord("tests/serving/test_pressure_schedules.py", f"MEMSHARE_SCHEDULE_OPERATIONS={OPERATIONS}")
 
 
 class PressureMachine(RuleBasedStateMachine):
@@ -240,7 +240,7 @@ class PressureMachine(RuleBasedStateMachine):
             text = repeating_text(prompt[0])
             assert result.token_ids == text[len(prompt) : len(prompt) + len(result.token_ids)]
             assert len(state.tokens) <= MAX_TOKENS
-        RECORD.add(self.executor, len(self.requests))
+        RECORD.add(counts_of(self.executor, len(self.requests)))
 
 
 PressureMachine.TestCase.settings = settings(

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from fakes.reading_runner import PHRASES, VOCAB_SIZE, ReadingRunner, repeating_text
-from fakes.schedule_record import ScheduleRecord
+from fakes.schedule_record import ScheduleRecord, counts_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -37,7 +37,7 @@ OPERATIONS = int(os.environ.get("MEMSHARE_SCHEDULE_OPERATIONS", "6000"))
 OPERATIONS_AN_EXAMPLE = 500
 MOST_REQUESTS = 8
 STEPS_OF_TOKENS = "paper"  # its matcher takes steps that are alike, not tokens that are equal
-RECORD = ScheduleRecord("tests/serving/test_sharing_schedules.py", OPERATIONS)
+RECORD = ScheduleRecord("tests/serving/test_sharing_schedules.py", f"MEMSHARE_SCHEDULE_OPERATIONS={OPERATIONS}")
 
 
 class BatchRunner(ReadingRunner):
@@ -212,7 +212,7 @@ class SharingMachine(RuleBasedStateMachine):
             elif params.temperature == 0:
                 end = len(prompt) + len(result.token_ids)
                 assert result.token_ids == repeating_text(prompt[0])[len(prompt) : end]
-        RECORD.add(self.executor, len(self.requests))
+        RECORD.add(counts_of(self.executor, len(self.requests)))
 
 
 SharingMachine.TestCase.settings = settings(

@@ -69,7 +69,7 @@ class Simulation:
         self.answers: list[list[int]] = []  # of requests that ended: later prompts begin with them
         self.prompts: list[list[int]] = []
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
-        self.num_submitted = self.most_entries = 0
+        self.num_submitted = self.num_steps = self.most_entries = 0
         self._outsiders: list[Any] = []
         self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier
         self._hash = get_request_block_hasher(self.size, hash_function)
@@ -105,8 +105,19 @@ class Simulation:
             name = self.draw.choice(sorted(self.scheduler.requests))
             self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
+    def counts(self) -> dict[str, int]:
+        """What happened, for the record of all schedules."""
+        totals, shadow = self.scheduler.relief.totals, self.shadow
+        return {
+            "steps": self.num_steps, "requests": self.num_submitted, "retired": totals.retired,
+            "retired_repeats": totals.retired_repeats, "retired_aliased": totals.retired_aliased,
+            "retired_again": totals.retired_again, "reads": shadow.reads, "null_reads": shadow.null_reads,
+            "alias_reads": shadow.alias_reads, "reads_of_others": shadow.reads_of_others,
+        }  # fmt: skip
+
     def step(self) -> None:
         """Schedules one step; runs and takes in the oldest one in flight."""
+        self.num_steps += 1
         output = self.scheduler.schedule()
         self.check_references()
         facts = [self._facts(name, count) for name, count in output.num_scheduled_tokens.items()]

@@ -17,6 +17,7 @@ import trtllm_memshare
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
+from fakes.schedule_record import ScheduleRecord
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
 from vllm_plugin.simulation import Simulation, make_engine_args, make_scheduler, run_schedule
@@ -24,8 +25,11 @@ from vllm_plugin.simulation import Simulation, make_engine_args, make_scheduler,
 MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
 NUM_BLOCKS = 30  # one request of full length, 24, two null pages, vLLM's own, and three more
 
-NUM_SEEDS = -(-int(os.environ.get("MEMSHARE_SCHEDULES", "108")) // 12)
+NUM_SCHEDULES = int(os.environ.get("MEMSHARE_SCHEDULES", "108"))
+NUM_SEEDS = -(-NUM_SCHEDULES // 12)
 """Of each of twelve settings: 108 schedules in all, MEMSHARE_SCHEDULES=1000 draws a thousand."""
+
+RECORD = ScheduleRecord("tests/vllm_plugin/test_schedules.py", f"MEMSHARE_SCHEDULES={NUM_SCHEDULES}")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,7 @@ def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, pr
             MODEL, null_pages, NUM_BLOCKS, prefix_caching, need=need, admission=admission, min_kept=0.25
         )
         simulation = run_schedule(make_scheduler(arguments, NUM_BLOCKS, async_scheduling), seed)
+        RECORD.add(simulation.counts())
         retired += simulation.scheduler.relief.totals.retired
         null_reads += simulation.shadow.null_reads
         shared_reads += simulation.shadow.reads_of_others
@@ -69,6 +74,7 @@ def test_aliases_are_earlier_blocks_that_are_there(null_pages, async_scheduling,
             admission=admission, min_kept=0.25, max_aliases=4,
         )  # fmt: skip
         simulation = run_schedule(make_scheduler(arguments, NUM_BLOCKS, async_scheduling), seed)
+        RECORD.add(simulation.counts())
         totals, shadow = simulation.scheduler.relief.totals, simulation.shadow
         retired[becomes] += totals.retired
         retired["aliased"] += totals.retired_aliased

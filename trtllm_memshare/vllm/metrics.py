@@ -53,10 +53,14 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registered = _registered(registry)
         self._reported = dict.fromkeys(_COUNTERS, 0)
+        self._state: tuple[dict[str, int], bool] | None = None
 
     def report(self, relief: Relief) -> None:
         """Adds what has happened since the last call."""
         totals = asdict(relief.totals)
+        if (totals, relief.active) == self._state:
+            return  # as in most steps: to set a gauge anew takes Prometheus longer than to look
+        self._state = totals, relief.active
         for name, counter in self._registered.counters.items():
             counter.inc(totals[name] - self._reported[name])
             self._reported[name] = totals[name]
