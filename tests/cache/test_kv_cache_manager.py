@@ -90,10 +90,13 @@ def test_chains_hand_dependants_on_and_refuse_to_drift():
     for token in body + TAIL[16:]:
         assert manager.append_tokens(0, [token])
         manager.mark_computed(0, manager._sequences[0].num_tokens)
-    second = manager.candidates()
+    second, refused = manager.candidates(), []
     assert len(second) == 4
+    manager.watch_remaps(lambda decision: None, lambda decision, reason: refused.append((decision.candidate, reason)))
     assert manager.apply([Decision(c, 0.3) for c in second]) == 0
     assert manager.stats().refused == {"drift": 4}
+    assert sorted(c.logical for c, _ in refused) == [c.logical for c in second]
+    assert {reason for _, reason in refused} == {"drift"}
 
 
 def test_all_aliases_of_a_block_move_together():

@@ -13,7 +13,7 @@ from trtllm_memshare.cache.group_candidates import GroupCandidates
 from trtllm_memshare.cache.growth import take_blocks
 from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks, null_entry
 from trtllm_memshare.cache.offsets import NO_BLOCK
-from trtllm_memshare.cache.remap import Remapper
+from trtllm_memshare.cache.remap import OnRefusal, OnRemap, Remapper
 from trtllm_memshare.cache.resume import matcher_at_return, pages_to_retire, retired_pages
 from trtllm_memshare.cache.sequence import CacheStats, Parked, Sequence, SharingRecord
 from trtllm_memshare.cache.stand_ins import NO_DONORS, let_stand_in
@@ -211,9 +211,9 @@ class KVCacheManager(CacheState):
         if sequence is not None:
             self._remapper.offer_again(candidate, sequence)
 
-    def watch_remaps(self, listener: Callable[[Decision], None]) -> None:
-        """Calls ``listener`` with each decision right after it was applied: its donor holds the references then."""
-        self._remapper.on_remap = listener
+    def watch_remaps(self, applied: OnRemap, refused: OnRefusal | None = None) -> None:
+        """Lets somebody hear of each decision that was applied, and of each that was not."""
+        self._remapper.on_remap, self._remapper.on_refusal = applied, refused
 
     def count_shadow(self, decisions: Seq[object]) -> None:
         """Counts what would have been shared or given up, for shadow mode; changes nothing else."""

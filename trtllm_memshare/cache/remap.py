@@ -30,7 +30,13 @@ from trtllm_memshare.cache.sequence import Sequence
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.types import Candidate, Decision
 
-_WORTH_ANOTHER_LOOK = ("stale", "donor_in_batch")  # another decision of the same batch came first
+OnRemap = Callable[[Decision], None]
+"""Hears of each decision right after it was applied: its donor holds the references then."""
+OnRefusal = Callable[[Decision, str], None]
+"""Hears of each decision that was turned down, and why."""
+
+WORTH_ANOTHER_LOOK = ("stale", "donor_in_batch")
+"""Reasons that pass: another decision of the same batch came first."""
 
 
 class Remapper:
@@ -38,7 +44,7 @@ class Remapper:
 
     Attributes:
       refused: counts of decisions turned down, by reason.
-      on_remap: called with each decision right after it was applied, or None.
+      on_remap, on_refusal: who wants to hear of decisions, or None.
     """
 
     def __init__(
@@ -51,7 +57,8 @@ class Remapper:
         self._tables = tables
         self._config = config
         self.refused: Counter[str] = Counter()
-        self.on_remap: Callable[[Decision], None] | None = None
+        self.on_remap: OnRemap | None = None
+        self.on_refusal: OnRefusal | None = None
 
     def apply(self, decisions: list[Decision], sequences: Mapping[int, Sequence]) -> int:
         """Applies decisions in order of distance; returns the number of blocks freed."""
@@ -62,8 +69,10 @@ class Remapper:
             reason = self._why_not(decision, sequence, sequences, donors)
             if reason is not None or sequence is None:
                 self.refused[reason or "stale"] += 1
-                if reason in _WORTH_ANOTHER_LOOK and sequence is not None:
+                if reason in WORTH_ANOTHER_LOOK and sequence is not None:
                     self.offer_again(candidate, sequence)
+                if self.on_refusal is not None:
+                    self.on_refusal(decision, reason or "stale")
                 continue
             freed += self._remap(candidate, decision.distance, sequence)
             donors.update((candidate.kept_rows // self._pool.tokens_per_block).tolist(), (candidate.donor,))

@@ -12,16 +12,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from trtllm_memshare.evaluation.free_generation import HeldExecutor
 from trtllm_memshare.evaluation.masked_replay import FullPass
 from trtllm_memshare.evaluation.replay import ReplaySampler
 from trtllm_memshare.evaluation.retirement import NEVER, NO_DONOR, Retirements
+from trtllm_memshare.evaluation.stay_reasons import Inquiry
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.search.block_search import Distances, make_block_search
 from trtllm_memshare.search.config import MAX_PAIRS, MemShareConfig
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import PairBatch
-from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
+
+
+class RecordedSampler(ReplaySampler):
+    """Writes the one text, whose tokens are as likely as they were in the full pass.
+
+    Args:
+      losses: float32 ``[tokens]``, see ``FullPass``.
+      num_prompt_tokens: position of the first token that it chooses.
+    """
+
+    def __init__(self, losses: np.ndarray, num_prompt_tokens: int) -> None:
+        super().__init__()
+        self._losses, self._position = losses, num_prompt_tokens
+
+    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
+        """See ``Sampler``; asked once for each token, or never."""
+        self._position += 1
+        return [-float(self._losses[self._position - 1])]
 
 
 class RecordedRunner:
@@ -65,23 +84,32 @@ class RecordedRunner:
 
 
 def retire_by_preset(
-    config: MemShareConfig, full: FullPass, num_prompt_tokens: int, replay_model: Any, boundaries: BoundaryTokens
+    config: MemShareConfig,
+    full: FullPass,
+    num_prompt_tokens: int,
+    replay_model: Any,
+    boundaries: BoundaryTokens,
+    inquiry: Inquiry | None = None,
 ) -> Retirements:
     """What a preset shares while a text is written: pages that gave up their memory, and what stands in for them.
 
     Args:
-      config: settings of the search; entries of retired pages become aliases or, if it says so, nothing.
+      config: settings of the search; entries of retired pages become aliases or, if it says so, nothing. Under the
+        preset ``pressure`` the request stands at its floor throughout.
       full: the pass over the text.
       replay_model: the model of ``MaskedReplay``, for its rotary frequencies and the size of its vocabulary.
       boundaries: step boundaries of its tokenizer.
+      inquiry: asks along the way why pages stay.
     """
     size, ids = full.facts.tokens_per_block, full.ids.tolist()
     inv_freq = replay_model.model.rotary_emb.inv_freq.float()
     runner = RecordedRunner(full, size, inv_freq, replay_model.config.vocab_size)
-    sampler = ReplaySampler()
-    executor = Executor(runner, config, boundaries, len(ids), 1, max_num_tokens=len(ids), sampler=sampler)
+    sampler = RecordedSampler(full.losses, num_prompt_tokens)
+    executor = HeldExecutor(runner, config, boundaries, len(ids), 1, max_num_tokens=len(ids), sampler=sampler)
     request = executor.submit(ids[:num_prompt_tokens], SamplingParams(len(ids) - num_prompt_tokens)).request_id
     sampler.add_script(request, ids[num_prompt_tokens:])
+    if inquiry is not None:
+        inquiry.listen(executor)
     retired_at = np.full(len(ids) // size, NEVER, np.int64)
     donor = np.full(len(retired_at), NO_DONOR, np.int32)
     position = 0  # of the first query of the next step
@@ -93,6 +121,8 @@ def retire_by_preset(
         origins = executor.manager.origin_blocks(request)[: len(retired_at)]
         for page in np.flatnonzero((origins != np.arange(len(origins))) & (retired_at[: len(origins)] == NEVER)):
             retired_at[page], donor[page] = position, origins[page]
+        if inquiry is not None and position == inquiry.position:
+            inquiry.ask(executor, request)
         position = num_prompt_tokens if position == 0 else position + 1
     executor.manager.check_integrity()
     return Retirements(size, retired_at, donor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -39,13 +40,15 @@ def make_pairs(
 class SharingPolicy:
     """Accepts a candidate when enough layers say that its K and V are near those that would stand in.
 
-    ``rejected`` counts candidates by reason.
+    ``rejected`` counts candidates by reason; ``on_verdict``, or None, hears of each that was rejected, with the reason,
+    and of each that was chosen, with None.
     """
 
     def __init__(self, config: MemShareConfig) -> None:
         self._config = config
         self.rejected: Counter[str] = Counter()
         self.num_candidates = 0
+        self.on_verdict: Callable[[Candidate, str | None], None] | None = None
 
     def layer_vote(self, sums: np.ndarray) -> np.ndarray:
         """The distance that a quorum of layers stays within, float32 ``[pairs]``.
@@ -85,16 +88,25 @@ class SharingPolicy:
         if self._config.accept_all:
             distances = np.zeros(len(candidates))
         elif sums is None:  # nothing was compared, so nothing is known to be near
-            self.rejected["not_compared"] += len(candidates)
+            for candidate in candidates:
+                self._reject(candidate, "not_compared")
             return []
         else:
             distances = self.layer_vote(sums)
         best: dict[tuple[int, int], Decision] = {}
         for candidate, distance in zip(candidates, distances.tolist(), strict=True):
             if not distance <= self._config.max_distance and not self._config.accept_all:
-                self.rejected["not_finite" if math.isnan(distance) else "distance"] += 1
+                self._reject(candidate, "not_finite" if math.isnan(distance) else "distance")
                 continue
             place = (candidate.request_id, candidate.logical)
             if place not in best or distance < best[place].distance:
                 best[place] = Decision(candidate, distance)
+        if self.on_verdict is not None:
+            for decision in best.values():
+                self.on_verdict(decision.candidate, None)
         return list(best.values())
+
+    def _reject(self, candidate: Candidate, reason: str) -> None:
+        self.rejected[reason] += 1
+        if self.on_verdict is not None:
+            self.on_verdict(candidate, reason)

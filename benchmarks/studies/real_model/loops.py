@@ -1,7 +1,8 @@
 """A model that repeats itself for ever, inside ordinary reasoning: is memory flat, and is the text around it unharmed?
 
 A text is real reasoning, then one passage again and again, then the reasoning goes on. Exact repeats go with nothing
-else to press: shared, or forgotten (``--variant aligned:retired_becomes=dropped``).
+else to press: shared, or forgotten (``--variant aligned:retired_becomes=dropped``). With ``--variant pressure`` the
+request stands at its floor throughout. The rows say why the pages of the loop stay that are there at its end.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ try:
 
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
     from trtllm_memshare.errors import run_command_line
-    from trtllm_memshare.evaluation.loop_study import measure_loop
+    from trtllm_memshare.evaluation.loop_study import PAGE_TOKENS, measure_loop
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
     from trtllm_memshare.evaluation.real_texts import read_traces, runaway_trace, token_texts
     from trtllm_memshare.evaluation.variants import parse_variant
@@ -26,7 +27,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
-BEFORE, LOOP, AFTER = 512, 1024, 512
+BEFORE, AFTER = 512, 512
 _RUNAWAY_PERIOD = 98  # tokens of SmolLM2's tokenizer, from the end of the 32,768-token trace
 PASSAGES = {
     "English": "Wait, let me check that again. The sum is 14, so the answer must be 14. Hmm, but is it right?\n\n",
@@ -40,8 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
     parser.add_argument("--variant", default="aligned", help="NAME[:KEY=VALUE,...] (default: %(default)s)")
+    parser.add_argument(
+        "--loop-tokens", type=int, default=1024, help="of the loop, a multiple of 32, two pages (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/real_model/results/loops.json"))
     arguments = parser.parse_args()
+    loop = arguments.loop_tokens
+    if loop < 2 * PAGE_TOKENS or loop % (2 * PAGE_TOKENS):
+        parser.error(f"--loop-tokens must be a positive multiple of {2 * PAGE_TOKENS}, got {loop}")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay = MaskedReplay(arguments.model_dir, "bfloat16")
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, replay.model.config.vocab_size)
@@ -51,7 +58,7 @@ def main() -> None:
     texts = islice(token_texts(read_traces(), tokenizer, BEFORE + AFTER), len(passages))
     config, found = parse_variant(arguments.variant, make_config("off")).config, []
     for (name, passage), text in zip(passages.items(), texts, strict=True):
-        figures = measure_loop(replay, text.ids, text.num_prompt_tokens, passage, boundaries, config, BEFORE, LOOP)
+        figures = measure_loop(replay, text.ids, text.num_prompt_tokens, passage, boundaries, config, BEFORE, loop)
         found.append({"passage": name, **figures})
         print(json.dumps(found[-1]), flush=True)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -49,3 +49,22 @@ def test_a_passage_that_comes_once_frees_nothing(replay):
     found = measured(replay, once)
     assert (found["pages_held_halfway"], found["pages_held_at_its_end"]) == (4 + 8, 4 + 16)
     assert (found["loss_change_in_loop"], found["loss_change_after"]) == (0, 0)
+
+
+def test_under_pressure_repeats_stay_for_the_floor_alone(replay):
+    """Half of the pages stay by ``min_kept``, though every one of the loop has a copy."""
+    boundaries = BoundaryTokens.from_texts(["\n\n"] * replay.model.config.vocab_size)
+    found = measure_loop(replay, IDS, 8, list(range(10, 42)), boundaries, make_config("pressure"), BEFORE, 4 * LOOP)
+    assert set(found["first_half_stays"]) == {"floor"}
+    assert set(found["second_half_stays"]) == {"floor", "recent"}
+    assert found["second_half_stays"]["recent"] == 128 // PAGE_TOKENS
+    assert found["pages_held_at_its_end"] == pytest.approx((4 + 64) / 2, abs=1)
+    assert found["loss_change_before"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"max_distance": 0.02}, "distance"), ({"min_run_tokens": 2000}, "no copy"), ({"max_aliases": 2}, "max_aliases")],
+)
+def test_a_page_stays_for_the_reason_that_was_set(replay, changes, reason):
+    assert measured(replay, list(range(10, 42)), **changes)["first_half_stays"].get(reason, 0) >= 2
