@@ -185,14 +185,17 @@ def fill_page(page: Path, tables: dict[str, str]) -> None:
 def loops_table(rows: list[Row]) -> str:
     """What a preset holds of endless repeats, and what becomes of the text around them."""
     lines = [
-        "| passage | tokens | pages before | written in it | halfway | at its end | loss before | in it | after |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| passage | tokens | pages before | written in it | halfway | at its end | why those of the second half stay | "
+        "loss before | in it | after |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
     for r in rows:
         losses = (r["loss_change_before"], r["loss_change_in_loop"], r["loss_change_after"])
         lines.append(
             f"| {r['passage']} | {r['passage_tokens']} | {r['pages_before']} | {r['pages_written_in_loop']} | "
-            f"{r['pages_held_halfway']} | {r['pages_held_at_its_end']} | {' | '.join(f'{x:+.4f}' for x in losses)} |"
+            f"{r['pages_held_halfway']} | {r['pages_held_at_its_end']} | "
+            f"{', '.join(f'{count} {reason}' for reason, count in r['second_half_stays'].items())} | "
+            f"{' | '.join(f'{x:+.4f}' for x in losses)} |"
         )
     return "\n".join(lines)
 
