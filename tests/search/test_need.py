@@ -39,6 +39,7 @@ ALL = facts(
         ("attention-redundancy-recency", [0, 1, 2]),
         ("surprisal-redundancy", [0, 2, 1]),
         ("surprisal-led-redundancy", [0, 2, 1]),
+        ("surprisal-led-redundancy-recency", [0, 2, 1]),
         ("attention-surprisal-redundancy", [0, 1, 2]),
     ],
 )
@@ -49,7 +50,7 @@ def test_who_goes_first(name, order):
 
 
 def test_every_formula_is_tested_above_and_takes_no_pages():
-    assert len(NEEDS) == 13
+    assert len(NEEDS) == 14
     empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(6)))
     assert all(len(page_need(name, empty)) == 0 for name in NEEDS)
 

@@ -53,6 +53,7 @@ ARMS: dict[str, Arm] = {
     "surprisal-redundancy": Arm("surprisal-redundancy"),
     "surprisal-redundancy-signature": Arm("surprisal-redundancy", "signature"),
     "surprisal-led-signature": Arm("surprisal-led-redundancy", "signature"),
+    "surprisal-led-recency-signature": Arm("surprisal-led-redundancy-recency", "signature"),
     "attention-redundancy-signature": Arm("attention-redundancy", "signature"),
     "attention-surprisal-redundancy": Arm("attention-surprisal-redundancy"),
 }

@@ -31,6 +31,7 @@ LABELS = {
     "redundancy-recency-signature": "redundancy from signatures, recency",
     "surprisal-redundancy": "surprisal, redundancy of K",
     "surprisal-led-signature": "surprisal, redundancy from signatures",
+    "surprisal-led-recency-signature": "surprisal, redundancy from signatures, recency",
     "attention-surprisal-redundancy": "attention, surprisal, redundancy of K",
     "rkv": "R-KV by page",
     "snapkv": "SnapKV by page",

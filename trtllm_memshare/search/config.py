@@ -90,6 +90,7 @@ class MemShareConfig(BaseModel):
         "attention-redundancy-recency",
         "surprisal-redundancy",
         "surprisal-led-redundancy",
+        "surprisal-led-redundancy-recency",
         "attention-surprisal-redundancy",
         "attention",
         "surprisal",
