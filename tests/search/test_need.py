@@ -68,6 +68,14 @@ def test_recency_keeps_a_new_page_that_is_a_little_more_redundant_and_not_one_th
     assert page_need("redundancy-recency", facts(redundancy=[0.5, 0.55, 0.6])).argsort().tolist() == [0, 1, 2]
 
 
+def test_beside_surprisal_a_page_far_back_is_hardly_needed_less_than_one_still_farther():
+    many = PageFacts(np.arange(4, 404, dtype=np.int32), *(np.zeros(400, np.float32) for _ in range(6)))
+    need = page_need("surprisal-led-redundancy-recency", many)
+    assert need[[0, -1]] == pytest.approx([0, 0.2])
+    assert (np.diff(need) > 0).all()
+    assert need[-1] - need[-20] > 5 * (need[-200] - need[-219])
+
+
 def test_unknown_names_and_missing_facts():
     with pytest.raises(UserError, match=r"unknown need surprise \(did you mean surprisal\?\)"):
         page_need("surprise", ALL)
