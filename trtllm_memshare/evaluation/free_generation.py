@@ -30,6 +30,7 @@ ARMS: dict[str, MemShareConfig] = {
     FULL: make_config("off"),
     "aligned": make_config("aligned"),
     "surprisal-led-signature": make_config("pressure", need="surprisal-led-redundancy", **_HELD),
+    "surprisal-led-recency-signature": make_config("pressure", **_HELD),
     "redundancy-signature": make_config("pressure", need="redundancy", **_HELD),
     "redundancy-recency-signature": make_config("pressure", need="redundancy-recency", **_HELD),
     "random-once": make_config("pressure", need="random", **_HELD),

@@ -153,11 +153,11 @@ class MemShareConfig(BaseModel):
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {"preset": "off"},
     # As in the study of what real models can do without (docs/real_model.md): the last 128 tokens stay, and of all
-    # rankings that need no attention this one keeps most of what was said once.
+    # rankings that need no attention this one costs the next word least and keeps nearly most of what was said once.
     "pressure": {
         "preset": "pressure",
         "pressure": True,
-        "need": "surprisal-led-redundancy",
+        "need": "surprisal-led-redundancy-recency",
         "retired_becomes": "null",
         "protected_tokens": 128,
         "protected_steps": 0,

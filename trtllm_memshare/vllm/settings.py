@@ -84,9 +84,9 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     facts = find_need(config.need).facts
     if {"attention", "recent_attention"} & set(facts):
         raise UserError(
-            f"need must be one that vLLM can tell, got {config.need} (take redundancy, redundancy-recency, "
-            f"surprisal-led-redundancy, surprisal-redundancy, surprisal, nearest-earlier, age or random: its kernels "
-            f"do not report attention)"
+            f"need must be one that vLLM can tell, got {config.need} (take surprisal-led-redundancy-recency, "
+            f"surprisal-led-redundancy, surprisal-redundancy, surprisal, redundancy, redundancy-recency, "
+            f"nearest-earlier, age or random: its kernels do not report attention)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})
