@@ -120,11 +120,12 @@ class Host:
         self, num_gpu_blocks: int, bands: tuple[int, ...] = (0, 1000), longest: int = 40, **config: Any
     ) -> None:
         self.manager = cache_manager(num_gpu_blocks)
-        self.blocks = VllmBlocks(self.manager, len(bands) - 1, longest)
         self.config = make_config(
             "pressure",
             **{"need": "age", "protected_tokens": 4, "high_watermark": 0.9, "low_watermark": 0.8, **config},
         )
+        has_aliases = self.config.retired_becomes == "alias"
+        self.blocks = VllmBlocks(self.manager, len(bands) - 1, longest, has_aliases)
         factory = make_matcher_factory(self.config, BLOCK_SIZE, BOUNDARIES)
         self.relief = Relief(self.config, self.blocks, np.array(bands, np.int32), factory)
         self.requests: dict[str, Request] = {}

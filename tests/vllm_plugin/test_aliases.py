@@ -110,6 +110,19 @@ def test_pages_without_a_donor_go_only_where_somebody_would_be_preempted() -> No
     assert host.relief.totals.retired_aliased == host.relief.totals.aliased_entries == 0
 
 
+def test_of_pages_without_a_donor_the_one_that_stands_for_least_is_forgotten() -> None:
+    """Page 1, which can have no earlier one, stands for three: to forget it frees one block and loses three pages."""
+    host = make_host(protected_tokens=4)
+    request = host.add("a", 4, 39)
+    before, null_page = host.ids("a"), host.blocks.null_block_ids[0]
+    tell(host, "a", {(5, 1): 0.1, (6, 1): 0.2, **{(page, 7): np.inf for page in range(1, 7)}})
+    assert make_room(host, request, 2) == {5: before[1], 6: before[1]}
+    tell(host, "a", dict.fromkeys([(page, other) for page in range(1, 9) for other in range(1, 9)], np.inf))
+    assert make_room(host, request, 1) == {2: null_page}
+    assert host.relief.totals.null_entries == 1
+    assert host.relief.totals.aliased_entries == 2
+
+
 def test_a_donor_that_is_forgotten_takes_along_what_it_stands_for() -> None:
     host = make_host()
     request = host.add("a", 4, 21)  # pages 1 to 4 are full, 4 is protected

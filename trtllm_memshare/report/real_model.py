@@ -186,8 +186,8 @@ def fill_page(page: Path, tables: dict[str, str]) -> None:
 def loops_table(rows: list[Row]) -> str:
     """What a preset holds of endless repeats, and what becomes of the text around them."""
     lines = [
-        "| passage | tokens | pages before | written in it | halfway | at its end | why those of the second half stay | "
-        "loss before | in it | after |",
+        "| passage | tokens | pages before | written in it | halfway | at its end | "
+        "why those of the second half stay | loss before | in it | after |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
     for r in rows:

@@ -78,12 +78,23 @@ def pair_with_earlier(distance: np.ndarray, counts: np.ndarray, max_aliases: int
     """
     num_pages = len(distance)
     near = np.where(np.tri(num_pages, k=-1, dtype=bool) & np.isfinite(distance), distance, np.inf)
+    near[counts[:, None] + counts > max_aliases] = np.inf
     counts, pairs = counts.copy(), list[tuple[int, int]]()
+    # Of each row the nearest: after a pair only the rows that had it in one of its two pages are looked at again.
+    nearest = near.argmin(1) if num_pages else np.zeros(0, np.int64)
+    least = near[np.arange(num_pages), nearest]
     for _ in range(min(limit, num_pages)):
-        page, other = divmod(int(np.where(counts[:, None] + counts > max_aliases, np.inf, near).argmin()), num_pages)
-        if counts[page] + counts[other] > max_aliases or not np.isfinite(near[page, other]):
+        page = int(least.argmin())
+        other = int(nearest[page])
+        if not np.isfinite(least[page]):
             break
         pairs.append((page, other))
         counts[other] += counts[page]
         near[page], near[:, page] = np.inf, np.inf
+        full = counts + counts[other] > max_aliases
+        near[full, other], near[other, full] = np.inf, np.inf
+        changed = np.flatnonzero((nearest == page) | (nearest == other))
+        changed = np.union1d(changed, [page, other])
+        nearest[changed] = near[changed].argmin(1)
+        least[changed] = near[changed, nearest[changed]]
     return pairs

@@ -61,6 +61,11 @@ class PagePairs:
             nearest[page] = distance[page, other]
         return nearest
 
+    def stand_for(self, pages: np.ndarray) -> np.ndarray:
+        """How many pages each of these stands for, itself included, int64 ``[len(pages)]``; 0 = it has gone."""
+        self._grow(int(pages.max(initial=self._first)) + 1 - self._first)
+        return self._counts[pages - self._first]
+
     def donors(self) -> dict[int, int]:
         """The page that would be read in place of each of those last measured, in the order in which they go."""
         return dict(self._pairs)
@@ -87,6 +92,6 @@ class PagePairs:
     def _grow(self, num_pages: int) -> None:
         have = len(self._counts)
         if num_pages > have:
-            more = max(num_pages, 2 * have) - have
+            more = max(num_pages, have + have // 4) - have
             self._distance = np.pad(self._distance, (0, more), constant_values=np.inf)
             self._counts = np.pad(self._counts, (0, more), constant_values=1)

@@ -33,12 +33,16 @@ class VllmBlocks:
       kv_cache_manager: vLLM's ``KVCacheManager`` with one group of full attention.
       num_null_pages: how many bands of positions the model has.
       longest_request_tokens: vLLM's ``max_model_len``; one such request must still fit.
+      has_aliases: entries of a request may come to point at its earlier blocks.
 
     Raises:
       UserError: the pool is too small for null pages beside one request of full length.
     """
 
-    def __init__(self, kv_cache_manager: Any, num_null_pages: int, longest_request_tokens: int) -> None:
+    def __init__(
+        self, kv_cache_manager: Any, num_null_pages: int, longest_request_tokens: int, has_aliases: bool = False
+    ) -> None:
+        self._has_aliases = has_aliases
         self._group = kv_cache_manager.coordinator.single_type_managers[0]
         self._pool = kv_cache_manager.block_pool
         self.block_size: int = self._group.block_size
@@ -73,15 +77,20 @@ class VllmBlocks:
     def owned(self, request_id: str, first: int, last: int) -> list[int]:
         """Logical blocks in ``[first, last)`` that are there and this request's alone, whatever they stand for."""
         blocks = self._table(request_id)
+        held = self.held(request_id, first, last)
+        if not self._has_aliases:
+            return [i for i in held if blocks[i].ref_cnt == 1]
         named = Counter(block.block_id for block in blocks)
-        return [i for i in self.held(request_id, first, last) if blocks[i].ref_cnt == named[blocks[i].block_id]]
+        return [i for i in held if blocks[i].ref_cnt == named[blocks[i].block_id]]
 
     def held(self, request_id: str, first: int, last: int) -> list[int]:
         """Logical blocks in ``[first, last)`` that are not retired: neither null, nor an earlier block's once more."""
         blocks = self._table(request_id)
+        there = [i for i in range(first, min(last, len(blocks))) if not blocks[i].is_null]
+        if not self._has_aliases:
+            return there  # and a long prompt is not looked at for each request that is asked
         homes = {blocks[i].block_id: i for i in reversed(range(len(blocks)))}
-        inside = range(first, min(last, len(blocks)))
-        return [i for i in inside if not blocks[i].is_null and homes[blocks[i].block_id] == i]
+        return [i for i in there if homes[blocks[i].block_id] == i]
 
     def retire(self, request_id: str, logical_blocks: Iterable[int], band: int, num_computed: int) -> list[int]:
         """Gives blocks back to the pool, the band's null page in their place; modifies the request's list.
@@ -135,7 +144,7 @@ class VllmBlocks:
         """Points all entries of a block at another one; returns it, and its entries, ascending."""
         blocks = self._table(request_id)
         block = blocks[logical]
-        entries = [i for i, entry in enumerate(blocks) if entry is block]
+        entries = [i for i, entry in enumerate(blocks) if entry is block] if self._has_aliases else [logical]
         if block.is_null or block.ref_cnt != len(entries) or entries[0] != logical:
             raise RuntimeError(
                 f"block {block.block_id} at {logical} of {request_id} cannot be retired: null {block.is_null}, "

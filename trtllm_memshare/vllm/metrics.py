@@ -48,7 +48,7 @@ def _registered(registry: CollectorRegistry) -> _Registered:
 
 
 class Metrics:
-    """Brings Prometheus up to date with a ``Relief``."""
+    """Brings Prometheus up to date with a ``Relief``. Of two in one process the last that changed has the gauges."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registered = _registered(registry)

@@ -74,6 +74,10 @@ class RequestPages:
         """The earlier page nearest to each of those last looked at that go now, in the order in which they go."""
         return {page: donor for page, donor in self._pairs.donors().items() if page in pages}
 
+    def stand_for(self, pages: np.ndarray) -> np.ndarray:
+        """How many entries each of these pages stands for, its own included, int64 ``[len(pages)]``."""
+        return self._pairs.stand_for(pages)
+
     def note_retired(self, pages: list[int], donors: Mapping[int, int]) -> None:
         """Pages have gone, each into its donor if it has one."""
         self.retired.extend(pages)

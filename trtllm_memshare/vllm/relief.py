@@ -25,6 +25,7 @@ from trtllm_memshare.vllm.request_options import RequestOptions
 from trtllm_memshare.vllm.update import MemShareUpdate
 
 _ASKED_EARLIER = 0.8  # of the high watermark
+_FARTHEST = 2.0  # more than any distance of two pages
 _QUIET_STEPS = 200  # without a retirement, until pressure counts as over: it comes and goes with every request
 log = logging.getLogger("vllm.memshare")  # under vLLM's own logger, whose handlers show it
 
@@ -149,9 +150,8 @@ class Relief:
             name = str(request_id)
             pages, going = self._pages[name], chosen.tolist()
             self.totals.retired_repeats += len(pages.repeated().intersection(going))
-            donors = pages.donors(going)
-            self.totals.retired_aliased += len(donors) if self._aliases else 0
-            self._retire(by_id[name], going, donors, update)
+            self._retire(by_id[name], going, pages.donors(going), update)
+            self.totals.retired_aliased += len(pages.aliased.keys() & set(going))
             freed += len(chosen)
         if freed:
             self._quiet_steps = 0
@@ -194,8 +194,11 @@ class Relief:
         array = np.array(owned, np.int32)
         draws = np.random.default_rng([self._config.control_seed, zlib.crc32(request.request_id.encode())])
         need = page_need(self._config.need, pages.facts(array, draws, min(room, limit)))
+        alone = np.isposinf(need)  # no earlier page would be read in its place
         if not urgent:
-            room = min(room, int((~np.isposinf(need)).sum()))
+            room = min(room, int((~alone).sum()))
+        elif alone.any():  # what it stands for would go with it, so those that stand for little go first
+            need = np.where(alone, _FARTHEST + pages.stand_for(array), need).astype(np.float32)
         return PressureView(
             request.request_id,  # type: ignore[arg-type]  # any name will do
             array,

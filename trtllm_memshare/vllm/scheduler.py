@@ -57,12 +57,13 @@ class MemShareScheduler(Scheduler):
         check_scheduler(self, vllm.__version__)
         config, options = self.settings.memshare, self.settings.options
         bands = load_bands(options.null_pages, self.max_model_len)
-        self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len)
+        has_aliases = config.retired_becomes == "alias"
+        self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len, has_aliases)
         factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
         self.relief = Relief(config, self.blocks, bands, factory)
-        if config.retired_becomes == "alias":
-            # A donor has as many references as entries. Where vLLM looks for a prefix that all running requests share,
-            # to read it once for all, it takes blocks with as many references as there are requests.
+        if has_aliases:
+            # A donor has as many references as entries. VLLM before 0.32 looked for a prefix that all running requests
+            # share, to read it once for all, by blocks with as many references as there are requests.
             self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: [0]
         self._metrics = Metrics()
         self._wanted_by_waiting = 0
