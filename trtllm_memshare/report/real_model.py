@@ -46,7 +46,9 @@ _NO_RANKINGS = (BASE, "random-once", "full", *PRESETS, BY_HEAD, "paper-alias", "
 RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
 _ON_AXES = (BASE, "attention-redundancy")
-_BY_POSITION = (BASE, "attention-redundancy", "surprisal-led-signature")
+_BEST = "attention-redundancy-recency"
+"""For the next word; with a quarter kept too."""
+_BY_POSITION = (BASE, "attention-redundancy", "surprisal-led-recency-signature")
 
 
 def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
@@ -87,9 +89,10 @@ def axes_table(rows: list[Row]) -> str:
         setting = Setting(kept, size, tokens)
         if setting == Setting():
             continue
-        tables = [select(rows, arm, setting) for arm in _ON_AXES]
+        arms = [arm for arm in (*_ON_AXES, _BEST) if arm in _ON_AXES or select(rows, arm, setting)]
+        tables = [select(rows, arm, setting) for arm in arms]
         common = [row for table in tables for text, row in table.items() if all(text in other for other in tables)]
-        for arm in _ON_AXES:
+        for arm in arms:
             if (c := compare(common, arm, BASE, setting)) is not None:
                 lines.append(
                     f"| {kept:.0%} | {size} | {LABELS[arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | "
