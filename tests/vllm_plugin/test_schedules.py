@@ -93,12 +93,7 @@ def test_a_request_that_was_preempted_has_the_same_aliases_again(null_pages):
     arguments = make_engine_args(
         MODEL, null_pages, 60, True, need="nearest-earlier", retired_becomes="alias", min_kept=0.25
     )
-    scheduler = make_scheduler(arguments, 60, False)
-    simulation = Simulation(scheduler, 0)
-    simulation.add("a", [7] * 20, 300, None)
-    while scheduler.requests["a"].num_output_tokens < 200:
-        simulation.step()
-    under_pressure(simulation)
+    scheduler, simulation = one_under_pressure(arguments)
     pages = scheduler.relief.pages("a")
     before = dict(pages.aliased)
     assert len(before) > 3
@@ -124,14 +119,20 @@ def test_donors_are_no_prefix_that_all_requests_share(null_pages, monkeypatch):
         arguments = make_engine_args(
             MODEL, null_pages, 60, False, need="nearest-earlier", retired_becomes=becomes, min_kept=0.25
         )
-        scheduler = make_scheduler(arguments, 60, False)
-        simulation = Simulation(scheduler, 0)
-        simulation.add("a", [7] * 20, 300, None)
-        while scheduler.requests["a"].num_output_tokens < 200:
-            simulation.step()
-        under_pressure(simulation)
+        scheduler, _ = one_under_pressure(arguments)
         assert (by_references(scheduler.kv_cache_manager, "a") > [0]) == (becomes == "alias")
         assert scheduler.kv_cache_manager.get_num_common_prefix_blocks("a") == [0]
+
+
+def one_under_pressure(arguments) -> tuple:
+    """A scheduler and its simulation: request a has written 200 tokens, and then given up what it may."""
+    scheduler = make_scheduler(arguments, 60, False)
+    simulation = Simulation(scheduler, 0)
+    simulation.add("a", [7] * 20, 300, None)
+    while scheduler.requests["a"].num_output_tokens < 200:
+        simulation.step()
+    under_pressure(simulation)
+    return scheduler, simulation
 
 
 def under_pressure(simulation: Simulation) -> None:

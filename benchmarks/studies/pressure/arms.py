@@ -43,17 +43,20 @@ def every_arm(reports: list[dict[str, Any]]) -> str:
     loses_answers = reports[0]["variants"][0].get("loss_nats_per_token") is None
     lost_name = "right" if loses_answers else "Δ loss"
     lines = [
-        f"| blocks | arm | steps | modelled GPU | paused | recomputed | given up | {lost_name} |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| blocks | arm | steps | in flight | requests/s, modelled | p50 / p99 of `full`'s p50, modelled | paused | "
+        f"recomputed | given up | {lost_name} |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for blocks, rows in sorted(pools.items()):
-        full = _rate(rows["full"])
+        full, usual = _rate(rows["full"]), rows["full"]["modelled_gpu"]["p50_latency_s"]
         for name, shown in ARMS.items():
             if name in rows:
                 row = rows[name]
                 lost = _percent(row["accuracy"], 1) if loses_answers else f"{_loss(row) - _loss(rows['full']):+.4f}"
+                p50, p99 = (row["modelled_gpu"][f"{at}_latency_s"] / usual for at in ("p50", "p99"))
                 lines.append(
-                    f"| {blocks:,} | {shown} | {row['num_steps']:,} | {_rate(row) / full:.2f} | "
+                    f"| {blocks:,} | {shown} | {row['num_steps']:,} | {row['mean_requests_in_flight']:.1f} | "
+                    f"{_rate(row) / full:.2f} | {p50:.2f} / {p99:.2f} | "
                     f"{row['paused_requests']} | {row['recomputed_tokens']:,.0f} | "
                     f"{_percent(row['shared_block_fraction'])} | {lost} |"
                 )

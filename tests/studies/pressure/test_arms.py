@@ -9,7 +9,10 @@ def result(blocks, **steps):
     rows = [
         {
             "variant": name.replace("_", "-"), "num_steps": count, "loss_nats_per_token": 1 + 1 / count,
-            "modelled_gpu": {"request_throughput_req_s": 1 / count}, "paused_requests": 3, "recomputed_tokens": 1200.0,
+            "modelled_gpu": {
+                "request_throughput_req_s": 1 / count, "p50_latency_s": count / 2, "p99_latency_s": count,
+            },
+            "mean_requests_in_flight": 5.25, "paused_requests": 3, "recomputed_tokens": 1200.0,
             "shared_block_fraction": 0.25,
         }
         for name, count in steps.items()
@@ -22,10 +25,10 @@ def test_arms_of_several_results_stand_in_one_order_by_pool():
         [result(20, aligned=50, full=100), result(10, full=400), result(20, full=100, full_guaranteed=200)]
     )
     assert table.splitlines()[2:] == [
-        "| 10 | `full` (MAX_UTILIZATION) | 400 | 1.00 | 3 | 1,200 | 25 % | +0.0000 |",
-        "| 20 | `full` (MAX_UTILIZATION) | 100 | 1.00 | 3 | 1,200 | 25 % | +0.0000 |",
-        "| 20 | `full` (GUARANTEED_NO_EVICT) | 200 | 0.50 | 3 | 1,200 | 25 % | -0.0050 |",
-        "| 20 | `aligned` | 50 | 2.00 | 3 | 1,200 | 25 % | +0.0100 |",
+        "| 10 | `full` (MAX_UTILIZATION) | 400 | 5.2 | 1.00 | 1.00 / 2.00 | 3 | 1,200 | 25 % | +0.0000 |",
+        "| 20 | `full` (MAX_UTILIZATION) | 100 | 5.2 | 1.00 | 1.00 / 2.00 | 3 | 1,200 | 25 % | +0.0000 |",
+        "| 20 | `full` (GUARANTEED_NO_EVICT) | 200 | 5.2 | 0.50 | 2.00 / 4.00 | 3 | 1,200 | 25 % | -0.0050 |",
+        "| 20 | `aligned` | 50 | 5.2 | 2.00 | 0.50 / 1.00 | 3 | 1,200 | 25 % | +0.0100 |",
     ]
 
 
