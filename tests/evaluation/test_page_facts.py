@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+from trtllm_memshare.evaluation.page_arms import ARMS, FORESEEN, ranking_of
 from trtllm_memshare.evaluation.retirement import Moment
 from trtllm_memshare.search.signatures import SignatureIndex, fields_of_pool, make_projection, page_signatures
 
@@ -36,6 +37,14 @@ def test_attention_by_page_is_the_models(full, tiny_checkpoint):
     np.testing.assert_allclose(facts.attention, expected, rtol=1e-4)
     # 64 queries are 8 pages of 8 tokens.
     np.testing.assert_allclose(facts.recent_attention, by_page[2:10, moment().may_go].mean(0), rtol=1e-4)
+
+
+def test_who_foresees_gives_up_what_is_read_least_from_now_on(full):
+    later = full.facts.attention[10:, moment().may_go].sum(0)
+    pages, _ = ranking_of(ARMS[FORESEEN], full.facts, 0)(moment(), 1)
+    assert pages.tolist() == [moment().may_go[later.argmin()]]
+    pages, _ = ranking_of(ARMS["snapkv"], full.facts, 0)(moment(), 1)
+    assert pages.tolist() != [moment().may_go[later.argmin()]]
 
 
 def test_redundancy_looks_at_later_resident_pages_only(full):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,17 +30,21 @@ class Arm:
       seed: of the draws, beside the text's own.
       redraw: draw anew each time a page has to go, as the published control does: the old have run the risk more
         often. Else each page keeps one number, which thins out old and new pages alike.
+      foresees: attention is that of the queries to come: a bound for rankings, which no engine can serve.
     """
 
     need: str
     compared: str = "k"
     seed: int = 0
     redraw: bool = False
+    foresees: bool = False
 
 
+FORESEEN = "attention-to-come"
 ARMS: dict[str, Arm] = {
     "random": Arm("random", redraw=True),
     "random-once": Arm("random"),
+    FORESEEN: Arm("attention", foresees=True),
     "streaming": Arm("age"),
     "snapkv": Arm("attention"),
     "rkv": Arm("recent-attention-redundancy"),
@@ -97,6 +101,9 @@ def ranking_of(arm: Arm, facts: TextFacts, text_seed: int) -> Choice:
 
     def ranking(moment: Moment) -> np.ndarray:
         now = rng.random(len(draws)).astype(np.float32) if arm.redraw else draws
-        return page_need(arm.need, facts.at(moment, now, arm.compared))
+        known = facts.at(moment, now, arm.compared)
+        if arm.foresees:
+            known = replace(known, recent_attention=facts.to_come(moment))
+        return page_need(arm.need, known)
 
     return lowest_need(ranking)

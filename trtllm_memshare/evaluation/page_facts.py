@@ -57,6 +57,13 @@ class TextFacts:
             draw=draws[pages],
         )
 
+    def to_come(self, moment: Moment) -> np.ndarray:
+        """Attention that each page of ``may_go`` gets from the queries that are not written yet, float32, their sum.
+
+        Nobody who serves knows it.
+        """
+        return self.attention[moment.num_computed // self.tokens_per_block :][:, moment.may_go].sum(0)
+
     def merged(self, count: int) -> TextFacts:
         """The facts of pages ``count`` times as long; what is left over at the end belongs to no page."""
         pages = len(self.surprisal) // count

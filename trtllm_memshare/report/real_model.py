@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.evaluation.page_arms import FORESEEN
 from trtllm_memshare.evaluation.page_study import BY_HEAD, PRESETS
 from trtllm_memshare.evaluation.page_table import (
     BASE,
@@ -40,9 +41,10 @@ LABELS = {
     "paper-null": "`paper`, null page",
     "aligned": "`aligned` preset",
     "attention-by-head": "attention since written, by token and head",
+    FORESEEN: "attention to come, which nobody knows",
     "full": "full cache",
 }
-_NO_RANKINGS = (BASE, "random-once", "full", *PRESETS, BY_HEAD, "paper-alias", "paper-null")
+_NO_RANKINGS = (BASE, "random-once", "full", *PRESETS, BY_HEAD, FORESEEN, "paper-alias", "paper-null")
 RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
 _ON_AXES = (BASE, "attention-redundancy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from trtllm_memshare.evaluation.page_arms import PAIRED, Budget
+from trtllm_memshare.evaluation.page_arms import FORESEEN, PAIRED, Budget
 from trtllm_memshare.evaluation.page_study import BY_HEAD, Task
 
 TEXT_TOKENS = 2048
@@ -16,7 +16,7 @@ MAIN = (
 )  # fmt: skip
 SOME = (
     "snapkv", "streaming", "redundancy-v", "redundancy-signature", "redundancy-recency-signature", "random-once",
-    "aligned", BY_HEAD,
+    "aligned", BY_HEAD, FORESEEN,
 )  # fmt: skip
 """On every fourth text; the first two on every second of the later ones."""
 AXES = ("random", "attention-redundancy")
