@@ -11,6 +11,7 @@ from trtllm_memshare.evaluation.retirement import Moment
 from trtllm_memshare.search.nearest_page import relative_distances_of_rows
 from trtllm_memshare.search.need import PageFacts
 from trtllm_memshare.search.signatures import make_projection
+from trtllm_memshare.search.surprisal import peak_surprisal, summed_surprisal
 
 _CHUNK_TOKENS = 256
 _RECENT_PAGES = 4  # of 16 tokens: the observation window of SnapKV is 64 queries for its largest budgets
@@ -25,7 +26,7 @@ class TextFacts:
         queries, heads and layers.
       cosines: by field (``k``: K without its rotation, ``v``, ``signature``): ``[tokens, pages]``, the largest cosine
         of a token with a token of the page; of K and V the mean over layers and KV heads.
-      surprisal: ``[pages]``, -log p of the page's tokens, summed, in nats.
+      nats: ``[pages, tokens_per_block]``, -log p of each token.
       distance: ``[pages, pages]``, relative distance of whole pages in phase, K and V as stored, the larger of the
         two, mean over layers.
     """
@@ -33,7 +34,7 @@ class TextFacts:
     tokens_per_block: int
     attention: np.ndarray
     cosines: dict[str, np.ndarray]
-    surprisal: np.ndarray
+    nats: np.ndarray
     distance: np.ndarray
 
     def at(self, moment: Moment, draws: np.ndarray, compared: str = "k") -> PageFacts:
@@ -53,7 +54,8 @@ class TextFacts:
             redundancy=self.redundancy(moment, compared),
             attention=(received * later).sum(0) / np.maximum(1, later.sum(0)),
             recent_attention=received[max(0, now - max(1, _RECENT_PAGES * 16 // size)) :].mean(0),
-            surprisal=self.surprisal[pages],
+            surprisal=summed_surprisal(self.nats[pages]),
+            peak=peak_surprisal(self.nats[pages]),
             draw=draws[pages],
         )
 
@@ -66,20 +68,20 @@ class TextFacts:
 
     def merged(self, count: int) -> TextFacts:
         """The facts of pages ``count`` times as long; what is left over at the end belongs to no page."""
-        pages = len(self.surprisal) // count
+        pages = len(self.nats) // count
         used, tokens = pages * count, pages * count * self.tokens_per_block
         square = (pages, count, pages, count)
         return TextFacts(
             self.tokens_per_block * count,
             self.attention[:used, :used].reshape(square).sum(3).mean(1),
             {name: c[:tokens, :used].reshape(tokens, pages, count).max(2) for name, c in self.cosines.items()},
-            self.surprisal[:used].reshape(pages, count).sum(1),
+            self.nats[:used].reshape(pages, -1),
             np.full((pages, pages), np.nan, np.float32),  # of whole pages in phase: not to be had from shorter ones
         )
 
     def redundancy(self, moment: Moment, compared: str) -> np.ndarray:
         """See ``PageFacts``: float32 ``[may_go]``."""
-        by_page = self.cosines[compared].reshape(-1, self.tokens_per_block, len(self.surprisal))
+        by_page = self.cosines[compared].reshape(-1, self.tokens_per_block, len(self.nats))
         cosines = by_page[moment.may_go][:, :, moment.resident]
         earlier = moment.resident <= moment.may_go[:, None]
         return np.where(earlier[:, None], np.float32(-1), cosines).max(2).mean(1)
@@ -153,8 +155,8 @@ class CollectingPass:
         units = {name: torch.cat(layers, 1)[:whole] for name, layers in self._units.items()}
         units["signature"] = signature[:whole].bfloat16()
         cosines = {name: _largest_by_page(unit, size) for name, unit in units.items()}
-        surprisal = losses[:whole].reshape(num_pages, size).sum(1)
-        return TextFacts(size, self._attention.cpu().numpy(), cosines, surprisal, self._distance.cpu().numpy())
+        nats = losses[:whole].reshape(num_pages, size)
+        return TextFacts(size, self._attention.cpu().numpy(), cosines, nats, self._distance.cpu().numpy())
 
 
 def text_signatures(values: list[torch.Tensor], head_dim: int) -> torch.Tensor:

@@ -91,6 +91,8 @@ class MemShareConfig(BaseModel):
         "surprisal-redundancy",
         "surprisal-led-redundancy",
         "surprisal-led-redundancy-recency",
+        "peak-redundancy",
+        "peak-redundancy-recency",
         "attention-surprisal-redundancy",
         "attention",
         "surprisal",

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-WORKERS_FACTS = frozenset({"redundancy", "surprisal", "distance"})
+from trtllm_memshare.search.surprisal import OF_PAGES
+
+WORKERS_FACTS = frozenset({"redundancy", *OF_PAGES, "distance"})
 """Facts of pages, by their names in ``PageFacts``, that only a worker knows."""
 
 
@@ -19,7 +21,10 @@ class PageDistances(NamedTuple):
 
 
 class PageReport(NamedTuple):
-    """What a worker knows of a request's pages, float32 ``[pages]``, NaN = nothing; None = it was not asked."""
+    """What a worker knows of a request's pages, float32 ``[pages]``, NaN = nothing; None = it was not asked.
+
+    ``surprisal``: the sum or the peak, whichever the need reads.
+    """
 
     redundancy: np.ndarray | None = None
     surprisal: np.ndarray | None = None
