@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
-ARMS = ("random", "attention-redundancy", "peak-recency-signature")
+ARMS = ("random", "attention-redundancy", "surprisal-led-recency-signature")
 SHARES = (0.75, 0.5, 0.25)
 
 

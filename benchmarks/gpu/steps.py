@@ -38,7 +38,7 @@ _SANITIZED = ("tests/search", "-k", "sanitizer")
 _HARNESS = [str(PLUGINS / "plugin_harness"), str(PLUGINS / "libtrtllm_memshare_plugin.so"), "--gpu", "require"]
 _HELD = r"\d+ of \d+ checks held"
 _DECISIVE = (
-    "random", "attention-redundancy", "attention-redundancy-recency", "peak-recency-signature",
+    "random", "attention-redundancy", "attention-redundancy-recency", "surprisal-led-recency-signature",
     "surprisal-led-signature", "redundancy-signature", "paper-null",
 )  # fmt: skip
 _PROCESSES = 12  # that share the device where most of the work is the host's

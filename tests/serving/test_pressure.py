@@ -342,7 +342,7 @@ def test_what_cannot_be_served_is_refused():
         make_config("pressure", high_watermark=0.5)
     with pytest.raises(UserError, match="preset pressure"):
         make_config("aligned", pressure=True)
-    with pytest.raises(UserError, match="retired_becomes alias with need peak-redundancy-recency"):
+    with pytest.raises(UserError, match="retired_becomes alias with need surprisal-led-redundancy-recency"):
         make_config("pressure", retired_becomes="alias")
     paper = make_config("pressure", need="nearest-earlier", retired_becomes="alias")
     with pytest.raises(UserError, match="need nearest-earlier reads K and V of pages, got a runner that does not show"):

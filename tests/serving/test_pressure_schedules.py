@@ -27,8 +27,8 @@ SIZE = 8
 MAX_LEN = 40 * SIZE
 BOUNDARIES = BoundaryTokens.from_texts(["a", "b", "\n", ". ", *(f"w{i}" for i in range(VOCAB_SIZE - 4))])
 OPERATIONS = int(os.environ.get("MEMSHARE_SCHEDULE_OPERATIONS", "5000"))
-_READ_THE_POOL = ("peak-redundancy-recency", "redundancy", "redundancy-recency", "nearest-earlier")
-_NEEDS = ("age", "random", "surprisal", "peak-redundancy-recency", "nearest-earlier", *_READ_THE_POOL)
+_READ_THE_POOL = ("surprisal-led-redundancy-recency", "redundancy", "redundancy-recency", "nearest-earlier")
+_NEEDS = ("age", "random", "surprisal", "surprisal-led-redundancy-recency", "nearest-earlier", *_READ_THE_POOL)
 MOST_REQUESTS = 8
 OPERATIONS_AN_EXAMPLE = 500
 """Steps of the executor, for the most part: every request is followed to its end."""

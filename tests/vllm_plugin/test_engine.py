@@ -52,7 +52,7 @@ def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def memshare(null_pages: str) -> dict[str, Any]:
-    return run("memshare", null_pages, "peak-redundancy-recency", "8")
+    return run("memshare", null_pages, "surprisal-led-redundancy-recency", "8")
 
 
 def test_with_room_tokens_are_those_of_vllm_bit_by_bit(null_pages, memshare):
@@ -63,7 +63,9 @@ def test_with_room_tokens_are_those_of_vllm_bit_by_bit(null_pages, memshare):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(memshare, null_pages, num_ranks):
     """Two ranks: vLLM's tensor parallelism, two workers with half of the heads each, over gloo."""
-    pressure = (memshare if num_ranks == 1 else run("ranks", null_pages, "peak-redundancy-recency"))["pressure"]
+    pressure = (memshare if num_ranks == 1 else run("ranks", null_pages, "surprisal-led-redundancy-recency"))[
+        "pressure"
+    ]
     assert pressure["retired"] >= 20
     assert pressure["requests_retired_from"] >= 5
     assert pressure["band_moves"] > 0

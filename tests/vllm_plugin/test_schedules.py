@@ -47,7 +47,7 @@ def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, prefix_caching, admission):
     retired = null_reads = shared_reads = 0
     for seed in range(NUM_SEEDS):
-        need = ("age", "random", "peak-redundancy-recency")[seed % 3]
+        need = ("age", "random", "surprisal-led-redundancy-recency")[seed % 3]
         arguments = make_engine_args(
             MODEL, null_pages, NUM_BLOCKS, prefix_caching, need=need, admission=admission, min_kept=0.25
         )

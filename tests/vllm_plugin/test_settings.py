@@ -17,7 +17,7 @@ def test_settings_come_from_additional_config_or_from_a_file(tmp_path):
     assert given == load_settings({}, environment)
     assert given.memshare.pressure
     assert given.memshare.min_kept == 0.25
-    assert given.memshare.need == "peak-redundancy-recency"
+    assert given.memshare.need == "surprisal-led-redundancy-recency"
     assert given.options.admission == "vllm"
     with pytest.raises(UserError, match=r"given twice.*keep one"):
         load_settings({"memshare": values}, environment)

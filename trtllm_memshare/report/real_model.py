@@ -52,7 +52,7 @@ _HALF = Setting()
 _ON_AXES = (BASE, "attention-redundancy")
 _BEST = "attention-redundancy-recency"
 """For the next word; with a quarter kept too."""
-_BY_POSITION = (BASE, "attention-redundancy", "peak-recency-signature")
+_BY_POSITION = (BASE, "attention-redundancy", "surprisal-led-recency-signature")
 
 
 def main_table(rows: list[Row], setting: Setting = _HALF) -> str:

@@ -159,7 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pressure": {
         "preset": "pressure",
         "pressure": True,
-        "need": "peak-redundancy-recency",
+        "need": "surprisal-led-redundancy-recency",
         "retired_becomes": "null",
         "protected_tokens": 128,
         "protected_steps": 0,

@@ -284,7 +284,7 @@ def open_pressure(
     if "attention" in need.facts and not getattr(runner, "reports_attention", False):
         raise UserError(
             f"need {config.need} reads attention, got a runner whose kernels do not report it (take "
-            f"peak-redundancy-recency, redundancy, age or random, or the torch runner on a CPU)"
+            f"surprisal-led-redundancy-recency, redundancy, age or random, or the torch runner on a CPU)"
         )
     ledger = PageLedger(need, manager.tokens_per_block, manager.pool.num_blocks, config.control_seed, source)
     pool = getattr(runner, "pool", None)

@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 MAIN = (
-    "full", "peak-recency-signature", "surprisal-led-signature", "redundancy-signature",
+    "full", "surprisal-led-recency-signature", "surprisal-led-signature", "redundancy-signature",
     "redundancy-recency-signature", "random-once", "paper-alias", "aligned",
 )  # fmt: skip
 

@@ -12,7 +12,6 @@ TEXT_TOKENS = 2048
 MAIN = (
     "random", "attention-redundancy", "attention-redundancy-recency",
     "redundancy-k", "surprisal-redundancy", "surprisal-led-signature", "surprisal-led-recency-signature",
-    "peak-recency-signature",
     "attention-surprisal-redundancy", "rkv", *PAIRED,
 )  # fmt: skip
 SOME = (
@@ -26,7 +25,7 @@ ALL_ARMS_UNTIL = 16
 """Texts after these have fewer arms, so that there can be more of them."""
 LATER = (
     "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
-    "surprisal-led-recency-signature", "peak-recency-signature",
+    "surprisal-led-recency-signature",
     "redundancy-signature", "redundancy-recency-signature", *PAIRED,
 )  # fmt: skip
 

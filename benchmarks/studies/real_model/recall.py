@@ -23,8 +23,8 @@ except ModuleNotFoundError as error:
 ARMS = (
     "full", "random", "redundancy-k", "redundancy-signature", "redundancy-recency-signature", "attention-redundancy",
     "attention-redundancy-recency", "surprisal-redundancy", "surprisal-led-signature",
-    "surprisal-led-recency-signature", "peak-recency-signature", "attention-surprisal-redundancy", "rkv",
-    "streaming", "paper-null", "paper-alias",
+    "surprisal-led-recency-signature", "attention-surprisal-redundancy", "rkv", "streaming", "paper-null",
+    "paper-alias",
 )  # fmt: skip
 
 
