@@ -225,4 +225,4 @@ def _no_facts(pages: int):
 
     zeros = np.zeros((pages, pages), np.float32)
     cosines = {"k": np.zeros((pages * 16, pages), np.float32)}
-    return TextFacts(16, zeros, cosines, np.zeros((pages, 16), np.float32), zeros)
+    return TextFacts(16, zeros, cosines, np.zeros(pages, np.float32), zeros)

@@ -80,8 +80,8 @@ def test_signatures_are_those_of_serving(full):
 
 def test_merged_pages(full):
     merged = full.facts.merged(2)
-    assert (merged.tokens_per_block, merged.nats.shape) == (2 * SIZE, (PAGES // 2, 2 * SIZE))
-    assert merged.nats.sum() == pytest.approx(full.facts.nats.sum(), rel=1e-4)
+    assert (merged.tokens_per_block, merged.surprisal.shape) == (2 * SIZE, (PAGES // 2,))
+    assert merged.surprisal.sum() == pytest.approx(full.facts.surprisal.sum(), rel=1e-4)
     sums = full.facts.attention.sum(1).reshape(-1, 2).mean(1)
     np.testing.assert_allclose(merged.attention.sum(1), sums, rtol=1e-4)
     token, page = 5, 4

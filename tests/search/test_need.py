@@ -19,7 +19,6 @@ ALL = facts(
     attention=[0.02, 0.01, 0.04],
     recent_attention=[0.3, 0.1, 0.2],
     surprisal=[5.0, 20.0, 10.0],
-    peak=[2.0, 9.0, 5.0],
     draw=[0.5, 0.7, 0.2],
     distance=[np.inf, 1.1, 0.4],
 )
@@ -41,8 +40,6 @@ ALL = facts(
         ("surprisal-redundancy", [0, 2, 1]),
         ("surprisal-led-redundancy", [0, 2, 1]),
         ("surprisal-led-redundancy-recency", [0, 2, 1]),
-        ("peak-redundancy", [0, 2, 1]),
-        ("peak-redundancy-recency", [0, 2, 1]),
         ("attention-surprisal-redundancy", [0, 1, 2]),
     ],
 )
@@ -53,8 +50,8 @@ def test_who_goes_first(name, order):
 
 
 def test_every_formula_is_tested_above_and_takes_no_pages():
-    assert len(NEEDS) == 16
-    empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(7)))
+    assert len(NEEDS) == 14
+    empty = PageFacts(np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(6)))
     assert all(len(page_need(name, empty)) == 0 for name in NEEDS)
 
 
@@ -72,7 +69,7 @@ def test_recency_keeps_a_new_page_that_is_a_little_more_redundant_and_not_one_th
 
 
 def test_beside_surprisal_a_page_far_back_is_hardly_needed_less_than_one_still_farther():
-    many = PageFacts(np.arange(4, 404, dtype=np.int32), *(np.zeros(400, np.float32) for _ in range(7)))
+    many = PageFacts(np.arange(4, 404, dtype=np.int32), *(np.zeros(400, np.float32) for _ in range(6)))
     need = page_need("surprisal-led-redundancy-recency", many)
     assert need[[0, -1]] == pytest.approx([0, 0.2])
     assert (np.diff(need) > 0).all()

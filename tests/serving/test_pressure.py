@@ -321,7 +321,6 @@ def test_surprisal_of_a_page_adds_up_over_its_tokens():
         State.tokens = [*State.tokens, token]
     facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]), 2)
     np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
-    assert facts.peak is None
 
 
 def test_attention_starts_anew_in_a_block_that_was_freed():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.search.surprisal import OF_PAGES
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
 from trtllm_memshare.vllm.update import MemShareUpdate
@@ -45,11 +44,10 @@ class Runner:
         self.sampler.forward(logits, None)
 
 
-@pytest.mark.parametrize("fact", ["surprisal", "peak"])
-def test_a_page_has_the_surprisal_of_its_own_tokens_and_no_others(fact):
+def test_a_page_has_the_surprisal_of_its_own_tokens_and_no_others():
     """Prompt of 3 tokens in block 5, then 6 tokens: one row among others, in changing places."""
     runner = Runner()
-    surprisal = SampledSurprisal(runner, BLOCKS * SIZE, SIZE, "0.32", OF_PAGES[fact])
+    surprisal = SampledSurprisal(runner, BLOCKS * SIZE, SIZE, "0.32")
     table = [5, 2, 9]
     slots = [table[p // SIZE] * SIZE + p % SIZE for p in range(9)]
     draw = torch.Generator().manual_seed(0)
@@ -61,11 +59,9 @@ def test_a_page_has_the_surprisal_of_its_own_tokens_and_no_others(fact):
         other = [[40 + step % 4]]
         runner.step([chunk, *other] if row == 0 else [*other, chunk], logits)
     # Token 3 was chosen by the first step; page 1 holds tokens 4 to 7.
-    share = 1 if fact == "surprisal" else 1 / SIZE
-    assert surprisal.of_pages(table, [1])[0] == pytest.approx(sum(nats[1:5]) * share, rel=1e-5)
+    assert surprisal.of_pages(table, [1])[0] == pytest.approx(sum(nats[1:5]), rel=1e-5)
     # Its neighbour is retired, so the choice of its first token is not known any more.
-    share = 4 / 3 if fact == "surprisal" else 1 / SIZE
-    assert surprisal.of_pages([0, 2, 9], [1])[0] == pytest.approx(sum(nats[2:5]) * share, rel=1e-5)
+    assert surprisal.of_pages([0, 2, 9], [1])[0] == pytest.approx(sum(nats[2:5]) * 4 / 3, rel=1e-5)
     # The blocks go to a request that reads its text: what was there is gone.
     runner.step([slots[4:8]], torch.randn(1, VOCABULARY, generator=draw))
     assert np.isnan(surprisal.of_pages(table, [1])[0])
@@ -73,7 +69,7 @@ def test_a_page_has_the_surprisal_of_its_own_tokens_and_no_others(fact):
 
 def test_what_vllm_discards_and_what_had_no_probability_is_not_known():
     runner = Runner()
-    surprisal = SampledSurprisal(runner, BLOCKS * SIZE, SIZE, "0.32", OF_PAGES["surprisal"])
+    surprisal = SampledSurprisal(runner, BLOCKS * SIZE, SIZE, "0.32")
     for slot in range(7):
         logits = torch.zeros(1, VOCABULARY)
         if slot == 5:
@@ -98,4 +94,4 @@ def test_a_runner_without_a_sampler_is_refused_by_name():
     runner = Runner()
     del runner.sampler
     with pytest.raises(UserError, match=r"0\.33's Runner has no sampler.*choose need redundancy"):
-        SampledSurprisal(runner, 8, SIZE, "0.33", OF_PAGES["peak"])
+        SampledSurprisal(runner, 8, SIZE, "0.33")

@@ -58,8 +58,6 @@ ARMS: dict[str, Arm] = {
     "surprisal-redundancy-signature": Arm("surprisal-redundancy", "signature"),
     "surprisal-led-signature": Arm("surprisal-led-redundancy", "signature"),
     "surprisal-led-recency-signature": Arm("surprisal-led-redundancy-recency", "signature"),
-    "peak-signature": Arm("peak-redundancy", "signature"),
-    "peak-recency-signature": Arm("peak-redundancy-recency", "signature"),
     "attention-redundancy-signature": Arm("attention-redundancy", "signature"),
     "attention-surprisal-redundancy": Arm("attention-surprisal-redundancy"),
 }
@@ -99,7 +97,7 @@ def retire(
 def ranking_of(arm: Arm, facts: TextFacts, text_seed: int) -> Choice:
     """How an arm chooses; ``text_seed``: see ``retire``."""
     rng = np.random.default_rng((arm.seed, text_seed))
-    draws = rng.random(len(facts.nats)).astype(np.float32)
+    draws = rng.random(len(facts.surprisal)).astype(np.float32)
 
     def ranking(moment: Moment) -> np.ndarray:
         now = rng.random(len(draws)).astype(np.float32) if arm.redraw else draws

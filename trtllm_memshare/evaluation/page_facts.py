@@ -11,7 +11,6 @@ from trtllm_memshare.evaluation.retirement import Moment
 from trtllm_memshare.search.nearest_page import relative_distances_of_rows
 from trtllm_memshare.search.need import PageFacts
 from trtllm_memshare.search.signatures import make_projection
-from trtllm_memshare.search.surprisal import peak_surprisal, summed_surprisal
 
 _CHUNK_TOKENS = 256
 _RECENT_PAGES = 4  # of 16 tokens: the observation window of SnapKV is 64 queries for its largest budgets
@@ -26,7 +25,7 @@ class TextFacts:
         queries, heads and layers.
       cosines: by field (``k``: K without its rotation, ``v``, ``signature``): ``[tokens, pages]``, the largest cosine
         of a token with a token of the page; of K and V the mean over layers and KV heads.
-      nats: ``[pages, tokens_per_block]``, -log p of each token.
+      surprisal: ``[pages]``, -log p of the page's tokens, summed, in nats.
       distance: ``[pages, pages]``, relative distance of whole pages in phase, K and V as stored, the larger of the
         two, mean over layers.
     """
@@ -34,7 +33,7 @@ class TextFacts:
     tokens_per_block: int
     attention: np.ndarray
     cosines: dict[str, np.ndarray]
-    nats: np.ndarray
+    surprisal: np.ndarray
     distance: np.ndarray
 
     def at(self, moment: Moment, draws: np.ndarray, compared: str = "k") -> PageFacts:
@@ -54,8 +53,7 @@ class TextFacts:
             redundancy=self.redundancy(moment, compared),
             attention=(received * later).sum(0) / np.maximum(1, later.sum(0)),
             recent_attention=received[max(0, now - max(1, _RECENT_PAGES * 16 // size)) :].mean(0),
-            surprisal=summed_surprisal(self.nats[pages]),
-            peak=peak_surprisal(self.nats[pages]),
+            surprisal=self.surprisal[pages],
             draw=draws[pages],
         )
 
@@ -68,20 +66,20 @@ class TextFacts:
 
     def merged(self, count: int) -> TextFacts:
         """The facts of pages ``count`` times as long; what is left over at the end belongs to no page."""
-        pages = len(self.nats) // count
+        pages = len(self.surprisal) // count
         used, tokens = pages * count, pages * count * self.tokens_per_block
         square = (pages, count, pages, count)
         return TextFacts(
             self.tokens_per_block * count,
             self.attention[:used, :used].reshape(square).sum(3).mean(1),
             {name: c[:tokens, :used].reshape(tokens, pages, count).max(2) for name, c in self.cosines.items()},
-            self.nats[:used].reshape(pages, -1),
+            self.surprisal[:used].reshape(pages, count).sum(1),
             np.full((pages, pages), np.nan, np.float32),  # of whole pages in phase: not to be had from shorter ones
         )
 
     def redundancy(self, moment: Moment, compared: str) -> np.ndarray:
         """See ``PageFacts``: float32 ``[may_go]``."""
-        by_page = self.cosines[compared].reshape(-1, self.tokens_per_block, len(self.nats))
+        by_page = self.cosines[compared].reshape(-1, self.tokens_per_block, len(self.surprisal))
         cosines = by_page[moment.may_go][:, :, moment.resident]
         earlier = moment.resident <= moment.may_go[:, None]
         return np.where(earlier[:, None], np.float32(-1), cosines).max(2).mean(1)
@@ -155,8 +153,8 @@ class CollectingPass:
         units = {name: torch.cat(layers, 1)[:whole] for name, layers in self._units.items()}
         units["signature"] = signature[:whole].bfloat16()
         cosines = {name: _largest_by_page(unit, size) for name, unit in units.items()}
-        nats = losses[:whole].reshape(num_pages, size)
-        return TextFacts(size, self._attention.cpu().numpy(), cosines, nats, self._distance.cpu().numpy())
+        surprisal = losses[:whole].reshape(num_pages, size).sum(1)
+        return TextFacts(size, self._attention.cpu().numpy(), cosines, surprisal, self._distance.cpu().numpy())
 
 
 def text_signatures(values: list[torch.Tensor], head_dim: int) -> torch.Tensor:

@@ -33,8 +33,6 @@ LABELS = {
     "surprisal-redundancy": "surprisal, redundancy of K",
     "surprisal-led-signature": "surprisal, redundancy from signatures",
     "surprisal-led-recency-signature": "surprisal, redundancy from signatures, recency",
-    "peak-signature": "peak surprisal, redundancy from signatures",
-    "peak-recency-signature": "peak surprisal, redundancy from signatures, recency",
     "attention-surprisal-redundancy": "attention, surprisal, redundancy of K",
     "rkv": "R-KV by page",
     "snapkv": "SnapKV by page",

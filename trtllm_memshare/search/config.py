@@ -91,8 +91,6 @@ class MemShareConfig(BaseModel):
         "surprisal-redundancy",
         "surprisal-led-redundancy",
         "surprisal-led-redundancy-recency",
-        "peak-redundancy",
-        "peak-redundancy-recency",
         "attention-surprisal-redundancy",
         "attention",
         "surprisal",

@@ -22,8 +22,6 @@ _MIDDLING = 0.5  # importance of a page, on the scale of the most important one,
 LED_WEIGHT = 0.25
 """Of surprisal against redundancy from signatures, whose cosines spread wider than those of whole keys. Chosen on ten
 texts that are in no table: they keep 0.97 of the pages of facts stated once, 0.91 with a tenth."""
-PEAK_WEIGHT = 0.4
-"""Of peak surprisal against redundancy from signatures. Chosen on 62 texts that are in no table."""
 RECENCY_WEIGHT = 0.05  # of the newest page that may go, above the oldest
 LED_RECENCY_WEIGHT = 0.2
 """Of the newest page above the oldest beside surprisal and redundancy from signatures, by the logarithm of the age.
@@ -45,7 +43,6 @@ class PageFacts:
       attention: float32, mean attention that the page got from each query since it was written, over layers and heads.
       recent_attention: float32, the same from the last queries only (SnapKV's observation window).
       surprisal: float32, -log p of the page's tokens when they were sampled, summed, in nats.
-      peak: float32, mean of the largest four of them (see ``search/surprisal.py``).
       draw: float32 in [0, 1), a number drawn for each page.
       distance: float32, of the page to the earlier one that would be read in its place, as stored and relative (see
         ``nearest_page``); inf = there is none.
@@ -56,7 +53,6 @@ class PageFacts:
     attention: np.ndarray | None = None
     recent_attention: np.ndarray | None = None
     surprisal: np.ndarray | None = None
-    peak: np.ndarray | None = None
     draw: np.ndarray | None = None
     distance: np.ndarray | None = None
 
@@ -139,14 +135,6 @@ def _led_with_recency(surprisal: np.ndarray, redundancy: np.ndarray, position: n
     return _led_by_surprisal(surprisal, redundancy) + LED_RECENCY_WEIGHT * _nearness(position)
 
 
-def _peak_led(peak: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
-    return _with_redundancy(peak, redundancy, PEAK_WEIGHT)
-
-
-def _peak_led_with_recency(peak: np.ndarray, redundancy: np.ndarray, position: np.ndarray) -> np.ndarray:
-    return _peak_led(peak, redundancy) + LED_RECENCY_WEIGHT * _nearness(position)
-
-
 def _both_with_redundancy(attention: np.ndarray, surprisal: np.ndarray, redundancy: np.ndarray) -> np.ndarray:
     return _with_redundancy(_relative(attention) + _relative(surprisal), redundancy)
 
@@ -165,7 +153,5 @@ NEEDS: dict[str, Need] = {
     "surprisal-redundancy": Need(("surprisal", "redundancy"), _with_redundancy),
     "surprisal-led-redundancy": Need(("surprisal", "redundancy"), _led_by_surprisal),
     "surprisal-led-redundancy-recency": Need(("surprisal", "redundancy", "position"), _led_with_recency),
-    "peak-redundancy": Need(("peak", "redundancy"), _peak_led),
-    "peak-redundancy-recency": Need(("peak", "redundancy", "position"), _peak_led_with_recency),
     "attention-surprisal-redundancy": Need(("attention", "surprisal", "redundancy"), _both_with_redundancy),
 }

@@ -6,6 +6,7 @@ that a pool with room costs nothing; surprisal and attention have to be taken wh
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,10 +15,9 @@ import numpy as np
 from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import Need, PageFacts
-from trtllm_memshare.search.surprisal import OF_PAGES, PageSurprisal
 from trtllm_memshare.serving.request import RequestState
 
-_MEASURED = ("position", "draw", *OF_PAGES, "attention", "redundancy", "distance")
+_MEASURED = ("position", "draw", "surprisal", "attention", "redundancy", "distance")
 
 
 class PageSource(Protocol):
@@ -67,9 +67,8 @@ class PageLedger:
         self._facts, self._size, self._seed = need.facts, tokens_per_block, seed
         self._source = source
         self.observes_attention = "attention" in need.facts
-        self._of_tokens = next((fact for fact in OF_PAGES if fact in need.facts), None)
-        self.observes_tokens = self._of_tokens is not None
-        self._surprisal: dict[int, PageSurprisal] = {}
+        self.observes_tokens = "surprisal" in need.facts
+        self._surprisal: defaultdict[int, list[float]] = defaultdict(list)  # lists: a token at a time is added
         self._attention = np.zeros(num_blocks, np.float64)
         self._queries = np.zeros(num_blocks, np.int64)
         self._generation = np.zeros(num_blocks, np.int32)
@@ -81,7 +80,10 @@ class PageLedger:
           log_probs: of each request's token, in nats.
         """
         for state, log_prob in zip(states, log_probs, strict=True):
-            self._of_request(state.request_id).add(len(state.tokens), -log_prob)
+            page, of_pages = len(state.tokens) // self._size, self._surprisal[state.request_id]
+            if page >= len(of_pages):
+                of_pages.extend([0.0] * (page + 1 - len(of_pages)))
+            of_pages[page] -= log_prob
 
     def observe_attention(self, attention: np.ndarray | None, generations: np.ndarray) -> None:
         """Takes one step's attention.
@@ -113,20 +115,19 @@ class PageLedger:
         """
         read = self._facts
         last = int(pages.max(initial=0))
-        attention = draw = None
-        measured: dict[str, np.ndarray] = {}
-        if self._of_tokens is not None:
+        surprisal = attention = draw = None
+        if "surprisal" in read:
             surprisal = np.zeros(last + 1, np.float32)  # what nobody generated surprised nobody
-            known = self._of_request(request_id).values[: last + 1]
+            known = self._surprisal[request_id][: last + 1]
             surprisal[: len(known)] = known
-            measured[self._of_tokens] = surprisal[pages]
+            surprisal = surprisal[pages]
         if "attention" in read:
             attention = (self._attention[blocks] / np.maximum(self._queries[blocks], 1)).astype(np.float32)
         if "draw" in read:
             draw = np.random.default_rng([self._seed, request_id]).random(last + 1, np.float32)[pages]
-        if self._source is not None:
-            measured[self._source.fact] = self._source.measure(request_id, pages, limit)
-        return PageFacts(pages, attention=attention, draw=draw, **measured)
+        source = self._source
+        measured = {} if source is None else {source.fact: source.measure(request_id, pages, limit)}
+        return PageFacts(pages, attention=attention, surprisal=surprisal, draw=draw, **measured)
 
     def donors(self, request_id: int) -> Mapping[int, int]:
         """Pages that could be read in place of those last asked about, by page, in the order in which these go."""
@@ -136,11 +137,6 @@ class PageLedger:
         """Pages of a request have gone, int32 ``[n]``."""
         if self._source is not None:
             self._source.retired(request_id, pages)
-
-    def _of_request(self, request_id: int) -> PageSurprisal:
-        if request_id not in self._surprisal:
-            self._surprisal[request_id] = PageSurprisal(str(self._of_tokens), self._size)
-        return self._surprisal[request_id]
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""

@@ -6,9 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trtllm_memshare.search.surprisal import OF_PAGES
-
-WORKERS_FACTS = frozenset({"redundancy", *OF_PAGES, "distance"})
+WORKERS_FACTS = frozenset({"redundancy", "surprisal", "distance"})
 """Facts of pages, by their names in ``PageFacts``, that only a worker knows."""
 
 
@@ -21,10 +19,7 @@ class PageDistances(NamedTuple):
 
 
 class PageReport(NamedTuple):
-    """What a worker knows of a request's pages, float32 ``[pages]``, NaN = nothing; None = it was not asked.
-
-    ``surprisal``: the sum or the peak, whichever the need reads.
-    """
+    """What a worker knows of a request's pages, float32 ``[pages]``, NaN = nothing; None = it was not asked."""
 
     redundancy: np.ndarray | None = None
     surprisal: np.ndarray | None = None

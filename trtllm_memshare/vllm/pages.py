@@ -115,12 +115,10 @@ class RequestPages:
           limit: most pages that go now.
         """
         last = int(pages[-1]) + 1 if len(pages) else 0
-        surprisal = _known(self._surprisal, pages)
         return PageFacts(
             position=pages,
             redundancy=_known(self._redundancy, pages),
-            surprisal=surprisal,
-            peak=surprisal,  # a worker reports the one that the need reads
+            surprisal=_known(self._surprisal, pages),
             draw=draws.random(last, np.float32)[pages],
             distance=self._pairs.measure(pages, limit) if self._max_aliases else None,
         )

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trtllm_memshare.errors import UserError, describe_validation_error, read_text, shorten
 from trtllm_memshare.json_input import check_known_keys, parse_json
 from trtllm_memshare.search.config import PRESETS, MemShareConfig, parse_config
-from trtllm_memshare.search.need import NEEDS, find_need
+from trtllm_memshare.search.need import find_need
 
 CONFIG_VARIABLE = "VLLM_MEMSHARE_CONFIG"
 """Environment variable with the path of a JSON file; vLLM hands variables that start with VLLM on to its workers."""
@@ -81,12 +81,12 @@ def parse_settings(values: object, where: str) -> VllmSettings:
             "with vLLM retired_becomes must be null, or alias with need nearest-earlier, got dropped (its kernels read "
             "every entry)"
         )
-    unknown = {"attention", "recent_attention"}
-    if unknown & set(find_need(config.need).facts):
-        told = [name for name, need in NEEDS.items() if not unknown & set(need.facts)]
+    facts = find_need(config.need).facts
+    if {"attention", "recent_attention"} & set(facts):
         raise UserError(
-            f"need must be one that vLLM can tell, got {config.need} (take {', '.join(told)}: its kernels do not "
-            f"report attention)"
+            f"need must be one that vLLM can tell, got {config.need} (take surprisal-led-redundancy-recency, "
+            f"surprisal-led-redundancy, surprisal-redundancy, surprisal, redundancy, redundancy-recency, "
+            f"nearest-earlier, age or random: its kernels do not report attention)"
         )
     try:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})

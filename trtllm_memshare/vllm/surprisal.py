@@ -7,7 +7,6 @@ what vLLM keeps through condensing, preemption and resume; rows of a batch are n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 
 from trtllm_memshare.errors import UserError
 
-OfTokens = Callable[[np.ndarray], np.ndarray]
 _ROWS = 64  # of logits that are looked at together where they can be: vLLM has planned its memory without them
 
 
@@ -26,13 +24,12 @@ class SampledSurprisal:
       runner: vLLM's model runner V1; its sampler is wrapped.
       num_slots: of the pool, blocks times tokens.
       version: of vLLM, for errors.
-      of_tokens: what becomes of a page's tokens, see ``search/surprisal.py``.
 
     Raises:
       UserError: the runner lacks a part that is read.
     """
 
-    def __init__(self, runner: Any, num_slots: int, block_size: int, version: str, of_tokens: OfTokens) -> None:
+    def __init__(self, runner: Any, num_slots: int, block_size: int, version: str) -> None:
         table = runner.input_batch.block_table[0]
         parts = ("sampler", "query_start_loc", "discard_request_mask")
         for owner, name in (*((runner, part) for part in parts), (table, "slot_mapping")):
@@ -41,23 +38,25 @@ class SampledSurprisal:
                     f"vLLM {version}'s {type(owner).__name__} has no {name}, from which MemShare learns how likely "
                     f"tokens were (choose need redundancy)"
                 )
-        self._runner, self._block_size, self._of_tokens = runner, block_size, of_tokens
+        self._runner, self._block_size = runner, block_size
         self._nats = torch.full((num_slots + 1,), torch.nan, device=runner.device)  # one more for padding slots
         # Kept from step to step: to get so much memory anew takes longer than to fill it.
         self._room = torch.empty(0, device=runner.device)
         runner.sampler.forward = self._watch(runner.sampler.forward)
 
     def of_pages(self, block_ids: list[int], pages: list[int]) -> np.ndarray:
-        """Surprisal of full generated pages, float32 ``[pages]`` in nats. NaN = of most tokens nothing is known.
+        """Surprisal of full generated pages, summed over their tokens, float32 ``[pages]`` in nats.
 
-        Not known is the first token of a page whose neighbour is retired, or what was computed again after a pause.
+        A token whose value is not known counts as the page's mean: the first one of a page whose neighbour is retired,
+        or some that were computed again after a pause. NaN = of most tokens nothing is known.
         """
         size = self._block_size
         positions = np.array(pages)[:, None] * size + np.arange(size) - 1  # of the queries that chose the tokens
         slots = np.array(block_ids)[positions // size] * size + positions % size
-        values = self._nats[torch.from_numpy(slots).to(self._nats.device)].cpu().numpy()
-        values[np.isfinite(values).sum(1) * 2 < size] = np.nan
-        return self._of_tokens(values)
+        values = self._nats[torch.from_numpy(slots).to(self._nats.device)]
+        values[~values.isfinite()] = torch.nan
+        values[values.isfinite().sum(1) * 2 < size] = torch.nan
+        return (values.nanmean(1) * size).cpu().numpy()
 
     def _watch(self, original: Any) -> Any:
         @functools.wraps(original)

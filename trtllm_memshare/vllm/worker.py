@@ -17,7 +17,6 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
-from trtllm_memshare.search.surprisal import OF_PAGES
 from trtllm_memshare.vllm import V2_VARIABLE
 from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import open_signatures
@@ -104,9 +103,8 @@ class MemShareWorker(PlatformWorker):
         layers, signatures, surprisal = attention_layers(runner), None, None
         if "redundancy" in read:  # tries a block out that becomes a null page below
             signatures = open_signatures(runner.device, layers, cache.num_blocks, block_size, null_blocks[0])
-        for fact in read.intersection(OF_PAGES):  # one at most
-            num_slots = cache.num_blocks * block_size
-            surprisal = SampledSurprisal(runner, num_slots, block_size, vllm.__version__, OF_PAGES[fact])
+        if "surprisal" in read:
+            surprisal = SampledSurprisal(runner, cache.num_blocks * block_size, block_size, vllm.__version__)
         if "distance" in read:  # this too, and no need reads both
             self._reports = DistanceReports(open_cache_pages(layers, block_size, null_blocks[0]))
         elif read:
