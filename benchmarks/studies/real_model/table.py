@@ -19,6 +19,7 @@ try:
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
+    from trtllm_memshare.evaluation.page_arms import Budget
     from trtllm_memshare.evaluation.page_study import Task, compute_rows
     from trtllm_memshare.evaluation.real_rows import RowFile
     from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=120, help="most texts (default: %(default)s)")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", help="only these, at half of the pages kept (default: the study's)")
+    parser.add_argument("--arms", nargs="+", help="only these, at --min-kept (default: the study's)")
+    parser.add_argument("--min-kept", type=float, default=0.5, help="of --arms (default: %(default)s)")
     parser.add_argument("--every-arm", action="store_true", help="of every text (default: the study's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="every Nth text from the Ith")
@@ -44,7 +46,8 @@ def main() -> None:
     replay = MaskedReplay(arguments.model_dir, arguments.compute, arguments.device)
     texts = islice(enumerate(token_texts(read_traces(), tokenizer, arguments.tokens)), arguments.texts)
     shard, num_shards = arguments.shard
-    chosen = every_task() if arguments.every_arm else [Task(arm) for arm in arguments.arms or ()]
+    budget = Budget(arguments.min_kept)
+    chosen = every_task() if arguments.every_arm else [Task(arm, budget) for arm in arguments.arms or ()]
     wanted = ((text, chosen or tasks_of(index)) for index, text in texts if index % num_shards == shard)
     rows, started = RowFile(arguments.output), time.monotonic()
 
