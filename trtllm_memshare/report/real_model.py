@@ -48,8 +48,6 @@ _NO_RANKINGS = (BASE, "random-once", "full", *PRESETS, BY_HEAD, FORESEEN, "paper
 RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
 _ON_AXES = (BASE, "attention-redundancy")
-_BEST = "attention-redundancy-recency"
-"""For the next word; with a quarter kept too."""
 _BY_POSITION = (BASE, "attention-redundancy", "surprisal-led-recency-signature")
 
 
@@ -81,7 +79,7 @@ def long_table(rows: list[Row], tokens: int) -> str:
 
 
 def axes_table(rows: list[Row]) -> str:
-    """Other shares kept and longer pages."""
+    """Other shares kept and longer pages, each arm beside random pages on its own texts."""
     lines = [
         "| kept | tokens a page | what goes | texts | Δ loss | KL | against random pages | p |",
         "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -91,11 +89,8 @@ def axes_table(rows: list[Row]) -> str:
         setting = Setting(kept, size, tokens)
         if setting == Setting():
             continue
-        arms = [arm for arm in (*_ON_AXES, _BEST) if arm in _ON_AXES or select(rows, arm, setting)]
-        tables = [select(rows, arm, setting) for arm in arms]
-        common = [row for table in tables for text, row in table.items() if all(text in other for other in tables)]
-        for arm in arms:
-            if (c := compare(common, arm, BASE, setting)) is not None:
+        for arm in LABELS:
+            if (c := compare(rows, arm, BASE, setting)) is not None:
                 lines.append(
                     f"| {kept:.0%} | {size} | {LABELS[arm]} | {c.texts} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | "
                     f"{c.divergence:.4f} | {_difference(c)} |"
