@@ -47,7 +47,9 @@ class ValueRedundancy:
         blocks, owners = list[int](), list[tuple[int, int]]()
         for request_id in request_ids:
             first, full, table = self._manager.generated_pages(request_id)
-            index = self._indexes.setdefault(request_id, SignatureIndex(self._manager.tokens_per_block))
+            if request_id not in self._indexes:
+                self._indexes[request_id] = SignatureIndex(self._manager.tokens_per_block)
+            index = self._indexes[request_id]
             for page in range(max(first, index.num_pages), full):
                 blocks.append(int(table[page]))
                 owners.append((request_id, page))

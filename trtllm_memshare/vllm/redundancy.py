@@ -61,7 +61,9 @@ class PageReports:
         for request_id in ended:
             self._requests.pop(request_id, None)
         for request_id, pages in asked.items():
-            index = self._requests.setdefault(request_id, SignatureIndex(self._block_size))
+            if request_id not in self._requests:
+                self._requests[request_id] = SignatureIndex(self._block_size)
+            index = self._requests[request_id]
             new = [page for page in pages if page >= index.num_pages]
             signatures = self._signatures.of_blocks([block_ids[request_id][page] for page in new])
             for page, of_page in zip(new, signatures, strict=True):
