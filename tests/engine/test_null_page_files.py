@@ -50,6 +50,12 @@ def test_a_build_calibrates_pages_and_a_runner_finds_them(centred_dir, tmp_path)
     assert torch.equal(runner.pool[0, :, 0, :, 3], pages.keys[0])
 
 
+def test_under_pressure_with_aliases_pages_are_calibrated_for_what_finds_no_donor(centred_dir, tmp_path):
+    engine = build_engine(plan(centred_dir, tmp_path / "engine", "alias", preset="pressure", need="nearest-earlier"))
+    assert "null pages: 1 page" in summarize(engine)
+    assert open_runner(engine, 30, "cpu").null_pages.blocks == [0]
+
+
 def test_a_model_without_null_pages_is_built_all_the_same_where_the_runner_skips(tmp_path):
     model_dir = write_random_checkpoint(tmp_path / "checkpoint", "llama")
     (model_dir / "calibration.txt").write_text(TEXT)

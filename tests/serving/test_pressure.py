@@ -82,6 +82,20 @@ def test_nobody_is_paused_where_floors_fit(caplog):
     assert saved[-1].num_episodes == len(events) // 2
 
 
+def test_pressure_ends_though_requests_wait_that_the_batch_size_keeps_out():
+    executor = make_executor(40, most=2)
+    submit(executor, 2)
+    submit(executor, 40, new_tokens=4)
+    was_active, active_with_room = False, 0
+    while executor.has_work:
+        executor.step()
+        status = executor.status()
+        was_active |= status.pressure.is_active
+        active_with_room += status.pressure.is_active and status.num_waiting > 0 and status.used_blocks < 20
+    assert was_active
+    assert active_with_room <= 2  # the step in which the last long request ends, and the one that sees it
+
+
 def test_guaranteed_no_evict_admits_by_floors_and_pauses_nobody():
     in_flight = {}
     for kept in (1.0, 0.5, 0.25):
@@ -345,6 +359,10 @@ def test_what_cannot_be_served_is_refused():
         make_config("pressure", retired_becomes="alias")
     paper = make_config("pressure", need="nearest-earlier", retired_becomes="alias")
     with pytest.raises(UserError, match="need nearest-earlier reads K and V of pages, got a runner that does not show"):
+        Executor(runner, paper, TEXTS, 320)
+    runner = ReadingRunner(60, SIZE, shows_pool=True)
+    runner.skips_entries = False
+    with pytest.raises(UserError, match="finds no donor is forgotten, which needs an engine with null pages"):
         Executor(runner, paper, TEXTS, 320)
     with pytest.raises(UserError, match="got several ranks that hold parts of them"):
         Executor(ReadingRunner(60, SIZE, shows_pool=True), paper, TEXTS, 320, agreement=RankAgreement(None, 2))

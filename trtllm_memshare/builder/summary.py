@@ -38,7 +38,7 @@ def summarize(engine: Engine, search_engine: str | None = None) -> str:
 
 def _null_page_lines(engine: Engine) -> list[str]:
     """What retired pages become, where that is the null page."""
-    if not engine.memshare.shares or engine.memshare.retired_becomes != "null":
+    if not engine.memshare.forgets:
         return []
     if engine.backend == "torch" and engine.model_dir != engine.engine_dir / "model":
         return ["null pages: will be calibrated with the build"]

@@ -114,7 +114,8 @@ def forget_blocks(
 def null_entry(sequence: Sequence, null_pages: NullPages | None, config: MemShareConfig) -> int:
     """What entries of a request become that are forgotten now.
 
-    Under pressure with aliases a page that finds no donor is forgotten too, on a runner that skips entries.
+    Under pressure with aliases a page that finds no donor is forgotten too; if there are no null pages the runner
+    skips entries.
 
     Raises:
       ValueError: there are no null pages to point at, and entries cannot be without a block.

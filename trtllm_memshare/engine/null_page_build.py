@@ -29,7 +29,7 @@ def add_null_pages(
     Raises:
       NullPageRefused: no null page is found and the runner needs one.
     """
-    if not memshare.shares or memshare.retired_becomes != "null":
+    if not memshare.forgets:
         return
     try:
         pages = calibrate_checkpoint(model_dir, max_seq_len, kv_dtype)

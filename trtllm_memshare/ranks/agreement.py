@@ -85,13 +85,25 @@ class RankAgreement:
         answers = self._communicator.gather(holds)
         return bool(self._communicator.broadcast(answers is not None and all(answers)))
 
-    def same_choice(self, choice: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+    def same_choice(self, choice: list[tuple[int, np.ndarray]], state: bytes) -> list[tuple[int, np.ndarray]]:
         """Rank 0's choice of pages to give up, on every rank; each rank asks at the same points of its schedule.
 
         Each rank ranks pages by its own layers and heads; the rooms that bound the choice are the same everywhere.
+
+        Args:
+          choice: this rank's.
+          state: digest of this rank's block tables.
+
+        Raises:
+          RankDisagreementError: on every rank, naming the ranks that differ from rank 0.
         """
-        chosen: list[tuple[int, np.ndarray]] = self._communicator.broadcast(choice)
-        return chosen
+        self._sequence += 1
+        reports = self._communicator.gather(_Report(self._sequence, state, None))
+        answer = None if reports is None else (_difference(reports), choice)
+        error, chosen = self._communicator.broadcast(answer)
+        if error is not None:
+            raise RankDisagreementError(error)
+        return list(chosen)
 
     def decide(
         self,
@@ -134,17 +146,8 @@ class RankAgreement:
         decide: Callable[[list[Candidate], np.ndarray | None], list[Decision]],
     ) -> _Verdict:
         first = reports[0]
-        for what, values in (
-            ("decision numbers", [r.sequence for r in reports]),
-            ("block tables or candidates", [r.state.hex()[:12] for r in reports]),
-        ):
-            differing = [rank for rank, value in enumerate(values) if value != values[0]]
-            if differing:
-                error = (
-                    f"the {what} of ranks {differing} differ from those of rank 0 at decision {first.sequence}: got "
-                    f"{values} (restart all ranks; requests must reach each of them in the same order)"
-                )
-                return _Verdict(first.sequence, b"", [], error)
+        if (difference := _difference(reports)) is not None:
+            return _Verdict(first.sequence, b"", [], difference)
         places = {id(c): index for index, c in enumerate(candidates)}
         try:
             sums = None if first.sums is None else combine_distances([r.sums for r in reports], self._tp_size)
@@ -153,6 +156,21 @@ class RankAgreement:
             return _Verdict(first.sequence, b"", [], f"rank 0 could not decide: {type(error).__name__}: {error}")
         chosen = [(places[id(d.candidate)], float(d.distance)) for d in decisions]
         return _Verdict(first.sequence, _sign(first.sequence, first.state, chosen), chosen)
+
+
+def _difference(reports: Sequence[_Report]) -> str | None:
+    """What ranks differ in from rank 0, in one sentence, or None."""
+    for what, values in (
+        ("decision numbers", [r.sequence for r in reports]),
+        ("block tables or candidates", [r.state.hex()[:12] for r in reports]),
+    ):
+        differing = [rank for rank, value in enumerate(values) if value != values[0]]
+        if differing:
+            return (
+                f"the {what} of ranks {differing} differ from those of rank 0 at decision {reports[0].sequence}: got "
+                f"{values} (restart all ranks; requests must reach each of them in the same order)"
+            )
+    return None
 
 
 def combine_distances(parts: Sequence[np.ndarray | None], tp_size: int) -> np.ndarray:

@@ -140,6 +140,11 @@ class MemShareConfig(BaseModel):
         return self.preset != "off" and not self.shadow
 
     @property
+    def forgets(self) -> bool:
+        """True when entries come to point at null pages: all retired ones, or under pressure those without a donor."""
+        return self.shares and (self.retired_becomes == "null" or (self.pressure and self.retired_becomes == "alias"))
+
+    @property
     def searches(self) -> bool:
         """True when pairs of blocks are looked for while there is room in the pool."""
         return self.preset not in ("off", "pressure")

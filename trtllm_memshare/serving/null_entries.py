@@ -31,4 +31,9 @@ def settle_null_entries(config: MemShareConfig, runner: Runner) -> tuple[MemShar
                 "and this setting, or set retired_becomes to alias)"
             )
         config = config.model_copy(update={"retired_becomes": "dropped"})
+    if config.pressure and config.retired_becomes == "alias" and null_pages is None and not skips:
+        raise UserError(
+            "under pressure a page that finds no donor is forgotten, which needs an engine with null pages, got one "
+            "without, whose runner reads every entry (build it again with --memshare and these settings)"
+        )
     return config, null_pages

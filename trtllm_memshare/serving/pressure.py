@@ -111,7 +111,11 @@ class Pressure:
         return self._at_floors([longest], [num_prompt_tokens], [self.min_kept(params)])
 
     def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
-        """Keeps the next step of the running requests below the high watermark, or brings use to the low one."""
+        """Keeps the next step of the running requests below the high watermark, or brings use to the low one.
+
+        Args:
+          num_waiting: requests that memory alone keeps out.
+        """
         with self._timed():
             manager, pool = self._manager, self._manager.pool
             wanted = sum(s.phase is Phase.GENERATION and manager.fills_last_block(s.request_id) for s in running)
@@ -289,4 +293,5 @@ def open_pressure(
     ledger = PageLedger(need, manager.tokens_per_block, manager.pool.num_blocks, config.control_seed, source)
     pool = getattr(runner, "pool", None)
     bytes_per_block = int(pool[0].nbytes) if isinstance(pool, torch.Tensor) else 0
-    return Pressure(manager, config, ledger, bytes_per_block, None if agreement is None else agreement.same_choice)
+    agree = None if agreement is None else lambda choice: agreement.same_choice(choice, manager.state_digest())
+    return Pressure(manager, config, ledger, bytes_per_block, agree)

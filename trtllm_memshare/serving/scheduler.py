@@ -43,7 +43,7 @@ class Relief(Protocol):
     """What frees blocks before anybody is paused or left waiting: ``serving.pressure``."""
 
     def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
-        """Makes room for the next token of the running requests."""
+        """Makes room for the next token of the running requests; ``num_waiting``: those that memory alone keeps out."""
 
     def free_for_running(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
         """Frees blocks for a request that goes on; False if there are no more to be had."""
@@ -97,7 +97,8 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Makes room for the next token of running requests, admits waiting ones, and cuts context chunks."""
         if self._relief is not None:
-            self._relief.before_step(self.running, len(self.waiting))
+            is_full = len(self.running) >= self._max_batch_size
+            self._relief.before_step(self.running, 0 if is_full else len(self.waiting))
         self._extend_generations()
         self._admit()
         step = Schedule()
