@@ -47,6 +47,7 @@ LABELS = {
 _NO_RANKINGS = (BASE, "random-once", "full", *PRESETS, BY_HEAD, FORESEEN, "paper-alias", "paper-null")
 RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
+_FEWEST_TEXTS = 10
 _ON_AXES = (BASE, "attention-redundancy")
 _BY_POSITION = (BASE, "attention-redundancy", "surprisal-led-recency-signature")
 
@@ -76,6 +77,29 @@ def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
 def long_table(rows: list[Row], tokens: int) -> str:
     """The same for texts of another length."""
     return main_table(rows, Setting(tokens=tokens))
+
+
+def length_table(tables: list[list[Row]]) -> str:
+    """What longer texts cost beside the same texts at the study's length: arms that have ten of both.
+
+    Args:
+      tables: rows of several lengths, those of the study's among them.
+    """
+    rows = [row for table in tables for row in table]
+    lengths = sorted({row["tokens"] for row in rows if row["tokens"] > _HALF.tokens})
+    lines = [
+        f"| tokens, beside {_HALF.tokens:,} | what goes | texts | Δ loss | difference | p | KL | difference | p |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for tokens in lengths:
+        for arm in LABELS:
+            c = compare(rows, arm, arm, Setting(tokens=tokens), _HALF)
+            if c is not None and c.texts >= _FEWEST_TEXTS:
+                lines.append(
+                    f"| {tokens:,} | {LABELS[arm]} | {c.texts} | {c.loss_change:+.4f} | "
+                    f"{_difference(c, True)} | {c.divergence:.4f} | {_divergence(c, True)} |"
+                )
+    return "\n".join(lines)
 
 
 def axes_table(rows: list[Row]) -> str:
@@ -214,8 +238,8 @@ def page_tables(rows: list[Row], recall_rows: list[Row], loop_rows: list[Row]) -
     }
 
 
-def _difference(c: Comparison) -> str:
-    if c.arm == BASE:
+def _difference(c: Comparison, always: bool = False) -> str:
+    if c.arm == BASE and not always:
         return "| "
     return f"{c.difference:+.4f} ± {c.difference_error:.4f} | {p_value(c.p)}"
 

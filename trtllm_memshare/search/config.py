@@ -157,8 +157,8 @@ class MemShareConfig(BaseModel):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {"preset": "off"},
-    # As in the study of what real models can do without (docs/real_model.md): the last 128 tokens stay, and of all
-    # rankings that need no attention this one costs the next word least and keeps nearly most of what was said once.
+    # As in the study of what real models can do without (docs/real_model.md): the last 128 tokens stay, and of the
+    # rankings that need no attention this one is better than random pages for the next word and for what was said once.
     "pressure": {
         "preset": "pressure",
         "pressure": True,

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
-    parser.add_argument("--texts", type=int, default=120, help="most texts (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=109, help="most texts (default: %(default)s)")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", help="only these, at --min-kept (default: the study's)")
