@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from fakes.rank_threads import FakeMpi, on_ranks
 from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_requests import FinishReason
@@ -18,7 +19,7 @@ from trtllm_pytorch.test_tail_swap import check_contents
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
-from trtllm_memshare.trtllm.pytorch.attach import MpiCommunicator, make_agreement
+from trtllm_memshare.trtllm.pytorch.attach import make_agreement
 from trtllm_memshare.trtllm.pytorch.rank_meetings import RankMeetings
 
 
@@ -39,50 +40,6 @@ def test_all_ranks_share_or_none(caplog, monkeypatch):
 
     assert on_ranks(2, construct_on) == [None, None]
     assert "another rank could not switch it on" in caplog.text
-
-
-class FakeMpi:
-    """mpi4py's communicator between threads."""
-
-    def __init__(self, rank, slots, barrier):
-        self._rank, self._slots, self._barrier = rank, slots, barrier
-
-    def Get_rank(self):
-        return self._rank
-
-    def Get_size(self):
-        return len(self._slots)
-
-    def gather(self, value, root):
-        values = self._exchange(value)
-        return values if self._rank == root else None
-
-    def bcast(self, value, root):
-        return self._exchange(value)[root]
-
-    def _exchange(self, value):
-        self._slots[self._rank] = value
-        self._barrier.wait(30)
-        values = list(self._slots)
-        self._barrier.wait(30)
-        return values
-
-
-def on_ranks(count, work):
-    slots, barrier, results = [None] * count, threading.Barrier(count), [None] * count
-
-    def run(rank):
-        try:
-            results[rank] = work(RankAgreement(MpiCommunicator(FakeMpi(rank, slots, barrier)), count), rank)
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    return results
 
 
 def serve_two(agreement, rank, at_step, steps=400):
