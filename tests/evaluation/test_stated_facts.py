@@ -67,9 +67,10 @@ def test_judging(asked):
         if index == 2:
             rows[-2] = rows[-2].roll(1)  # the last token of the answer is missed
         logits.append(rows)
-    judged = judge(asked, logits, nothing_retired(3200, 16))
+    judged = judge(asked, logits, [nothing_retired(3200, 16)] * 7)
     assert [q["right"] for q in judged] == [i != 2 for i in range(7)]
     assert all(q["pages_kept"] == 1.0 for q in judged)
     assert [q["distance"] for q in judged] == [3200 - last for _, last in asked.places]
     gone = np.full(200, 10**6, np.int64)
-    assert {q["pages_kept"] for q in judge(asked, logits, Retirements(16, gone, np.full(200, NO_DONOR)))} == {0.0}
+    each = [nothing_retired(3200, 16)] * 3 + [Retirements(16, gone, np.full(200, NO_DONOR))] * 4
+    assert [q["pages_kept"] for q in judge(asked, logits, each)] == [1.0] * 3 + [0.0] * 4

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay, nothing_retired
-from trtllm_memshare.evaluation.page_arms import Budget, retire
-from trtllm_memshare.evaluation.page_study import PAGE_TOKENS
+from trtllm_memshare.evaluation.page_arms import ANEW, Budget, retire
+from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, PRESETS
 from trtllm_memshare.evaluation.real_rows import RowFile
 from trtllm_memshare.evaluation.real_texts import TRACES, read_traces, token_texts
+from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
 from trtllm_memshare.evaluation.retirement import NEVER, Retirements
 from trtllm_memshare.evaluation.stated_facts import AskedText, make_asked_text
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.steps import BoundaryTokens
 
 TEXT_TOKENS = 1280
 _SOURCE_TOKENS = 1500
@@ -33,14 +36,16 @@ def compute_recall(
     may_go_on: Callable[[], bool] = lambda: True,
     traces: Path = TRACES,
     shard: tuple[int, int] = (0, 1),
+    boundaries: BoundaryTokens | None = None,
 ) -> None:
     """Computes the rows that are not there yet, all arms of a text before the next.
 
     Args:
-      arms: names in ``page_arms``, and ``full``.
+      arms: names in ``page_arms``, ``PRESETS``, ``ANEW`` and ``full``. A preset has no budget; the row has the run's.
       num_texts: first texts of the traces.
       may_go_on: asked before each text.
       shard: (i, n): every nth text from the ith.
+      boundaries: step boundaries of the tokenizer, which presets need.
     """
     for text in islice(token_texts(read_traces(traces), tokenizer, _SOURCE_TOKENS), shard[0], num_texts, shard[1]):
         if not may_go_on():
@@ -60,31 +65,50 @@ def compute_recall(
             if key in rows:
                 continue
             full = full or replay.read(asked.ids, PAGE_TOKENS)
-            if arm == "full":
-                retirements = nothing_retired(TEXT_TOKENS, PAGE_TOKENS)
+            if arm == ANEW:
+                seeds = [zlib.crc32(f"{text.trace.name} {i}".encode()) for i in range(len(asked.asks))]
+                each = [_retire("random", budget, asked, full, seed) for seed in seeds]
+                logits = [replay.answers(full, r, [ask])[0] for r, ask in zip(each, asked.asks, strict=True)]
             else:
-                retirements = retire(arm, budget, asked.num_prompt_tokens, TEXT_TOKENS, full.facts, seed)
-            logits = replay.answers(full, retirements, asked.asks)
-            rows.add({**key, "model": text.trace.model, "questions": judge(asked, logits, retirements)})
+                if arm in PRESETS:
+                    retirements = _retire_by_preset(arm, asked, full, replay, boundaries)
+                else:
+                    retirements = _retire(arm, budget, asked, full, seed)
+                each, logits = [retirements] * len(asked.asks), replay.answers(full, retirements, asked.asks)
+            rows.add({**key, "model": text.trace.model, "questions": judge(asked, logits, each)})
 
 
-def judge(asked: AskedText, logits: list[torch.Tensor], retirements: Retirements) -> list[dict[str, Any]]:
+def _retire(arm: str, budget: Budget, asked: AskedText, full: FullPass, seed: int) -> Retirements:
+    if arm == "full":
+        return nothing_retired(len(asked.ids), PAGE_TOKENS)
+    return retire(arm, budget, asked.num_prompt_tokens, len(asked.ids), full.facts, seed)
+
+
+def _retire_by_preset(
+    arm: str, asked: AskedText, full: FullPass, replay: MaskedReplay, boundaries: BoundaryTokens | None
+) -> Retirements:
+    if boundaries is None:
+        raise ValueError(f"arm {arm} cuts text into steps, got no boundaries of the tokenizer")
+    return retire_by_preset(make_config(arm), full, asked.num_prompt_tokens, replay.model, boundaries)
+
+
+def judge(asked: AskedText, logits: list[torch.Tensor], retirements: list[Retirements]) -> list[dict[str, Any]]:
     """Of each question its kind, whether the answer would be given greedily, its distance and what is left of it.
 
     Args:
       logits: of each question, float32 ``[tokens of ask and answer, vocab_size]``.
+      retirements: of each question, what was given up when it was asked.
 
     Returns:
       kind, right, distance (tokens from the end of the statement to the end of the text) and pages_kept (the share of
       the statement's pages that are there) of each.
     """
     found = []
-    gone = retirements.retired_at < NEVER
-    size = retirements.tokens_per_block
     for i, question in enumerate(asked.questions):
         length = asked.answer_lengths[i]
         said = logits[i][-length - 1 : -1].argmax(-1).tolist()
         first, last = asked.places[i]
+        gone, size = retirements[i].retired_at < NEVER, retirements[i].tokens_per_block
         pages = np.arange(first // size, last // size + 1)
         found.append(
             {

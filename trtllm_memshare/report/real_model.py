@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.evaluation.page_arms import FORESEEN
+from trtllm_memshare.evaluation.page_arms import ANEW, FORESEEN
 from trtllm_memshare.evaluation.page_study import BY_HEAD, PRESETS
 from trtllm_memshare.evaluation.page_table import (
     BASE,
@@ -23,6 +23,7 @@ from trtllm_memshare.evaluation.page_table import (
 LABELS = {
     "random": "random pages",
     "random-once": "random pages, one draw a page",
+    ANEW: "random pages, one draw a question",
     "attention-redundancy": "attention since written, redundancy of K",
     "attention-redundancy-recency": "attention, redundancy of K, recency",
     "redundancy-k": "redundancy of K",
@@ -44,7 +45,7 @@ LABELS = {
     FORESEEN: "attention to come, which nobody knows",
     "full": "full cache",
 }
-_NO_RANKINGS = (BASE, "random-once", "full", *PRESETS, BY_HEAD, FORESEEN, "paper-alias", "paper-null")
+_NO_RANKINGS = (BASE, "random-once", ANEW, "full", *PRESETS, BY_HEAD, FORESEEN, "paper-alias", "paper-null")
 RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
 _FEWEST_TEXTS = 10

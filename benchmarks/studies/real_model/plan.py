@@ -1,62 +1,45 @@
-"""Which arms the table has for which text: all of them at first, then those that decide; and which texts a process
-has."""
+"""Which texts each kind of row of the table has, and which of them a process takes."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from trtllm_memshare.evaluation.page_arms import FORESEEN, PAIRED, Budget
 from trtllm_memshare.evaluation.page_study import BY_HEAD, Task
 
 TEXT_TOKENS = 2048
-MAIN = (
-    "random", "attention-redundancy", "attention-redundancy-recency",
-    "redundancy-k", "surprisal-redundancy", "surprisal-led-signature", "surprisal-led-recency-signature",
-    "attention-surprisal-redundancy", "rkv", *PAIRED,
-)  # fmt: skip
-SOME = (
-    "snapkv", "streaming", "redundancy-v", "redundancy-signature", "redundancy-recency-signature", "random-once",
-    "aligned", BY_HEAD, FORESEEN,
-)  # fmt: skip
-"""On every fourth text; the first two on every second of the later ones."""
-AXES = ("random", "attention-redundancy")
-"""On every fourth text: other shares kept, longer pages."""
-ALL_ARMS_UNTIL = 16
-"""Texts after these have fewer arms, so that there can be more of them."""
-LATER = (
+NUM_TEXTS = 109
+
+DEFAULT = "surprisal-led-recency-signature"
+"""The ranking of the preset ``pressure``."""
+_DECIDE = (
     "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
-    "surprisal-led-recency-signature",
-    "redundancy-signature", "redundancy-recency-signature", *PAIRED,
+    DEFAULT, *PAIRED,
 )  # fmt: skip
+_PUBLISHED = ("snapkv", "streaming", "rkv", "redundancy-v", "surprisal-redundancy")
+_SIGNATURES = ("redundancy-signature", "redundancy-recency-signature")
+_OTHERS = ("attention-surprisal-redundancy", "random-once", "aligned", BY_HEAD, FORESEEN)
+_AXES = ("random", "attention-redundancy")
+_FEW = range(20)
+_QUARTER = [*_FEW, *range(20, NUM_TEXTS, 2)]
+
+PLAN: dict[Task, Sequence[int]] = {
+    **dict.fromkeys(map(Task, _DECIDE), range(NUM_TEXTS)),
+    **dict.fromkeys(map(Task, _PUBLISHED), range(100)),
+    **dict.fromkeys(map(Task, _SIGNATURES), range(60)),
+    **dict.fromkeys(map(Task, _OTHERS), _FEW),
+    **{Task(arm, Budget(0.25)): _QUARTER for arm in _DECIDE[:3]},
+    **{Task(arm, Budget(0.75)): _FEW for arm in (*_AXES, DEFAULT)},
+    Task(DEFAULT, Budget(0.25)): _FEW,
+    **{Task(arm, pages_merged=count): _FEW for arm in _AXES for count in (2, 4)},
+}
+"""Of each kind of row the texts, by their places in the order: few at first, more of what they could not tell."""
 
 
 def tasks_of(index: int) -> list[Task]:
     """The rows of a text by its place in the order."""
-    if index >= ALL_ARMS_UNTIL:
-        tasks = [Task(arm) for arm in LATER]
-        if index % 2 == 0:
-            tasks += [Task(arm, Budget(0.25)) for arm in LATER[:3]] + [Task(arm) for arm in SOME[:2]]
-        if index % 4 == 2:
-            tasks += [task for arm in AXES for task in (Task(arm, Budget(0.75)), *_longer_pages(arm))]
-        return tasks
-    tasks = [Task(arm) for arm in MAIN]
-    if index % 4 == 0:
-        tasks += [Task(arm) for arm in SOME]
-    if index % 4 == 2:
-        tasks += [Task(arm, Budget(kept)) for arm in AXES for kept in (0.25, 0.75)]
-        tasks += [task for arm in AXES for task in _longer_pages(arm)]
-    return tasks
-
-
-def every_task() -> list[Task]:
-    """All rows of a text, for a machine that has the time: every arm, and both arms of the axes."""
-    tasks = [Task(arm) for arm in (*MAIN, *SOME)]
-    tasks += [Task(arm, Budget(0.25)) for arm in LATER[:3]] + [Task(arm, Budget(0.75)) for arm in AXES]
-    return [*tasks, *(task for arm in AXES for task in _longer_pages(arm))]
-
-
-def _longer_pages(arm: str) -> list[Task]:
-    return [Task(arm, pages_merged=count) for count in (2, 4)]
+    return [task for task, texts in PLAN.items() if index in texts]
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -14,17 +14,19 @@ try:
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
-    from trtllm_memshare.evaluation.page_arms import Budget
+    from trtllm_memshare.evaluation.page_arms import ANEW, Budget
+    from trtllm_memshare.evaluation.page_study import PRESETS
     from trtllm_memshare.evaluation.real_rows import RowFile
     from trtllm_memshare.evaluation.recall_study import compute_recall
+    from trtllm_memshare.search.steps import BoundaryTokens
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 ARMS = (
     "full", "random", "redundancy-k", "redundancy-signature", "redundancy-recency-signature", "attention-redundancy",
     "attention-redundancy-recency", "surprisal-redundancy", "surprisal-led-signature",
-    "surprisal-led-recency-signature", "attention-surprisal-redundancy", "rkv", "streaming", "paper-null",
-    "paper-alias",
+    "surprisal-led-recency-signature", "attention-surprisal-redundancy", "rkv", "snapkv", "redundancy-v", "streaming",
+    "paper-null", "paper-alias", *PRESETS, ANEW,
 )  # fmt: skip
 
 
@@ -46,8 +48,17 @@ def main() -> None:
     def may_go_on() -> bool:
         return arguments.seconds is None or time.monotonic() - started < arguments.seconds
 
-    budget = Budget(arguments.min_kept)
-    compute_recall(replay, tokenizer, arguments.arms, budget, arguments.texts, rows, may_go_on, shard=arguments.shard)
+    compute_recall(
+        replay,
+        tokenizer,
+        arguments.arms,
+        Budget(arguments.min_kept),
+        arguments.texts,
+        rows,
+        may_go_on,
+        shard=arguments.shard,
+        boundaries=BoundaryTokens.from_tokenizer(tokenizer, replay.model.config.vocab_size),
+    )
 
 
 if __name__ == "__main__":

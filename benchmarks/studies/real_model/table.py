@@ -15,7 +15,7 @@ from pathlib import Path
 try:
     from transformers import AutoTokenizer
 
-    from benchmarks.studies.real_model.plan import TEXT_TOKENS, every_task, parse_shard, tasks_of
+    from benchmarks.studies.real_model.plan import NUM_TEXTS, PLAN, TEXT_TOKENS, parse_shard, tasks_of
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
-    parser.add_argument("--texts", type=int, default=109, help="most texts (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=NUM_TEXTS, help="most texts (default: %(default)s)")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", help="only these, at --min-kept (default: the study's)")
@@ -47,7 +47,7 @@ def main() -> None:
     texts = islice(enumerate(token_texts(read_traces(), tokenizer, arguments.tokens)), arguments.texts)
     shard, num_shards = arguments.shard
     budget = Budget(arguments.min_kept)
-    chosen = every_task() if arguments.every_arm else [Task(arm, budget) for arm in arguments.arms or ()]
+    chosen = list(PLAN) if arguments.every_arm else [Task(arm, budget) for arm in arguments.arms or ()]
     wanted = ((text, chosen or tasks_of(index)) for index, text in texts if index % num_shards == shard)
     rows, started = RowFile(arguments.output), time.monotonic()
 
