@@ -169,14 +169,14 @@ class Recall:
 
 
 def recall(rows: list[Row], min_kept: float = 0.5, bounds: tuple[int, ...] = (400, 600, 800, 1100)) -> list[Recall]:
-    """Every arm's recall, from best to worst."""
+    """Every arm's recall with that share kept, from best to worst."""
+    rows = [row for row in rows if row["min_kept"] == min_kept]
     answered = {r["text"]: [q["right"] for q in r["questions"]] for r in rows if r["arm"] == "full"}
     found: dict[str, dict[tuple[str, int], Row]] = defaultdict(dict)
     for row in rows:
-        if row["min_kept"] == min_kept or row["arm"] == "full":
-            for i, question in enumerate(row["questions"]):
-                if answered.get(row["text"], [False] * (i + 1))[i]:
-                    found[row["arm"]][row["text"], i] = question
+        for i, question in enumerate(row["questions"]):
+            if answered.get(row["text"], [False] * (i + 1))[i]:
+                found[row["arm"]][row["text"], i] = question
     base = found.get(BASE, {})
     results = []
     for arm, questions in found.items():

@@ -10,16 +10,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # the backend has to be chosen first
 import numpy as np
 
+from trtllm_memshare.evaluation.page_study import PRESETS
 from trtllm_memshare.evaluation.page_table import BASE, Recall, Row, Setting, compare, recall, select
 from trtllm_memshare.report.plots import COLOURS
 from trtllm_memshare.report.real_model import LABELS
+
+_MARKERS = "o^"  # of the colours' first and second round
+_MANY_TEXTS = 50
+"""Arms with fewer have hollow points."""
 
 
 def plot_loss_and_recall(rows: list[Row], recall_rows: list[Row], path: Path) -> None:
     """Writes a PNG: what each arm costs the next word (across) and what it still knows (up)."""
     known: dict[str, Recall] = {r.arm: r for r in recall(recall_rows)}
-    figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
-    for i, arm in enumerate(arm for arm in LABELS if arm in known):
+    figure, axis = plt.subplots(figsize=(11, 5.6), layout="constrained")
+    # Presets hold nothing to a budget: what gives up next to nothing costs nothing.
+    for i, arm in enumerate(arm for arm in LABELS if arm in known and arm not in PRESETS):
         c, r = compare(rows, arm), known[arm]
         if c is None:
             continue
@@ -29,19 +35,20 @@ def plot_loss_and_recall(rows: list[Row], recall_rows: list[Row], path: Path) ->
             share,
             xerr=c.difference_error if arm != BASE else None,
             yerr=np.array([[share - r.low], [r.high - share]]),
-            fmt="o" if arm != BASE else "s",
+            fmt=_MARKERS[i // len(COLOURS)] if arm != BASE else "s",
             color=COLOURS[i % len(COLOURS)],
+            markerfacecolor=None if c.texts >= _MANY_TEXTS else "white",
             capsize=3,
-            label=LABELS[arm].replace("`", ""),
+            label=f"{LABELS[arm].replace('`', '')} ({c.texts} texts)",
         )
     axis.set(
         xlabel="change of the loss beside random pages, nats a token (bars: standard error, by problem)",
         ylabel="facts stated once that are recalled (95 %)",
-        ylim=(0, 1.02),
+        ylim=(0.4, 1.02),
         title="Half of the generated pages given up: the next word and what was said",
     )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

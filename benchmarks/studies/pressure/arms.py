@@ -1,4 +1,4 @@
-"""The table of every arm in every pool, of several results of one set of requests; what no clock has a part in."""
+"""The table of every arm in every pool: steps, times, pauses, what was given up and what that cost."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ ARMS = {
     "aligned": "`aligned`",
     "pressure:min_kept=0.75": "three quarters kept",
     "pressure:min_kept=0.5": "a half kept",
-    "pressure": "a half kept",
-    "pressure:need=surprisal-led-redundancy-recency": "a half kept, with recency, the default now",
+    "pressure:min_kept=0.5,spread=equal": "a half kept, equal shares",
     "pressure:min_kept=0.5,need=random": "a half kept, random pages",
-    "pressure:need=random": "a half kept, random pages",
     "pressure:min_kept=0.25": "a quarter kept",
     f"pressure:min_kept=0.62,{PAPER}": "the paper's choice, at most 38 % given up",
     f"pressure:min_kept=0.53,{PAPER}": "the paper's choice, at most 47 %",
@@ -22,55 +20,48 @@ ARMS = {
 """In the table's order; other variants of the results are passed over."""
 
 
-def every_arm(reports: list[dict[str, Any]]) -> str:
-    """One row for each pool and arm: steps, what the modelled clock makes of them, pauses, what was given up and lost.
+def every_arm(reports: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """One row for each pool and arm. Times and rates compare within a pool: its arms ran one after the other.
 
     Args:
-      reports: results of ``inflight_batching.py`` over the same requests, several for a pool. An arm that several have
-        is taken from the first.
+      reports: a result of ``inflight_batching.py``, or one for each pool.
 
     Raises:
-      ValueError: results of one pool whose full caches did not take the same steps.
+      ValueError: two results of one pool, whose times were taken in two runs.
     """
-    pools: dict[int, dict[str, dict[str, Any]]] = {}
-    for report in reports:
-        known = pools.setdefault(report["kv_cache_blocks"], {})
-        for row in report["variants"]:
-            name = row["variant"]
-            if name == "full" and known.get(name, row)["num_steps"] != row["num_steps"]:
-                raise ValueError(f"{report['kv_cache_blocks']} blocks: full took {row['num_steps']} steps here")
-            known.setdefault(name, row)
+    reports = [reports] if isinstance(reports, dict) else reports
+    pools = {report["kv_cache_blocks"]: {row["variant"]: row for row in report["variants"]} for report in reports}
+    if len(pools) < len(reports):
+        raise ValueError(f"times of one pool must be of one run, got {len(reports)} results of {len(pools)} pools")
     loses_answers = reports[0]["variants"][0].get("loss_nats_per_token") is None
-    lost_name = "right" if loses_answers else "Δ loss"
     lines = [
-        "| blocks | arm | steps | in flight | requests/s, modelled | p50 / p99 of `full`'s p50, modelled | paused | "
-        f"recomputed | given up | {lost_name} |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| blocks | arm | steps | in flight | requests/s | modelled GPU | p50, s | p99, s | first token, s | paused | "
+        f"recomputed | given up | {'right' if loses_answers else 'Δ loss'} | machinery |",
+        "| ---: | --- |" + " ---: |" * 12,
     ]
     for blocks, rows in sorted(pools.items()):
-        full, usual = _rate(rows["full"]), rows["full"]["modelled_gpu"]["p50_latency_s"]
+        full = rows["full"]
         for name, shown in ARMS.items():
             if name in rows:
                 row = rows[name]
-                lost = _percent(row["accuracy"], 1) if loses_answers else f"{_loss(row) - _loss(rows['full']):+.4f}"
-                p50, p99 = (row["modelled_gpu"][f"{at}_latency_s"] / usual for at in ("p50", "p99"))
+                loss = None if loses_answers else row["loss_nats_per_token"] - full["loss_nats_per_token"]
+                lost = f"{row['accuracy'] * 100:.1f} %" if loss is None else f"{loss:+.4f}"
+                times = row["request_latency_percentiles_ms"]
+                seconds = (ms / 1000 for ms in (times["p50"], times["p99"], row["avg_ttft_ms"]))
                 lines.append(
                     f"| {blocks:,} | {shown} | {row['num_steps']:,} | {row['mean_requests_in_flight']:.1f} | "
-                    f"{_rate(row) / full:.2f} | {p50:.2f} / {p99:.2f} | "
+                    f"{row['request_throughput_req_s'] / full['request_throughput_req_s']:.2f} | "
+                    f"{_modelled_rate(row) / _modelled_rate(full):.2f} | {' | '.join(map(_seconds, seconds))} | "
                     f"{row['paused_requests']} | {row['recomputed_tokens']:,.0f} | "
-                    f"{_percent(row['shared_block_fraction'])} | {lost} |"
+                    f"{row['shared_block_fraction'] * 100:.0f} % | {lost} | {row['search_time_fraction'] * 100:.2f} % |"
                 )
     return "\n".join(lines)
 
 
-def _percent(share: float, digits: int = 0) -> str:
-    return f"{share * 100:.{digits}f} %"
-
-
-def _loss(row: dict[str, Any]) -> float:
-    """Of the tokens that were written, the same in every arm; nats a token."""
-    return row["loss_nats_per_token"]
-
-
-def _rate(row: dict[str, Any]) -> float:
+def _modelled_rate(row: dict[str, Any]) -> float:
     return row["modelled_gpu"]["request_throughput_req_s"]
+
+
+def _seconds(value: float) -> str:
+    """Three digits, or whole seconds."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -103,3 +103,9 @@ def largest_recall_p(rows: list[Row]) -> float:
 def of_text(rows: list[Row], text: str, arm: str, what: str) -> float:
     """A field of one text's row with half of the pages kept."""
     return float(select(rows, arm)[text][what])
+
+
+def by_model(rows: list[Row], model: str, what: str = "ratio", arm: str = "surprisal-led-recency-signature") -> float:
+    """The same as ``compared`` of the texts that one model wrote."""
+    texts = {row["text"] for row in rows if row.get("model") == model}
+    return compared([row for row in rows if row["text"] in texts], what, arm)

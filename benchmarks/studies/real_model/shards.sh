@@ -4,19 +4,22 @@
 #   bash benchmarks/studies/real_model/shards.sh N OUTPUT MODULE [OPTION...]
 #   bash benchmarks/studies/real_model/shards.sh 12 build/rows.jsonl table --device cuda --tokens 8192 --seconds 100
 #
-# OUTPUT gets the rows of all, also of those that were there before a process failed; the status is 1 if one did.
+# OUTPUT gets the rows of all, also of those that were there before a process failed; the status is 1 if one did. Rows
+# that it has already are not computed again.
 set -uo pipefail
 count=$1 output=$2 module=$3
 shift 3
 python=${PYTHON:-python}
 parts=$(mktemp -d)
-trap 'cat "$parts"/rows_*.jsonl > "$output" 2>/dev/null; kill $(jobs -p) 2>/dev/null; rm -rf "$parts"' EXIT
+merged() { cat "$parts"/rows_*.jsonl 2>/dev/null | awk '!seen[$0]++'; }
+trap 'merged > "$output"; kill $(jobs -p) 2>/dev/null; rm -rf "$parts"' EXIT
 status=0
 for ((i = 0; i < count; i++)); do
+  [ ! -f "$output" ] || cp "$output" "$parts/rows_$i.jsonl"
   OMP_NUM_THREADS=1 "$python" -m "benchmarks.studies.real_model.$module" --shard "$i/$count" \
     --output "$parts/rows_$i.jsonl" "$@" > "$parts/log_$i" 2>&1 &
 done
 for process in $(jobs -p); do wait "$process" || status=1; done
 [ "$status" = 0 ] || tail -n 3 "$parts"/log_*
-cat "$parts"/rows_*.jsonl | wc -l | sed 's/$/ rows/'
+merged | wc -l | sed 's/$/ rows/'
 exit "$status"

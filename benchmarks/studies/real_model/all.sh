@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Every row of docs/real_model.md that a CPU can make, then its tables and its picture. Rows that exist are not computed
+# again, so that it goes on where it was stopped. One core needs most of a day from nothing; texts of 2,048 tokens and
+# recall at a half come first.
+#
+#   python build_scripts/get_smollm2.py && bash benchmarks/studies/real_model/all.sh
+#
+# PROCESSES=2 takes every other text in each of two processes, where a table has many texts.
+set -euo pipefail
+results=benchmarks/studies/real_model/results
+python=${PYTHON:-python}
+study() { "$python" -m "benchmarks.studies.real_model.$@"; }
+split() {  # OUTPUT MODULE [OPTION...]
+  PYTHON=$python bash benchmarks/studies/real_model/shards.sh "${PROCESSES:-1}" "$@"
+}
+rankings="full random redundancy-k redundancy-v redundancy-signature redundancy-recency-signature attention-redundancy
+  attention-redundancy-recency surprisal-redundancy surprisal-led-signature surprisal-led-recency-signature
+  attention-surprisal-redundancy rkv snapkv streaming paper-null paper-alias"
+decisive="random attention-redundancy attention-redundancy-recency redundancy-k surprisal-led-signature
+  surprisal-led-recency-signature"
+
+split benchmarks/results/real_model.jsonl table
+split $results/recall.jsonl recall --arms $rankings aligned
+split $results/recall.jsonl recall --arms random-anew --texts 20
+split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms $rankings
+split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms $rankings
+study loops
+study loops --variant aligned:retired_becomes=dropped --output $results/loops_forgotten.json
+study generation --texts 8 --arms full surprisal-led-signature random-once paper-alias
+study table --compute float32 --texts 1 --arms random attention-redundancy --output $results/float32.jsonl
+split $results/tokens_4096.jsonl table --tokens 4096 --texts 20 --arms $decisive
+split $results/tokens_8192.jsonl table --tokens 8192 --texts 20 --arms $decisive
+study summarize --page docs/real_model.md --plot docs/real_model.png
