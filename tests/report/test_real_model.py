@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_memshare.evaluation.page_arms import ARMS, PAIRED
+from trtllm_memshare.evaluation.page_arms import ANEW, ARMS, PAIRED
 from trtllm_memshare.evaluation.page_study import BY_HEAD, PRESETS
 from trtllm_memshare.evaluation.real_rows import read_rows
 from trtllm_memshare.report.generation import generation_tables
@@ -33,7 +33,7 @@ def test_the_tables_of_the_page_are_made_of_the_committed_rows(tmp_path):
 def test_every_arm_has_a_name_and_every_row_its_arm():
     arms = {row["arm"] for row in [*ROWS, *RECALL]}
     assert arms <= set(LABELS)
-    assert arms - {"full", *PRESETS, BY_HEAD} <= {*ARMS, *PAIRED}
+    assert arms - {"full", *PRESETS, BY_HEAD, ANEW} <= {*ARMS, *PAIRED}
     assert {name for name in ARMS if name not in LABELS} <= {"surprisal-redundancy-signature"}
 
 
