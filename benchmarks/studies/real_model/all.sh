@@ -20,8 +20,7 @@ decisive="random attention-redundancy attention-redundancy-recency redundancy-k 
   surprisal-led-recency-signature"
 
 split benchmarks/results/real_model.jsonl table
-split $results/recall.jsonl recall --arms $rankings aligned
-split $results/recall.jsonl recall --arms random-anew --texts 20
+split $results/recall.jsonl recall --arms $rankings aligned random-anew
 split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms $rankings
 split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms $rankings
 study loops
