@@ -17,9 +17,9 @@ _DECIDE = (
     "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
     DEFAULT, *PAIRED,
 )  # fmt: skip
-_PUBLISHED = ("snapkv", "streaming", "rkv", "redundancy-v", "surprisal-redundancy")
+_PUBLISHED = ("snapkv", "streaming", "rkv", "redundancy-v", "surprisal-redundancy", "aligned")
 _SIGNATURES = ("redundancy-signature", "redundancy-recency-signature")
-_OTHERS = ("attention-surprisal-redundancy", "random-once", "aligned", BY_HEAD, FORESEEN)
+_OTHERS = ("attention-surprisal-redundancy", "random-once", BY_HEAD, FORESEEN)
 _AXES = ("random", "attention-redundancy")
 _FEW = range(20)
 _QUARTER = [*_FEW, *range(20, NUM_TEXTS, 2)]
