@@ -55,6 +55,7 @@ def main() -> None:
         f"--{name} {getattr(options, name.replace('-', '_'))}"
         for name in ("load", "num-requests", "in-flight", "max-tokens", "seed")
     )
+    given += f" --shares {' '.join(map(str, options.shares))} --arms {' '.join(options.arms)}"
     command = f"python -m benchmarks.studies.pressure.schedule --model-dir models/smollm2 {given}"
     rows = []
     for share in options.shares:
