@@ -62,6 +62,8 @@ ARMS: dict[str, Arm] = {
     "attention-surprisal-redundancy": Arm("attention-surprisal-redundancy"),
 }
 PAIRED = ("paper-alias", "paper-null")
+DEFAULT = "surprisal-led-recency-signature"
+"""The ranking of the preset ``pressure``."""
 ANEW = "random-anew"
 """Random pages, drawn for each question by itself: one lucky draw then counts for one question, not for seven."""
 

@@ -82,12 +82,19 @@ def _retire(
 ) -> Retirements | HeadRetirements:
     """What a row's arm gives up while its text is written."""
     if task.arm in PRESETS:
-        if boundaries is None:
-            raise ValueError(f"arm {task.arm} cuts text into steps, got no boundaries of the tokenizer")
-        return retire_by_preset(make_config(task.arm), full, text.num_prompt_tokens, replay.model, boundaries)
+        return retire_as_preset(task.arm, full, text.num_prompt_tokens, replay, boundaries)
     if task.arm == BY_HEAD:
         budget = task.budget
         return replay.choose_by_head(full, text.num_prompt_tokens, budget.min_kept, budget.protected_tokens)
     facts = full.facts if task.pages_merged == 1 else full.facts.merged(task.pages_merged)
     seed = zlib.crc32(text.trace.name.encode())
     return retire(task.arm, task.budget, text.num_prompt_tokens, len(text.ids), facts, seed)
+
+
+def retire_as_preset(
+    preset: str, full: FullPass, num_prompt_tokens: int, replay: MaskedReplay, boundaries: BoundaryTokens | None
+) -> Retirements:
+    """What one of ``PRESETS`` gives up while a text is written; raises ValueError without boundaries."""
+    if boundaries is None:
+        raise ValueError(f"arm {preset} cuts text into steps, got no boundaries of the tokenizer")
+    return retire_by_preset(make_config(preset), full, num_prompt_tokens, replay.model, boundaries)

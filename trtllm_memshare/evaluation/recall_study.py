@@ -13,13 +13,11 @@ import torch
 
 from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay, nothing_retired
 from trtllm_memshare.evaluation.page_arms import ANEW, Budget, retire
-from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, PRESETS
+from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, PRESETS, retire_as_preset
 from trtllm_memshare.evaluation.real_rows import RowFile
 from trtllm_memshare.evaluation.real_texts import TRACES, read_traces, token_texts
-from trtllm_memshare.evaluation.recorded_runner import retire_by_preset
 from trtllm_memshare.evaluation.retirement import NEVER, Retirements
 from trtllm_memshare.evaluation.stated_facts import AskedText, make_asked_text
-from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 
 TEXT_TOKENS = 1280
@@ -71,7 +69,7 @@ def compute_recall(
                 logits = [replay.answers(full, r, [ask])[0] for r, ask in zip(each, asked.asks, strict=True)]
             else:
                 if arm in PRESETS:
-                    retirements = _retire_by_preset(arm, asked, full, replay, boundaries)
+                    retirements = retire_as_preset(arm, full, asked.num_prompt_tokens, replay, boundaries)
                 else:
                     retirements = _retire(arm, budget, asked, full, seed)
                 each, logits = [retirements] * len(asked.asks), replay.answers(full, retirements, asked.asks)
@@ -82,14 +80,6 @@ def _retire(arm: str, budget: Budget, asked: AskedText, full: FullPass, seed: in
     if arm == "full":
         return nothing_retired(len(asked.ids), PAGE_TOKENS)
     return retire(arm, budget, asked.num_prompt_tokens, len(asked.ids), full.facts, seed)
-
-
-def _retire_by_preset(
-    arm: str, asked: AskedText, full: FullPass, replay: MaskedReplay, boundaries: BoundaryTokens | None
-) -> Retirements:
-    if boundaries is None:
-        raise ValueError(f"arm {arm} cuts text into steps, got no boundaries of the tokenizer")
-    return retire_by_preset(make_config(arm), full, asked.num_prompt_tokens, replay.model, boundaries)
 
 
 def judge(asked: AskedText, logits: list[torch.Tensor], retirements: list[Retirements]) -> list[dict[str, Any]]:

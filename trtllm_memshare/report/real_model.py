@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.evaluation.page_arms import ANEW, FORESEEN
+from trtllm_memshare.evaluation.page_arms import ANEW, DEFAULT, FORESEEN
 from trtllm_memshare.evaluation.page_study import BY_HEAD, PRESETS
 from trtllm_memshare.evaluation.page_table import (
     BASE,
@@ -48,11 +48,9 @@ LABELS = {
 _NO_RANKINGS = (BASE, "random-once", ANEW, "full", *PRESETS, BY_HEAD, FORESEEN, "paper-alias", "paper-null")
 RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
-_DEFAULT = "surprisal-led-recency-signature"
-"""The ranking of the preset ``pressure``."""
 _FEWEST_TEXTS = 10
 _ON_AXES = (BASE, "attention-redundancy")
-_BY_POSITION = (BASE, "attention-redundancy", _DEFAULT)
+_BY_POSITION = (BASE, "attention-redundancy", DEFAULT)
 
 
 def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
@@ -142,11 +140,11 @@ def answers(rows: list[Row]) -> str:
     chosen = leave_one_out(rows, [arm for arm in RANKINGS if len(select(rows, arm)) == len(select(rows, BASE))])
     if chosen is not None:
         add("the ranking chosen on all other problems, against random pages, 50 % kept", chosen[0])
-    for arm, named in (("attention-redundancy", "attention with redundancy"), (_DEFAULT, "the default")):
+    for arm, named in (("attention-redundancy", "attention with redundancy"), (DEFAULT, "the default")):
         for kept in (0.25, 0.75):
             add(f"{named} against random pages, {kept:.0%} kept", compare(rows, arm, BASE, Setting(kept)))
     for arm in ("attention-redundancy-recency", "attention-redundancy", "snapkv", "streaming"):
-        add(f"the default against {LABELS[arm]}", compare(rows, _DEFAULT, arm))
+        add(f"the default against {LABELS[arm]}", compare(rows, DEFAULT, arm))
     add("the alias against the null page, `paper`'s choice", compare(rows, "paper-alias", "paper-null"))
     for size in (32, 64):
         for arm in _ON_AXES:

@@ -11,7 +11,6 @@ ARMS = {
     "aligned": "`aligned`",
     "pressure:min_kept=0.75": "three quarters kept",
     "pressure:min_kept=0.5": "a half kept",
-    "pressure:min_kept=0.5,spread=equal": "a half kept, equal shares",
     "pressure:min_kept=0.5,need=random": "a half kept, random pages",
     "pressure:min_kept=0.25": "a quarter kept",
     f"pressure:min_kept=0.62,{PAPER}": "the paper's choice, at most 38 % given up",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from trtllm_memshare.evaluation.page_arms import DEFAULT
 from trtllm_memshare.evaluation.page_table import BASE, Comparison, Row, Setting, compare, recall, select
 from trtllm_memshare.evaluation.statistics import sign_flip
 
@@ -105,7 +106,7 @@ def of_text(rows: list[Row], text: str, arm: str, what: str) -> float:
     return float(select(rows, arm)[text][what])
 
 
-def by_model(rows: list[Row], model: str, what: str = "ratio", arm: str = "surprisal-led-recency-signature") -> float:
+def by_model(rows: list[Row], model: str, what: str = "ratio", arm: str = DEFAULT) -> float:
     """The same as ``compared`` of the texts that one model wrote."""
     texts = {row["text"] for row in rows if row.get("model") == model}
     return compared([row for row in rows if row["text"] in texts], what, arm)

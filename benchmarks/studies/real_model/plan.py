@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from trtllm_memshare.evaluation.page_arms import FORESEEN, PAIRED, Budget
+from trtllm_memshare.evaluation.page_arms import DEFAULT, FORESEEN, PAIRED, Budget
 from trtllm_memshare.evaluation.page_study import BY_HEAD, Task
 
 TEXT_TOKENS = 2048
 NUM_TEXTS = 109
 
-DEFAULT = "surprisal-led-recency-signature"
-"""The ranking of the preset ``pressure``."""
 _DECIDE = (
     "random", "attention-redundancy", "attention-redundancy-recency", "redundancy-k", "surprisal-led-signature",
     DEFAULT, *PAIRED,
