@@ -71,6 +71,9 @@ class ReadingRunner:
         self.manager: KVCacheManager | None = None
         self.null_pages: NullPages | None = None
 
+    def reserve_null_pages(self, are_used: bool) -> None:
+        """It reads no null page: what it forgets it takes from the block tables."""
+
     def prepare(self, batch: StepBatch) -> StepBatch:
         return batch
 

@@ -181,12 +181,11 @@ def test_what_retired_pages_become_follows_what_the_runner_can(centred):
         settle_null_entries(make_config("aligned", retired_becomes="dropped"), reads_all)
 
 
-@pytest.mark.parametrize("becomes", ["null", "dropped"])
-def test_an_executor_counts_the_blocks_that_null_pages_leave(centred, becomes):
+def test_an_executor_counts_the_blocks_that_null_pages_leave(centred):
     model, pages = centred
     runner = TorchRunner(model, 8, SIZE, null_page_set=pages)
     boundaries = BoundaryTokens.from_texts([f"w{i}" for i in range(80)])
-    executor = Executor(runner, make_config("aligned", retired_becomes=becomes), boundaries, 64, 4)
+    executor = Executor(runner, make_config("aligned", retired_becomes="null"), boundaries, 64, 4)
     with pytest.raises(UserError, match="need 7 blocks of 8, the pool has 6"):
         executor.submit([5] * 40, SamplingParams(max_new_tokens=9))
     handle = executor.submit([5] * 40, SamplingParams(max_new_tokens=8))
@@ -196,3 +195,20 @@ def test_an_executor_counts_the_blocks_that_null_pages_leave(centred, becomes):
     executor.manager.check_integrity()
     expected = pages.keys[:, :, :, None].expand(-1, -1, -1, SIZE, -1)
     assert torch.equal(runner.pool[:2, :, 0], expected)  # nobody wrote there
+
+
+@pytest.mark.parametrize(("preset", "becomes"), [("off", "null"), ("aligned", "alias"), ("pressure", "dropped")])
+def test_who_needs_no_null_page_has_the_whole_pool_and_the_next_one_finds_them_again(centred, preset, becomes):
+    model, pages = centred
+    runner = TorchRunner(model, 8, SIZE, null_page_set=pages)
+    written = runner.pool[:2].clone()
+    boundaries = BoundaryTokens.from_texts([f"w{i}" for i in range(80)])
+    executor = Executor(runner, make_config(preset, retired_becomes=becomes, need="age"), boundaries, 64, 4)
+    assert executor.manager.pool.num_usable == 8
+    handle = executor.submit([5] * 40, SamplingParams(max_new_tokens=20))
+    executor.run_until_idle()
+    assert len(handle.result().token_ids) == 20
+    assert not torch.equal(runner.pool[:2], written)
+    executor = Executor(runner, make_config("pressure", need="age"), boundaries, 64, 4)
+    assert executor.manager.pool.num_usable == 6
+    assert torch.equal(runner.pool[:2], written)

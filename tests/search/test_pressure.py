@@ -47,17 +47,18 @@ def any_views(draw):
 @given(views=any_views(), wanted=st.integers(-2, 80), spread=st.sampled_from(SPREADS))
 def test_a_choice_keeps_to_every_floor_and_goes_in_order(views, wanted, spread):
     chosen = dict(choose_pages(views, wanted, spread))
-    rooms = {v.request_id: min(v.room, len(v.pages)) for v in views}
-    assert sum(map(len, chosen.values())) == min(max(wanted, 0), sum(rooms.values()))
+    most = {v.request_id: max(v.repeated.sum(), min(v.room, len(v.pages))) for v in views}
+    assert sum(map(len, chosen.values())) == min(max(wanted, 0), sum(most.values()))
     for v in views:
         gone = chosen.get(v.request_id, np.zeros(0, np.int32))
         assert gone.dtype == np.int32
-        assert len(gone) <= rooms[v.request_id]
+        assert len(gone) <= most[v.request_id] == v.most
         assert (np.diff(gone) > 0).all()
         assert np.isin(gone, v.pages).all()
         went = np.isin(v.pages, gone)
         if (went & ~v.repeated).any():
             assert went[v.repeated].all(), "a page went for need while a repeat stayed"
+            assert len(gone) <= v.room, "a page went for need below the floor"
         for kind in (v.repeated, ~v.repeated):
             left, right = v.need[kind & went], v.need[kind & ~went]
             if len(left) and len(right) and not np.isnan(right).all():
@@ -67,7 +68,7 @@ def test_a_choice_keeps_to_every_floor_and_goes_in_order(views, wanted, spread):
     if any((np.isin(v.pages, chosen.get(v.request_id, [])) & ~v.repeated).any() for v in views):
         for v in views:
             gone = np.isin(v.pages, chosen.get(v.request_id, []))
-            assert gone[v.repeated].sum() == min(v.room, v.repeated.sum())
+            assert gone[v.repeated].all()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -122,6 +123,13 @@ def test_repeats_go_first_over_all_requests():
     views = [view(1, [-5, -4]), view(2, [3, 2, 9], [False, True, True])]
     assert [(i, p.tolist()) for i, p in choose_pages(views, 2)] == [(2, [1, 2])]
     assert [(i, p.tolist()) for i, p in choose_pages(views, 3)] == [(1, [0]), (2, [1, 2])]
+
+
+def test_repeats_go_below_the_floor_and_nothing_else_does():
+    at_its_floor = view(1, [1, 2, 3, 4], [False, True, True, False], room=0)
+    nearly = view(2, [9, 8, 7], [False, False, True], room=2)
+    assert (at_its_floor.most, nearly.most) == (2, 2)
+    assert [(i, p.tolist()) for i, p in choose_pages([at_its_floor, nearly], 9)] == [(1, [1, 2]), (2, [1, 2])]
 
 
 def test_watermarks_free_nothing_below_the_high_one_and_down_to_the_low_one_above_it():

@@ -39,6 +39,9 @@ class ShortRunner(CountingRunner):
         rng = torch.Generator().manual_seed(0)
         self.pool = torch.randn(self.num_blocks, 1, 2, 1, self.tokens_per_block, 4, generator=rng)
 
+    def reserve_null_pages(self, are_used) -> None:
+        pass
+
 
 @pytest.fixture(params=[False, True], ids=["room", "pressed"])
 def pressed(request) -> bool:

@@ -184,6 +184,21 @@ def test_exact_repeats_go_first():
     assert sum(int(r.repeated.sum()) for r in watched) == stats["repeated"]
 
 
+def test_what_stands_again_lets_others_in():
+    """Admission counts what is gone, and what may go whatever the floor."""
+    in_flight = {}
+    for run in (8, 500):
+        executor = make_executor(60, min_run_tokens=run, shingle_tokens=4, min_kept=1.0, lookahead_tokens=16)
+        submit(executor, 6)
+        in_flight[run] = []
+        while executor.has_work:
+            executor.step()
+            executor.manager.check_integrity()
+            in_flight[run].append(executor.status().num_active)
+        assert executor.pressure.stats.retired_pages["needed_least"] == 0
+    assert np.mean(in_flight[8]) > 1.1 * np.mean(in_flight[500])
+
+
 def test_a_request_that_comes_back_takes_what_it_held():
     executor = make_executor(110)
     submit(executor, 6)
@@ -203,7 +218,7 @@ def test_a_request_that_comes_back_takes_what_it_held():
 @pytest.mark.parametrize("need", ["attention-redundancy", "attention-redundancy-recency"])
 def test_a_need_that_reads_attention_is_served_where_pytorch_attends(bundled_model, boundaries, prompts, need):
     runner = TorchRunner(load_model(bundled_model), 40, 16)
-    config = make_config("pressure", need=need, retired_becomes="dropped", protected_tokens=64)
+    config = make_config("pressure", need=need, retired_becomes="dropped", protected_tokens=64, min_run_tokens=500)
     executor = Executor(runner, config, boundaries, 2304)
     executor.submit(prompts[0], SamplingParams(500))
     executor.submit(prompts[1], SamplingParams(500))

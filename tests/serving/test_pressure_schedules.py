@@ -75,6 +75,7 @@ class PressureMachine(RuleBasedStateMachine):
         self.pressure = self.executor.pressure
         self.scheduler = self.executor._scheduler
         self.requests, self.held_at_pause, self.retired_at_pause = {}, {}, {}
+        self.repeats = {}  # by request: pages that went because their text stands again
         self.is_forced = False
         self.pressure.watch = self.check_retirement
         self._watch_pauses()
@@ -119,7 +120,10 @@ class PressureMachine(RuleBasedStateMachine):
         kept = [p for p in range(first, full) if not sequence.retired[p]]
         self.manager.match(state.request_id)
         end = min(sequence.matcher.protected_from(), sequence.num_computed) // SIZE
-        return max(0, min(len([p for p in kept if p < end]), len(kept) - self.floor(state, max(0, full - first))))
+        above = min(len([p for p in kept if p < end]), len(kept) - self.floor(state, max(0, full - first)))
+        if self.config.need == "nearest-earlier":  # the published choice knows no repeats
+            return max(0, above)
+        return max(above, int(self.manager.givable_pages(state.request_id).repeated.sum()))
 
     def check_retirement(self, retirement):
         state = self.requests[retirement.request_id][0]
@@ -130,8 +134,16 @@ class PressureMachine(RuleBasedStateMachine):
         assert retirement.pages.min() >= first, "a prompt page went"
         recent = sequence.num_computed + 1 - self.config.protected_tokens
         assert (retirement.pages.max() + 1) * SIZE <= max(recent, first * SIZE), "a protected page went"
-        kept = int((~sequence.retired[first:full]).sum())
-        assert kept >= self.floor(state, full - first), "a request is below its floor"
+        repeats = self.repeats.setdefault(retirement.request_id, set())
+        repeats.update(retirement.pages[retirement.repeated].tolist())
+        there = [p for p in range(first, full) if not sequence.retired[p]]
+        if not retirement.repeated.all():
+            assert len(there) >= self.floor(state, full - first), "a page that stands nowhere else went below the floor"
+        elif len(there) < self.floor(state, full - first):
+            for page in retirement.pages.tolist():
+                later = [p for p in there if p > page] + [full]
+                said = {t for p in later for t in state.tokens[p * SIZE : (p + 1) * SIZE]}
+                assert said.issuperset(state.tokens[page * SIZE : (page + 1) * SIZE]), "no repeat went below the floor"
         assert self.manager.pool.num_free > 0
 
     # Rules.
@@ -207,7 +219,8 @@ class PressureMachine(RuleBasedStateMachine):
             full = max(sequence.first_generated_block, sequence.num_computed // SIZE)
             kept = int((~sequence.retired[sequence.first_generated_block : full]).sum())
             if sequence.is_generating:
-                assert kept >= self.floor(state, full - sequence.first_generated_block), "below the floor"
+                repeats = len(self.repeats.get(state.request_id, ()))
+                assert kept + repeats >= self.floor(state, full - sequence.first_generated_block), "below the floor"
             if state.request_id in self.held_at_pause:
                 self.check_return(state, sequence)
 

@@ -98,6 +98,34 @@ def test_exact_repeats_go_before_older_pages() -> None:
     assert host.relief.totals.retired_repeats == 3
 
 
+def test_only_pages_that_stand_again_go_below_the_floor() -> None:
+    host = Host(40, longest=60, min_kept=1.0, min_run_tokens=8, shingle_tokens=4, **EXACTLY)
+    request = host.add("a", 4, 20)
+    phrase = list(range(60, 72))
+    host.grow(request, phrase)  # pages 5 to 7
+    host.grow(request, host.draw.integers(0, 50, 12).tolist())
+    host.grow(request, phrase)  # pages 11 to 13
+    host.grow(request, host.draw.integers(0, 50, 12).tolist())
+    host.relief.make_room([request], host.blocks.num_free + 9, MemShareUpdate())
+    assert retired(host, "a") == [5, 6, 7]
+
+
+def test_a_page_whose_copies_are_gone_stands_nowhere_else() -> None:
+    host = Host(60, longest=90, min_kept=0.0, min_run_tokens=8, shingle_tokens=4, **EXACTLY)
+    request = host.add("a", 4, 20)
+    phrase = list(range(60, 72))
+    for _ in range(3):
+        host.grow(request, phrase)  # pages 5 to 7, 11 to 13, 17 to 19
+        host.grow(request, host.draw.integers(0, 50, 12).tolist())
+    pages = host.relief.pages("a")
+    pages.see_tokens(request.all_token_ids)
+    assert pages.repeated(request.num_computed_tokens) == {5, 6, 7, 11, 12, 13}
+    pages.note_retired([11, 12, 13], {})  # those of the last copy stand for both
+    assert pages.repeated(request.num_computed_tokens) == {5, 6, 7}
+    pages.note_retired([18], {})
+    assert pages.repeated(request.num_computed_tokens) == {5, 7}
+
+
 def test_null_entries_move_when_the_newest_token_crosses_a_band() -> None:
     host = Host(13, bands=(0, 40, 1000), min_kept=0.0)
     request = host.add("a", 4, 39)

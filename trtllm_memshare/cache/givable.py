@@ -9,9 +9,7 @@ import numpy as np
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.sequence import Sequence
-
-_HOPS = 16
-"""How far copies of copies are followed: a page counts as repeated as long as one of these is resident."""
+from trtllm_memshare.search.repeats import stands_again
 
 
 @dataclass(frozen=True)
@@ -58,21 +56,8 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     pages = pages[is_own & pool.is_full[blocks]]
     repeated = np.zeros(len(pages), bool)
     if find_repeats and len(pages):
-        repeated = np.array([p in ready and _stands_again(sequence, p, size) for p in pages.tolist()], bool)
+        matcher, num_computed, rows = sequence.matcher, sequence.num_computed, sequence.token_rows
+        repeated = np.array(
+            [p in ready and stands_again(matcher, p, size, num_computed, lambda t: rows[t] < 0) for p in pages.tolist()]
+        )
     return GivablePages(pages, repeated, full - first, num_retired)
-
-
-def _stands_again(sequence: Sequence, page: int, size: int) -> bool:
-    """Whether each token of a page has an equal one that is kept; copies that went are followed to theirs."""
-    assert sequence.matcher is not None
-    positions = np.asarray(sequence.matcher.counterparts(page)[0]).copy()
-    for _ in range(_HOPS):
-        if (positions < 0).any() or (positions >= sequence.num_computed).any():
-            return False
-        gone = sequence.token_rows[positions] < 0
-        if not gone.any():
-            return not bool((positions // size == page).any())
-        for other in np.unique(positions[gone] // size).tolist():
-            there = gone & (positions // size == other)
-            positions[there] = np.asarray(sequence.matcher.counterparts(other)[0])[positions[there] % size]
-    return False

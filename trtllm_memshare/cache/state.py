@@ -92,6 +92,11 @@ class CacheState:
         sequence = self._sequences.get(request_id)
         return 0 if sequence is None else int(sequence.retired.sum())
 
+    def num_given_up_at_return(self, request_id: int) -> int:
+        """The same for one that was paused and will come back without these pages."""
+        parked = self._parked.get(request_id)
+        return self.num_given_up(request_id) if parked is None else len(parked.retired)
+
     def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
         """The first page of generated tokens, the end of the full ones, and the request's row of the block table."""
         sequence = self._sequences[request_id]

@@ -66,6 +66,9 @@ class RecordedRunner:
         self.inv_freq = inv_freq.cpu()
         self.search = make_block_search(self.pool, self.inv_freq, MAX_PAIRS)
 
+    def reserve_null_pages(self, are_used: bool) -> None:
+        """It has none."""
+
     def prepare(self, batch: StepBatch) -> StepBatch:
         """Nothing to prepare."""
         return batch

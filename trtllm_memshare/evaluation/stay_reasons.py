@@ -8,8 +8,8 @@ from trtllm_memshare.cache.remap import WORTH_ANOTHER_LOOK
 from trtllm_memshare.search.types import Candidate, Decision
 from trtllm_memshare.serving.executor import Executor
 
-RECENT, NO_COPY, WAITS, FLOOR = "recent", "no copy", "waits", "floor"
-"""Protected; not every token has a later copy; decided at one of the next searches; a repeat that the floor keeps.
+RECENT, NO_COPY, WAITS = "recent", "no copy", "waits"
+"""Protected; not every token has a later copy; decided at one of the next searches.
 
 The other reasons are those that ``SharingPolicy.rejected`` and the cache's ``refused`` count: ``distance`` (stage 2),
 ``drift`` (the distances along a chain of stand-ins), ``max_aliases``.
@@ -44,20 +44,20 @@ class Inquiry:
         first, full, _ = manager.generated_pages(request_id)
         for page in range(first, full):
             if not manager.is_retired(request_id, page):
-                self.reasons[page] = self._reason(page, repeated, executor.config.pressure)
+                self.reasons[page] = self._reason(page, repeated)
 
     def count(self, first: int, stop: int) -> dict[str, int]:
         """How many of the pages in ``[first, stop)`` stay, by reason, the most frequent first."""
         return dict(Counter(r for page, r in sorted(self.reasons.items()) if first <= page < stop).most_common())
 
-    def _reason(self, page: int, repeated: dict[int, bool], is_pressed: bool) -> str:
+    def _reason(self, page: int, repeated: dict[int, bool]) -> str:
         if page not in repeated:
             return RECENT
         verdict = self._verdicts.get(page)
         if verdict is not None and verdict not in WORTH_ANOTHER_LOOK:
             return verdict
         if page in self._verdicts or repeated[page]:
-            return FLOOR if is_pressed else WAITS
+            return WAITS
         return NO_COPY
 
     def _judged(self, candidate: Candidate, reason: str | None) -> None:

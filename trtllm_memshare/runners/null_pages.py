@@ -11,7 +11,7 @@ from trtllm_memshare.engine.null_page import NullPageSet, stored_keys
 from trtllm_memshare.errors import UserError
 
 
-def write_null_pages(pool: torch.Tensor, null_page_set: NullPageSet) -> NullPages:
+def write_null_pages(pool: torch.Tensor, null_page_set: NullPageSet) -> None:
     """Writes null pages into the first blocks of a pool: every token of a page has its band's K, and V 0.
 
     Args:
@@ -22,7 +22,6 @@ def write_null_pages(pool: torch.Tensor, null_page_set: NullPageSet) -> NullPage
     """
     blocks = null_page_blocks(null_page_set, tuple(pool.shape), pool.dtype)
     pool[: len(blocks)] = blocks.to(pool.device)
-    return place_of(null_page_set)
 
 
 def null_page_blocks(null_page_set: NullPageSet, pool_shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

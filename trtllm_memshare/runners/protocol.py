@@ -111,6 +111,9 @@ class ForgettingRunner(Runner, Protocol):
     null_pages: NullPages | None
     skips_entries: bool
 
+    def reserve_null_pages(self, are_used: bool) -> None:
+        """Writes its null pages anew, if it has any; or takes their blocks for ordinary ones, where nobody forgets."""
+
 
 class BenchmarkedRunner(Runner, Protocol):
     """A runner that says what it runs on."""

@@ -77,7 +77,12 @@ class MemShareConfig(BaseModel):
     )
     high_watermark: float = Field(0.97, gt=0, le=1, description="pool use that the next step must not pass")
     low_watermark: float = Field(0.92, gt=0, le=1, description="pool use down to which pages are given up then")
-    min_kept: float = Field(0.5, ge=0, le=1, description="share of its generated pages that a request keeps at least")
+    min_kept: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of its generated pages that a request keeps; only pages that stand again go below it",
+    )
     lookahead_tokens: int = Field(
         128,
         ge=1,

@@ -19,6 +19,7 @@ def blocks_at_floors(
     min_kept: np.ndarray,
     protected_tokens: int,
     tokens_per_block: int,
+    num_free_to_go: np.ndarray | int = 0,
 ) -> int:
     """Blocks that requests hold together at given lengths, each at its floor.
 
@@ -28,8 +29,10 @@ def blocks_at_floors(
       min_kept: float ``[n]``, share of its generated pages that each keeps.
       protected_tokens: most recent tokens, which stay.
       tokens_per_block: of a page.
+      num_free_to_go: int ``[n]``, pages that each has given up, or may whatever its floor is, as repeats may.
 
     Example: 100 tokens of prompt in pages of 32 are 4 pages; of 30 generated pages 15 stay, one is being written: 20.
+    With 18 of the 30 given up as repeats it is 4 + 30 - 18 + 1 = 17.
     """
     prompt = -(-num_prompt_tokens // tokens_per_block)
     # A block more than the protected tokens fill, since the protection need not begin with a block.
@@ -37,4 +40,4 @@ def blocks_at_floors(
     generated = np.maximum(0, num_tokens // tokens_per_block - prompt)
     stays = np.maximum(np.ceil(min_kept * generated - 1e-9).astype(np.int64), np.minimum(generated, protected))
     # And the block that is being written.
-    return int(np.minimum(-(-num_tokens // tokens_per_block), prompt + stays + 1).sum())
+    return int(np.minimum(-(-num_tokens // tokens_per_block) - num_free_to_go, prompt + stays + 1).sum())

@@ -25,8 +25,9 @@ class PressureView:
       request_id: whatever its owner calls it.
       pages: int32 ``[n]``, logical pages that may go: full, generated, not protected, still the request's own.
       need: float32 ``[n]``, how much each is needed; **lower goes first**. NaN counts as needed most.
-      repeated: bool ``[n]``, pages whose text the request still holds elsewhere; they go before any other page.
-      room: how many of them may go before the request is at its floor, see ``floor_room``.
+      repeated: bool ``[n]``, pages whose text the request still holds elsewhere; they go before any other page, and
+        below the floor too: nothing that was said is lost with them.
+      room: how many pages, repeats among them, may go before the request is at its floor, see ``floor_room``.
     """
 
     request_id: int
@@ -43,6 +44,11 @@ class PressureView:
                 f"pages, need and repeated must have one length and room must not be negative, got lengths {lengths} "
                 f"and room {self.room} (request {self.request_id})"
             )
+
+    @property
+    def most(self) -> int:
+        """How many pages may go: all repeats, and others while there is room."""
+        return max(int(self.repeated.sum()), min(self.room, len(self.pages)))
 
 
 def floor_room(num_generated_pages: int, num_retired: int, min_kept: float) -> int:
@@ -83,13 +89,13 @@ class Watermarks:
 
 
 def choose_pages(views: list[PressureView], num_pages: int, spread: Spread = "need") -> list[tuple[int, np.ndarray]]:
-    """The pages to give up: repeated ones first, then those needed least; none below a floor.
+    """The pages to give up: repeated ones first, then those needed least; of these none below a floor.
 
     The same views in the same order give the same choice: ties go to the earlier view and the earlier page.
 
     Args:
       views: of the requests that may give pages up, in the order of their arrival.
-      num_pages: how many are wanted. Fewer are returned when all requests reach their floors.
+      num_pages: how many are wanted. Fewer are returned when all requests are at their floors.
       spread: see ``Spread``.
 
     Returns:
@@ -97,12 +103,12 @@ def choose_pages(views: list[PressureView], num_pages: int, spread: Spread = "ne
     """
     # Each view's pages in the order in which they would go; a stable sort keeps ties in order of position.
     orders = [np.lexsort((view.need, ~view.repeated)) for view in views]
-    rooms = np.array([min(view.room, len(view.pages)) for view in views], np.int64)
+    most = np.array([view.most for view in views], np.int64)
     repeats = np.array([int(view.repeated.sum()) for view in views], np.int64)
-    taken = _take(views, orders, np.zeros_like(rooms), np.minimum(rooms, repeats), num_pages, spread)
+    taken = _take(views, orders, np.zeros_like(most), repeats, num_pages, spread)
     rest = num_pages - int(taken.sum())
     if rest > 0:
-        taken = taken + _take(views, orders, taken, rooms - taken, rest, spread)
+        taken = taken + _take(views, orders, taken, most - taken, rest, spread)
     return [
         (view.request_id, np.sort(view.pages[order[:count]]).astype(np.int32))
         for view, order, count in zip(views, orders, taken.tolist(), strict=True)

@@ -11,13 +11,16 @@ from trtllm_memshare.search.config import MemShareConfig
 def settle_null_entries(config: MemShareConfig, runner: Runner) -> tuple[MemShareConfig, NullPages | None]:
     """The settings that the cache follows, and the runner's null pages, which no request may be given.
 
-    On a runner that skips entries, entries without a block are forgotten like entries at a null page. So where it has
-    none, ``retired_becomes: null`` is carried out as ``dropped``: the same tokens.
+    Where nothing can be forgotten their blocks are like any others, and None is returned for them. On a runner that
+    skips entries, entries without a block are forgotten like entries at a null page. So where it has none,
+    ``retired_becomes: null`` is carried out as ``dropped``: the same tokens.
 
     Raises:
       UserError: entries cannot become null or be dropped on this runner.
     """
-    null_pages = runner.null_pages if isinstance(runner, ForgettingRunner) else None
+    becomes = config.retired_becomes
+    forgets = becomes != "dropped" if config.pressure else config.shares and becomes == "null"
+    null_pages = runner.null_pages if forgets and isinstance(runner, ForgettingRunner) else None
     skips = isinstance(runner, ForgettingRunner) and runner.skips_entries
     if config.retired_becomes == "dropped" and not skips and config.shares:
         raise UserError(
@@ -36,4 +39,6 @@ def settle_null_entries(config: MemShareConfig, runner: Runner) -> tuple[MemShar
             "under pressure a page that finds no donor is forgotten, which needs an engine with null pages, got one "
             "without, whose runner reads every entry (build it again with --memshare and these settings)"
         )
+    if isinstance(runner, ForgettingRunner):
+        runner.reserve_null_pages(null_pages is not None)
     return config, null_pages

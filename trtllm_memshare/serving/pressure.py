@@ -24,9 +24,9 @@ from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.episodes import Episodes
-from trtllm_memshare.search.floors import blocks_at_floors
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.serving.floor_admission import FloorAdmission, RepeatCounts, share_kept
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_source
 from trtllm_memshare.serving.request import Phase, RequestState, SamplingParams
@@ -97,18 +97,12 @@ class Pressure:
         # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
         self._finds_repeats = "distance" not in find_need(config.need).facts
         self._is_exhausted = False  # the last relief did not reach the low watermark
-        self._refused: tuple[int, int] | None = None  # whom ``fits`` refused last, and how many ran then
-
-    def min_kept(self, params: SamplingParams) -> float:
-        """Share of its generated pages that a request keeps; 1 where it shares nothing."""
-        if not params.memshare:
-            return 1.0
-        return self._config.min_kept if params.min_kept is None else params.min_kept
+        self._repeats = RepeatCounts(manager)
+        self._admission = FloorAdmission(manager, config, self._repeats if self._finds_repeats else None)
 
     def blocks_at_floor(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Blocks that one request holds at its longest end, with all given up that may go."""
-        longest = num_prompt_tokens + params.max_new_tokens
-        return self._at_floors([longest], [num_prompt_tokens], [self.min_kept(params)])
+        return self._admission.blocks_of_one(num_prompt_tokens, params)
 
     def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
         """Keeps the next step of the running requests below the high watermark, or brings use to the low one.
@@ -157,29 +151,9 @@ class Pressure:
             self._ledger.observe_attention(attention, self._manager.pool.generation)
 
     def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
-        """Whether a request can be admitted and everybody go on without a pause, all of them at their floors.
-
-        Args:
-          is_certain: to the last token that each asked for; otherwise for the next ``lookahead_tokens``.
-        """
+        """See ``FloorAdmission.fits``."""
         with self._timed():
-            asked, refused, self._refused = (state.request_id, len(running)), self._refused, None
-            if not running and not is_certain:
-                return True
-            if asked == refused:  # nobody came since, so that the same requests run, and are longer
-                self._refused = refused
-                return False
-            states = (*running, state)
-            ahead = max(s.max_tokens for s in states) if is_certain else self._config.lookahead_tokens
-            held = self._at_floors(
-                [min(s.max_tokens, len(s.tokens) + ahead) for s in states],
-                [len(s.prompt) for s in states],
-                [self.min_kept(s.params) for s in states],
-            )
-            if held <= self._manager.pool.num_usable:
-                return True
-            self._refused = asked
-            return False
+            return self._admission.fits(state, running, is_certain)
 
     def status(self, running: Sequence[RequestState]) -> PressureStatus:
         """Counts of this moment; safe from any thread, since it only reads."""
@@ -187,7 +161,7 @@ class Pressure:
         for state in running:
             generated, retired = self._manager.page_counts(state.request_id)
             retired_now += self._manager.num_given_up(state.request_id)
-            at_floor += retired > 0 and floor_room(generated, retired, self.min_kept(state.params)) == 0
+            at_floor += retired > 0 and floor_room(generated, retired, share_kept(state.params, self._config)) == 0
         stats = self.stats
         return PressureStatus(
             is_active=self.episodes.is_active,
@@ -203,19 +177,13 @@ class Pressure:
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""
         self._ledger.forget(request_id)
+        self._repeats.forget(request_id)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
-
-    def _at_floors(self, lengths: list[int], prompts: list[int], min_kept: list[float]) -> int:
-        """``blocks_at_floors`` under these settings."""
-        config = self._config
-        protected = max(config.protected_tokens, config.max_protected_tokens if config.protected_steps else 0)
-        size = self._manager.tokens_per_block
-        return blocks_at_floors(np.array(lengths), np.array(prompts), np.array(min_kept), protected, size)
 
     def _low(self) -> int:
         return math.floor(self._config.low_watermark * self._manager.pool.num_usable)
@@ -233,23 +201,25 @@ class Pressure:
         for state in running:
             if state.phase is not Phase.GENERATION or not state.params.memshare:
                 continue
-            room = floor_room(*manager.page_counts(state.request_id), self.min_kept(state.params))
-            if not room:
+            room = floor_room(*manager.page_counts(state.request_id), share_kept(state.params, self._config))
+            # Before somebody is paused, repeats are looked for that have come since the last page was completed.
+            if not room and not (self._finds_repeats and (is_urgent or self._repeats.of(state.request_id))):
                 continue  # most, once all are near their floors
             pages = manager.givable_pages(state.request_id, self._finds_repeats)
-            if room := min(room, len(pages.pages)):
+            if len(pages.pages) and (room or pages.repeated.any()):
                 givable[state.request_id], rooms[state.request_id] = pages, room
-        if not rooms or (all_or_none and sum(rooms.values()) < num_blocks):
+        most = {i: max(int(pages.repeated.sum()), min(rooms[i], len(pages.pages))) for i, pages in givable.items()}
+        if not rooms or (all_or_none and sum(most.values()) < num_blocks):
             return 0
         self._ledger.catch_up(list(rooms))
         views = []
         for request_id, pages in givable.items():
             blocks = manager.block_table(request_id)[pages.pages]
-            facts = self._ledger.facts(request_id, pages.pages, blocks, min(rooms[request_id], num_blocks))
+            facts = self._ledger.facts(request_id, pages.pages, blocks, min(most[request_id], num_blocks))
             need = page_need(self._config.need, facts)
             room = rooms[request_id] if is_urgent else min(rooms[request_id], int((~np.isposinf(need)).sum()))
             views.append(PressureView(request_id, pages.pages, need, pages.repeated, room))
-        if all_or_none and sum(view.room for view in views) < num_blocks:
+        if all_or_none and sum(view.most for view in views) < num_blocks:
             return 0
         choice = choose_pages(views, num_blocks, self._config.spread)
         if self._agree is not None:

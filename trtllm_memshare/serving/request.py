@@ -21,6 +21,7 @@ class SamplingParams:
 
     ``stop_sequences``: token sequences that end the request once generated; ``bad_words``: ones never generated.
     ``min_kept``: share of its generated pages, in [0, 1], that this request keeps under pressure; None = as configured.
+    Only pages whose text stands again, word for word and later, go below it.
     ``memshare``: False keeps this request's cache whole, whatever the settings.
     ``min_new_tokens``: stop tokens are not chosen before. ``repetition_penalty`` divides the positive logits of tokens
     that have occurred, prompt included, and multiplies their negative ones; ``presence_penalty`` is subtracted from

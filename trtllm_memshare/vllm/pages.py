@@ -8,6 +8,7 @@ import numpy as np
 
 from trtllm_memshare.search.need import PageFacts
 from trtllm_memshare.search.page_pairs import PagePairs
+from trtllm_memshare.search.repeats import stands_again
 from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.page_report import PageReport
 from trtllm_memshare.vllm.request_options import RequestOptions
@@ -60,6 +61,11 @@ class RequestPages:
         return len(self.retired)
 
     @property
+    def num_free_to_go(self) -> int:
+        """Pages that are gone, or will be once a preempted request is back."""
+        return len(self.retired) + len(self.to_retire_again)
+
+    @property
     def aliased(self) -> Mapping[int, int]:
         """The page that is read in place of each that is not forgotten, by page."""
         return self._pairs.stands_in if self._aliases else {}
@@ -94,13 +100,20 @@ class RequestPages:
             self._matcher.append(np.asarray(token_ids[self._num_seen :], np.int32))
             self._num_seen = len(token_ids)
 
-    def repeated(self) -> set[int]:
-        """Pages of which every token stands again in a later run of the request. Brings the matcher up to date.
+    def repeated(self, num_computed: int) -> set[int]:
+        """Pages of which every token stands again, later, in what the request keeps. Brings the matcher up to date.
 
         None where pages are compared with earlier ones: the published choice knows no exact repeats.
         """
-        found = set(self._matcher.ready_blocks())
-        return set() if self._max_aliases else found
+        found = set(self._matcher.ready_blocks()).difference(self.retired)
+        if self._max_aliases:
+            return set()
+        gone, size = np.array(self.retired, np.int64), self._block_size
+        return {
+            page
+            for page in found
+            if stands_again(self._matcher, page, size, num_computed, lambda tokens: np.isin(tokens // size, gone))
+        }
 
     def retirable_end(self, num_computed: int) -> int:
         """The first page that is protected or not full: pages before it may go."""

@@ -145,11 +145,12 @@ class Relief:
         by_id = {request.request_id: request for request in running}
         found = (self._view(request, force, force and urgent, count) for request in by_id.values())
         views = [view for view in found if view is not None]
+        repeats = {view.request_id: set(view.pages[view.repeated].tolist()) for view in views}
         freed = 0
         for request_id, chosen in choose_pages(views, count):
             name = str(request_id)
             pages, going = self._pages[name], chosen.tolist()
-            self.totals.retired_repeats += len(pages.repeated().intersection(going))
+            self.totals.retired_repeats += len(repeats[request_id].intersection(going))
             self._retire(by_id[name], going, pages.donors(going), update)
             self.totals.retired_aliased += len(pages.aliased.keys() & set(going))
             freed += len(chosen)
@@ -184,11 +185,11 @@ class Relief:
             return None
         room = floor_room(full, pages.num_retired, pages.options.min_kept)
         pages.see_tokens(request.all_token_ids)
-        repeats = pages.repeated()
+        repeats = pages.repeated(request.num_computed_tokens)
         owned = self._blocks.owned(
             request.request_id, pages.first_generated, pages.retirable_end(request.num_computed_tokens)
         )
-        if not owned or room == 0:
+        if not owned or (room == 0 and repeats.isdisjoint(owned)):
             pages.exhausted_at = full
             return None
         array = np.array(owned, np.int32)

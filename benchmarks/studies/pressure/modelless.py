@@ -26,6 +26,9 @@ class ModellessRunner:
         self.num_blocks, self.vocab_size = num_blocks, vocab_size
         self._logits = torch.zeros(1, vocab_size)
 
+    def reserve_null_pages(self, are_used: bool) -> None:
+        """It has none."""
+
     def prepare(self, batch: StepBatch) -> StepBatch:
         return batch
 

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.runners.null_pages import null_page_blocks, place_of
 from trtllm_memshare.runners.protocol import Described, StepBatch, StepOutput
@@ -113,7 +112,9 @@ class TensorRTRunner:
             (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.tokens_per_block, spec.head_dim),
             getattr(torch, spec.kv_dtype),
         )
-        self.null_pages = None if null_page_set is None else self._write_null_pages(null_page_set)
+        self._null_page_set = null_page_set
+        self.null_pages = None if null_page_set is None else place_of(null_page_set)
+        self.reserve_null_pages(True)
         self._separate = search(self.pool) if search is not None else None
         self.search: Described = self._separate or (EmbeddedSearch() if spec.max_pairs else NoSearch())
         self._max_pairs = self._separate.max_pairs if self._separate is not None else spec.max_pairs
@@ -136,14 +137,15 @@ class TensorRTRunner:
         if use_graphs:
             self.decode_description += ", CUDA graphs for pure decode steps"
 
-    def _write_null_pages(self, null_page_set: NullPageSet) -> NullPages:
-        """Copies null pages from pinned memory, as every input goes, before any step."""
-        blocks = null_page_blocks(null_page_set, tuple(self.pool.shape), self.pool.dtype)
+    def reserve_null_pages(self, are_used: bool) -> None:
+        """See ``ForgettingRunner``; copied from pinned memory, as every input goes, while no step runs."""
+        if self._null_page_set is None or not are_used:
+            return
+        blocks = null_page_blocks(self._null_page_set, tuple(self.pool.shape), self.pool.dtype)
         source = self._device.host_tensor(tuple(blocks.shape), blocks.dtype)
         source.copy_(blocks)
         self._device.copy(self.pool[: len(blocks)], source)
         self._device.mark().wait()
-        return place_of(null_page_set)
 
     def prepare(self, batch: StepBatch) -> TensorRTInputs:
         """Packs a step's inputs on the host. Two steps may be prepared before the first of them runs.

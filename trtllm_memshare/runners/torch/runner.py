@@ -16,7 +16,7 @@ from trtllm_memshare.engine.load import load_decoder
 from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.rope import longest_sequence
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.runners.null_pages import write_null_pages
+from trtllm_memshare.runners.null_pages import place_of, write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
@@ -112,7 +112,9 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
-        self.null_pages = None if null_page_set is None else write_null_pages(self.pool, null_page_set)
+        self._null_page_set = null_page_set
+        self.null_pages = None if null_page_set is None else place_of(null_page_set)
+        self.reserve_null_pages(True)
         if self.pool.is_cuda:
             # cuDNN's attention plans each new shape for 23 to 37 ms (torch 2.11, sm_90), and here every step has one.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -129,6 +131,12 @@ class TorchRunner:
         self._decode: PagedDecode | None = None if kind.make is None else kind.make(None, 0)
         self._graphs = self._make_graphs(kind, new_graph) if use_graphs else None
 
+    def reserve_null_pages(self, are_used: bool) -> None:
+        """See ``ForgettingRunner``."""
+        self._skips_null = self._null_page_set is not None and are_used
+        if self._null_page_set is not None and are_used:
+            write_null_pages(self.pool, self._null_page_set)
+
     def prepare(self, batch: StepBatch) -> TorchInputs:
         """Works out addresses on the host.
 
@@ -136,7 +144,7 @@ class TorchRunner:
           UserError: attention is to be observed where another than PyTorch attends, or null pages are to be read and
             there are none.
         """
-        if self.null_pages is not None and not batch.read_null:
+        if self.null_pages is not None and self._skips_null and not batch.read_null:
             hidden = hide_blocks(batch.block_offsets, self.null_pages.blocks, self.num_layers)
             batch = replace(batch, block_offsets=hidden)
         elif batch.read_null and self.null_pages is None:

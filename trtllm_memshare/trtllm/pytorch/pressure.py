@@ -2,7 +2,7 @@
 
 The scheduler has chosen this iteration's requests when ``prepare_resources`` is called, so what is freed here is for
 the next one. Nothing is looked at while use stays below the high watermark. Above it, pages over all requests go until
-the low one: exact repeats first, then those needed least, none below a request's floor (``search.pressure``).
+the low one: exact repeats first, then those needed least, of these none below a request's floor (``search.pressure``).
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Pressure:
         self._lengths = self._prompts = np.zeros(0, np.int64)
         self._kept = np.zeros(0)
         self._floor_blocks: int | None = None  # what these hold at their floors
+        self._has_given = False  # somebody has given pages up
+        self._num_passed = 0  # times that nobody was looked at since all were at their floors
 
     def begin(self, active: Mapping[int, Any]) -> None:
         """Takes the requests of this iteration that generate, by id.
@@ -108,10 +110,11 @@ class Pressure:
             need = wanted + next(iter(self._paused.values()))
             if need <= self._allowed():
                 count = max(0, need - (self._num_pages - used))
-        if not count or used - self._floors() < min(count, _FEWEST):
+        if not count or (used - self._floors() < min(count, _FEWEST) and not self._is_look_for_repeats_due()):
             return []  # all are at their floors, or nearly: a page here and there would be had in every iteration
         views = [v for v in map(self._view, self._active.values()) if v is not None]
         chosen = choose_pages(views, count, self._config.spread)
+        self._has_given |= bool(chosen)
         if self._config.shares:
             self.stats.count(views, chosen, used)
         return [(request_id, pages.tolist()) for request_id, pages in chosen]
@@ -153,8 +156,17 @@ class Pressure:
         if self._floor_blocks is None:
             # One token more than now: a request whose pages are full writes into a new one next.
             protected = self._config.protected_tokens
-            self._floor_blocks = blocks_at_floors(self._lengths + 1, self._prompts, self._kept, protected, self._size)
+            known = map(self._requests.get, self._active) if self._has_given else ()
+            gone = np.array([0 if k is None else k.pages.num_given_up for k in known] or 0)
+            self._floor_blocks = blocks_at_floors(
+                self._lengths + 1, self._prompts, self._kept, protected, self._size, gone
+            )
         return self._floor_blocks
+
+    def _is_look_for_repeats_due(self) -> bool:
+        """Pages that stand again may go at any floor. There can be new ones once requests have filled a page."""
+        self._num_passed = (self._num_passed + 1) % self._size
+        return not self._num_passed
 
     def forget(self, request: Any, was_known: bool, is_last: bool) -> None:
         """A request is freed; if it is only paused, TensorRT-LLM will compute it anew, all of it.
@@ -185,12 +197,11 @@ class Pressure:
 
     def _view(self, request: Any) -> PressureView | None:
         known = self._requests.get(request.py_request_id)
-        if known is None or known.is_behind:
+        if known is None or known.is_behind or self._wishes.keeps_whole(request):
             return None
         givable = self._manager.givable_pages(known.request_id)
         room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
-        room = min(room, len(givable.pages))
-        if room <= 0:
+        if not len(givable.pages) or not (room or givable.repeated.any()):
             return None
         need = page_need(self._config.need, self._facts(known, givable.pages))
         return PressureView(known.request_id, givable.pages, need, givable.repeated, room)

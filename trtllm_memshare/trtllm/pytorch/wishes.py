@@ -20,9 +20,14 @@ class Wishes:
     def __init__(self, min_kept: float) -> None:
         self._min_kept, self._said = min_kept, False
 
+    @staticmethod
+    def keeps_whole(request: Any) -> bool:
+        """Whether a request asks for its cache whole, pages that stand again included."""
+        return getattr(request, "py_memshare", True) is False
+
     def min_kept(self, request: Any) -> float:
         """Share of its generated pages that a request keeps, in [0, 1]; 1 where it asks for its cache whole."""
-        if getattr(request, "py_memshare", True) is False:
+        if self.keeps_whole(request):
             return 1.0
         own = getattr(request, "py_memshare_min_kept", None)
         if own is None:

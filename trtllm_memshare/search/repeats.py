@@ -1,0 +1,36 @@
+"""Whether a page stands again, word for word and later, in what its request keeps: such a page may go at any floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from trtllm_memshare.search.types import Matcher
+
+_HOPS = 16
+"""How far copies of copies are followed: a page counts as repeated as long as one of these is resident."""
+
+
+def stands_again(
+    matcher: Matcher, page: int, tokens_per_block: int, num_computed: int, is_gone: Callable[[np.ndarray], np.ndarray]
+) -> bool:
+    """Whether each token of a page has an equal one that is kept; copies that went are followed to theirs.
+
+    Args:
+      matcher: stage 1 of the request, up to date.
+      page: a logical page that it says is ready.
+      num_computed: tokens whose K and V are written.
+      is_gone: int ``[n]`` positions below ``num_computed`` -> bool ``[n]``, whether nothing is read for them any more.
+    """
+    positions = np.asarray(matcher.counterparts(page)[0]).copy()
+    for _ in range(_HOPS):
+        if (positions < 0).any() or (positions >= num_computed).any():
+            return False
+        gone = is_gone(positions)
+        if not gone.any():
+            return not bool((positions // tokens_per_block == page).any())
+        for other in np.unique(positions[gone] // tokens_per_block).tolist():
+            there = gone & (positions // tokens_per_block == other)
+            positions[there] = np.asarray(matcher.counterparts(other)[0])[positions[there] % tokens_per_block]
+    return False

@@ -1,0 +1,107 @@
+"""Who gets in under pressure: a request for which the others could make room without anybody being paused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.floors import blocks_at_floors
+from trtllm_memshare.serving.request import RequestState, SamplingParams
+
+
+def share_kept(params: SamplingParams, config: MemShareConfig) -> float:
+    """Share of its generated pages below which a request gives up repeats only; 1 where it shares nothing."""
+    if not params.memshare:
+        return 1.0
+    return config.min_kept if params.min_kept is None else params.min_kept
+
+
+class RepeatCounts:
+    """How many pages of each request stand again; looked for anew once it has a page more, or one less."""
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self._manager = manager
+        self._found: dict[int, tuple[tuple[int, int], int]] = {}
+
+    def of(self, request_id: int) -> int:
+        """Pages that may go now whatever the floor of the request is; 0 for one in its context."""
+        counts = self._manager.page_counts(request_id)
+        if counts == (0, 0):
+            return 0
+        known = self._found.get(request_id)
+        if known is None or known[0] != counts:
+            known = self._found[request_id] = counts, int(self._manager.givable_pages(request_id).repeated.sum())
+        return known[1]
+
+    def forget(self, request_id: int) -> None:
+        self._found.pop(request_id, None)
+
+
+class FloorAdmission:
+    """Counts what requests hold when they have given up all that they may.
+
+    Args:
+      manager: the cache.
+      config: floor, protection, how far ahead.
+      repeats: of requests; None = what is given up need not stand again.
+    """
+
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig, repeats: RepeatCounts | None) -> None:
+        self._manager, self._config, self._repeats = manager, config, repeats
+        self._protected = max(config.protected_tokens, config.max_protected_tokens if config.protected_steps else 0)
+        self._refused: tuple[int, int] | None = None  # who was refused last, and how many ran then
+        self._asked_again = 0  # times since
+
+    def blocks_of_one(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Blocks that one request holds at its longest end, at its floor."""
+        longest = num_prompt_tokens + params.max_new_tokens
+        return self._blocks([longest], [num_prompt_tokens], [params], [0])
+
+    def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
+        """Whether a request can be admitted and everybody go on without a pause, all of them at their floors.
+
+        Args:
+          is_certain: to the last token that each asked for; otherwise for the next ``lookahead_tokens``.
+        """
+        asked, refused, self._refused = (state.request_id, len(running)), self._refused, None
+        if not running and not is_certain:
+            return True
+        if asked == refused and self._asked_again < self._manager.tokens_per_block:
+            # Nobody came since, so the same requests run and are longer: only pages that stand again could let it in.
+            self._refused, self._asked_again = refused, self._asked_again + 1
+            return False
+        states = (*running, state)
+        ahead = max(s.max_tokens for s in states) if is_certain else self._config.lookahead_tokens
+        held = self._blocks(
+            [min(s.max_tokens, len(s.tokens) + ahead) for s in states],
+            [len(s.prompt) for s in states],
+            [s.params for s in states],
+            [self._free_to_go(s) for s in states],
+        )
+        if held <= self._manager.pool.num_usable:
+            return True
+        self._refused, self._asked_again = asked, 0
+        return False
+
+    def _free_to_go(self, state: RequestState) -> int:
+        """Pages that a request has given up, and those that stand again."""
+        gone = self._manager.num_given_up_at_return(state.request_id)
+        if self._repeats is None or not state.params.memshare:
+            return gone
+        return gone + self._repeats.of(state.request_id)
+
+    def _blocks(
+        self, lengths: list[int], prompts: list[int], params: list[SamplingParams], free_to_go: list[int]
+    ) -> int:
+        """``blocks_at_floors`` under these settings."""
+        return blocks_at_floors(
+            np.array(lengths),
+            np.array(prompts),
+            np.array([share_kept(p, self._config) for p in params]),
+            self._protected,
+            self._manager.tokens_per_block,
+            np.array(free_to_go),
+        )
