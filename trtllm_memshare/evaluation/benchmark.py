@@ -128,6 +128,7 @@ def run_variant(
     if replayed is not None:
         loss = [replayed.loss[h.request_id] / r.stats.num_output_tokens for h, r in zip(handles, results, strict=True)]
         entry["loss_nats_per_token"] = float(np.mean(loss))
+        entry["loss_by_request"] = [round(nats, 6) for nats in loss]
     return Measurement(entry, results, right, variant.config, loss)
 
 

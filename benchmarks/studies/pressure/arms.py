@@ -9,6 +9,7 @@ ARMS = {
     "full": "`full` (MAX_UTILIZATION)",
     "full-guaranteed": "`full` (GUARANTEED_NO_EVICT)",
     "aligned": "`aligned`",
+    "pressure:min_kept=1": "all kept that stands once",
     "pressure:min_kept=0.75": "three quarters kept",
     "pressure:min_kept=0.5": "a half kept",
     "pressure:min_kept=0.5,need=random": "a half kept, random pages",
