@@ -11,8 +11,9 @@ from trtllm_memshare.evaluation.step_model import GpuModel
 def schedule_table(report: dict[str, Any]) -> str:
     """One row for each pool and arm; requests/s against the better full cache of the same pool."""
     lines = [
-        "| pool | arm | steps | in flight | requests/s | p50 / p99, s | paused | recomputed tokens | given up |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| pool | arm | steps | in flight | requests/s | p50 / p99, s | first token, s | paused | recomputed tokens | "
+        "given up |",
+        "| ---: | --- |" + " ---: |" * 8,
     ]
     for row in sorted(report["rows"], key=lambda row: row["pool_share"]):
         gpu = row["modelled_gpu"]
@@ -24,7 +25,7 @@ def schedule_table(report: dict[str, Any]) -> str:
         lines.append(
             f"| {row['pool_share']:g} | `{row['variant']}` | {row['num_steps']:,} | {row['mean_in_flight']:.1f} | "
             f"{gpu['request_throughput_req_s'] / full:.2f} | {gpu['p50_latency_s']:.0f} / {gpu['p99_latency_s']:.0f} | "
-            f"{row['paused_requests']} | {row['recomputed_tokens']:,.0f} | {row['shared_block_fraction']:.0%} |"
+            f"{gpu['mean_first_token_s']:.1f} | {row['paused_requests']} | {row['recomputed_tokens']:,.0f} | {row['shared_block_fraction']:.0%} |"
         )
     return "\n".join(lines).replace("% |", " % |")
 

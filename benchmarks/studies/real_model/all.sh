@@ -25,6 +25,7 @@ split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms $rankings
 split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms $rankings
 study loops
 study loops --variant aligned:retired_becomes=dropped --output $results/loops_forgotten.json
+study loops --variant pressure:min_kept=1 --output $results/loops_pressure.json
 study generation --texts 8 --arms full surprisal-led-recency-signature surprisal-led-signature random-once paper-alias
 study table --compute float32 --texts 1 --arms random attention-redundancy --output $results/float32.jsonl
 split $results/tokens_4096.jsonl table --tokens 4096 --texts 20 --arms $decisive

@@ -1,8 +1,8 @@
 """A model that repeats itself for ever, inside ordinary reasoning: is memory flat, and is the text around it unharmed?
 
 A text is real reasoning, then one passage again and again, then the reasoning goes on. Exact repeats go with nothing
-else to press: shared, or forgotten (``--variant aligned:retired_becomes=dropped``). With ``--variant pressure`` the
-request stands at its floor throughout. The rows say why the pages of the loop stay that are there at its end.
+else to press: shared, or forgotten (``--variant aligned:retired_becomes=dropped``). With ``--variant
+pressure:min_kept=1`` all pages go that stand again, as under lasting pressure. The rows say why the pages of the loop stay that are there at its end.
 """
 
 from __future__ import annotations

@@ -51,14 +51,17 @@ def test_a_passage_that_comes_once_frees_nothing(replay):
     assert (found["loss_change_in_loop"], found["loss_change_after"]) == (0, 0)
 
 
-def test_under_pressure_repeats_stay_for_the_floor_alone(replay):
-    """Half of the pages stay by ``min_kept``, though every one of the loop has a copy."""
+@pytest.mark.parametrize("kept", [1.0, 0.9])
+def test_under_pressure_a_loop_holds_no_more_memory_as_it_goes_on(replay, kept):
+    """Whatever the floor: pages of a loop stand again, but for the last 128 tokens."""
     boundaries = BoundaryTokens.from_texts(["\n\n"] * replay.model.config.vocab_size)
-    found = measure_loop(replay, IDS, 8, list(range(10, 42)), boundaries, make_config("pressure"), BEFORE, 4 * LOOP)
-    assert set(found["first_half_stays"]) == {"floor"}
-    assert set(found["second_half_stays"]) == {"floor", "recent"}
-    assert found["second_half_stays"]["recent"] == 128 // PAGE_TOKENS
-    assert found["pages_held_at_its_end"] == pytest.approx((4 + 64) / 2, abs=1)
+    config = make_config("pressure", min_kept=kept)
+    found = measure_loop(replay, IDS, 8, list(range(10, 42)), boundaries, config, BEFORE, 4 * LOOP)
+    assert found["first_half_stays"] == {}
+    assert found["second_half_stays"] == {"recent": 128 // PAGE_TOKENS}
+    assert found["pages_held_halfway"] == found["pages_held_at_its_end"]
+    # Before the loop there is nothing that stands again: at a floor below 1 one of its pages goes for need.
+    assert found["pages_held_at_its_end"] == 4 + 128 // PAGE_TOKENS - (kept < 1)
     assert found["loss_change_before"] == 0
 
 
