@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from trtllm_memshare.evaluation.random_model import SHAPES
+from trtllm_memshare.evaluation.statistics import sign_flip, standard_error
 from trtllm_memshare.evaluation.step_model import GpuModel
 
 
@@ -25,7 +28,8 @@ def schedule_table(report: dict[str, Any]) -> str:
         lines.append(
             f"| {row['pool_share']:g} | `{row['variant']}` | {row['num_steps']:,} | {row['mean_in_flight']:.1f} | "
             f"{gpu['request_throughput_req_s'] / full:.2f} | {gpu['p50_latency_s']:.0f} / {gpu['p99_latency_s']:.0f} | "
-            f"{gpu['mean_first_token_s']:.1f} | {row['paused_requests']} | {row['recomputed_tokens']:,.0f} | {row['shared_block_fraction']:.0%} |"
+            f"{gpu['mean_first_token_s']:.1f} | {row['paused_requests']} | {row['recomputed_tokens']:,.0f} | "
+            f"{row['shared_block_fraction']:.0%} |"
         )
     return "\n".join(lines).replace("% |", " % |")
 
@@ -55,3 +59,15 @@ def modelled_step_ms(report: dict[str, Any], step: str = "replay_7b") -> float:
     per_token = shape.num_layers * 2 * shape.num_kv_heads * head_dim * 2  # K and V, bf16
     held = run["variants"]["off"]["mean_used_blocks"] * run["tokens_per_block"] * per_token
     return 1e3 * clock.step_seconds(run["batch_size"], held / clock.pool_bytes)
+
+
+def loss_difference(
+    report: dict[str, Any], what: str, arm: str, base: str = "pressure:min_kept=0.5,need=random"
+) -> float:
+    """Of two arms that replayed the same texts: ``mean`` of the difference of their losses in nats a token over the
+    texts, its standard ``error``, or ``p`` of a sign-flip test."""
+    losses = {row["variant"]: np.array(row["loss_by_request"]) for row in report["variants"]}
+    differences = losses[arm] - losses[base]
+    if what == "p":
+        return sign_flip(differences)
+    return float(differences.mean()) if what == "mean" else standard_error(differences)

@@ -2,7 +2,8 @@
 
 A text is real reasoning, then one passage again and again, then the reasoning goes on. Exact repeats go with nothing
 else to press: shared, or forgotten (``--variant aligned:retired_becomes=dropped``). With ``--variant
-pressure:min_kept=1`` all pages go that stand again, as under lasting pressure. The rows say why the pages of the loop stay that are there at its end.
+pressure:min_kept=1`` all pages go that stand again, as under lasting pressure. The rows say why the pages of the loop
+stay that are there at its end.
 """
 
 from __future__ import annotations
