@@ -110,6 +110,7 @@ def test_a_build_that_is_there_needs_force(tiny_checkpoint, tmp_path):
         (["--memshare", "--preset", "alligned"], ["unknown preset alligned (did you mean aligned?)"]),
         (["--preset", "paper"], ["--preset needs --memshare"]),
         (["--shadow"], ["--shadow needs --memshare"]),
+        (["--memshare", "--shadow", "--preset", "pressure"], ["shadow changes nothing", "got both"]),
         (["--search-engine", "separate"], ["--search-engine is for the tensorrt backend", "got separate on torch"]),
         (["--backend", "tensorrt", "--kv-cache-dtype", "int8"], ["kv_cache_dtype must be auto or fp8", "got int8"]),
         (["--tp-size", 2], ["tp_size must be 1 on the torch backend, got 2"]),

@@ -370,6 +370,11 @@ def test_what_cannot_be_served_is_refused():
         make_config("pressure", high_watermark=0.5)
     with pytest.raises(UserError, match="preset pressure"):
         make_config("aligned", pressure=True)
+    with pytest.raises(UserError, match=r"shadow changes nothing, .*got both"):
+        make_executor(60, shadow=True)
+    for name, value in (("matcher", "steps"), ("max_gap_tokens", 2), ("direction", "keep-earliest")):
+        with pytest.raises(UserError, match=f"word for word and later.*got {name} {value}"):
+            make_config("pressure", **{name: value})
     with pytest.raises(UserError, match="retired_becomes alias with need surprisal-led-redundancy-recency"):
         make_config("pressure", retired_becomes="alias")
     paper = make_config("pressure", need="nearest-earlier", retired_becomes="alias")

@@ -12,8 +12,8 @@ def request(name, tokens, max_tokens, prompt=8):
     return SimpleNamespace(request_id=name, num_prompt_tokens=prompt, num_tokens=tokens, max_tokens=max_tokens)
 
 
-def relief(min_kept, memshare=True, num_free_to_go=0):
-    pages = SimpleNamespace(num_free_to_go=num_free_to_go, options=RequestOptions(memshare, min_kept))
+def relief(min_kept, memshare=True, num_retired=0):
+    pages = SimpleNamespace(num_retired=num_retired, options=RequestOptions(memshare, min_kept))
     return SimpleNamespace(pages=lambda name: pages)
 
 
@@ -34,8 +34,8 @@ def test_a_request_joins_when_the_pool_holds_everybody_at_the_floor():
 def test_pages_that_went_below_a_floor_leave_room():
     """Four pages of each stood again and went: no floor brings them back."""
     running, waiting = [request("a", 8, 40)], request("b", 8, 40)
-    assert admits(waiting, running, relief(1.0, num_free_to_go=4), "max-tokens", 16, 0, 16, 4)
-    assert not admits(waiting, running, relief(1.0, num_free_to_go=4), "max-tokens", 16, 0, 15, 4)
+    assert admits(waiting, running, relief(1.0, num_retired=4), "max-tokens", 16, 0, 16, 4)
+    assert not admits(waiting, running, relief(1.0, num_retired=4), "max-tokens", 16, 0, 15, 4)
 
 
 @pytest.mark.parametrize(("lookahead", "num_blocks"), [(4, 6), (16, 12), (400, 24)])

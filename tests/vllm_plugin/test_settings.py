@@ -32,6 +32,7 @@ def test_settings_come_from_additional_config_or_from_a_file(tmp_path):
         ({"null_pages": "x", "min_kept": 2}, "min_kept input should be less than or equal to 1"),
         ({"null_pages": "x", "retired_becomes": "dropped"}, "must be null, or alias with .*, got dropped"),
         ({"null_pages": "x", "need": "age", "retired_becomes": "alias"}, "got retired_becomes alias with need age"),
+        ({"null_pages": "x", "shadow": True}, "shadow changes nothing, .*got both"),
         ({"null_pages": "x", "admission": "some"}, "admission"),
         ({"null_pages": "x", "need": "attention"}, "need must be one that vLLM can tell"),
         ({}, "null_pages"),

@@ -19,7 +19,7 @@ from trtllm_memshare.engine.replacement import check_target
 from trtllm_memshare.engine.tokenizer_check import check_tokenizer
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import read_json
-from trtllm_memshare.search.config import MemShareConfig, make_config
+from trtllm_memshare.search.config import MemShareConfig, make_config, refuse_shadow
 
 if TYPE_CHECKING:
     from trtllm_memshare.trtllm.engine.build_plan import EnginePlan
@@ -182,7 +182,9 @@ def _settle_memshare(options: BuildOptions, settings: dict[str, Any], backend: s
     in_file = settings.pop("preset", "pressure" if backend == "torch" and not options.shadow else "aligned")
     if options.shadow:
         settings["shadow"] = True
-    return make_config(str(options.preset or in_file), **settings)
+    config = make_config(str(options.preset or in_file), **settings)
+    refuse_shadow(config)
+    return config
 
 
 def _choose_backend(asked: str) -> tuple[str, str]:

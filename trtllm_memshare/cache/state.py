@@ -10,7 +10,7 @@ import numpy as np
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.null_pages import NullPages, is_null
 from trtllm_memshare.cache.offsets import NO_BLOCK, encode_block_offsets
-from trtllm_memshare.cache.resume import blocks_at_return
+from trtllm_memshare.cache.resume import blocks_at_return, retired_pages
 from trtllm_memshare.cache.sequence import Parked, Sequence
 
 
@@ -92,10 +92,12 @@ class CacheState:
         sequence = self._sequences.get(request_id)
         return 0 if sequence is None else int(sequence.retired.sum())
 
-    def num_given_up_at_return(self, request_id: int) -> int:
-        """The same for one that was paused and will come back without these pages."""
-        parked = self._parked.get(request_id)
-        return self.num_given_up(request_id) if parked is None else len(parked.retired)
+    def num_given_up_for_good(self, request_id: int) -> int:
+        """The same with those that a paused request will be without once its context is computed again."""
+        parked, sequence = self._parked.get(request_id), self._sequences.get(request_id)
+        if sequence is None:
+            return 0 if parked is None else len(parked.retired)
+        return len(retired_pages(sequence))
 
     def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
         """The first page of generated tokens, the end of the full ones, and the request's row of the block table."""

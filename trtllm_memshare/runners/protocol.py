@@ -112,7 +112,10 @@ class ForgettingRunner(Runner, Protocol):
     skips_entries: bool
 
     def reserve_null_pages(self, are_used: bool) -> None:
-        """Writes its null pages anew, if it has any; or takes their blocks for ordinary ones, where nobody forgets."""
+        """Writes its null pages anew, if it has any; or takes their blocks for ordinary ones, where nobody forgets.
+
+        An executor asks once, when it is made: a runner serves the one that was made last.
+        """
 
 
 class BenchmarkedRunner(Runner, Protocol):

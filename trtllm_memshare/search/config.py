@@ -137,6 +137,14 @@ class MemShareConfig(BaseModel):
                 f"under pressure need nearest-earlier alone names a page to stand in for one that is given up, got "
                 f"retired_becomes alias with need {self.need} (choose null or dropped, or need nearest-earlier)"
             )
+        repeats = {"matcher": "runs", "max_gap_tokens": 0, "direction": "keep-latest"}
+        if self.pressure and (
+            other := [f"{n} {getattr(self, n)}" for n, v in repeats.items() if getattr(self, n) != v]
+        ):
+            raise ValueError(
+                f"under pressure pages go below a floor if their text stands again, word for word and later, which "
+                f"needs matcher runs, max_gap_tokens 0 and direction keep-latest, got {', '.join(other)} (leave it out)"
+            )
         return self
 
     @property
@@ -212,3 +220,12 @@ def parse_config(values: dict[str, Any], where: str) -> MemShareConfig:
         return MemShareConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, MemShareConfig.model_fields, where)) from error
+
+
+def refuse_shadow(config: MemShareConfig) -> None:
+    """Raises UserError for pressure in shadow, of a host that would have to give pages up to know which go."""
+    if config.pressure and config.shadow:
+        raise UserError(
+            "shadow changes nothing, and what pressure would give up is not counted here, got both (take preset "
+            "aligned for shadow, or leave out shadow)"
+        )

@@ -48,7 +48,12 @@ class PressureView:
     @property
     def most(self) -> int:
         """How many pages may go: all repeats, and others while there is room."""
-        return max(int(self.repeated.sum()), min(self.room, len(self.pages)))
+        return num_givable(self.repeated, self.room)
+
+
+def num_givable(repeated: np.ndarray, room: int) -> int:
+    """How many of a request's pages may go, bool ``[n]`` whether each stands again: all that do, others while room."""
+    return max(int(repeated.sum()), min(room, len(repeated)))
 
 
 def floor_room(num_generated_pages: int, num_retired: int, min_kept: float) -> int:

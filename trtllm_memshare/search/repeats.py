@@ -8,9 +8,6 @@ import numpy as np
 
 from trtllm_memshare.search.types import Matcher
 
-_HOPS = 16
-"""How far copies of copies are followed: a page counts as repeated as long as one of these is resident."""
-
 
 def stands_again(
     matcher: Matcher, page: int, tokens_per_block: int, num_computed: int, is_gone: Callable[[np.ndarray], np.ndarray]
@@ -18,13 +15,13 @@ def stands_again(
     """Whether each token of a page has an equal one that is kept; copies that went are followed to theirs.
 
     Args:
-      matcher: stage 1 of the request, up to date.
+      matcher: stage 1 of the request, up to date; of runs without gaps, the latest kept: its counterparts are equal.
       page: a logical page that it says is ready.
       num_computed: tokens whose K and V are written.
       is_gone: int ``[n]`` positions below ``num_computed`` -> bool ``[n]``, whether nothing is read for them any more.
     """
     positions = np.asarray(matcher.counterparts(page)[0]).copy()
-    for _ in range(_HOPS):
+    for _ in range(num_computed // tokens_per_block + 1):  # copies are later ones, so that no chain is longer
         if (positions < 0).any() or (positions >= num_computed).any():
             return False
         gone = is_gone(positions)

@@ -88,7 +88,7 @@ class FloorAdmission:
 
     def _free_to_go(self, state: RequestState) -> int:
         """Pages that a request has given up, and those that stand again."""
-        gone = self._manager.num_given_up_at_return(state.request_id)
+        gone = self._manager.num_given_up_for_good(state.request_id)
         if self._repeats is None or not state.params.memshare:
             return gone
         return gone + self._repeats.of(state.request_id)

@@ -18,9 +18,7 @@ def settle_null_entries(config: MemShareConfig, runner: Runner) -> tuple[MemShar
     Raises:
       UserError: entries cannot become null or be dropped on this runner.
     """
-    becomes = config.retired_becomes
-    forgets = becomes != "dropped" if config.pressure else config.shares and becomes == "null"
-    null_pages = runner.null_pages if forgets and isinstance(runner, ForgettingRunner) else None
+    null_pages = runner.null_pages if config.forgets and isinstance(runner, ForgettingRunner) else None
     skips = isinstance(runner, ForgettingRunner) and runner.skips_entries
     if config.retired_becomes == "dropped" and not skips and config.shares:
         raise UserError(

@@ -22,10 +22,10 @@ from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
-from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.config import MemShareConfig, refuse_shadow
 from trtllm_memshare.search.episodes import Episodes
 from trtllm_memshare.search.need import find_need, page_need
-from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room, num_givable
 from trtllm_memshare.serving.floor_admission import FloorAdmission, RepeatCounts, share_kept
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_source
@@ -206,9 +206,9 @@ class Pressure:
             if not room and not (self._finds_repeats and (is_urgent or self._repeats.of(state.request_id))):
                 continue  # most, once all are near their floors
             pages = manager.givable_pages(state.request_id, self._finds_repeats)
-            if len(pages.pages) and (room or pages.repeated.any()):
+            if num_givable(pages.repeated, room):
                 givable[state.request_id], rooms[state.request_id] = pages, room
-        most = {i: max(int(pages.repeated.sum()), min(rooms[i], len(pages.pages))) for i, pages in givable.items()}
+        most = {i: num_givable(pages.repeated, rooms[i]) for i, pages in givable.items()}
         if not rooms or (all_or_none and sum(most.values()) < num_blocks):
             return 0
         self._ledger.catch_up(list(rooms))
@@ -250,10 +250,11 @@ def open_pressure(
     """Pressure as the settings ask for it, or None.
 
     Raises:
-      UserError: need reads what cannot be known here.
+      UserError: need reads what cannot be known here, or shadow is asked for.
     """
     if not config.pressure:
         return None
+    refuse_shadow(config)
     need, source = find_need(config.need), open_source(config, manager, runner, agreement is not None)
     if "attention" in need.facts and not getattr(runner, "reports_attention", False):
         raise UserError(

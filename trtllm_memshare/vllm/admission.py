@@ -49,6 +49,6 @@ def admits(
         np.array([o.min_kept if o.memshare else 1.0 for o in options]),
         protected_tokens,
         block_size,
-        np.array([relief.pages(r.request_id).num_free_to_go for r in requests]),
+        np.array([relief.pages(r.request_id).num_retired for r in requests]),
     )
     return held <= num_blocks

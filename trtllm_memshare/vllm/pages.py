@@ -61,11 +61,6 @@ class RequestPages:
         return len(self.retired)
 
     @property
-    def num_free_to_go(self) -> int:
-        """Pages that are gone, or will be once a preempted request is back."""
-        return len(self.retired) + len(self.to_retire_again)
-
-    @property
     def aliased(self) -> Mapping[int, int]:
         """The page that is read in place of each that is not forgotten, by page."""
         return self._pairs.stands_in if self._aliases else {}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trtllm_memshare.errors import UserError, describe_validation_error, read_text, shorten
 from trtllm_memshare.json_input import check_known_keys, parse_json
-from trtllm_memshare.search.config import PRESETS, MemShareConfig, parse_config
+from trtllm_memshare.search.config import PRESETS, MemShareConfig, parse_config, refuse_shadow
 from trtllm_memshare.search.need import find_need
 
 CONFIG_VARIABLE = "VLLM_MEMSHARE_CONFIG"
@@ -76,6 +76,7 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     check_known_keys(dict(values), (*MemShareConfig.model_fields, *VllmOptions.model_fields), where)
     search = {k: v for k, v in values.items() if k in MemShareConfig.model_fields}
     config = parse_config({**PRESETS["pressure"], **search}, where)
+    refuse_shadow(config)
     if config.retired_becomes == "dropped":
         raise UserError(
             "with vLLM retired_becomes must be null, or alias with need nearest-earlier, got dropped (its kernels read "

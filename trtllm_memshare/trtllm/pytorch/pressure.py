@@ -17,7 +17,7 @@ from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.floors import blocks_at_floors
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
-from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room, num_givable
 from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.pressure_stats import PressureStats
@@ -201,7 +201,7 @@ class Pressure:
             return None
         givable = self._manager.givable_pages(known.request_id)
         room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
-        if not len(givable.pages) or not (room or givable.repeated.any()):
+        if not num_givable(givable.repeated, room):
             return None
         need = page_need(self._config.need, self._facts(known, givable.pages))
         return PressureView(known.request_id, givable.pages, need, givable.repeated, room)
