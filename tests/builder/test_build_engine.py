@@ -247,5 +247,5 @@ def test_every_preset_is_valid_and_described():
     assert "the older copy stays" in sentences["paper"]
     assert "K compared as stored" in sentences["paper"]
     assert "no KV comparison" in sentences["lexical"]
-    assert "its last 128 tokens and 50% of its generated pages" in sentences["pressure"]
+    assert "its last 128 tokens and 50% of its generated pages, below which only repeats go" in sentences["pressure"]
     assert "gives nothing up while the pool has room" in sentences["pressure"]

@@ -62,6 +62,7 @@ def describe_sharing(config: MemShareConfig) -> str:
             f"pages of generated text go until {config.low_watermark:.0%}, {repeats}by {config.need}, "
             f"and become {becomes[config.retired_becomes]}; every request keeps its prompt, its last "
             f"{config.protected_tokens} tokens and {config.min_kept:.0%} of its generated pages"
+            f"{', below which only repeats go' if repeats else ''}"
         )
     what = "reports repeats but shares nothing (shadow)" if config.shadow else "shares the blocks of repeats"
     if config.matcher == "runs":

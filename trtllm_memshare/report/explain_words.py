@@ -72,9 +72,10 @@ def paragraphs(story: Story, config: MemShareConfig) -> dict[str, str]:
             "method": (
                 "When many answers are written at once, the memory runs short. MemShare then gives blocks up before "
                 "anybody has to wait: first those whose text the answer holds once more, word for word and later, then "
-                f"those that are needed least (here by {config.need}; lower goes first). The question, the last "
-                f"{config.protected_tokens} pieces and {config.min_kept:.0%} of the blocks that the model wrote stay "
-                f"in any case. Here the answer was alone, in a pool of {story.pool_blocks} blocks."
+                f"those that are needed least (here by {config.need}; lower goes first). The question and the last "
+                f"{config.protected_tokens} pieces stay in any case, and {config.min_kept:.0%} of the blocks that the "
+                f"model wrote, unless their text stands again. Here the answer was alone, in a pool of "
+                f"{story.pool_blocks} blocks."
             ),
             "map_note": "",
             "text_note": "<b>12 ✕400</b> was given up when 400 tokens were written.",
