@@ -12,9 +12,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from pages.markers import COMMENT, ROOT
 from pages.test_pages import PAGES, read
 
+from benchmarks.pages.markers import COMMENT, ROOT
 from trtllm_memshare.trtllm.pytorch import wrap
 from trtllm_memshare.vllm import commands as vllm_commands
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trtllm_memshare.evaluation.free_generation import ARMS, DECODINGS, FULL
+from trtllm_memshare.evaluation.free_generation import ARMS, FULL
 from trtllm_memshare.evaluation.page_table import Row, by_problem
 from trtllm_memshare.evaluation.statistics import sign_flip, standard_error
 from trtllm_memshare.report.real_model import LABELS, p_value
@@ -13,11 +13,6 @@ _HEAD = (
     "| what goes | texts | kept | ended itself | tokens | against the full cache | p | repeated | "
     "against the full cache | p | distinct 4-grams | first difference |"
 )
-
-
-def generation_tables(rows: list[Row]) -> dict[str, str]:
-    """Both tables by their marks in ``docs/real_model.md``."""
-    return {decoding: generation_table(rows, decoding) for decoding in DECODINGS}
 
 
 def generation_table(rows: list[Row], decoding: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.evaluation.page_arms import ANEW, DEFAULT, FORESEEN
@@ -194,22 +193,6 @@ def distance_table(rows: list[Row], min_kept: float = 0.5) -> str:
     return "\n".join(lines)
 
 
-def fill_page(page: Path, tables: dict[str, str]) -> None:
-    """Puts tables between the page's marks, ``<!-- NAME -->`` and ``<!-- end -->``.
-
-    Raises:
-      ValueError: a mark that is not there.
-    """
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        mark = f"<!-- {name} -->\n"
-        if mark not in text:
-            raise ValueError(f"{page} has no mark {mark.strip()}")
-        head, _, rest = text.partition(mark)
-        text = f"{head}{mark}{table}\n{rest[rest.index('<!-- end -->') :]}"
-    page.write_text(text, encoding="utf-8")
-
-
 def loops_table(rows: list[Row]) -> str:
     """What a preset holds of endless repeats, and what becomes of the text around them."""
     lines = [
@@ -226,19 +209,6 @@ def loops_table(rows: list[Row]) -> str:
             f"{' | '.join(f'{x:+.4f}' for x in losses)} |"
         )
     return "\n".join(lines)
-
-
-def page_tables(rows: list[Row], recall_rows: list[Row], loop_rows: list[Row]) -> dict[str, str]:
-    """Every table of ``docs/real_model.md`` by its mark."""
-    return {
-        "loops": loops_table(loop_rows),
-        "main": main_table(rows),
-        "answers": answers(rows),
-        "axes": axes_table(rows),
-        "position": position_table(rows),
-        "recall": recall_table(recall_rows),
-        "distance": distance_table(recall_rows),
-    }
 
 
 def _difference(c: Comparison, always: bool = False) -> str:

@@ -1,7 +1,8 @@
 """What the whole study takes from nothing: every kind of row timed on a few texts, times the rows that are committed.
 
-Each module runs as ``all.sh`` runs it, into a file of its own, and the time from row to row is taken. A kind is an arm
-at a share, length of a page and length of a text; the full cache's row holds the full pass.
+Each command of ``all.sh`` runs into a file of its own, and the time from row to row is taken. A kind is an arm at a
+share, length of a page and length of a text; the full cache's row holds the full pass. A command of arms that were
+timed before is not timed again.
 
     python -m benchmarks.studies.real_model.row_times
 """
@@ -12,13 +13,15 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 try:
-    from benchmarks.studies.real_model.timing import RESULTS, number_of_rows, parts, time_rows, time_whole
+    from benchmarks.studies.real_model.timing import RESULTS, arms_of, kind_of, parts, time_rows, time_whole
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.machine import describe_machine
+    from trtllm_memshare.evaluation.real_rows import read_rows
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
@@ -28,20 +31,27 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2, help="to time in each part (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "row_times.json")
     arguments = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    before = json.loads(arguments.output.read_text())["parts"] if arguments.output.is_file() else []
+    found: dict[str, dict[str, Any]] = {part["file"]: part for part in before}
     for path, words in parts((Path(__file__).parent / "all.sh").read_text(encoding="utf-8")):
+        part = found.setdefault(path.name, {"file": path.name, "rows": 0, "core_hours": 0.0})
+        seconds = part.get("seconds_a_row", {})
         if words[0] == "loops":
-            found.append({"file": path.name, "core_hours": round(time_whole(words) / 3600, 3)})
-        else:
-            seconds = {kind: statistics.median(times) for kind, times in time_rows(words, arguments.texts).items()}
-            rows = {kind: number_of_rows(path, words, kind) for kind in seconds}
-            hours = sum(seconds[kind] * count for kind, count in rows.items()) / 3600
-            found.append({"file": path.name, "rows": sum(rows.values()), "core_hours": round(hours, 3)})
-            found[-1]["seconds_a_row"] = {"/".join(map(str, kind)): round(s, 2) for kind, s in seconds.items()}
-        print(json.dumps({name: value for name, value in found[-1].items() if name != "seconds_a_row"}), flush=True)
-    total = round(sum(part["core_hours"] for part in found), 2)
-    document = {"machine": describe_machine(), "texts": arguments.texts, "core_hours": total, "parts": found}
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+            part["core_hours"] = part["core_hours"] or round(time_whole(words) / 3600, 3)
+        elif not seconds or not set(arms_of(words)) <= {kind.split("/")[0] for kind in seconds}:
+            times = time_rows(words, arguments.texts)
+            part["seconds_a_row"] = {
+                **{"/".join(map(str, kind)): round(statistics.median(of_kind), 2) for kind, of_kind in times.items()},
+                **seconds,
+            }
+        if "seconds_a_row" in part:
+            rows = Counter("/".join(map(str, kind_of(row))) for row in read_rows(path))
+            hours = sum(part["seconds_a_row"][kind] * count for kind, count in rows.items()) / 3600
+            part["rows"], part["core_hours"] = sum(rows.values()), round(hours, 3)
+        total = round(sum(part["core_hours"] for part in found.values()), 2)
+        document = {"machine": describe_machine(), "texts": arguments.texts, "core_hours": total}
+        arguments.output.write_text(json.dumps({**document, "parts": list(found.values())}, indent=1) + "\n")
+        print(json.dumps({name: part[name] for name in ("file", "rows", "core_hours")}), flush=True)
 
 
 if __name__ == "__main__":

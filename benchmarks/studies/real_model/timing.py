@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def parts(script: str) -> Iterator[tuple[Path, list[str]]]:
     """Results file and command line of each module that ``all.sh`` runs for results."""
     names: dict[str, str] = {"results": str(RESULTS)}
     lines = script.replace("\\\n", " ")
-    for name in ("rankings", "decisive"):
+    for name in re.findall(r'^(\w+)="(?!\$)', lines, re.MULTILINE):
         names[name] = " ".join(lines.split(f'{name}="')[1].split('"')[0].split())
     for line in lines.splitlines():
         for name, value in names.items():
@@ -35,6 +37,14 @@ def parts(script: str) -> Iterator[tuple[Path, list[str]]]:
             yield Path(words[output + 1]) if output else RESULTS / "generation.jsonl", words[1:]
         elif words[:2] == ["study", "loops"]:
             yield Path(words[-1] if "--output" in words else RESULTS / "loops.json"), words[1:]
+
+
+def arms_of(words: list[str]) -> list[str]:
+    """The arms that a command line names."""
+    if "--arms" not in words:
+        return []
+    behind = words[words.index("--arms") + 1 :]
+    return list(takewhile(lambda word: not word.startswith("--"), behind))
 
 
 def kind_of(row: dict[str, Any]) -> Kind:
@@ -73,13 +83,6 @@ def time_whole(words: list[str]) -> float:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
         )  # fmt: skip
         return time.monotonic() - started
-
-
-def number_of_rows(path: Path, words: list[str], kind: Kind) -> int:
-    """Rows of one kind that a command makes: one a text where it says how many, else as many as are committed."""
-    if "--texts" in words:
-        return int(words[words.index("--texts") + 1])
-    return sum(kind_of(row) == kind for row in read_rows(path))
 
 
 def _command(words: list[str], output: Path, *more: str) -> list[str]:

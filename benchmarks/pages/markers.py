@@ -112,27 +112,34 @@ def wrong_figures(text: str) -> Iterator[tuple[str, Any]]:
             yield found[0], value
 
 
-def wrong_cells(text: str) -> Iterator[tuple[str, str, str, Any]]:
-    """(list, row, cell, value) of each cell that is not what its row holds."""
+def wrong_cells(text: str) -> Iterator[tuple[str, str, Any]]:
+    """(list, cell, value) of each cell that is not what its row holds."""
     for found in ROWS.finditer(text):
         document = load(found["path"])
-        rows = document if found["list"] == "." else evaluate(found["list"], document, document)
-        naming, *columns = (" ".join(column.split()) for column in found["columns"].split("|"))
-        field, _, names = naming.partition(":")
-        listed = [name.strip() for name in names.split(";")] if names else None
-        table = table_below(text, found.end())
-        assert listed is None or len(listed) == len(table), (found[0], "rows are missing")
-        assert not field.startswith("#") or len(table) == len(rows), (found[0], "rows are missing")
-        for index, (first, *cells) in enumerate(table):
-            name = listed[index] if listed else first.strip("`*")
-            if field.startswith("#"):
-                row = rows[index]
-                assert field == "#" or str(row[field[1:]]) == name, (found["list"], name)
-            else:
-                by_field = isinstance(rows, list) and field != "@"
-                row = rows[name] if isinstance(rows, dict) else look_up(rows, f"[{field}={name}]" if by_field else name)
+        for row, cells, columns in cells_of(found, text):
             for column, cell in zip(columns, cells, strict=True):
-                yield from ((found["list"], name, *wrong) for wrong in _wrong_in(cell, column, row, document))
+                yield from ((found["list"], *wrong) for wrong in _wrong_in(cell, column, row, document))
+
+
+def cells_of(found: re.Match[str], text: str) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """Of each line of the table below a ``rows`` marker: its row of the results, its cells, and the columns' keys."""
+    document = load(found["path"])
+    rows = document if found["list"] == "." else evaluate(found["list"], document, document)
+    naming, *columns = (" ".join(column.split()) for column in found["columns"].split("|"))
+    field, _, names = naming.partition(":")
+    listed = [name.strip() for name in names.split(";")] if names else None
+    table = table_below(text, found.end())
+    assert listed is None or len(listed) == len(table), (found[0], "rows are missing")
+    assert not field.startswith("#") or len(table) == len(rows), (found[0], "rows are missing")
+    for index, (first, *cells) in enumerate(table):
+        name = listed[index] if listed else first.strip("`*")
+        if field.startswith("#"):
+            row = rows[index]
+            assert field == "#" or str(row[field[1:]]) == name, (found["list"], name)
+        else:
+            by_field = isinstance(rows, list) and field != "@"
+            row = rows[name] if isinstance(rows, dict) else look_up(rows, f"[{field}={name}]" if by_field else name)
+        yield row, cells, columns
 
 
 def _wrong_in(cell: str, column: str, row: Any, document: Any) -> Iterator[tuple[str, Any]]:
@@ -156,18 +163,34 @@ def _has(row: Any, column: str) -> bool:
         return False
 
 
+def table_lines(text: str, start: int) -> tuple[int, int]:
+    """Where the first table behind a place begins and ends."""
+    found = re.compile(r"(?:^ *\|.*(?:\n|\Z))+", re.MULTILINE).search(text, start)
+    assert found is not None, (text[start : start + 80], "no table follows")
+    return found.span()
+
+
 def table_below(text: str, start: int) -> list[list[str]]:
     """The rows, without header and rule, of the first table behind a place; their cells without comments."""
-    lines = COMMENT.sub("", text[start:]).lstrip("\n").splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    stop = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
-    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[first + 2 : stop]]
+    first, stop = table_lines(text, start)
+    lines = COMMENT.sub("", text[first:stop]).splitlines()
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[2:]]
 
 
-def missing_lines(text: str) -> Iterator[tuple[str, str]]:
-    """Lines of tables that the page does not have; of a Markdown table its rows alone are looked for."""
+def whole_table(found: re.Match[str]) -> str | None:
+    """What a ``table`` marker's function makes, from head to last row; None if it makes rows or words alone."""
+    lines = [line for line in call(load(found["path"]), found["call"]).splitlines() if line.startswith("|")]
+    return "".join(f"{line}\n" for line in lines) if lines[1:] and lines[1].startswith("| --") else None
+
+
+def wrong_tables(text: str) -> Iterator[tuple[str, str]]:
+    """(marker, lines) of tables that are not what their functions make; of rows and words, those that are missing."""
     for found in TABLE.finditer(text):
-        lines = call(load(found["path"]), found["call"]).splitlines()
-        rows = [line for line in lines if line.startswith("|")] or [line for line in lines if line.strip()]
-        below = text[found.end() :]
-        yield from ((found[0], line) for line in rows if line not in below)
+        whole, below = whole_table(found), text[found.end() :]
+        if whole is None:
+            lines = [line for line in call(load(found["path"]), found["call"]).splitlines() if line.strip()]
+            yield from ((found[0], line) for line in lines if line not in below)
+        else:
+            first, stop = table_lines(text, found.end())
+            if text[first:stop] != whole:
+                yield found[0], whole
