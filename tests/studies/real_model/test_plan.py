@@ -1,16 +1,21 @@
-"""The plan of the table names every kind of row that is committed, so that one command makes it again."""
+"""Every committed row is one that ``all.sh`` makes, and the other way round."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 from benchmarks.studies.real_model.plan import PLAN
-from benchmarks.studies.real_model.recall import ARMS
+from benchmarks.studies.real_model.timing import RESULTS, arms_of, parts
+from trtllm_memshare.evaluation.free_generation import DECODINGS
 from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, PRESETS
 from trtllm_memshare.evaluation.real_rows import read_rows
 
 ROOT = Path(__file__).parents[3]
+SCRIPT = (ROOT / "benchmarks/studies/real_model/all.sh").read_text(encoding="utf-8")
+TEXTS = {"recall": 52}
+"""Of modules that ``all.sh`` does not tell how many."""
 
 
 def test_the_plan_has_every_committed_row_and_no_more():
@@ -23,6 +28,33 @@ def test_the_plan_has_every_committed_row_and_no_more():
     assert there == planned
 
 
-def test_every_arm_of_recall_is_planned():
-    rows = read_rows(ROOT / "benchmarks/studies/real_model/results/recall.jsonl")
-    assert {row["arm"] for row in rows} <= set(ARMS)
+def test_all_sh_makes_the_committed_rows_of_every_other_file_and_no_more():
+    planned: dict[Path, Counter] = {}
+    for path, words in parts(SCRIPT):
+        if arms_of(words):
+            count = int(words[words.index("--texts") + 1]) if "--texts" in words else TEXTS[words[0]]
+            times = len(DECODINGS) if words[0] == "generation" else 1
+            arms = Counter(dict.fromkeys({"full", *arms_of(words)}, count * times))
+            planned[path] = planned.get(path, Counter()) | arms
+    there = {path: Counter(row["arm"] for row in read_rows(ROOT / path)) for path in planned}
+    assert there == planned
+    assert len(there) == 7
+
+
+def test_what_no_command_makes_is_named_on_the_page():
+    """Rows of what was tried and is gone, each with the commit that has its code."""
+    made = {path.name for path, _ in parts(SCRIPT)}
+    others = {path.name for path in (ROOT / RESULTS).iterdir()} - made - {"row_times.json"}
+    page = (ROOT / "docs/real_model.md").read_text(encoding="utf-8")
+    assert others == {"groups.jsonl", "recall_peak.jsonl"}
+    assert all(f"`{name}`" in page for name in others)
+
+
+def test_the_time_of_every_command_is_measured():
+    timed = {part["file"]: part for part in json.loads((ROOT / RESULTS / "row_times.json").read_text())["parts"]}
+    for path, words in parts(SCRIPT):
+        part = timed[path.name]
+        assert part["core_hours"] > 0
+        if words[0] != "loops":
+            assert part["rows"] == len(read_rows(ROOT / path))
+            assert set(arms_of(words)) <= {kind.split("/")[0] for kind in part["seconds_a_row"]}
