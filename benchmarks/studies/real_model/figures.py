@@ -5,13 +5,45 @@ from __future__ import annotations
 import numpy as np
 
 from trtllm_memshare.evaluation.page_arms import DEFAULT
-from trtllm_memshare.evaluation.page_table import BASE, Comparison, Row, Setting, compare, recall, select
+from trtllm_memshare.evaluation.page_table import BASE, Comparison, Row, Setting, by_problem, compare, recall, select
 from trtllm_memshare.evaluation.statistics import sign_flip
 
 
 def compared(rows: list[Row], what: str, arm: str, base: str = BASE, kept: float = 0.5, tokens: int = 2048) -> float:
     """A field of ``Comparison`` of two arms on the texts that both have, such as ``ratio`` or ``divergence_p``."""
     return _field(compare(rows, arm, base, Setting(kept, tokens=tokens)), what, arm, base)
+
+
+def unseen(tables: list[list[Row]], what: str, arm: str, tokens: int, base: str = BASE) -> float:
+    """The same of longer texts of problems that had no part in choosing the weight of recency beside attention.
+
+    Args:
+      tables: rows of the study and of longer texts. The weight was chosen on the study's first texts, which alone have
+        rows of ``random-once``.
+    """
+    study, longer = tables
+    seen = {row["problem"] for row in study if row["arm"] == "random-once"}
+    return compared([row for row in longer if row["problem"] not in seen], what, arm, base, tokens=tokens)
+
+
+def within(rows: list[Row], what: str, arm: str, tokens: int, start: int = 2048) -> float:
+    """Change of the loss from token ``start`` on beside that of 512 to 2,047 of the same texts, nats a token.
+
+    Args:
+      what: ``early``, ``late``, or ``p`` of no difference, by signs of problems.
+    """
+    found = select(rows, arm, Setting(tokens=tokens))
+    names = [row["problem"] for row in found.values()]
+    early, late = (
+        by_problem(names, [_mean_between(row, *bounds) for row in found.values()])
+        for bounds in ((512, 2048), (start, tokens))
+    )
+    return sign_flip(late - early) if what == "p" else float({"early": early, "late": late}[what].mean())
+
+
+def _mean_between(row: Row, start: int, stop: int) -> float:
+    pairs = [pair for bucket, pair in row["by_position"].items() if start <= int(bucket) < stop]
+    return float(np.sum([total for total, _ in pairs]) / np.sum([count for _, count in pairs]))
 
 
 def longer_pages(rows: list[Row], what: str, arm: str, size: int, base: str | None = None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.studies.real_model.figures import gained, lost, recall_p
+from benchmarks.studies.real_model.figures import gained, lost, recall_p, unseen, within
 
 
 def row(text: str, arm: str, *right: bool) -> dict:
@@ -33,3 +33,25 @@ def test_texts_are_what_is_drawn():
     assert recall_p(many, "new", "old") < 0.002
     one = [row("a", arm, *[arm != "old"] * 60) for arm in ("full", "new", "old")]
     assert recall_p(one, "new", "old") == pytest.approx(1.0)
+
+
+def replayed(problem: str, arm: str, loss: float, by_position: dict | None = None, tokens: int = 4096) -> dict:
+    of_setting = {"min_kept": 0.5, "tokens_per_block": 16, "tokens": tokens, "memory_share": 0.5}
+    measured = {"loss_change": loss, "divergence": loss, "agreement": 0.9, "by_position": by_position}
+    return {"text": problem, "problem": problem, "arm": arm, **of_setting, **measured}
+
+
+def test_problems_that_chose_a_weight_are_left_out_of_what_it_is_judged_on():
+    study = [replayed("seen", "random-once", 0.1, tokens=2048), replayed("new", "random", 0.1, tokens=2048)]
+    losses = {"seen": 0.0, "new": 0.03, "newer": 0.05}
+    longer = [replayed(p, arm, loss if arm == "a" else 0.1) for p, loss in losses.items() for arm in ("a", "random")]
+    assert unseen([study, longer], "ratio", "a", 4096) == pytest.approx(0.4)
+    assert unseen([study, longer], "texts", "a", 4096) == 2
+
+
+def test_a_part_of_a_text_is_held_against_an_earlier_part_of_the_same():
+    parts = {"0": [9.0, 256], "512": [0.1 * 256, 256], "1792": [0.3 * 768, 768], "2048": [0.05 * 256, 256]}
+    rows = [replayed(str(i), "random", 0.1, parts) for i in range(12)]
+    assert within(rows, "early", "random", 4096) == pytest.approx(0.25)
+    assert within(rows, "late", "random", 4096) == pytest.approx(0.05)
+    assert within(rows, "p", "random", 4096) < 0.002
