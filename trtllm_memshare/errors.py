@@ -1,8 +1,10 @@
-"""Errors a user can cause, and how command lines show them."""
+"""Errors a user can cause, and how command lines show them and what this package logs."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
@@ -93,6 +95,7 @@ def read_text(path: Path, what: str) -> str:
 
 def run_command_line(main: Callable[[], None]) -> None:
     """Runs ``main``; a ``UserError``, or a file that the system refuses, becomes one line on stderr and exit code 2."""
+    show_log()
     try:
         main()
     except UserError as error:
@@ -108,3 +111,27 @@ def run_command_line(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def show_log(form: str = "%(message)s") -> None:
+    """Shows what this package logs, from INFO up, on stderr, unless somebody has configured logging.
+
+    Args:
+      form: of a line, see ``logging.Formatter``. As it is, a line of JSON stays one.
+    """
+    log = logging.getLogger("trtllm_memshare")
+    if not log.handlers and not logging.getLogger().handlers:
+        handler = _AboveBars()
+        handler.setFormatter(logging.Formatter(form))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+
+
+class _AboveBars(logging.Handler):
+    """Writes to stderr as it is now; tqdm's bars are there too and are drawn anew below each line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # who has no bars need not import it
+        beside = contextlib.nullcontext() if tqdm is None else tqdm.external_write_mode(sys.stderr)
+        with contextlib.suppress(OSError, ValueError), beside:  # a terminal that is gone ends nobody's request
+            print(self.format(record), file=sys.stderr, flush=True)

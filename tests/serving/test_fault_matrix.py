@@ -8,6 +8,8 @@ call itself failed; its blocks must come back. The table is ``tests/request_extr
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +20,7 @@ from request_extremes import BAD, GOOD, GREEDY
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.config import make_config
+from trtllm_memshare.serving import pressure
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.failures import RequestFailedError
 from trtllm_memshare.serving.request import SamplingParams
@@ -291,7 +294,48 @@ def test_errors_of_a_step_under_pressure_free_what_its_batch_held(boundaries, er
     matrix.assert_clean()
 
 
-def test_the_matrix_has_at_least_three_hundred_cells_and_a_hundred_under_pressure():
+PARTS = {
+    "stage 1": lambda executor: (executor.manager, "givable_pages"),
+    "signatures": lambda executor: (executor.pressure._ledger._source._signer, "page_signatures"),
+    "facts": lambda executor: (executor.pressure._ledger, "facts"),
+    "the choice": lambda executor: (pressure, "choose_pages"),
+    "admission": lambda executor: (executor.pressure._admission, "fits"),
+    "surprisal": lambda executor: (executor.pressure._ledger, "observe_tokens"),
+    "what has gone": lambda executor: (executor.pressure._ledger, "retired"),
+}
+OF_RELIEF = [*ERRORS, torch.OutOfMemoryError("CUDA out of memory")]
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("error", OF_RELIEF, ids=lambda e: type(e).__name__)
+def test_errors_of_pressure_itself_end_nobody(boundaries, error, part, lasts, monkeypatch, caplog):
+    matrix, failed = Matrix(boundaries, pressed=True), 0
+    handles = [matrix.executor.submit([40 + i], SamplingParams(20)) for i in range(3)]
+    while not sum(matrix.executor.pressure.stats.retired_pages.values()):
+        matrix.executor.step()
+    holder, name = PARTS[part](matrix.executor)
+    works = getattr(holder, name)
+
+    def fail(*arguments):
+        nonlocal failed
+        if failed and not lasts:
+            return works(*arguments)
+        failed += 1
+        raise error
+
+    monkeypatch.setattr(holder, name, fail)
+    matrix.assert_others_unharmed()
+    assert [h.result(0).token_ids for h in handles] == [expected([40 + i], 20) for i in range(3)]
+    status = matrix.executor.status()
+    assert status.pressure.num_failed_reliefs == failed > 0
+    assert (status.num_failed, status.num_failed_steps) == (0, 0)
+    (line,) = [json.loads(r.message) for r in caplog.records if r.levelno == logging.ERROR]
+    assert (line["event"], line["error"].partition(":")[0]) == ("relief_failed", type(error).__name__)
+
+
+def test_the_matrix_has_at_least_four_hundred_cells_and_two_hundred_under_pressure():
     both = len(GOOD) + len(GREEDY) + 2 * 3 * 8 + 2 * len(ERRORS) + 3 * len(ERRORS) + len(ERRORS) + 5
-    assert len(BAD) + both + len(ERRORS) >= 300
-    assert both + len(ERRORS) >= 100
+    of_relief = 2 * len(PARTS) * len(OF_RELIEF)
+    assert len(BAD) + both + len(ERRORS) + of_relief >= 400
+    assert both + len(ERRORS) + of_relief >= 200

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
-from triton_server.conftest import ROOT
+from triton_server.conftest import ROOT, start_triton, stop_triton
 
+from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
 from trtllm_memshare.triton.metrics import GAUGES, REFUSED
 from trtllm_memshare.triton.probe import why_not_alive, why_not_ready
 
@@ -91,3 +93,25 @@ def test_probes_see_a_server_that_works(triton):
     assert why_not_alive(server, f"{metrics}/metrics", 60, 10) == ""
     assert "the server is not ready" in why_not_ready("http://127.0.0.1:1", 1)
     assert "the server does not answer" in why_not_alive("http://127.0.0.1:1", "http://127.0.0.1:1", 60, 1)
+
+
+def test_pressure_is_in_triton_s_log_and_over_once_nobody_is_left(tmp_path):
+    options = BuildOptions(output_dir=tmp_path / "engine", memshare=True,
+                           build={"max_seq_len": 512, "max_batch_size": 4})  # fmt: skip
+    build_engine(plan_build(options))
+    server = start_triton(tmp_path, options.output_dir, kv_cache_blocks=40)
+    try:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda _: server.generate(text_input=QUESTION, max_tokens=400), range(4)))
+        server.wait_until(lambda: "pressure_ends" in server.log.read_text(errors="replace"))
+        server.wait_until(lambda: total(server.metrics(), "memshare_pressure", 'pressure_metric="active"') == 0)
+        assert total(server.metrics(), "memshare_pressure", 'pressure_metric="episodes"') == 1
+    finally:
+        stop_triton(server)
+    lines = [line for line in server.log.read_text(errors="replace").splitlines() if "triton_log.py" in line]
+    quoted = [json.JSONDecoder().raw_decode(line, line.index('"{'))[0] for line in lines]  # Triton quotes messages
+    begins, ends = (json.loads(line) for line in quoted)
+    assert (begins["event"], begins["max_blocks"]) == ("pressure_begins", 40)
+    assert ends["event"] == "pressure_ends"
+    assert ends["used_blocks"] <= 0.92 * 40
+    assert ends["retired_pages"] > 0

@@ -21,6 +21,7 @@ os.environ.update(
 
 import numpy as np
 import torch
+from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm_plugin.masked_forward import log_probabilities
@@ -83,7 +84,9 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
     scheduler.relief._retire = watched
     prompts = texts(3, 8, 40)
     outputs = generate(llm, prompts[:6], [300 + 10 * i for i in range(6)], logprobs=0)
-    retired_before = scheduler.relief.totals.retired
+    retired_before, episodes = scheduler.relief.totals.retired, scheduler.relief.episodes
+    over = {"episodes": episodes.num, "is_active": episodes.is_active,
+            "gauge": REGISTRY.get_sample_value("memshare_pressure")}  # fmt: skip
     off = generate(llm, prompts[6:], [300, 300], logprobs=0, extra_args={"memshare": False})
     scheduler.relief._retire = retire
     from transformers import AutoModelForCausalLM
@@ -126,7 +129,7 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
         "retired": retired_before, "requests_retired_from": len(events),
         "off_retired": any(_is(o.request_id, n) for o in off for n in events),
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
-        "band_moves": scheduler.relief.totals.band_moves,
+        "band_moves": scheduler.relief.totals.band_moves, "over": over,
         "pages_with_surprisal": len(differences), "surprisal_difference": float(np.nanmax([0.0, *differences])),
     }  # fmt: skip
 

@@ -70,6 +70,7 @@ def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(mems
     assert pressure["requests_retired_from"] >= 5
     assert pressure["band_moves"] > 0
     assert pressure["preemptions"] == 0
+    assert pressure["over"] == {"episodes": 1, "is_active": False, "gauge": 0}  # with the last request: no step follows
     assert not pressure["off_retired"]
     # float32 sums in another order; 1.0e-4 is five times what was seen.
     assert pressure["difference"] < 1e-4

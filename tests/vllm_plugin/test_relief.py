@@ -1,5 +1,6 @@
 """Relief over a true stand-in of vLLM's block pool: what is retired, what never is, and what the workers are told."""
 
+import json
 import logging
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from fakes.vllm_blocks import Host
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.episodes import QUIET_STEPS
+from trtllm_memshare.vllm import relief
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.page_report import PageReport
 from trtllm_memshare.vllm.request_options import RequestOptions
@@ -198,18 +201,95 @@ def test_random_pages_are_the_same_at_every_look() -> None:
     assert chosen[0] == chosen[1] != [1, 2, 3]
 
 
-def test_a_line_says_when_pressure_begins_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+BEGINS = {"event": "pressure_begins", "used_blocks": 10, "max_blocks": 10, "running": 1}
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    """Under vLLM's own logger, whose handlers show them."""
+    assert {record.name for record in caplog.records} == {"vllm.memshare"}
+    return [json.loads(record.getMessage()) for record in caplog.records]
+
+
+def test_lines_of_json_say_when_pressure_begins_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vllm.memshare")
     host = Host(12, min_kept=0.0)
     request = host.add("a", 4, 39)
-    with caplog.at_level(logging.INFO, "vllm.memshare"):
+    host.relief.add("waits", 4, RequestOptions(True, 0.0))
+    for _ in range(2):
         host.relief.begin_step([request], MemShareUpdate())
+    host.free("a")
+    host.relief.remove("a")
+    for _ in range(QUIET_STEPS - 2):
+        host.relief.begin_step([], MemShareUpdate())
+    assert host.relief.episodes.is_active
+    host.relief.begin_step([], MemShareUpdate())
+    assert not host.relief.episodes.is_active
+    ends = {"event": "pressure_ends", "used_blocks": 0, "max_blocks": 10, "retired_pages": 2}
+    assert lines(caplog) == [BEGINS, ends]
+
+
+def test_pressure_is_over_when_the_last_request_has_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM takes no step while it is idle."""
+    caplog.set_level(logging.INFO, "vllm.memshare")
+    host = Host(12, min_kept=0.0)
+    request = host.add("a", 4, 39)
+    host.relief.begin_step([request], MemShareUpdate())
+    host.free("a")
+    host.relief.remove("a")
+    assert not host.relief.episodes.is_active
+    assert [line["event"] for line in lines(caplog)] == ["pressure_begins", "pressure_ends"]
+
+
+PARTS = {
+    "stage 1": lambda host: (host.relief.pages("a")._matcher, "ready_blocks"),
+    "facts": lambda host: (host.relief.pages("a"), "facts"),
+    "the choice": lambda host: (relief, "choose_pages"),
+    "what is asked": lambda host: (host.relief, "_ask"),
+    "blocks": lambda host: (host.blocks, "owned"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("error", [MemoryError(), KeyError(3), RuntimeError("CUDA error")])
+def test_an_error_leaves_relief_out_until_the_next_step(
+    part: str, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine core would end with it, and every request."""
+    host = Host(12, min_kept=0.0, need="redundancy")
+    request = host.add("a", 4, 39)
+    before = host.ids("a")
+    holder, name = PARTS[part](host)
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, lambda *_: (_ for _ in ()).throw(error))
+        host.relief.begin_step([request], update := MemShareUpdate())
+        patch.undo()
+        assert host.relief.make_room([request], 3, update) == 0  # so vLLM preempts in this step
+    assert host.ids("a") == before
+    assert not update.null_entries
+    assert not host.relief.episodes.is_active
+    assert host.relief.faults.num == 1
+    (line,) = lines(caplog)
+    assert (line["event"], str(line["error"]).partition(":")[0]) == ("relief_failed", type(error).__name__)
+    host.relief.begin_step([request], update)
+    assert len(retired(host, "a")) == len(update.null_entries["a"]) == 2
+
+
+def test_an_error_before_a_request_gives_up_again_what_it_had_given_up_is_made_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = Host(12, min_kept=0.5)
+    request = host.add("a", 4, 39)
+    host.relief.make_room([request], 100, MemShareUpdate())
+    before = retired(host, "a")
+    host.free("a")
+    host.relief.lose_blocks("a")
+    host.give_blocks(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(host.blocks, "held", lambda *_: 1 / 0)
         host.relief.begin_step([request], MemShareUpdate())
-        host.free("a")
-        for _ in range(250):
-            host.relief.begin_step([], MemShareUpdate())
-    begins, ends = (record.getMessage() for record in caplog.records)
-    assert begins == "memory pressure begins: 10 of 10 blocks in use, pages are retired down to 8"
-    assert ends == "memory pressure ends: 2 pages were retired, 0 of 10 blocks in use"
+    assert retired(host, "a") == []
+    host.relief.begin_step([request], MemShareUpdate())
+    assert retired(host, "a") == before
 
 
 def test_a_pool_too_small_for_one_request_is_refused() -> None:

@@ -227,6 +227,7 @@ class SignatureIndex:
 
     def _grow(self) -> None:
         more = len(self._rows)
-        self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-        self._best = np.concatenate([self._best, np.full((more, self._size), -1.0, np.float32)])
-        self._nearest = np.concatenate([self._nearest, np.full((more, self._size), -1, np.int32)])
+        rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        best = np.concatenate([self._best, np.full((more, self._size), -1.0, np.float32)])
+        nearest = np.concatenate([self._nearest, np.full((more, self._size), -1, np.int32)])
+        self._rows, self._best, self._nearest = rows, best, nearest  # all or none, where memory is short

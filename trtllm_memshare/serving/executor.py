@@ -204,6 +204,7 @@ class Executor(ExecutorLoop):
                 self._fail(state, failed)
             elif state.request_id in self._unanswered:  # it was being taken out
                 self.manager.abandon(state.request_id)
+                self._forget(state)
                 self._answer_error(state, failed)
         self.sharing.take_distances(None)
         self._failed_steps.failed(error, len(states))
@@ -225,7 +226,7 @@ class Executor(ExecutorLoop):
     def _forget(self, state: RequestState) -> None:
         self._sampler.forget(state.request_id)
         if self.pressure is not None:
-            self.pressure.forget(state.request_id)
+            self.pressure.forget(state.request_id, is_last=not self.has_work)
 
     def _answer_error(self, state: RequestState, error: Exception) -> None:
         self.stats.num_finished += 1
@@ -258,17 +259,15 @@ class Executor(ExecutorLoop):
             self.manager.mark_computed(state.request_id, state.num_computed)
         rows = [i for i, s in enumerate(states) if s.num_computed == len(s.tokens)]
         chosen = logits if len(rows) == len(states) else logits[rows]
-        sampled = self._sampler.sample(chosen, [states[i] for i in rows])
-        log_probs: Sequence[float | None] = [None] * len(rows)
-        observes = self.pressure is not None and self.pressure.observes_tokens
-        if observes or any(states[i].params.log_probs for i in rows):
-            started = time.perf_counter()
-            log_probs = known = self._sampler.log_probs_of(chosen, sampled)
-            if self.pressure is not None and observes:
-                self.pressure.observe_tokens([states[i] for i in rows], known, started)
+        complete = [states[i] for i in rows]
+        sampled = self._sampler.sample(chosen, complete)
+        asked = any(state.params.log_probs for state in complete)
+        known = self._sampler.log_probs_of(chosen, sampled) if asked else []
+        if self.pressure is not None and self.pressure.observes_tokens:
+            self.pressure.observe_tokens(complete, lambda: known or self._sampler.log_probs_of(chosen, sampled))
+        log_probs: Sequence[float | None] = known if asked else [None] * len(rows)
         now = time.perf_counter()
-        for row, token, log_prob in zip(rows, sampled, log_probs, strict=True):
-            state = states[row]
+        for state, token, log_prob in zip(complete, sampled, log_probs, strict=True):
             if token == NO_TOKEN:
                 self._fail(state, self._why_no_token(state))
                 continue

@@ -2,14 +2,14 @@
 
 The scheduler asks at three points: before every step, whether the next one would pass the high watermark; when a
 running request finds no block; and when the next waiting request does not fit. With room in the pool nothing is given
-up, nothing is searched, and tokens are those of the full cache.
+up, nothing is searched, and tokens are those of the full cache. An error of ours leaves relief out until the next step
+(``search.relief_faults``): requests wait and are paused then as with the full cache.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ from trtllm_memshare.search.config import MemShareConfig, refuse_shadow
 from trtllm_memshare.search.episodes import Episodes
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room, num_givable
+from trtllm_memshare.search.relief_faults import ReliefFaults
 from trtllm_memshare.serving.floor_admission import FloorAdmission, RepeatCounts, share_kept
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_source
@@ -72,7 +73,8 @@ class Pressure:
 
     Attributes:
       stats: totals.
-      episodes: one is active while pages were given up and use has not fallen to the low watermark by itself since.
+      episodes: when pages were given up.
+      faults: errors that were caught.
       seconds: time spent on all of it so far.
       observes_attention, observes_tokens: whether it is to be told what attention blocks get, how likely tokens were.
       watch: called with every retirement, or None.
@@ -90,13 +92,16 @@ class Pressure:
         self._agree, self._bytes_per_block = agree, bytes_per_block
         self._marks = Watermarks(config.high_watermark, config.low_watermark)
         self.stats = PressureStats()
-        self.episodes = Episodes()
+        self.episodes = Episodes(manager.pool.num_usable, config.low_watermark)
+        self.faults = ReliefFaults(are_fatal=agree is not None)
         self.seconds = 0.0
         self.observes_attention, self.observes_tokens = ledger.observes_attention, ledger.observes_tokens
         self.watch: Callable[[Retirement], None] | None = None
         # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
         self._finds_repeats = "distance" not in find_need(config.need).facts
         self._is_exhausted = False  # the last relief did not reach the low watermark
+        self._faults_before = 0  # those before this step
+        self._unknown: set[int] = set()  # requests whose facts stopped half-way: they give nothing up any more
         self._repeats = RepeatCounts(manager)
         self._admission = FloorAdmission(manager, config, self._repeats if self._finds_repeats else None)
 
@@ -104,17 +109,13 @@ class Pressure:
         """Blocks that one request holds at its longest end, with all given up that may go."""
         return self._admission.blocks_of_one(num_prompt_tokens, params)
 
-    def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
-        """Keeps the next step of the running requests below the high watermark, or brings use to the low one.
-
-        Args:
-          num_waiting: requests that memory alone keeps out.
-        """
+    def before_step(self, running: Sequence[RequestState]) -> None:
+        """Keeps the next step of the running requests below the high watermark, or brings use to the low one."""
         with self._timed():
             manager, pool = self._manager, self._manager.pool
             wanted = sum(s.phase is Phase.GENERATION and manager.fills_last_block(s.request_id) for s in running)
-            if not num_waiting and pool.num_used + wanted <= self._low():
-                self.episodes.end(pool.num_used, pool.num_usable, sum(self.stats.retired_pages.values()))
+            self._faults_before = self.faults.num
+            self.episodes.look(pool.num_used, self._num_retired())
             count = self._marks.pages_to_free(pool.num_used, wanted, pool.num_usable)
             if not count:
                 self._is_exhausted = False
@@ -123,7 +124,7 @@ class Pressure:
             # With all requests at their floors a page here and there would be had at every step: then only for need.
             if self._is_exhausted and not is_short:
                 return
-            self._is_exhausted = self._retire(count, running, is_short) < count
+            self._is_exhausted = self._retire(count, running, is_short) < count and not self._has_failed()
             self.stats.num_pauses_avoided += is_short and wanted <= pool.num_free
 
     def free_for_running(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
@@ -140,20 +141,21 @@ class Pressure:
         self.stats.num_admitted += freed
         return freed
 
-    def observe_tokens(self, states: list[RequestState], log_probs: list[float], started: float) -> None:
-        """Takes what was just chosen, see ``PageLedger.observe_tokens``; it cost time since ``started``."""
-        self._ledger.observe_tokens(states, log_probs)
-        self.seconds += time.perf_counter() - started
+    def observe_tokens(self, states: list[RequestState], log_probs: Callable[[], list[float]]) -> None:
+        """Takes what was just chosen, see ``PageLedger.observe_tokens``; ``log_probs`` works them out."""
+        with self._timed(), self.faults.caught():
+            self._ledger.observe_tokens(states, log_probs())
 
     def observe_attention(self, attention: np.ndarray | None) -> None:
         """Takes one step's attention per block, float32 ``[num_blocks]``, or None."""
-        with self._timed():
+        with self._timed(), self.faults.caught():
             self._ledger.observe_attention(attention, self._manager.pool.generation)
 
     def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
-        """See ``FloorAdmission.fits``."""
-        with self._timed():
+        """See ``FloorAdmission.fits``; after an error only who would be alone."""
+        with self._timed(), self.faults.caught():
             return self._admission.fits(state, running, is_certain)
+        return not running
 
     def status(self, running: Sequence[RequestState]) -> PressureStatus:
         """Counts of this moment; safe from any thread, since it only reads."""
@@ -172,12 +174,16 @@ class Pressure:
             num_at_floor=at_floor,
             retired_now=retired_now,
             bytes_saved_now=retired_now * self._bytes_per_block,
+            num_failed_reliefs=self.faults.num,
         )
 
-    def forget(self, request_id: int) -> None:
-        """Drops what is known of a request that ended."""
+    def forget(self, request_id: int, is_last: bool = False) -> None:
+        """Drops what is known of a request that ended; ``is_last``: nobody else runs or waits."""
         self._ledger.forget(request_id)
         self._repeats.forget(request_id)
+        self._unknown.discard(request_id)
+        if is_last:  # no step follows that could say so
+            self.episodes.end(self._manager.pool.num_used, self._num_retired())
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -185,8 +191,12 @@ class Pressure:
         yield
         self.seconds += time.perf_counter() - started
 
-    def _low(self) -> int:
-        return math.floor(self._config.low_watermark * self._manager.pool.num_usable)
+    def _num_retired(self) -> int:
+        return sum(self.stats.retired_pages.values())
+
+    def _has_failed(self) -> bool:
+        """Whether this step had an error: relief is left out until the next one, not tried for each request anew."""
+        return self.faults.num > self._faults_before
 
     def _retire(
         self, num_blocks: int, running: Sequence[RequestState], is_urgent: bool = False, all_or_none: bool = False
@@ -195,11 +205,31 @@ class Pressure:
 
         Those of infinite need go only where it is urgent: somebody would be paused otherwise.
         """
+        views: dict[int, PressureView] = {}
+        donors: dict[int, Mapping[int, int]] = {}
+        choice: Choice = []
+        if self._has_failed():
+            return 0
+        with self.faults.caught():  # what is read here is taken up anew by the next call, wherever it stopped
+            views = self._views(num_blocks, running, is_urgent, all_or_none)
+            if self._config.retired_becomes == "alias":
+                donors = {request_id: self._ledger.donors(request_id) for request_id in views}
+            choice = choose_pages(list(views.values()), num_blocks, self._config.spread)
+        if self._agree is not None and views:
+            choice = self._agree(choice)
+        if choice:
+            self.episodes.relieved(self._manager.pool.num_used, len(running), self._num_retired())
+        return self._carry_out(choice, views, donors)
+
+    def _views(
+        self, num_blocks: int, running: Sequence[RequestState], is_urgent: bool, all_or_none: bool
+    ) -> dict[int, PressureView]:
+        """What each request could give up, by request; empty if that is nothing, or ``all_or_none`` and not enough."""
         manager = self._manager
         givable: dict[int, GivablePages] = {}
         rooms: dict[int, int] = {}
         for state in running:
-            if state.phase is not Phase.GENERATION or not state.params.memshare:
+            if state.phase is not Phase.GENERATION or not state.params.memshare or state.request_id in self._unknown:
                 continue
             room = floor_room(*manager.page_counts(state.request_id), share_kept(state.params, self._config))
             # Before somebody is paused, repeats are looked for that have come since the last page was completed.
@@ -210,30 +240,26 @@ class Pressure:
                 givable[state.request_id], rooms[state.request_id] = pages, room
         most = {i: num_givable(pages.repeated, rooms[i]) for i, pages in givable.items()}
         if not rooms or (all_or_none and sum(most.values()) < num_blocks):
-            return 0
+            return {}
         self._ledger.catch_up(list(rooms))
-        views = []
+        views = {}
         for request_id, pages in givable.items():
             blocks = manager.block_table(request_id)[pages.pages]
             facts = self._ledger.facts(request_id, pages.pages, blocks, min(most[request_id], num_blocks))
             need = page_need(self._config.need, facts)
             room = rooms[request_id] if is_urgent else min(rooms[request_id], int((~np.isposinf(need)).sum()))
-            views.append(PressureView(request_id, pages.pages, need, pages.repeated, room))
-        if all_or_none and sum(view.most for view in views) < num_blocks:
-            return 0
-        choice = choose_pages(views, num_blocks, self._config.spread)
-        if self._agree is not None:
-            choice = self._agree(choice)
-        self.episodes.begin(
-            manager.pool.num_used, manager.pool.num_usable, len(running), sum(self.stats.retired_pages.values())
-        )
-        return self._carry_out(choice, {v.request_id: v for v in views})
+            views[request_id] = PressureView(request_id, pages.pages, need, pages.repeated, room)
+        return {} if all_or_none and sum(view.most for view in views.values()) < num_blocks else views
 
-    def _carry_out(self, choice: Choice, views: dict[int, PressureView]) -> int:
-        freed, aliases = 0, self._config.retired_becomes == "alias"
+    def _carry_out(self, choice: Choice, views: dict[int, PressureView], donors: dict[int, Mapping[int, int]]) -> int:
+        freed = 0
         for request_id, pages in choice:
-            freed += self._manager.retire(request_id, pages, self._ledger.donors(request_id) if aliases else NO_DONORS)
-            self._ledger.retired(request_id, pages)
+            # An error in here ends everything: entries could name blocks that are free, which others would write.
+            freed += self._manager.retire(request_id, pages, donors.get(request_id, NO_DONORS))
+            self._unknown.add(request_id)
+            with self.faults.caught():
+                self._ledger.retired(request_id, pages)
+                self._unknown.discard(request_id)
             view = views[request_id]
             chosen = np.searchsorted(view.pages, pages)
             repeated = view.repeated[chosen]

@@ -42,8 +42,8 @@ class Schedule:
 class Relief(Protocol):
     """What frees blocks before anybody is paused or left waiting: ``serving.pressure``."""
 
-    def before_step(self, running: Sequence[RequestState], num_waiting: int) -> None:
-        """Makes room for the next token of the running requests; ``num_waiting``: those that memory alone keeps out."""
+    def before_step(self, running: Sequence[RequestState]) -> None:
+        """Makes room for the next token of the running requests."""
 
     def free_for_running(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
         """Frees blocks for a request that goes on; False if there are no more to be had."""
@@ -97,8 +97,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Makes room for the next token of running requests, admits waiting ones, and cuts context chunks."""
         if self._relief is not None:
-            is_full = len(self.running) >= self._max_batch_size
-            self._relief.before_step(self.running, 0 if is_full else len(self.waiting))
+            self._relief.before_step(self.running)
         self._extend_generations()
         self._admit()
         step = Schedule()
@@ -142,8 +141,15 @@ class Scheduler:
         self.waiting.appendleft(state)  # victims are the youngest first, so the queue stays in order of arrival
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_batch_size and self._has_room(self.waiting[0]):
+        while self.waiting and len(self.running) < self._max_batch_size:
             state = self.waiting[0]  # it stays there until it is in the cache: an error must not lose it
+            if not self._has_room(state):
+                if self.running or (needed := self._blocks_to_go_on(state)) <= self._manager.num_free_blocks:
+                    return
+                # It was to outgrow the pool by giving pages up, an error left that out, and it was paused alone.
+                blocks = f"it needs {needed} blocks to go on, the pool has {self._manager.num_free_blocks}"
+                self._refuse(RuntimeError(f"{blocks}, and nobody is left who could give pages up"))
+                continue
             try:
                 added = self._manager.add_sequence(
                     state.request_id,
@@ -153,8 +159,7 @@ class Scheduler:
                     state.params.memshare,
                 )
             except Exception as error:  # MemoryError, say: this request's, and no other's
-                self._manager.abandon(self.waiting.popleft().request_id)
-                self.failed.append((state, error))
+                self._refuse(error)
                 continue
             if not added:
                 return
@@ -164,6 +169,15 @@ class Scheduler:
                 state.scheduled_at = time.perf_counter()
             self.running.append(state)
 
+    def _refuse(self, error: Exception) -> None:
+        """Takes the first waiting request out; whoever reads ``failed`` answers it."""
+        state = self.waiting.popleft()
+        self._manager.abandon(state.request_id)
+        self.failed.append((state, error))
+
+    def _blocks_to_go_on(self, state: RequestState) -> int:
+        return self._manager.blocks_to_add(state.request_id, len(state.tokens) + 1)
+
     def _has_room(self, state: RequestState) -> bool:
         """Whether a request can be admitted now; under pressure, after others have given up pages for it."""
         manager, relief, running = self._manager, self._relief, self.running
@@ -171,13 +185,13 @@ class Scheduler:
         if relief is not None:
             if not relief.fits(state, running, is_certain):
                 return False
-            needed = manager.blocks_to_add(state.request_id, len(state.tokens) + 1)
+            needed = self._blocks_to_go_on(state)
         elif is_certain:
             owed = sum(manager.blocks_for(s.max_tokens) - manager.logical_blocks(s.request_id) for s in running)
             needed = manager.blocks_for(state.max_tokens) + owed
         else:
             # One block of headroom for each running request: all of them, and the new one, then get at least a
             # block's worth of tokens further before anybody is paused again.
-            needed = manager.blocks_to_add(state.request_id, len(state.tokens) + 1) + len(running)
+            needed = self._blocks_to_go_on(state) + len(running)
         short = needed - manager.num_free_blocks
         return short <= 0 or (relief is not None and relief.free_for_waiting(short, running))

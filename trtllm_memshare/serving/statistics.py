@@ -101,7 +101,7 @@ class PressureStatus:
     """Pressure at this moment, and totals since the start.
 
     Attributes:
-      is_active: pages were given up, and use has not fallen to the low watermark by itself since.
+      is_active: pages were given up, and it is not over, see ``Episodes``.
       retired_pages: total pages given up, by reason: ``repeated`` or ``needed_least``.
       num_episodes: times that pressure began.
       num_pauses_avoided: times that running requests got pages without a pause because others were given up.
@@ -109,6 +109,7 @@ class PressureStatus:
       num_at_floor: running requests that may give up nothing more at present.
       retired_now: pages that the running requests do without.
       bytes_saved_now: memory of these.
+      num_failed_reliefs: errors of pressure that were caught, each of which left it out until the next step.
     """
 
     is_active: bool
@@ -119,3 +120,4 @@ class PressureStatus:
     num_at_floor: int
     retired_now: int
     bytes_saved_now: int
+    num_failed_reliefs: int = 0

@@ -32,8 +32,9 @@ GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "memshare_pauses": ("Requests paused for want of blocks, since the start", "unit", ("pauses",)),
     "memshare_pressure": (
         "Pressure: whether it is on, requests at their floor and pages done without now; times that it began, pauses "
-        "avoided and requests admitted since the start", "pressure_metric",
-        ("active", "at_floor", "retired_now", "bytes_saved_now", "episodes", "pauses_avoided", "admitted")),
+        "avoided, requests admitted and reliefs left out for an error since the start", "pressure_metric",
+        ("active", "at_floor", "retired_now", "bytes_saved_now", "episodes", "pauses_avoided", "admitted",
+         "failed_reliefs")),
     "memshare_retired_pages": (
         "Pages given up under pressure, since the start", "reason", ("repeated", "needed_least")),
     "memshare_seconds_since_step": (
@@ -129,6 +130,7 @@ def _pressure_values(pressure: PressureStatus | None) -> dict[str, dict[str, flo
             "episodes": p.num_episodes,
             "pauses_avoided": p.num_pauses_avoided,
             "admitted": p.num_admitted,
+            "failed_reliefs": p.num_failed_reliefs,
         },
         "memshare_retired_pages": {
             reason: p.retired_pages.get(reason, 0) for reason in GAUGES["memshare_retired_pages"][2]

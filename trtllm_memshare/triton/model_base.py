@@ -23,6 +23,7 @@ from trtllm_memshare.triton.reply import Reply
 from trtllm_memshare.triton.request_metrics import OutcomeCounter
 from trtllm_memshare.triton.runtime import give_sign_of_life
 from trtllm_memshare.triton.tensors import RequestTensors
+from trtllm_memshare.triton.triton_log import TritonLog
 from trtllm_memshare.triton.triton_metrics import TritonMirror
 
 _LIFE_S = 1.0  # between signs of life
@@ -42,6 +43,7 @@ class ServingModel(ABC):
 
     def __init__(self, pb_utils: Any, args: dict[str, str], level: str) -> None:
         self.pb, self._level = pb_utils, level
+        self._log = TritonLog(pb_utils.Logger)
         config = json.loads(args["model_config"])
         self.parameters = parameters_of(args)
         self._decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
@@ -96,6 +98,7 @@ class ServingModel(ABC):
         self.loop.loop.call_soon_threadsafe(self._closing.set)
         self.loop.stop()
         self._mirror.close()
+        self._log.close()
 
     async def _handle(self, label: str, tensors: RequestTensors, parameters: list[str], reply: Reply) -> None:
         serving = asyncio.ensure_future(self._serve(label, tensors, parameters, reply))

@@ -19,6 +19,7 @@ _COUNTERS = {
     "retired_aliased": "Those of them that an earlier page of the request is read in place of",
     "retired_again": "KV blocks given up again by requests that came back from preemption",
     "band_moves": "Requests whose null entries moved to the next band",
+    "failed_reliefs": "Errors of pressure that were caught, each of which left it out until the next step",
 }
 
 _ENTRIES = {
@@ -57,13 +58,13 @@ class Metrics:
 
     def report(self, relief: Relief) -> None:
         """Adds what has happened since the last call."""
-        totals = asdict(relief.totals)
-        if (totals, relief.active) == self._state:
+        totals, is_active = {**asdict(relief.totals), "failed_reliefs": relief.faults.num}, relief.episodes.is_active
+        if (totals, is_active) == self._state:
             return  # as in most steps: to set a gauge anew takes Prometheus longer than to look
-        self._state = totals, relief.active
+        self._state = totals, is_active
         for name, counter in self._registered.counters.items():
             counter.inc(totals[name] - self._reported[name])
             self._reported[name] = totals[name]
         for name, gauge in self._registered.entries.items():
             gauge.set(totals[name])
-        self._registered.pressure.set(relief.active)
+        self._registered.pressure.set(is_active)

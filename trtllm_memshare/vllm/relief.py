@@ -14,8 +14,10 @@ from typing import Protocol
 import numpy as np
 
 from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.episodes import Episodes
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
+from trtllm_memshare.search.relief_faults import ReliefFaults
 from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
@@ -26,8 +28,7 @@ from trtllm_memshare.vllm.update import MemShareUpdate
 
 _ASKED_EARLIER = 0.8  # of the high watermark
 _FARTHEST = 2.0  # more than any distance of two pages
-_QUIET_STEPS = 200  # without a retirement, until pressure counts as over: it comes and goes with every request
-log = logging.getLogger("vllm.memshare")  # under vLLM's own logger, whose handlers show it
+LOG = logging.getLogger("vllm.memshare")  # under vLLM's own logger, whose handlers show it
 
 
 class HostRequest(Protocol):
@@ -50,13 +51,18 @@ class Relief:
       blocks: the scheduler's blocks, null pages taken.
       bands: int32 ``[num_bands + 1]``, first position of each band and the end of the last.
       make_matcher: stage 1 for a request, given its number of prompt tokens.
+
+    Attributes:
+      totals: what was done so far.
+      episodes: when pages were retired.
+      faults: errors that were caught; after one nothing is retired until the next step, and vLLM preempts.
     """
 
     def __init__(
         self, config: MemShareConfig, blocks: VllmBlocks, bands: np.ndarray, make_matcher: Callable[[int], Matcher]
     ) -> None:
         self.totals = ReliefTotals()
-        self.active = False
+        self.episodes, self.faults = Episodes(blocks.num_blocks, config.low_watermark, LOG), ReliefFaults(LOG)
         self._config = config
         self._blocks = blocks
         self._bands = bands
@@ -69,8 +75,7 @@ class Relief:
         # Answers come one or two steps late, so workers are asked before the high watermark is reached.
         self._ask_below = (1 - _ASKED_EARLIER * config.high_watermark) * blocks.num_blocks
         self._pages: dict[str, RequestPages] = {}
-        self._retired_before = 0
-        self._quiet_steps = 0
+        self._faults_before = 0  # those before this step
 
     def add(self, request_id: str, num_prompt_tokens: int, options: RequestOptions) -> None:
         """A request has arrived."""
@@ -80,10 +85,12 @@ class Relief:
         )
 
     def remove(self, request_id: str) -> None:
-        """A request has ended; vLLM frees its blocks."""
+        """A request has ended; vLLM has freed its blocks."""
         pages = self._pages.pop(request_id, None)
         if pages is not None:
             self.totals.drop_entries(pages)
+        if not self._pages:  # nobody runs or waits, so no step follows that could say so
+            self.episodes.end(self._num_used(), self.totals.retired)
 
     def lose_blocks(self, request_id: str) -> None:
         """A request was preempted; vLLM has freed its blocks."""
@@ -103,20 +110,21 @@ class Relief:
           update: gets the entries that change; modified.
           wanted_by_waiting: blocks that a waiting request missed in the last step.
         """
-        running = list(running)
+        running, self._faults_before = list(running), self.faults.num
+        self.episodes.look(self._num_used(), self.totals.retired)
         for request in running:
             pages = self._pages[request.request_id]
             if pages.to_retire_again:
                 self._retire_again(request, pages, update)
         size = self._blocks.block_size
         if self._asks and self._blocks.num_free < self._ask_below:
-            for request in running:
-                self._ask(request, update)
+            with self.faults.caught():
+                for request in running:
+                    self._ask(request, update)
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
         self.make_room(running, wanted, update, force=False)
         if wanted_by_waiting > self._blocks.num_free:
             self.make_room(running, wanted_by_waiting, update, urgent=False)
-        self._tell_end()
 
     def make_room(
         self,
@@ -140,25 +148,36 @@ class Relief:
         count = self._watermarks.pages_to_free(total - free, num_wanted, total)
         if force:
             count = max(count, num_wanted - free)
-        if count <= 0:
+        if count <= 0 or self.faults.num > self._faults_before:
             return 0
         by_id = {request.request_id: request for request in running}
-        found = (self._view(request, force, force and urgent, count) for request in by_id.values())
-        views = [view for view in found if view is not None]
-        repeats = {view.request_id: set(view.pages[view.repeated].tolist()) for view in views}
+        choice: list[tuple[str, list[int], int, dict[int, int]]] = []
+        with self.faults.caught():  # what is read here is taken up anew by the next call, wherever it stopped
+            choice = self._choose(by_id.values(), count, force, force and urgent)
         freed = 0
-        for request_id, chosen in choose_pages(views, count):
-            name = str(request_id)
-            pages, going = self._pages[name], chosen.tolist()
-            self.totals.retired_repeats += len(repeats[request_id].intersection(going))
-            self._retire(by_id[name], going, pages.donors(going), update)
-            self.totals.retired_aliased += len(pages.aliased.keys() & set(going))
-            freed += len(chosen)
+        # An error in here ends the engine: tables of the scheduler and the workers could differ, or name free blocks.
+        for name, going, num_repeats, donors in choice:
+            self.totals.retired_repeats += num_repeats
+            self._retire(by_id[name], going, donors, update)
+            self.totals.retired_aliased += len(self._pages[name].aliased.keys() & set(going))
+            freed += len(going)
         if freed:
-            self._quiet_steps = 0
-            self._tell_begin(total - free)
+            self.episodes.relieved(total - free, len(by_id), self.totals.retired)
         self.totals.retired += freed
         return freed
+
+    def _choose(
+        self, running: Iterable[HostRequest], count: int, force: bool, urgent: bool
+    ) -> list[tuple[str, list[int], int, dict[int, int]]]:
+        """Of each request that gives pages up: id, pages, how many of these stand again, donors; changes no block."""
+        found = (self._view(request, force, urgent, count) for request in running)
+        views = {str(view.request_id): view for view in found if view is not None}
+        choice = []
+        for request_id, chosen in choose_pages(list(views.values()), count):
+            view, going = views[str(request_id)], chosen.tolist()
+            num_repeats = int(view.repeated[np.searchsorted(view.pages, chosen)].sum())
+            choice.append((str(request_id), going, num_repeats, self._pages[str(request_id)].donors(going)))
+        return choice
 
     def cross_bands(self, request_id: str, newest_position: int, update: MemShareUpdate) -> None:
         """Moves a request's null entries when this step's newest token lies in another band than they do."""
@@ -244,15 +263,17 @@ class Relief:
             pages.num_asked = full
 
     def _retire_again(self, request: HostRequest, pages: RequestPages, update: MemShareUpdate) -> None:
-        full = pages.first_generated + pages.num_full(request.num_computed_tokens)
-        owned, held = (
-            set(those(request.request_id, pages.first_generated, full))
-            for those in (self._blocks.owned, self._blocks.held)
-        )
-        again = {page: donor for page, donor in pages.to_retire_again.items() if page in owned}
-        pages.to_retire_again = {}
-        if again:
+        again, donors = dict[int, int | None](), dict[int, int]()
+        with self.faults.caught():
+            full = pages.first_generated + pages.num_full(request.num_computed_tokens)
+            owned, held = (
+                set(those(request.request_id, pages.first_generated, full))
+                for those in (self._blocks.owned, self._blocks.held)
+            )
+            again = {page: donor for page, donor in pages.to_retire_again.items() if page in owned}
             donors = {page: donor for page, donor in again.items() if donor is not None and donor in held}
+            pages.to_retire_again = {}
+        if again:
             self._retire(request, list(again), donors, update)
             self.totals.retired_again += len(again)
 
@@ -271,24 +292,5 @@ class Relief:
     def _band(self, position: int) -> int:
         return int(np.searchsorted(self._bands[1:-1], position, "right"))
 
-    def _tell_begin(self, num_used: int) -> None:
-        if not self.active:
-            self.active, self._retired_before = True, self.totals.retired
-            log.info(
-                "memory pressure begins: %d of %d blocks in use, pages are retired down to %d",
-                num_used,
-                self._blocks.num_blocks,
-                int(self._config.low_watermark * self._blocks.num_blocks),
-            )
-
-    def _tell_end(self) -> None:
-        self._quiet_steps += 1
-        if not self.active or self._quiet_steps < _QUIET_STEPS:
-            return
-        self.active = False
-        log.info(
-            "memory pressure ends: %d pages were retired, %d of %d blocks in use",
-            self.totals.retired - self._retired_before,
-            self._blocks.num_blocks - self._blocks.num_free,
-            self._blocks.num_blocks,
-        )
+    def _num_used(self) -> int:
+        return self._blocks.num_blocks - self._blocks.num_free

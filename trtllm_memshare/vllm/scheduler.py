@@ -125,16 +125,18 @@ class MemShareScheduler(Scheduler):
 
     def _admits(self, request: Request) -> bool:
         config = self.settings.memshare
-        return admits(
-            request,
-            self.running,
-            self.relief,
-            self.settings.options.admission,
-            config.lookahead_tokens,
-            config.protected_tokens,
-            self.blocks.num_blocks,
-            self.blocks.block_size,
-        )
+        with self.relief.faults.caught():
+            return admits(
+                request,
+                self.running,
+                self.relief,
+                self.settings.options.admission,
+                config.lookahead_tokens,
+                config.protected_tokens,
+                self.blocks.num_blocks,
+                self.blocks.block_size,
+            )
+        return not self.running
 
     def add_request(self, request: Request) -> None:
         """vLLM's; a request whose options cannot be used ends with an error, it is not served otherwise."""
@@ -160,7 +162,8 @@ class MemShareScheduler(Scheduler):
         """vLLM's; takes what the workers found out about pages on the way."""
         for request_id, report in getattr(model_runner_output, REPORTS, {}).items():
             if request_id in self.requests:
-                self.relief.pages(request_id).take(report)
+                with self.relief.faults.caught():  # what is not known is taken for needed most
+                    self.relief.pages(request_id).take(report)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _preempt_request(self, request: Request, *arguments: Any, **keywords: Any) -> None:
@@ -168,8 +171,11 @@ class MemShareScheduler(Scheduler):
         self.relief.lose_blocks(request.request_id)
 
     def _free_request(self, request: Request, *arguments: Any, **keywords: Any) -> Any:
+        parameters = super()._free_request(request, *arguments, **keywords)
         self.relief.remove(request.request_id)
-        return super()._free_request(request, *arguments, **keywords)
+        if not self.requests:  # no step follows whose end would show it
+            self._metrics.report(self.relief)
+        return parameters
 
     def make_stats(self, *arguments: Any, **keywords: Any) -> Any:
         """vLLM's; brings our counters up to date with it."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -62,19 +61,10 @@ def activate() -> None:
 
 def _install_sharing(module: ModuleType) -> None:
     """Raises UserError, through the import of TensorRT-LLM, if a setting is wrong."""
+    from trtllm_memshare.errors import show_log
     from trtllm_memshare.trtllm.pytorch.probe import install
     from trtllm_memshare.trtllm.pytorch.settings import is_enabled, load_settings
 
     if is_enabled(os.environ):
-        _speak()
+        show_log("[trtllm_memshare] %(message)s")  # what was chosen must be seen
         install(module, load_settings(os.environ))
-
-
-def _speak() -> None:
-    """Makes this package's messages visible where nobody configured logging: what was chosen must be seen."""
-    log = logging.getLogger("trtllm_memshare")
-    if not log.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[trtllm_memshare] %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)

@@ -10,11 +10,11 @@ by the calls with which TensorRT-LLM ends a cancelled one.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.relief_faults import place_of
 
 log = logging.getLogger("trtllm_memshare")
 
@@ -57,8 +57,6 @@ class Failures:
         self.num_errors += 1
         if not self.is_off:
             self.is_off = True
-            lines = traceback.extract_tb(error.__traceback__)
-            place = f"{lines[-1].filename.rpartition('/')[2]}:{lines[-1].lineno}" if lines else "no line"
             log.error(
                 "MemShare shares nothing new from now on, TensorRT-LLM serves on: %s failed: %s: %s. Please report "
                 "this line with: %s, at %s",
@@ -66,7 +64,7 @@ class Failures:
                 type(error).__name__,
                 error,
                 self._description,
-                place,
+                place_of(error),
             )
 
     def end_requests(self, requests: Iterable[Any], why: str) -> None:

@@ -8,7 +8,6 @@ from trtllm_memshare.search.episodes import Episodes
 from trtllm_memshare.search.pressure import PressureView
 from trtllm_memshare.trtllm.pytorch.pauses import AvoidedPauses
 
-_QUIET_STEPS = 200  # without a page given up, until pressure may count as over: it comes and goes with every request
 _LOOK_EVERY = 16  # calls: what would have been paused changes slowly, and a look reads every request
 
 
@@ -21,15 +20,15 @@ class PressureStats:
 
     Attributes:
       retired_pages: pages given up, by reason: ``repeated`` or ``needed_least``.
-      episodes: one is active while pages are given up, and until use has fallen to the low watermark and stayed quiet.
+      episodes: of pages given up.
       avoided: pauses that pages given up have spared.
     """
 
     def __init__(self, num_pages: int, low_watermark: float) -> None:
-        self._num_pages, self._low = num_pages, low_watermark * num_pages
+        self._num_pages = num_pages
         self.retired_pages = {"repeated": 0, "needed_least": 0}
-        self.episodes, self.avoided = Episodes(), AvoidedPauses()
-        self._quiet_steps = self._calls = 0
+        self.episodes, self.avoided = Episodes(num_pages, low_watermark), AvoidedPauses()
+        self._calls = 0
 
     @property
     def num_retired(self) -> int:
@@ -42,13 +41,11 @@ class PressureStats:
           num_used: pages in use.
           num_steps: iterations since the last call.
         """
-        self._quiet_steps += num_steps
-        if self._quiet_steps >= _QUIET_STEPS and num_used <= self._low:
-            self.episodes.end(num_used, self._num_pages, self.num_retired)
+        self.episodes.look(num_used, self.num_retired, num_steps)
 
     def end(self) -> None:
         """Nobody runs any more, so nothing is short."""
-        self.episodes.end(0, self._num_pages, self.num_retired)
+        self.episodes.end(0, self.num_retired)
         self.avoided.look(0, {})
 
     def count(self, views: list[PressureView], choice: list[tuple[int, np.ndarray]], num_used: int) -> None:
@@ -60,8 +57,7 @@ class PressureStats:
         """
         if not choice:
             return
-        self._quiet_steps = 0
-        self.episodes.begin(num_used, self._num_pages, len(views), self.num_retired)
+        self.episodes.relieved(num_used, len(views), self.num_retired)
         by_id = {view.request_id: view for view in views}
         for request_id, pages in choice:
             view = by_id[request_id]

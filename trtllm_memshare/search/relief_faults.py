@@ -1,0 +1,59 @@
+"""Errors of pressure itself: caught before anything is given up, so that nobody's request ends with them.
+
+Memory on the host or the device is likeliest to run out just when the pool is short. What is caught here only reads:
+which pages could go, what is known of them, who may be let in. It can be done anew, so relief is left out until the
+next step and then tried again; meanwhile requests wait and are paused as with the full cache. Carrying a choice out is
+not caught: an entry of a block table might name a block by then that is free for somebody else.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trtllm_memshare.errors import shorten
+from trtllm_memshare.search.episodes import LOG, log_line
+
+
+class ReliefFaults:
+    """Counts errors, and logs each kind of them once: one that lasts comes with every step.
+
+    Args:
+      log: where the lines go.
+      are_fatal: with several ranks: one that chose otherwise than the others, or asked for a choice at another point,
+        would have them wait for it, so they end together as with any other error of a step.
+
+    Attributes:
+      num: how many were caught.
+    """
+
+    def __init__(self, log: logging.Logger = LOG, are_fatal: bool = False) -> None:
+        self._log, self._are_fatal = log, are_fatal
+        self._told: set[tuple[str, str]] = set()
+        self.num = 0
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Runs what may fail; what the caller assigns in it keeps its value from before if it does."""
+        try:
+            yield
+        except Exception as error:  # a MemoryError, torch's, or a bug of ours: whatever it is, requests go on
+            if self._are_fatal:
+                raise
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        self.num += 1
+        kind = type(error).__name__, place_of(error)
+        if kind not in self._told:
+            self._told.add(kind)
+            what = shorten(" ".join(f"{kind[0]}: {error}".split()))
+            log_line(self._log, "relief_failed", logging.ERROR, error=what, at=kind[1])
+
+
+def place_of(error: BaseException) -> str:
+    """File and line that raised, as ``signatures.py:120``, for a report."""
+    lines = traceback.extract_tb(error.__traceback__)
+    return f"{lines[-1].filename.rpartition('/')[2]}:{lines[-1].lineno}" if lines else "no line"
