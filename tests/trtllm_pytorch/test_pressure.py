@@ -159,22 +159,40 @@ def test_a_paused_request_that_is_cancelled_is_nobody_to_make_room_for(null_page
     assert not shared.failures.num_errors
 
 
+def given_up(null_pages, **wishes):
+    """Pages that each of four requests gave up, and how many it wrote; two of them have these wishes."""
+    manager = make_manager(make_sharing_class(null_pages=null_pages, **PRESSURE), 67, 8)
+    executor, rng = FakeExecutor(manager, True), random.Random(3)
+    for request_id in range(4):
+        request = executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+        if request_id in (1, 2):
+            vars(request).update(wishes)
+    while executor.active:
+        executor.step()
+    assert not manager.memshare.failures.num_errors
+    return [(r.py_memshare_retired_blocks, r.py_memshare_generated_blocks) for r in executor.requests]
+
+
 @pytest.mark.parametrize("wish", ["half", float("nan"), 1.7, -1, True])
 def test_a_wish_that_means_nothing_is_said_once_and_harms_nobody(null_pages, caplog, wish):
-    def forgotten(wish):
-        manager = make_manager(make_sharing_class(null_pages=null_pages, **PRESSURE), 67, 8)
-        executor, rng = FakeExecutor(manager, True), random.Random(3)
-        for request_id in range(4):
-            request = executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
-            if request_id in (1, 2):
-                request.py_memshare_min_kept = wish
-        while executor.active:
-            executor.step()
-        assert not manager.memshare.failures.num_errors
-        return [(r.py_memshare_retired_blocks, r.py_memshare_generated_blocks) for r in executor.requests]
-
-    assert forgotten(wish) == forgotten(None)
+    assert given_up(null_pages, py_memshare_min_kept=wish) == given_up(null_pages)
     assert caplog.text.count("py_memshare_min_kept must be a number between 0 and 1") == 1
+
+
+@pytest.mark.parametrize("wish", [0, np.False_, np.int64(0), "false", 2, 0.0, float("nan"), np.zeros(2)])
+def test_what_is_not_a_yes_keeps_a_request_whole(null_pages, caplog, wish):
+    whole = given_up(null_pages, py_memshare=False)
+    assert [retired for retired, _ in whole[1:3]] == [0, 0]
+    assert sum(retired for retired, _ in whole) > 20
+    assert given_up(null_pages, py_memshare=wish) == whole
+    is_known = isinstance(wish, int | np.integer | np.bool_) and wish == 0
+    assert caplog.text.count("py_memshare must be True, False, 1 or 0, got ") == (not is_known)
+
+
+@pytest.mark.parametrize("wish", [True, 1, np.True_, None])
+def test_a_yes_and_no_wish_at_all_change_nothing(null_pages, caplog, wish):
+    assert given_up(null_pages, py_memshare=wish) == given_up(null_pages)
+    assert "py_memshare" not in caplog.text
 
 
 def test_below_the_watermark_nothing_is_given_up_and_no_row_is_touched(null_pages):
