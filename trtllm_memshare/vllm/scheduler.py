@@ -124,14 +124,12 @@ class MemShareScheduler(Scheduler):
         return self._allocate(request, num_new_tokens, *arguments, **keywords)
 
     def _admits(self, request: Request) -> bool:
-        config = self.settings.memshare
         return admits(
             request,
             self.running,
             self.relief,
             self.settings.options.admission,
-            config.lookahead_tokens,
-            config.protected_tokens,
+            self.settings.memshare,
             self.blocks.num_blocks,
             self.blocks.block_size,
         )

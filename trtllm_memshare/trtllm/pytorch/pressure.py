@@ -15,7 +15,7 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.search.floors import blocks_at_floors
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room, num_givable
 from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
@@ -155,7 +155,7 @@ class Pressure:
     def _floors(self) -> int:
         if self._floor_blocks is None:
             # One token more than now: a request whose pages are full writes into a new one next.
-            protected = self._config.protected_tokens
+            protected = most_protected(self._config)
             known = map(self._requests.get, self._active) if self._has_given else ()
             gone = np.array([0 if k is None else k.pages.num_given_up for k in known] or 0)
             self._floor_blocks = blocks_at_floors(
