@@ -99,6 +99,33 @@ def test_nobody_is_paused_where_floors_allow_it(manager_class, config, null_page
     assert not shared.failures.num_errors
 
 
+def test_before_somebody_is_paused_even_a_page_here_and_there_goes(null_pages):
+    """While nobody would be, so few are not worth a look at all requests in every iteration."""
+    make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5, "min_run_tokens": 500})
+    manager = make_manager(make, 60, 8)
+    pressure, seen = manager.memshare.pressure, []  # pages missing, pages that might go, pages that went
+
+    def watch(horizon, choose=pressure.choose):
+        views = filter(None, map(pressure._view, pressure._active.values()))
+        may_go = sum(view.most for view in views)
+        free = pressure._backend.num_free_pages() + pressure._reserve.num_held
+        missing = pressure._num_wanted(horizon + 1) - free
+        choice = choose(horizon)
+        seen.append((missing, may_go, sum(len(pages) for _, pages in choice)))
+        return choice
+
+    pressure.choose = watch
+    executor, rng = FakeExecutor(manager, True), random.Random(3)
+    for request_id in range(16):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    while executor.active:
+        executor.step()
+    assert not manager.memshare.failures.num_errors
+    short = [row for row in seen if row[0] > 0]
+    assert sum(0 < may_go < 4 for _, may_go, _ in short) > 9
+    assert all(went >= min(missing, may_go) for missing, may_go, went in short)
+
+
 @pytest.mark.parametrize("repeats", [False, True])
 def test_requests_keep_their_floor_and_their_own_wishes(null_pages, repeats):
     """Only pages that stand again go below a floor, and of a request that shares nothing not even these."""
@@ -136,11 +163,11 @@ def test_requests_keep_their_floor_and_their_own_wishes(null_pages, repeats):
 
 
 def test_a_paused_request_that_is_cancelled_is_nobody_to_make_room_for(null_pages):
-    """Six requests, of which some are paused and then cancelled; two that come later have the pool for themselves."""
+    """Eight requests, of which some are paused and then cancelled; two that come later have the pool for themselves."""
     make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5})
     executor, rng = FakeExecutor(make_manager(make, 60, 8), True), random.Random(3)
     shared, cancelled = executor.manager.memshare, 0
-    for request_id in range(6):
+    for request_id in range(8):
         executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
     while executor.active:
         executor.step()

@@ -26,7 +26,7 @@ from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 from trtllm_memshare.trtllm.pytorch.wishes import Wishes
 
-_FEWEST = 4  # pages that are worth looking for
+_FEWEST = 4  # pages that are worth looking for while nobody would be paused
 _length = attrgetter("max_beam_num_tokens")
 
 Choice = list[tuple[int, list[int]]]
@@ -110,7 +110,11 @@ class Pressure:
             need = wanted + next(iter(self._paused.values()))
             if need <= self._allowed():
                 count = max(0, need - (self._num_pages - used))
-        if not count or (used - self._floors() < min(count, _FEWEST) and not self._is_look_for_repeats_due()):
+        if not count or not (
+            wanted > self._num_pages - used  # somebody would be paused
+            or used - self._floors() >= min(count, _FEWEST)
+            or self._is_look_for_repeats_due()
+        ):
             return []  # all are at their floors, or nearly: a page here and there would be had in every iteration
         views = [v for v in map(self._view, self._active.values()) if v is not None]
         chosen = choose_pages(views, count, self._config.spread)
