@@ -101,7 +101,7 @@ class Relief:
         Args:
           running: requests whose prompt, and what they had generated before a pause, is computed.
           update: gets the entries that change; modified.
-          wanted_by_waiting: blocks that a waiting request missed in the last step.
+          wanted_by_waiting: blocks that a waiting request, which missed some in the last step, needs in all.
         """
         running = list(running)
         for request in running:
@@ -114,8 +114,8 @@ class Relief:
                 self._ask(request, update)
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
         self.make_room(running, wanted, update, force=False)
-        if wanted_by_waiting > self._blocks.num_free:
-            self.make_room(running, wanted_by_waiting, update, urgent=False)
+        if wanted_by_waiting and wanted + wanted_by_waiting > self._blocks.num_free:  # running ones take theirs first
+            self.make_room(running, wanted + wanted_by_waiting, update, urgent=False)
         self._tell_end()
 
     def make_room(
@@ -131,7 +131,8 @@ class Relief:
         Args:
           num_wanted: blocks that are about to be taken.
           force: ``num_wanted`` are needed whatever the watermarks say.
-          urgent: and somebody would be preempted, so pages go too that no other one can stand in for.
+          urgent: and somebody would be preempted, so pages go too that no other one can stand in for. Otherwise
+            ``num_wanted`` come free, or nothing goes.
 
         Returns:
           Blocks that went back to the pool.
@@ -145,6 +146,8 @@ class Relief:
         by_id = {request.request_id: request for request in running}
         found = (self._view(request, force, force and urgent, count) for request in by_id.values())
         views = [view for view in found if view is not None]
+        if force and not urgent and sum(view.most for view in views) < num_wanted - free:
+            return 0
         repeats = {view.request_id: set(view.pages[view.repeated].tolist()) for view in views}
         freed = 0
         for request_id, chosen in choose_pages(views, count):
