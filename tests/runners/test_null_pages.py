@@ -85,6 +85,31 @@ def test_skipping_and_reading_null_pages_and_dropping_agree(centred):
     assert torch.equal(dropped, skipped)
 
 
+@pytest.fixture
+def fp8_rows(monkeypatch):
+    """PyTorch has no ``index_copy_`` of fp8 elements on a CPU: their bytes are copied."""
+    copy, fp8 = torch.Tensor.index_copy_, torch.float8_e4m3fn
+
+    def copy_bytes(rows, dim, index, source):
+        as_bytes = [t.view(torch.uint8) if t.dtype is fp8 else t for t in (rows, source)]
+        return copy(as_bytes[0], dim, index, as_bytes[1])
+
+    monkeypatch.setattr(torch.Tensor, "index_copy_", copy_bytes)
+    return fp8
+
+
+def test_null_pages_are_read_from_an_fp8_pool_as_if_they_were_skipped(centred, fp8_rows):
+    """With a scale of 1, which the torch runner's pool has: keys and values are those that fp8 can hold."""
+    model, pages = centred
+    skipped = logits_with_forgotten_pages(centred, kv_dtype=fp8_rows)
+    read = logits_with_forgotten_pages(centred, kv_dtype=fp8_rows, read_null=True)
+    torch.testing.assert_close(read, skipped, **SAME_LOGITS)
+    assert (skipped - logits_with_forgotten_pages(centred)).abs().max() > 1e-3
+    zeros = dataclasses.replace(pages, keys=torch.zeros_like(pages.keys))
+    wrong = logits_with_forgotten_pages((model, zeros), kv_dtype=fp8_rows, read_null=True)
+    assert (wrong[4:] - skipped[4:]).abs().max() > 1e-2
+
+
 def test_forgetting_changes_the_logits_and_so_would_a_page_that_is_no_null_page(centred):
     model, pages = centred
     skipped = logits_with_forgotten_pages(centred)

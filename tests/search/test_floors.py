@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trtllm_memshare.search.floors import blocks_at_floors
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected
 
 SIZE = 8
 
@@ -27,6 +28,15 @@ def test_protected_tokens_and_min_kept():
     assert at_floor(100 + 30 * 32, prompt=100, kept=0.0, protected=128, size=32) == 4 + 5 + 1
     assert at_floor(34 * 32, prompt=100, protected=0, size=32) == 4 + 15 + 1
     assert at_floor(50, prompt=50, protected=128, size=32) == 2
+
+
+def test_steps_count_as_the_most_that_they_may_protect():
+    def most(tokens, steps):
+        return most_protected(
+            make_config("pressure", protected_tokens=tokens, protected_steps=steps, max_protected_tokens=100)
+        )
+
+    assert [most(64, 0), most(64, 1), most(128, 1)] == [64, 100, 128]
 
 
 def test_requests_add_up():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.pressure import floor_room
 from trtllm_memshare.triton.tensors import RequestTensors
 from trtllm_memshare.triton.token_requests import Limits, parse_token_request
 
@@ -52,6 +53,18 @@ def test_every_input_reaches_its_parameter():
     own = parse(memshare_min_kept=[[0.75]], memshare_off=[[True]]).params
     assert (own.min_kept, own.memshare) == (0.75, False)
     assert (request.group, parse().group, parse(memshare_group=[[0]]).group) == (7, None, 0)
+
+
+@pytest.mark.parametrize("meant", [0.0, 0.1, 0.3, 0.4, 0.6, 0.55, 0.123, 1 / 3, 2 / 3, 5 / 6, 1.0])
+def test_a_share_in_fp32_keeps_as_many_pages_as_the_number_that_was_meant(meant):
+    tensor = np.array([[meant]], np.float32)
+    for sent in (tensor, tensor.astype(np.float64), [[meant]]):  # Triton's; the same by way of our socket; JSON
+        got = parse(memshare_min_kept=sent).params.min_kept
+        assert all(floor_room(count, 0, got) == floor_room(count, 0, meant) for count in range(2000))
+
+
+def test_an_empty_share_asks_for_nothing():
+    assert parse(memshare_min_kept=np.zeros((1, 0), np.float32)).params.min_kept is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from trtllm_pytorch.conftest import make_sharing_class
-from trtllm_pytorch.fake_executor import make_manager
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeMainKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_pressure import PRESSURE, serve
@@ -32,6 +32,25 @@ def test_requests_wait_instead_of_being_let_in_and_paused_again_and_again(null_p
     assert executor.num_pauses < plain.num_pauses / 3
     assert not executor.manager.memshare.failures.num_errors
     assert executor.manager.memshare.pressure._reserve.num_held == 0
+
+
+@pytest.mark.parametrize("protected", [{"protected_tokens": 64}, {"protected_tokens": 0, "protected_steps": 2}])
+def test_what_is_protected_is_counted_at_the_floors(null_pages, protected):
+    """All goes that may. Nothing ends a step in this text, so steps protect as much as they may, 64 tokens."""
+    everything = {"min_kept": 0.0, "high_watermark": 0.05, "low_watermark": 0.01, "max_protected_tokens": 64}
+    make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, **everything, **protected})
+    executor = FakeExecutor(make_manager(make, 87, 8), True)
+    pressure, held = executor.manager.memshare.pressure, []
+    for request_id in range(3):
+        executor.submit(request_id, [40 + request_id] * 8, list(range(2, 40)) * 4)
+    while executor.active:
+        executor.step()
+        if len(executor.active) == 3 and pressure._has_given:
+            manager = executor.manager.memshare.manager
+            held.append(sum(1 + generated - gone for generated, gone in map(manager.page_counts, range(3))))
+            assert held[-1] <= pressure._floors()
+    assert not executor.manager.memshare.failures.num_errors
+    assert max(held) == 3 * (1 + 9)
 
 
 def test_v2_and_several_ranks_hold_nothing(null_pages):

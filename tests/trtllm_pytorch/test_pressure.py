@@ -99,6 +99,33 @@ def test_nobody_is_paused_where_floors_allow_it(manager_class, config, null_page
     assert not shared.failures.num_errors
 
 
+def test_before_somebody_is_paused_even_a_page_here_and_there_goes(null_pages):
+    """While nobody would be, so few are not worth a look at all requests in every iteration."""
+    make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5, "min_run_tokens": 500})
+    manager = make_manager(make, 60, 8)
+    pressure, seen = manager.memshare.pressure, []  # pages missing, pages that might go, pages that went
+
+    def watch(horizon, choose=pressure.choose):
+        views = filter(None, map(pressure._view, pressure._active.values()))
+        may_go = sum(view.most for view in views)
+        free = pressure._backend.num_free_pages() + pressure._reserve.num_held
+        missing = pressure._num_wanted(horizon + 1) - free
+        choice = choose(horizon)
+        seen.append((missing, may_go, sum(len(pages) for _, pages in choice)))
+        return choice
+
+    pressure.choose = watch
+    executor, rng = FakeExecutor(manager, True), random.Random(3)
+    for request_id in range(16):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    while executor.active:
+        executor.step()
+    assert not manager.memshare.failures.num_errors
+    short = [row for row in seen if row[0] > 0]
+    assert sum(0 < may_go < 4 for _, may_go, _ in short) > 9
+    assert all(went >= min(missing, may_go) for missing, may_go, went in short)
+
+
 @pytest.mark.parametrize("repeats", [False, True])
 def test_requests_keep_their_floor_and_their_own_wishes(null_pages, repeats):
     """Only pages that stand again go below a floor, and of a request that shares nothing not even these."""
@@ -136,11 +163,11 @@ def test_requests_keep_their_floor_and_their_own_wishes(null_pages, repeats):
 
 
 def test_a_paused_request_that_is_cancelled_is_nobody_to_make_room_for(null_pages):
-    """Six requests, of which some are paused and then cancelled; two that come later have the pool for themselves."""
+    """Eight requests, of which some are paused and then cancelled; two that come later have the pool for themselves."""
     make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5})
     executor, rng = FakeExecutor(make_manager(make, 60, 8), True), random.Random(3)
     shared, cancelled = executor.manager.memshare, 0
-    for request_id in range(6):
+    for request_id in range(8):
         executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
     while executor.active:
         executor.step()
@@ -159,22 +186,40 @@ def test_a_paused_request_that_is_cancelled_is_nobody_to_make_room_for(null_page
     assert not shared.failures.num_errors
 
 
+def given_up(null_pages, **wishes):
+    """Pages that each of four requests gave up, and how many it wrote; two of them have these wishes."""
+    manager = make_manager(make_sharing_class(null_pages=null_pages, **PRESSURE), 67, 8)
+    executor, rng = FakeExecutor(manager, True), random.Random(3)
+    for request_id in range(4):
+        request = executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+        if request_id in (1, 2):
+            vars(request).update(wishes)
+    while executor.active:
+        executor.step()
+    assert not manager.memshare.failures.num_errors
+    return [(r.py_memshare_retired_blocks, r.py_memshare_generated_blocks) for r in executor.requests]
+
+
 @pytest.mark.parametrize("wish", ["half", float("nan"), 1.7, -1, True])
 def test_a_wish_that_means_nothing_is_said_once_and_harms_nobody(null_pages, caplog, wish):
-    def forgotten(wish):
-        manager = make_manager(make_sharing_class(null_pages=null_pages, **PRESSURE), 67, 8)
-        executor, rng = FakeExecutor(manager, True), random.Random(3)
-        for request_id in range(4):
-            request = executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
-            if request_id in (1, 2):
-                request.py_memshare_min_kept = wish
-        while executor.active:
-            executor.step()
-        assert not manager.memshare.failures.num_errors
-        return [(r.py_memshare_retired_blocks, r.py_memshare_generated_blocks) for r in executor.requests]
-
-    assert forgotten(wish) == forgotten(None)
+    assert given_up(null_pages, py_memshare_min_kept=wish) == given_up(null_pages)
     assert caplog.text.count("py_memshare_min_kept must be a number between 0 and 1") == 1
+
+
+@pytest.mark.parametrize("wish", [0, np.False_, np.int64(0), "false", 2, 0.0, float("nan"), np.zeros(2)])
+def test_what_is_not_a_yes_keeps_a_request_whole(null_pages, caplog, wish):
+    whole = given_up(null_pages, py_memshare=False)
+    assert [retired for retired, _ in whole[1:3]] == [0, 0]
+    assert sum(retired for retired, _ in whole) > 20
+    assert given_up(null_pages, py_memshare=wish) == whole
+    is_known = isinstance(wish, int | np.integer | np.bool_) and wish == 0
+    assert caplog.text.count("py_memshare must be True, False, 1 or 0, got ") == (not is_known)
+
+
+@pytest.mark.parametrize("wish", [True, 1, np.True_, None])
+def test_a_yes_and_no_wish_at_all_change_nothing(null_pages, caplog, wish):
+    assert given_up(null_pages, py_memshare=wish) == given_up(null_pages)
+    assert "py_memshare" not in caplog.text
 
 
 def test_below_the_watermark_nothing_is_given_up_and_no_row_is_touched(null_pages):

@@ -19,6 +19,10 @@ from trtllm_memshare.trtllm.pytorch.settings import load_settings
         ({"scope": "group"}, "scope must be request"),
         ({"control": "random"}, "control must be none"),
         ({"preset": "drop-duplicate"}, "preset drop-duplicate counts an alias once, which needs attention of our own"),
+        (
+            {"preset": "pressure", "route": "framework", "protected_steps": 2},
+            "route framework protects tokens and knows no steps, got protected_steps 2",
+        ),
         ([1], "must hold a JSON object"),
     ],
 )

@@ -326,6 +326,23 @@ def test_room_that_a_waiting_request_missed_is_made_before_the_next_step() -> No
     assert len(retired(host, "a")) >= 2
 
 
+def test_nothing_goes_for_a_waiting_request_that_would_not_fit_all_the_same() -> None:
+    host = Host(25, min_kept=0.5, high_watermark=1.0, low_watermark=1.0)
+    request = host.add("a", 4, 40)  # 39 computed: 8 full generated pages, of which 4 may go
+    host.relief.begin_step([request], update := MemShareUpdate(), host.blocks.num_free + 5)
+    assert not update.null_entries
+    host.relief.begin_step([request], MemShareUpdate(), host.blocks.num_free + 4)
+    assert len(retired(host, "a")) == 4
+
+
+def test_what_running_requests_take_first_is_not_a_waiting_one_s() -> None:
+    host = Host(25, min_kept=0.5, high_watermark=1.0, low_watermark=1.0)
+    request = host.add("a", 4, 41)  # 40 computed: its next token opens a block
+    wanted = host.blocks.num_free + 3
+    host.relief.begin_step([request], MemShareUpdate(), wanted)
+    assert host.blocks.num_free == wanted + 1
+
+
 def test_pages_that_were_asked_about_in_the_step_of_a_preemption_are_asked_about_again() -> None:
     """vLLM preempts after we have asked, and the question goes with the blocks."""
     host = Host(42, min_kept=0.0, need="redundancy", high_watermark=0.3, low_watermark=0.3)

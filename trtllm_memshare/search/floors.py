@@ -12,6 +12,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from trtllm_memshare.search.config import MemShareConfig
+
+
+def most_protected(config: MemShareConfig) -> int:
+    """Most recent tokens of a request that may be protected, see ``BlockMatcher.protected_from``.
+
+    What steps protect depends on the text, which is not written yet.
+    """
+    return max(config.protected_tokens, config.max_protected_tokens if config.protected_steps else 0)
+
 
 def blocks_at_floors(
     num_tokens: np.ndarray,

@@ -8,7 +8,7 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.search.floors import blocks_at_floors
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected
 from trtllm_memshare.serving.request import RequestState, SamplingParams
 
 
@@ -51,7 +51,7 @@ class FloorAdmission:
 
     def __init__(self, manager: KVCacheManager, config: MemShareConfig, repeats: RepeatCounts | None) -> None:
         self._manager, self._config, self._repeats = manager, config, repeats
-        self._protected = max(config.protected_tokens, config.max_protected_tokens if config.protected_steps else 0)
+        self._protected = most_protected(config)
         self._refused: tuple[int, int] | None = None  # who was refused last, and how many ran then
         self._asked_again = 0  # times since
 

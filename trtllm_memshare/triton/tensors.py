@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,19 @@ class RequestTensors:
             shown = f"{value:g}" if isinstance(value, float) else quote(value)
             raise UserError(f"{self.name(name)} must be {bounds}, got {shown}")
         return value
+
+    def share(self, name: str) -> float | None:
+        """One number in [0, 1] as its client wrote it; None if absent or empty.
+
+        In FP32, which Triton's inputs have, 0.1 is a hair more: of ten pages two would stay. So it is read as the
+        nearest fraction with a denominator up to 10,000.
+
+        Raises:
+          UserError: several numbers, or one out of range.
+        """
+        if not self.num_elements(name):
+            return None
+        return float(Fraction(self.number(name, 0.0, 0.0, 1.0)).limit_denominator(10_000))
 
     def flag(self, name: str, default: bool) -> bool:
         """One boolean."""

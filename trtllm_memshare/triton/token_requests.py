@@ -136,6 +136,6 @@ def _sampling(
         presence_penalty=tensors.number("presence_penalty", 0.0, -100.0, 100.0),
         frequency_penalty=tensors.number("frequency_penalty", 0.0, -100.0, 100.0),
         log_probs=tensors.flag("return_log_probs", False),
-        min_kept=tensors.number("memshare_min_kept", 0.0, 0.0, 1.0) if "memshare_min_kept" in tensors else None,
+        min_kept=tensors.share("memshare_min_kept"),
         memshare=not tensors.flag("memshare_off", False),
     )

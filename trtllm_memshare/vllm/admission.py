@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_memshare.search.floors import blocks_at_floors
+from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected
 from trtllm_memshare.vllm.relief import Relief
 from trtllm_memshare.vllm.settings import Admission
 
@@ -21,8 +22,7 @@ def admits(
     running: Sequence[Any],
     relief: Relief,
     admission: Admission,
-    lookahead_tokens: int,
-    protected_tokens: int,
+    config: MemShareConfig,
     num_blocks: int,
     block_size: int,
 ) -> bool:
@@ -32,8 +32,7 @@ def admits(
       request, running: vLLM's requests.
       relief: knows what each of them may give up.
       admission: see ``VllmOptions``.
-      lookahead_tokens: that each must be able to write, under ``lookahead``.
-      protected_tokens: recent tokens of a request that are never retired.
+      config: what is protected, and how many tokens each must be able to write under ``lookahead``.
       num_blocks: the pool without null pages.
       block_size: tokens of a block.
     """
@@ -44,10 +43,10 @@ def admits(
     now = np.array([r.num_tokens for r in requests])
     options = [relief.pages(r.request_id).options for r in requests]
     held = blocks_at_floors(
-        longest if admission == "max-tokens" else np.minimum(longest, now + lookahead_tokens),
+        longest if admission == "max-tokens" else np.minimum(longest, now + config.lookahead_tokens),
         np.array([r.num_prompt_tokens for r in requests]),
         np.array([o.min_kept if o.memshare else 1.0 for o in options]),
-        protected_tokens,
+        most_protected(config),
         block_size,
         np.array([relief.pages(r.request_id).num_retired for r in requests]),
     )

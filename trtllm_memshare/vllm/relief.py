@@ -30,6 +30,8 @@ _ASKED_EARLIER = 0.8  # of the high watermark
 _FARTHEST = 2.0  # more than any distance of two pages
 LOG = logging.getLogger("vllm.memshare")  # under vLLM's own logger, whose handlers show it
 
+_Choice = list[tuple[str, list[int], int, dict[int, int]]]  # request, pages, how many stand again, donors
+
 
 class HostRequest(Protocol):
     """What is read of a vLLM ``Request``. Lengths in tokens; ``num_computed_tokens`` includes those in flight."""
@@ -108,7 +110,7 @@ class Relief:
         Args:
           running: requests whose prompt, and what they had generated before a pause, is computed.
           update: gets the entries that change; modified.
-          wanted_by_waiting: blocks that a waiting request missed in the last step.
+          wanted_by_waiting: blocks that a waiting request, which missed some in the last step, needs in all.
         """
         running, self._faults_before = list(running), self.faults.num
         self.episodes.look(self._num_used(), self.totals.retired)
@@ -123,8 +125,8 @@ class Relief:
                     self._ask(request, update)
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
         self.make_room(running, wanted, update, force=False)
-        if wanted_by_waiting > self._blocks.num_free:
-            self.make_room(running, wanted_by_waiting, update, urgent=False)
+        if wanted_by_waiting and wanted + wanted_by_waiting > self._blocks.num_free:  # running ones take theirs first
+            self.make_room(running, wanted + wanted_by_waiting, update, urgent=False)
 
     def make_room(
         self,
@@ -139,7 +141,8 @@ class Relief:
         Args:
           num_wanted: blocks that are about to be taken.
           force: ``num_wanted`` are needed whatever the watermarks say.
-          urgent: and somebody would be preempted, so pages go too that no other one can stand in for.
+          urgent: and somebody would be preempted, so pages go too that no other one can stand in for. Otherwise
+            ``num_wanted`` come free, or nothing goes.
 
         Returns:
           Blocks that went back to the pool.
@@ -151,9 +154,10 @@ class Relief:
         if count <= 0 or self.faults.num > self._faults_before:
             return 0
         by_id = {request.request_id: request for request in running}
-        choice: list[tuple[str, list[int], int, dict[int, int]]] = []
+        at_least = num_wanted - free if force and not urgent else 0  # for who waits all that is missing, or nothing
+        choice: _Choice = []
         with self.faults.caught():  # what is read here is taken up anew by the next call, wherever it stopped
-            choice = self._choose(by_id.values(), count, force, force and urgent)
+            choice = self._choose(by_id.values(), count, force, force and urgent, at_least)
         freed = 0
         # An error in here ends the engine: tables of the scheduler and the workers could differ, or name free blocks.
         for name, going, num_repeats, donors in choice:
@@ -166,13 +170,13 @@ class Relief:
         self.totals.retired += freed
         return freed
 
-    def _choose(
-        self, running: Iterable[HostRequest], count: int, force: bool, urgent: bool
-    ) -> list[tuple[str, list[int], int, dict[int, int]]]:
-        """Of each request that gives pages up: id, pages, how many of these stand again, donors; changes no block."""
+    def _choose(self, running: Iterable[HostRequest], count: int, force: bool, urgent: bool, at_least: int) -> _Choice:
+        """Who gives which pages up, nobody where all could not give ``at_least`` together; changes no block."""
         found = (self._view(request, force, urgent, count) for request in running)
         views = {str(view.request_id): view for view in found if view is not None}
-        choice = []
+        choice: _Choice = []
+        if sum(view.most for view in views.values()) < at_least:
+            return choice
         for request_id, chosen in choose_pages(list(views.values()), count):
             view, going = views[str(request_id)], chosen.tolist()
             num_repeats = int(view.repeated[np.searchsorted(view.pages, chosen)].sum())

@@ -116,7 +116,9 @@ class MemShareScheduler(Scheduler):
         if waiting:
             # It may have hit blocks that are filled in this very step, exactly as long as their owner keeps its pages
             # until then: room for it is made before the next step.
-            self._wanted_by_waiting = wanted + self.kv_cache_manager.watermark_blocks
+            hits = keywords.get("new_computed_blocks")
+            in_use = 0 if hits is None else sum(block.ref_cnt > 0 for block in hits.blocks[0])
+            self._wanted_by_waiting = wanted - in_use + self.kv_cache_manager.watermark_blocks
             return None
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
         if self.relief.make_room(running, wanted, self._update) == 0:
@@ -124,15 +126,13 @@ class MemShareScheduler(Scheduler):
         return self._allocate(request, num_new_tokens, *arguments, **keywords)
 
     def _admits(self, request: Request) -> bool:
-        config = self.settings.memshare
         with self.relief.faults.caught():
             return admits(
                 request,
                 self.running,
                 self.relief,
                 self.settings.options.admission,
-                config.lookahead_tokens,
-                config.protected_tokens,
+                self.settings.memshare,
                 self.blocks.num_blocks,
                 self.blocks.block_size,
             )

@@ -15,7 +15,7 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.search.floors import blocks_at_floors
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room, num_givable
 from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
@@ -26,7 +26,7 @@ from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 from trtllm_memshare.trtllm.pytorch.wishes import Wishes
 
-_FEWEST = 4  # pages that are worth looking for
+_FEWEST = 4  # pages that are worth looking for while nobody would be paused
 _length = attrgetter("max_beam_num_tokens")
 
 Choice = list[tuple[int, list[int]]]
@@ -110,7 +110,11 @@ class Pressure:
             need = wanted + next(iter(self._paused.values()))
             if need <= self._allowed():
                 count = max(0, need - (self._num_pages - used))
-        if not count or (used - self._floors() < min(count, _FEWEST) and not self._is_look_for_repeats_due()):
+        if not count or not (
+            wanted > self._num_pages - used  # somebody would be paused
+            or used - self._floors() >= min(count, _FEWEST)
+            or self._is_look_for_repeats_due()
+        ):
             return []  # all are at their floors, or nearly: a page here and there would be had in every iteration
         views = [v for v in map(self._view, self._active.values()) if v is not None]
         chosen = choose_pages(views, count, self._config.spread)
@@ -155,7 +159,7 @@ class Pressure:
     def _floors(self) -> int:
         if self._floor_blocks is None:
             # One token more than now: a request whose pages are full writes into a new one next.
-            protected = self._config.protected_tokens
+            protected = most_protected(self._config)
             known = map(self._requests.get, self._active) if self._has_given else ()
             gone = np.array([0 if k is None else k.pages.num_given_up for k in known] or 0)
             self._floor_blocks = blocks_at_floors(

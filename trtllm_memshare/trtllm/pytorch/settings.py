@@ -114,6 +114,11 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
                 "preset pressure needs null_pages, a folder with the model's null pages, got none (build an engine "
                 "directory of the model with build_scripts/build_engine.py and name it)"
             )
+        if adapter.route == "framework" and memshare.protected_steps:
+            raise UserError(
+                f"route framework protects tokens and knows no steps, got protected_steps {memshare.protected_steps} "
+                f"(leave it out and set protected_tokens, or take route overlay)"
+            )
     elif adapter.route == "framework":
         raise UserError(
             f"route framework drops pages and shares none, got preset {memshare.preset} (take preset pressure, or "
