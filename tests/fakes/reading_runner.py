@@ -8,6 +8,7 @@ different things part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -20,6 +21,8 @@ from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 
 VOCAB_SIZE = 64
 MAX_TOKENS = 1024
+RARE = 60
+"""A token that patchwork texts hold now and then: requests may stop at it."""
 _RNG = np.random.default_rng(1)
 PHRASES = [[*_RNG.integers(4, 60, n).tolist(), 2] for n in (24, 31, 17, 8, 40)]
 _VALUES = torch.from_numpy(np.random.default_rng(2).standard_normal((VOCAB_SIZE, 2, 4)).astype(np.float32))
@@ -37,6 +40,32 @@ def repeating_text(seed: int) -> list[int]:
     return text[:MAX_TOKENS]
 
 
+@lru_cache
+def patchwork_text(seed: int) -> list[int]:
+    """``MAX_TOKENS`` tokens: new words, and stretches of what was said, most in two parts at two times.
+
+    Of the parts one in five has a token changed, so that text comes again whole, cut short, in pieces or nearly.
+    """
+    rng, text, later = np.random.default_rng(seed), [seed % VOCAB_SIZE], list[tuple[int, list[int]]]()
+    while len(text) < MAX_TOKENS:
+        if later and later[0][0] <= len(text):
+            part = later.pop(0)[1]
+        elif len(text) < 40 or rng.random() < 0.15:
+            text += [*rng.integers(4, 60, rng.integers(3, 8)).tolist(), 2 if rng.random() < 0.9 else RARE]
+            continue
+        else:
+            start = int(rng.integers(max(0, len(text) - 120), len(text) - 30))
+            part = text[start : start + int(rng.integers(16, 30))]
+            if rng.random() < 0.8:
+                cut = int(rng.integers(4, len(part)))
+                later.append((len(text) + int(rng.integers(20, 80)), part[cut - 4 :]))
+                part = part[:cut]
+        if rng.random() < 0.2:
+            part[rng.integers(len(part))] = int(rng.integers(4, 60))
+        text += part
+    return text[:MAX_TOKENS]
+
+
 class ReadingRunner:
     """See the module.
 
@@ -46,6 +75,7 @@ class ReadingRunner:
       depends_on_reads: whether the next token depends on what was read.
       chunk_unit_size: see ``Scheduler``.
       shows_pool: has a ``pool`` with K and V of the tokens, one layer and one head.
+      text_of: the text that a request writes on, by its first token; ``MAX_TOKENS`` tokens.
 
     Attributes:
       manager: the cache whose pool this is, to hold the step against; set once it is made.
@@ -61,10 +91,11 @@ class ReadingRunner:
         depends_on_reads: bool = False,
         chunk_unit_size: int = 1,
         shows_pool: bool = False,
+        text_of: Callable[[int], list[int]] = repeating_text,
     ) -> None:
         self.num_blocks, self.tokens_per_block = num_blocks, tokens_per_block
         self.chunk_unit_size = chunk_unit_size
-        self._depends_on_reads = depends_on_reads
+        self._depends_on_reads, self._text_of = depends_on_reads, text_of
         self._tokens = np.full(num_blocks * tokens_per_block, -1, np.int64)
         self._positions = np.full(num_blocks * tokens_per_block, -1, np.int64)
         self.pool = torch.zeros(num_blocks, 1, 2, 1, tokens_per_block, 4) if shows_pool else None
@@ -121,6 +152,6 @@ class ReadingRunner:
         assert (self._positions[rows] == written).all(), "a row of another page is read"
         tokens = self._tokens[rows]
         assert seen[0], "the first row of the prompt is gone"
-        text = repeating_text(int(tokens[0]))
+        text = self._text_of(int(tokens[0]))
         mixed = int(((tokens + 1) * _WEIGHTS[: len(tokens)]).sum())
         return 4 + mixed % 55 if self._depends_on_reads and mixed % 7 == 0 else text[length]

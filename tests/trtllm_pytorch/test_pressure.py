@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fakes.later_copies import copies, stand_again
+from fakes.reading_runner import patchwork_text
+from fakes.wrong_repeats import whether_or_not_copies_are_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtllm_pytorch.conftest import make_sharing_class, write_null_pages
@@ -25,7 +29,9 @@ from trtllm_pytorch.test_tail_swap import (
     takes_null_pages,
 )
 
+from trtllm_memshare.cache import givable
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch import pressure
 from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST, NullKeys
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
@@ -160,6 +166,46 @@ def test_requests_keep_their_floor_and_their_own_wishes(null_pages, repeats):
         assert seen[0] == pytest.approx(0.5, abs=0.07)
         assert seen[1] >= 0.9
     assert seen[2] == 1.0
+
+
+def below_floors(monkeypatch, null_pages):
+    """How many looks found a request below its floor; what is missing there stands again in what the request keeps.
+
+    Texts come again in pieces and nearly; the last pages go first, so that copies go before what they are copies of.
+    """
+    monkeypatch.setattr(pressure, "page_need", lambda _, facts: -facts.position.astype(np.float32))
+    runs = {"min_run_tokens": 8, "shingle_tokens": 4, "protected_tokens": 8, "min_kept": 0.5}
+    executor, size = (
+        FakeExecutor(make_manager(make_sharing_class(null_pages=null_pages, **{**PRESSURE, **runs}), 60, 8), True),
+        8,
+    )
+    shared, found = executor.manager.memshare, 0
+    for request_id in range(4, 12):
+        executor.submit(request_id, patchwork_text(request_id + 1000)[:9], patchwork_text(request_id)[9:189])
+    while executor.active:
+        executor.step()
+        for request_id, sequence in shared.manager._sequences.items():
+            generated, retired = shared.manager.page_counts(request_id)
+            missing = math.ceil(0.5 * generated - 1e-9) - (generated - retired)
+            if missing > 0:
+                tokens, gone = executor.scripts[request_id][: sequence.num_computed], np.flatnonzero(sequence.retired)
+                is_kept = ~np.isin(np.arange(len(tokens)) // size, gone)
+                stand = stand_again(copies(tokens, 8), is_kept)
+                assert sum(stand[p * size : (p + 1) * size].all() for p in gone) >= missing, "below its floor"
+                found += 1
+    assert not shared.failures.num_errors
+    return found
+
+
+def test_pages_go_below_a_floor_only_if_they_stand_again(null_pages, monkeypatch):
+    assert below_floors(monkeypatch, null_pages) > 50
+
+
+def test_a_page_below_a_floor_that_stands_nowhere_is_seen(null_pages, monkeypatch):
+    """A test of the test above: copies need not be kept."""
+    monkeypatch.setattr(givable, "stands_again", whether_or_not_copies_are_kept)
+    with pytest.raises(AssertionError, match="below its floor"):
+        below_floors(monkeypatch, null_pages)
 
 
 def test_a_paused_request_that_is_cancelled_is_nobody_to_make_room_for(null_pages):

@@ -8,15 +8,17 @@ is scheduled before the last one's tokens are known.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from fakes.later_copies import copies, stand_again
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -56,11 +58,14 @@ def make_scheduler(
 
 
 class Simulation:
-    """One schedule: submits, aborts and steps at random; every read is checked."""
+    """One schedule: submits, aborts and steps at random; every read and every floor is checked.
 
-    def __init__(self, scheduler: Any, seed: int) -> None:
+    ``text_of``: the text that a request writes on, by its first token; None = made up from the text so far.
+    """
+
+    def __init__(self, scheduler: Any, seed: int, text_of: Callable[[int], list[int]] | None = None) -> None:
         self.scheduler = scheduler
-        self.draw = random.Random(seed)
+        self.draw, self.text_of = random.Random(seed), text_of
         self.size = scheduler.block_size
         self.shadow = Shadow(self.size, scheduler.blocks.null_block_ids if hasattr(scheduler, "blocks") else [])
         self.worker = SimpleNamespace(requests={}, input_batch=SimpleNamespace(
@@ -70,6 +75,7 @@ class Simulation:
         self.prompts: list[list[int]] = []
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
         self.num_submitted = self.num_steps = self.most_entries = 0
+        self.num_below_floor = 0  # looks at a request that had given up more than its floor leaves
         self._outsiders: list[Any] = []
         self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier
         self._hash = get_request_block_hasher(self.size, hash_function)
@@ -120,6 +126,7 @@ class Simulation:
         self.num_steps += 1
         output = self.scheduler.schedule()
         self.check_references()
+        self.check_floors()
         facts = [self._facts(name, count) for name, count in output.num_scheduled_tokens.items()]
         self.in_flight.append((output, facts))
         depth = 2 if self.scheduler.scheduler_config.async_scheduling else 1
@@ -136,6 +143,23 @@ class Simulation:
                 assert block.ref_cnt == entries[block.block_id], f"{block} is named {entries[block.block_id]} times"
         for blocks in tables.values():
             self.most_entries = max([self.most_entries, *Counter(b.block_id for b in blocks if not b.is_null).values()])
+
+    def check_floors(self) -> None:
+        """What is missing to a floor stands again in what its request keeps, word for word and later."""
+        relief = self.scheduler.relief
+        for name, request in self.scheduler.requests.items():
+            pages = relief._pages.get(name)
+            if pages is None:  # its options could not be used
+                continue
+            full = pages.num_full(request.num_computed_tokens)
+            missing = math.ceil(pages.options.min_kept * full - 1e-9) - (full - pages.num_retired)
+            if missing > 0:
+                tokens = list(request.all_token_ids)[: request.num_computed_tokens]
+                is_kept = ~np.isin(np.arange(len(tokens)) // self.size, pages.retired)
+                found = stand_again(copies(tokens, relief._config.min_run_tokens), is_kept)
+                standing = [p for p in pages.retired if found[p * self.size : (p + 1) * self.size].all()]
+                assert len(standing) >= missing, f"{name} is below its floor: of {pages.retired} {standing} stand again"
+                self.num_below_floor += 1
 
     @contextmanager
     def outsiders(self, blocks: list[Any]) -> Iterator[None]:
@@ -203,7 +227,8 @@ class Simulation:
             self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased)
             names.append(fact.name)
             # Greedy: by the text alone.
-            token = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]
+            made_up = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]
+            token = made_up if self.text_of is None else self.text_of(tokens[0])[fact.stop]
             if not fact.partial:
                 made[fact.stop] = token
             sampled.append([] if fact.partial else [token])
@@ -249,9 +274,9 @@ def hash_function(value: Any) -> bytes:
     return hash(value).to_bytes(8, "little", signed=True)
 
 
-def run_schedule(scheduler: Any, seed: int) -> Simulation:
+def run_schedule(scheduler: Any, seed: int, text_of: Callable[[int], list[int]] | None = None) -> Simulation:
     """One random schedule from an idle scheduler to an idle scheduler."""
-    simulation = Simulation(scheduler, seed)
+    simulation = Simulation(scheduler, seed, text_of)
     for _ in range(simulation.draw.randint(20, 400)):
         chance = simulation.draw.random()
         if chance < 0.4 and len(scheduler.requests) < 24:

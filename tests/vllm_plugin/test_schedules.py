@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,10 +18,15 @@ import trtllm_memshare
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
+from fakes.reading_runner import patchwork_text
 from fakes.schedule_record import ScheduleRecord
+from fakes.wrong_repeats import whether_or_not_copies_are_kept
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
 from vllm_plugin.simulation import Simulation, make_engine_args, make_scheduler, run_schedule
+
+from trtllm_memshare.vllm import pages as request_pages
+from trtllm_memshare.vllm import relief
 
 MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
 NUM_BLOCKS = 30  # one request of full length, 24, two null pages, vLLM's own, and three more
@@ -87,6 +93,30 @@ def test_aliases_are_earlier_blocks_that_are_there(null_pages, async_scheduling,
     assert reads["null null"] > reads["null alias"] == 0
     assert (reads["others"] > 0) == prefix_caching
     assert most_entries == 4, "max_aliases does not hold, or is never reached"
+
+
+def run_repeating_texts(null_pages, monkeypatch):
+    """Texts that come again in pieces and nearly; the last pages go first, so copies before what they are copies of."""
+    monkeypatch.setattr(relief, "page_need", lambda _, facts: -facts.position.astype(np.float32))
+    for seed in range(4):
+        arguments = make_engine_args(
+            MODEL, null_pages, NUM_BLOCKS, False, need="age", admission="vllm", min_run_tokens=8, shingle_tokens=4
+        )
+        arguments.additional_config["memshare"]["protected_tokens"] = 8
+        yield run_schedule(make_scheduler(arguments, NUM_BLOCKS, seed % 2 == 1), seed, patchwork_text)
+
+
+def test_pages_go_below_a_floor_only_if_they_stand_again(null_pages, monkeypatch):
+    simulations = list(run_repeating_texts(null_pages, monkeypatch))
+    assert sum(s.num_below_floor for s in simulations) > 50
+    assert sum(s.scheduler.relief.totals.retired_repeats for s in simulations) > 10
+
+
+def test_a_page_below_a_floor_that_stands_nowhere_is_seen(null_pages, monkeypatch):
+    """A test of the test above: copies need not be kept."""
+    monkeypatch.setattr(request_pages, "stands_again", whether_or_not_copies_are_kept)
+    with pytest.raises(AssertionError, match="below its floor"):
+        list(run_repeating_texts(null_pages, monkeypatch))
 
 
 def test_a_request_that_was_preempted_has_the_same_aliases_again(null_pages):
