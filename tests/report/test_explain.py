@@ -167,9 +167,9 @@ def pressed(engine):
     seen, class_ = [], pressure.Pressure
     carry_out, retirement, executors = class_._carry_out, pressure.Retirement, []
 
-    def watched(self, choice, views):
+    def watched(self, choice, views, donors):
         executors.append(self)
-        return carry_out(self, choice, views)
+        return carry_out(self, choice, views, donors)
 
     def noted(request_id, pages, repeated, need):
         # The token sampled last is written, but has no place in the cache before its step.

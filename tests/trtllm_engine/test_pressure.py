@@ -63,10 +63,10 @@ def test_an_engine_gives_up_the_pages_that_the_torch_runner_does(
     retired = []
     original = Pressure._carry_out
 
-    def carry_out(pressure, choice, views):
+    def carry_out(pressure, choice, views, donors):
         retired.append([(request, chosen.tolist()) for request, chosen in choice])
         assert all(np.isfinite(view.need).all() for view in views.values())
-        return original(pressure, choice, views)
+        return original(pressure, choice, views, donors)
 
     monkeypatch.setattr(Pressure, "_carry_out", carry_out)
     config = CONFIG.model_copy(update={"need": need})
