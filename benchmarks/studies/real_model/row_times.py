@@ -46,12 +46,12 @@ def main() -> None:
             }
         if "seconds_a_row" in part:
             rows = Counter("/".join(map(str, kind_of(row))) for row in read_rows(path))
-            hours = sum(part["seconds_a_row"][kind] * count for kind, count in rows.items()) / 3600
+            hours = sum(part["seconds_a_row"].get(kind, 0) * count for kind, count in rows.items()) / 3600
             part["rows"], part["core_hours"] = sum(rows.values()), round(hours, 3)
         total = round(sum(part["core_hours"] for part in found.values()), 2)
         document = {"machine": describe_machine(), "texts": arguments.texts, "core_hours": total}
         arguments.output.write_text(json.dumps({**document, "parts": list(found.values())}, indent=1) + "\n")
-        print(json.dumps({name: part[name] for name in ("file", "rows", "core_hours")}), flush=True)
+        print(json.dumps({name: part.get(name) for name in ("file", "rows", "core_hours")}), flush=True)
 
 
 if __name__ == "__main__":
