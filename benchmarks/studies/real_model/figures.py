@@ -26,6 +26,12 @@ def unseen(tables: list[list[Row]], what: str, arm: str, tokens: int, base: str 
     return compared([row for row in longer if row["problem"] not in seen], what, arm, base, tokens=tokens)
 
 
+def beside_short(tables: list[list[Row]], what: str, arm: str, tokens: int) -> float:
+    """The same of an arm in longer texts, against itself in the same texts at the study's length."""
+    rows = [row for table in tables for row in table]
+    return _field(compare(rows, arm, arm, Setting(tokens=tokens), Setting()), what, arm, arm)
+
+
 def within(rows: list[Row], what: str, arm: str, tokens: int, start: int = 2048) -> float:
     """Change of the loss from token ``start`` on beside that of 512 to 2,047 of the same texts, nats a token.
 

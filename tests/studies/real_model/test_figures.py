@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.studies.real_model.figures import gained, lost, recall_p, unseen, within
+from benchmarks.studies.real_model.figures import beside_short, gained, lost, recall_p, unseen, within
 
 
 def row(text: str, arm: str, *right: bool) -> dict:
@@ -55,3 +55,10 @@ def test_a_part_of_a_text_is_held_against_an_earlier_part_of_the_same():
     assert within(rows, "early", "random", 4096) == pytest.approx(0.25)
     assert within(rows, "late", "random", 4096) == pytest.approx(0.05)
     assert within(rows, "p", "random", 4096) < 0.002
+
+
+def test_longer_texts_are_held_against_the_same_texts_at_the_study_s_length():
+    short = [replayed(name, "a", 0.2, tokens=2048) for name in ("x", "y", "alone")]
+    longer = [replayed(name, "a", 0.1) for name in ("x", "y")]
+    assert beside_short([short, longer], "difference", "a", 4096) == pytest.approx(-0.1)
+    assert beside_short([short, longer], "texts", "a", 4096) == 2
