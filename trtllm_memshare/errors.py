@@ -131,7 +131,9 @@ class _AboveBars(logging.Handler):
     """Writes to stderr as it is now; tqdm's bars are there too and are drawn anew below each line."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if logging.getLogger().handlers:
+            return  # somebody has configured logging since, and shows the line
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # who has no bars need not import it
         beside = contextlib.nullcontext() if tqdm is None else tqdm.external_write_mode(sys.stderr)
-        with contextlib.suppress(OSError, ValueError), beside:  # a terminal that is gone ends nobody's request
+        with contextlib.suppress(Exception), beside:  # a terminal that is gone ends nobody's request, nor a bad line
             print(self.format(record), file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ another value. Which rows a ``rows`` table shows, single rows that functions mak
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -40,8 +41,11 @@ def as_shown(value: Any, shown: str, is_percent: bool) -> str:
     """A value in the form of what stands there: as many digits, a sign or an exponent where it has one.
 
     Raises:
-      ValueError: ``< 0.001`` stands there, and the value is no less; the words around it are to be looked at.
+      ValueError: ``< 0.001`` stands there, and the value is no less; the words around it are to be looked at. Or the
+        value is no finite number.
     """
+    if not isinstance(value, str) and not math.isfinite(value):
+        raise ValueError(f"the page says {shown}, got {value} (look at the result)")
     if isinstance(value, str) or is_shown(value, shown, is_percent):
         return value if isinstance(value, str) else shown
     if shown.startswith("< "):
@@ -55,7 +59,10 @@ def _with_figures(text: str) -> str:
     def figure(found: re.Match[str]) -> str:
         document = load(found["path"])
         value = as_shown(evaluate(found["key"], document, document), found["shown"], bool(found["percent"]))
-        return value + found[0].removeprefix(found["shown"])
+        new = value + found[0].removeprefix(found["shown"])
+        if not FIGURE.fullmatch(new):
+            raise ValueError(f"the page says {found['shown']}, got {value}, which no marker could stand behind")
+        return new
 
     return FIGURE.sub(figure, text)
 
@@ -76,8 +83,9 @@ def _with_cells(text: str) -> str:
         lines = text[first:stop].splitlines()
         for place, (row, cells, columns) in enumerate(cells_of(found, text), 2):
             new = [_cell(cell, column, row, document) for cell, column in zip(cells, columns, strict=True)]
-            if new != cells:
-                lines[place] = f"| {' | '.join([lines[place].strip('| ').split(' | ')[0], *new])} |"
+            before, name, *parts = lines[place].rstrip().removesuffix("|").split("|")
+            parts = [part.replace(old, cell, 1) for part, old, cell in zip(parts, cells, new, strict=True)]
+            lines[place] = f"{'|'.join([before, name, *parts])}|"
         text = f"{text[:first]}{''.join(line + chr(10) for line in lines)}{text[stop:]}"
     return text
 

@@ -167,6 +167,7 @@ def table_lines(text: str, start: int) -> tuple[int, int]:
     """Where the first table behind a place begins and ends."""
     found = re.compile(r"(?:^ *\|.*(?:\n|\Z))+", re.MULTILINE).search(text, start)
     assert found is not None, (text[start : start + 80], "no table follows")
+    assert not COMMENT.sub("", text[start : found.start()]).strip(), (text[start : start + 80], "words come first")
     return found.span()
 
 
@@ -174,7 +175,9 @@ def table_below(text: str, start: int) -> list[list[str]]:
     """The rows, without header and rule, of the first table behind a place; their cells without comments."""
     first, stop = table_lines(text, start)
     lines = COMMENT.sub("", text[first:stop]).splitlines()
-    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[2:]]
+    return [
+        [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")] for line in lines[2:]
+    ]
 
 
 def whole_table(found: re.Match[str]) -> str | None:

@@ -70,3 +70,26 @@ def test_a_value_takes_the_form_of_what_stands_there(value, shown, is_percent, e
 def test_a_bound_that_does_not_hold_is_for_whoever_writes():
     with pytest.raises(ValueError, match=r"the page says < 0\.001, got 0\.02"):
         as_shown(0.02, "< 0.001", False)
+
+
+def test_a_result_that_is_no_number_is_written_nowhere():
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"the page says 1\.0, got"):
+            as_shown(value, "1.0", False)
+    with pytest.raises(ValueError, match="which no marker could stand behind"):
+        filled(f"1<!--= {SCHEDULE} runs[part=4][arm=vllm].arm -->")
+
+
+def test_a_line_of_a_table_keeps_its_form():
+    marker = f"<!--rows= {SCHEDULE} runs[part=4]\narm: vllm; 0.5 | steps | _ -->\n\n|a|b|c|\n|-|-|-|\n"
+    note = "<!-- a note -->"
+    right = f"{marker}|  |**5,931**|x \\ y|\n| half |4,097 {note}||\n"
+    assert filled(right.replace("5,931", "7").replace("4,097", "8")) == right
+
+
+def test_a_marker_whose_table_is_gone_takes_no_other_one():
+    gone = PAGE.replace(
+        "| a | table |\n| --- | --- |\n| of | before |\n", "Words.\n\n| another | table |\n| --- | --- |\n"
+    )
+    with pytest.raises(AssertionError, match="words come first"):
+        filled(gone)

@@ -159,3 +159,27 @@ def test_a_matcher_that_is_not_due_has_nothing_to_offer_and_nothing_is_lost_by_n
         for block in offered[: int(rng.integers(0, 2))]:
             for matcher in (always, when_due):
                 matcher.settle(block)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_look_that_an_error_stopped_begins_anew(boundaries, monkeypatch, at):
+    """One token for ever has a run at a shift of one block, longer than what was looked at before the error."""
+    rng, works, calls = np.random.default_rng(1), RunMatcher._record, []
+    text = np.concatenate([np.full(300, 7), rng.integers(10, 70, 100), np.full(200, 7)]).astype(np.int32)
+
+    def fail(self, first, last):
+        calls.append(first)
+        if len(calls) == at + 1:
+            raise MemoryError
+        works(self, first, last)
+
+    monkeypatch.setattr(RunMatcher, "_record", fail)
+    matcher = RunMatcher(make_config("pressure"), SIZE, 1, boundaries)
+    matcher.append(text)
+    with pytest.raises(MemoryError):
+        matcher.ready_blocks()
+    ready = matcher.ready_blocks()
+    assert len(ready) > 20
+    for block in ready:
+        (positions,) = matcher.counterparts(block)
+        assert (text[positions] == text[block * SIZE : (block + 1) * SIZE]).all()

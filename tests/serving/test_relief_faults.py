@@ -8,6 +8,7 @@ import torch
 from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
 
 from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.relief_faults import ReliefFaults
 from trtllm_memshare.search.signatures import SignatureIndex
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
@@ -95,6 +96,36 @@ def test_a_request_whose_facts_stopped_half_way_keeps_what_it_has(monkeypatch):
     assert calls == gone
     assert calls.count(handles[2].request_id) == 1 < max(map(calls.count, calls))
     assert not executor.pressure._unknown
+
+
+def test_what_is_wrong_with_one_request_does_not_keep_the_others_pages(monkeypatch):
+    executor = make_executor(110)
+    handles, manager, gone = submit(executor, 6), executor.manager, set()
+    works, wrong = manager.givable_pages, handles[3].request_id
+
+    def fail(request_id, find_repeats=True):
+        return 1 / 0 if request_id == wrong else works(request_id, find_repeats)
+
+    monkeypatch.setattr(manager, "givable_pages", fail)
+    executor.pressure.watch = lambda retirement: gone.add(retirement.request_id)
+    run(executor)
+    assert_own_texts(handles)
+    assert gone == {h.request_id for h in handles} - {wrong}
+    assert executor.pressure.faults.num > 0
+
+
+def test_an_error_that_cannot_even_be_told_is_counted():
+    """Memory that is too short for pages may be too short for a line of the log."""
+
+    class Untold(MemoryError):
+        def __str__(self):
+            raise MemoryError
+
+    faults = ReliefFaults()
+    for _ in range(2):
+        with faults.caught():
+            raise Untold
+    assert faults.num == 2
 
 
 def test_a_request_longer_than_the_pool_goes_on_after_one_error(monkeypatch):

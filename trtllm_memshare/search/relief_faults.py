@@ -9,9 +9,8 @@ not caught: an entry of a block table might name a block by then that is free fo
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from trtllm_memshare.errors import shorten
 from trtllm_memshare.search.episodes import LOG, log_line
@@ -46,14 +45,19 @@ class ReliefFaults:
 
     def _note(self, error: Exception) -> None:
         self.num += 1
-        kind = type(error).__name__, place_of(error)
-        if kind not in self._told:
-            self._told.add(kind)
-            what = shorten(" ".join(f"{kind[0]}: {error}".split()))
-            log_line(self._log, "relief_failed", logging.ERROR, error=what, at=kind[1])
+        with suppress(Exception):  # memory may be too short for a line of the log as well
+            kind = type(error).__name__, place_of(error)
+            if kind not in self._told:
+                what = shorten(" ".join(f"{kind[0]}: {error}".split()))
+                log_line(self._log, "relief_failed", logging.ERROR, error=what, at=kind[1])
+                self._told.add(kind)
 
 
 def place_of(error: BaseException) -> str:
     """File and line that raised, as ``signatures.py:120``, for a report."""
-    lines = traceback.extract_tb(error.__traceback__)
-    return f"{lines[-1].filename.rpartition('/')[2]}:{lines[-1].lineno}" if lines else "no line"
+    frame = error.__traceback__
+    if frame is None:
+        return "no line"
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return f"{frame.tb_frame.f_code.co_filename.rpartition('/')[2]}:{frame.tb_lineno}"

@@ -68,6 +68,8 @@ class RunMatcher(BlockMatcher):
 
     def _match(self, start: int, end: int) -> None:
         """Follows or looks for runs through the tokens in ``[start, end)``, then enters their shingles in the table."""
+        if self._shift > start:  # an error stopped the look before, which begins anew: no run reaches back so far
+            self._last_shift, self._shift = self._shift, 0
         keys = self._shingle_hashes(start, end)
         position, tokens = start, self._history.token_ids
         while position < end:

@@ -232,23 +232,25 @@ class Pressure:
             if state.phase is not Phase.GENERATION or not state.params.memshare or state.request_id in self._unknown:
                 continue
             room = floor_room(*manager.page_counts(state.request_id), share_kept(state.params, self._config))
-            # Before somebody is paused, repeats are looked for that have come since the last page was completed.
-            if not room and not (self._finds_repeats and (is_urgent or self._repeats.of(state.request_id))):
-                continue  # most, once all are near their floors
-            pages = manager.givable_pages(state.request_id, self._finds_repeats)
-            if num_givable(pages.repeated, room):
-                givable[state.request_id], rooms[state.request_id] = pages, room
+            with self.faults.caught():  # one by one: what is wrong with one request does not keep the others' pages
+                # Before somebody is paused, repeats are looked for that have come since the last page was completed.
+                if not room and not (self._finds_repeats and (is_urgent or self._repeats.of(state.request_id))):
+                    continue  # most, once all are near their floors
+                pages = manager.givable_pages(state.request_id, self._finds_repeats)
+                if num_givable(pages.repeated, room):
+                    givable[state.request_id], rooms[state.request_id] = pages, room
         most = {i: num_givable(pages.repeated, rooms[i]) for i, pages in givable.items()}
         if not rooms or (all_or_none and sum(most.values()) < num_blocks):
             return {}
         self._ledger.catch_up(list(rooms))
         views = {}
         for request_id, pages in givable.items():
-            blocks = manager.block_table(request_id)[pages.pages]
-            facts = self._ledger.facts(request_id, pages.pages, blocks, min(most[request_id], num_blocks))
-            need = page_need(self._config.need, facts)
-            room = rooms[request_id] if is_urgent else min(rooms[request_id], int((~np.isposinf(need)).sum()))
-            views[request_id] = PressureView(request_id, pages.pages, need, pages.repeated, room)
+            with self.faults.caught():
+                blocks = manager.block_table(request_id)[pages.pages]
+                facts = self._ledger.facts(request_id, pages.pages, blocks, min(most[request_id], num_blocks))
+                need = page_need(self._config.need, facts)
+                room = rooms[request_id] if is_urgent else min(rooms[request_id], int((~np.isposinf(need)).sum()))
+                views[request_id] = PressureView(request_id, pages.pages, need, pages.repeated, room)
         return {} if all_or_none and sum(view.most for view in views.values()) < num_blocks else views
 
     def _carry_out(self, choice: Choice, views: dict[int, PressureView], donors: dict[int, Mapping[int, int]]) -> int:

@@ -172,8 +172,11 @@ class Relief:
 
     def _choose(self, running: Iterable[HostRequest], count: int, force: bool, urgent: bool, at_least: int) -> _Choice:
         """Who gives which pages up, nobody where all could not give ``at_least`` together; changes no block."""
-        found = (self._view(request, force, urgent, count) for request in running)
-        views = {str(view.request_id): view for view in found if view is not None}
+        views = dict[str, PressureView]()
+        for request in running:
+            with self.faults.caught():  # one by one: what is wrong with one request does not keep the others' pages
+                if (view := self._view(request, force, urgent, count)) is not None:
+                    views[str(view.request_id)] = view
         choice: _Choice = []
         if sum(view.most for view in views.values()) < at_least:
             return choice
@@ -223,13 +226,8 @@ class Relief:
             room = min(room, int((~alone).sum()))
         elif alone.any():  # what it stands for would go with it, so those that stand for little go first
             need = np.where(alone, _FARTHEST + pages.stand_for(array), need).astype(np.float32)
-        return PressureView(
-            request.request_id,  # type: ignore[arg-type]  # any name will do
-            array,
-            need,
-            np.array([page in repeats for page in owned]),
-            room,
-        )
+        repeated = np.array([page in repeats for page in owned])
+        return PressureView(request.request_id, array, need, repeated, room)  # type: ignore[arg-type]  # any name will do
 
     def _retire(
         self, request: HostRequest, logical_blocks: list[int], donors: Mapping[int, int], update: MemShareUpdate
