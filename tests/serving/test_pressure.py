@@ -7,22 +7,16 @@ import logging
 
 import numpy as np
 import pytest
-import torch
 from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
 
-from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.episodes import QUIET_STEPS
-from trtllm_memshare.search.need import find_need
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.page_facts import PageLedger
-from trtllm_memshare.serving.redundancy_source import ValueRedundancy
 from trtllm_memshare.serving.request import SamplingParams
-from trtllm_memshare.serving.sampling import token_log_probs
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT, MAX_UTILIZATION
 
 SIZE = 8
@@ -329,63 +323,6 @@ def test_a_request_that_comes_back_reads_the_same_pages_in_place_of_others():
     assert before.keys() <= after.keys()
     assert all(table[page] == table[donor] for page, donor in before.items())
     executor.run_until_idle()
-
-
-class Manager:
-    """The pages of one request, as ``ValueRedundancy`` asks for them."""
-
-    tokens_per_block = 4
-
-    def __init__(self, blocks, first):
-        self.blocks, self.first = np.array(blocks), first
-        self.pool = BlockPool(9, 4)
-        self.pool.reserve([0])
-
-    def generated_pages(self, request_id):
-        return self.first, len(self.blocks), self.blocks
-
-
-def test_redundancy_is_of_pages_that_are_still_there():
-    torch.manual_seed(0)
-    pool = torch.randn(9, 3, 2, 2, 4, 8)
-    pool[6, :, 1] = pool[2, :, 1]  # page 4 repeats the V of page 1
-    manager = Manager([1, 2, 4], 1)
-    source = ValueRedundancy(manager, pool)
-    source.catch_up([7])
-    assert source.measure(7, np.array([1]), 1)[0] < 0.95
-    manager.blocks = np.array([1, 2, 4, 5, 6, 7])
-    source.catch_up([7])
-    found = source.measure(7, np.arange(1, 6), 5)
-    assert found[0] == pytest.approx(1.0, abs=1e-5)
-    assert (found[1:] < 0.95).all()
-    source.retired(7, np.array([4], np.int32))
-    assert source.measure(7, np.array([1]), 1)[0] < 0.95
-    source.forget(7)
-    assert not source._indexes
-
-
-def test_surprisal_of_a_page_adds_up_over_its_tokens():
-    ledger = PageLedger(find_need("surprisal"), 4, 8, 0, None)
-
-    class State:
-        request_id, tokens = 3, [0] * 6
-
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
-    for token in (0, 1, 1):
-        ledger.observe_tokens([State], token_log_probs(logits, [token]))
-        State.tokens = [*State.tokens, token]
-    facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]), 2)
-    np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
-
-
-def test_attention_starts_anew_in_a_block_that_was_freed():
-    ledger = PageLedger(find_need("attention-redundancy"), 4, 3, 0, None)
-    generations = np.zeros(3, np.int32)
-    ledger.observe_attention(np.array([0.5, 0.1, 0.0], np.float32), generations)
-    generations[0] = 1
-    ledger.observe_attention(np.array([0.2, 0.3, 0.0], np.float32), generations)
-    facts = ledger.facts(0, np.array([5, 6]), np.array([0, 1]), 2)
-    np.testing.assert_allclose(facts.attention, [0.2, 0.2], rtol=1e-6)
 
 
 def test_what_cannot_be_served_is_refused():

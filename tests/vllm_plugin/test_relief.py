@@ -5,7 +5,7 @@ import logging
 
 import numpy as np
 import pytest
-from fakes.vllm_blocks import Host
+from fakes.vllm_blocks import Host, Request
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.episodes import QUIET_STEPS
@@ -147,7 +147,8 @@ def test_null_entries_move_when_the_newest_token_crosses_a_band() -> None:
     assert set(update.null_entries["a"].values()) == {second}
 
 
-def test_what_was_retired_goes_again_after_preemption() -> None:
+def back_from_preemption() -> tuple[Host, Request, list[int]]:
+    """A request whose blocks are all its own again, and the pages that it had given up before."""
     host = Host(12, min_kept=0.5)
     request = host.add("a", 4, 39)
     host.relief.make_room([request], 100, MemShareUpdate())
@@ -156,6 +157,11 @@ def test_what_was_retired_goes_again_after_preemption() -> None:
     host.relief.lose_blocks("a")
     assert host.relief.totals.null_entries == 0
     host.give_blocks(request)
+    return host, request, before
+
+
+def test_what_was_retired_goes_again_after_preemption() -> None:
+    host, request, before = back_from_preemption()
     update = MemShareUpdate()
     host.relief.begin_step([request], update)
     assert retired(host, "a") == before == sorted(update.null_entries["a"])
@@ -277,13 +283,7 @@ def test_an_error_leaves_relief_out_until_the_next_step(
 def test_an_error_before_a_request_gives_up_again_what_it_had_given_up_is_made_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    host = Host(12, min_kept=0.5)
-    request = host.add("a", 4, 39)
-    host.relief.make_room([request], 100, MemShareUpdate())
-    before = retired(host, "a")
-    host.free("a")
-    host.relief.lose_blocks("a")
-    host.give_blocks(request)
+    host, request, before = back_from_preemption()
     with monkeypatch.context() as patch:
         patch.setattr(host.blocks, "held", lambda *_: 1 / 0)
         host.relief.begin_step([request], MemShareUpdate())
