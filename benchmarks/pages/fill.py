@@ -27,7 +27,7 @@ try:
         table_lines,
         whole_table,
     )
-    from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.errors import UserError, run_command_line
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
@@ -41,15 +41,15 @@ def as_shown(value: Any, shown: str, is_percent: bool) -> str:
     """A value in the form of what stands there: as many digits, a sign or an exponent where it has one.
 
     Raises:
-      ValueError: ``< 0.001`` stands there, and the value is no less; the words around it are to be looked at. Or the
+      UserError: ``< 0.001`` stands there, and the value is no less; the words around it are to be looked at. Or the
         value is no finite number.
     """
     if not isinstance(value, str) and not math.isfinite(value):
-        raise ValueError(f"the page says {shown}, got {value} (look at the result)")
+        raise UserError(f"the page says {shown}, got {value} (look at the result)")
     if isinstance(value, str) or is_shown(value, shown, is_percent):
         return value if isinstance(value, str) else shown
     if shown.startswith("< "):
-        raise ValueError(f"the page says {shown}, got {value} (write the figure yourself)")
+        raise UserError(f"the page says {shown}, got {value} (write the figure yourself)")
     mantissa, exponent, _ = shown.lower().partition("e")
     sign, digits = "+" if shown.startswith("+") else "", len(mantissa.partition(".")[2])
     return f"{value * (100 if is_percent else 1):{sign}{'' if exponent else ','}.{digits}{'e' if exponent else 'f'}}"
@@ -61,7 +61,7 @@ def _with_figures(text: str) -> str:
         value = as_shown(evaluate(found["key"], document, document), found["shown"], bool(found["percent"]))
         new = value + found[0].removeprefix(found["shown"])
         if not FIGURE.fullmatch(new):
-            raise ValueError(f"the page says {found['shown']}, got {value}, which no marker could stand behind")
+            raise UserError(f"the page says {found['shown']}, got {value}, which no marker could stand behind")
         return new
 
     return FIGURE.sub(figure, text)

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.pages.fill import as_shown, filled
 from benchmarks.pages.markers import ROOT
+from trtllm_memshare.errors import UserError
 
 
 @pytest.mark.parametrize("page", ["docs/pressure.md", "docs/vllm.md", "docs/toy.md"])
@@ -68,15 +69,15 @@ def test_a_value_takes_the_form_of_what_stands_there(value, shown, is_percent, e
 
 
 def test_a_bound_that_does_not_hold_is_for_whoever_writes():
-    with pytest.raises(ValueError, match=r"the page says < 0\.001, got 0\.02"):
+    with pytest.raises(UserError, match=r"the page says < 0\.001, got 0\.02"):
         as_shown(0.02, "< 0.001", False)
 
 
 def test_a_result_that_is_no_number_is_written_nowhere():
     for value in (float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"the page says 1\.0, got"):
+        with pytest.raises(UserError, match=r"the page says 1\.0, got"):
             as_shown(value, "1.0", False)
-    with pytest.raises(ValueError, match="which no marker could stand behind"):
+    with pytest.raises(UserError, match="which no marker could stand behind"):
         filled(f"1<!--= {SCHEDULE} runs[part=4][arm=vllm].arm -->")
 
 
