@@ -85,6 +85,11 @@ def test_whoever_has_configured_logging_gets_what_it_asked_for():
     assert done.stderr == "mine: 3 pages\n"
 
 
+def test_a_line_is_shown_once_though_somebody_configures_logging_later():
+    done = speak(before="logging.basicConfig(format='mine: %(message)s')")
+    assert done.stderr == 'mine: {"a": 1}\nmine: 3 pages\n'
+
+
 def test_a_stderr_that_is_gone_ends_nothing():
     done = speak(before="sys.stderr.close()", after="print('went on')")
     assert (done.returncode, done.stdout) == (0, "went on\n")
