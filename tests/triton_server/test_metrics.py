@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,12 +47,26 @@ def test_gauges_have_tensorrt_llm_s_names(triton):
     assert total(metrics, "memshare_seconds_since_step") < 5
 
 
+def settled(triton) -> dict[str, float]:
+    """Metrics with all requests of before in them: an answer is counted after its client has it."""
+    seen: list[dict[str, float]] = []
+
+    def has_settled() -> bool:
+        time.sleep(1)
+        seen.append(triton.metrics())
+        requests = [matching(metrics, "memshare_requests_total") for metrics in seen[-2:]]
+        return len(requests) == 2 and requests[0] == requests[1]
+
+    triton.wait_until(has_settled)
+    return seen[-1]
+
+
 def test_outcomes_and_latencies_are_the_requests_own(triton):
     def counts(outcome: str) -> float:
         return total(triton.metrics(), "memshare_requests_total", f'outcome="{outcome}"')
 
     first = "memshare_time_to_first_token_seconds"
-    before = triton.metrics()
+    before = settled(triton)
     completed, refused = counts("completed"), counts("refused")
     triton.generate(text_input=QUESTION, max_tokens=200)
     for wrong in ({"top_p": 2.0}, {"beam_width": 2}, {"text_input": "Q" * 5000}):
