@@ -72,7 +72,7 @@ def test_signatures_are_those_of_serving(full):
     signatures = page_signatures(fields, blocks, torch.zeros(0), blocks * SIZE, projection)
     index = SignatureIndex(SIZE)
     for page in range(2, 10):
-        index.append(page, signatures[page].numpy())
+        index.extend([page], signatures[page].numpy()[None])
     index.forget(np.array([4, 7]))
     found = full.facts.at(moment(), np.zeros(PAGES, np.float32), "signature").redundancy
     np.testing.assert_allclose(found, index.redundancy()[moment().may_go], atol=0.02)

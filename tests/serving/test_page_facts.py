@@ -8,6 +8,7 @@ import torch
 
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.search.need import find_need
+from trtllm_memshare.serving import redundancy_source
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import ValueRedundancy
 from trtllm_memshare.serving.sampling import token_log_probs
@@ -44,6 +45,32 @@ def test_redundancy_is_of_pages_that_are_still_there():
     assert source.measure(7, np.array([1]), 1)[0] < 0.95
     source.forget(7)
     assert not source._indexes
+
+
+def test_pages_of_several_requests_are_signed_together_and_in_parts(monkeypatch):
+    """At most three pages at once: the second request's are cut, and each comes to its own request."""
+    torch.manual_seed(0)
+    pool, tables = torch.randn(12, 3, 2, 2, 4, 8), {3: [1, 2, 3], 5: [4, 5, 6, 7], 8: [9], 9: [10, 11]}
+    pool[6, :, 1], pool[11, :, 1] = pool[4, :, 1], pool[2, :, 1]
+    manager = Manager([], 0)
+    manager.generated_pages = lambda request_id: (0, len(tables[request_id]), np.array(tables[request_id], np.int32))
+    source, signed = ValueRedundancy(manager, pool), []
+    sign = source._signatures
+    monkeypatch.setattr(redundancy_source, "_PAGES_AT_ONCE", 3)
+    monkeypatch.setattr(source, "_signatures", lambda blocks: signed.append(blocks.tolist()) or sign(blocks))
+    source.catch_up([3, 5, 8, 9])
+    assert signed == [[1, 2, 3], [4, 5, 6], [7, 9, 10], [11]]
+    alone = ValueRedundancy(manager, pool)
+    for request_id, table in tables.items():
+        alone.catch_up([request_id])
+        pages = np.arange(len(table))
+        expected = alone.measure(request_id, pages, 1)
+        np.testing.assert_allclose(source.measure(request_id, pages, 1), expected, atol=1e-6)
+    assert source.measure(5, np.array([0]), 1)[0] == pytest.approx(1.0, abs=1e-5)  # page 2 has its V
+    assert source.measure(3, np.array([1]), 1)[0] < 0.95  # another request's page does not count
+    signed.clear()
+    source.catch_up([3, 5, 8, 9])
+    assert not signed
 
 
 def test_surprisal_of_a_page_adds_up_over_its_tokens():

@@ -213,12 +213,12 @@ def test_an_index_of_signatures_grows_as_a_whole_or_not_at_all(monkeypatch):
         return concatenate(arrays)
 
     for page, of_page in enumerate(signatures):
-        whole.append(page, of_page)
+        whole.extend([page], of_page[None])
     monkeypatch.setattr(np, "concatenate", fail)
     for page, of_page in enumerate(signatures):
         while index.num_pages <= page:
             try:
-                index.append(page, of_page)
+                index.extend([page], of_page[None])
             except MemoryError:
                 assert index.num_pages == page
     monkeypatch.undo()

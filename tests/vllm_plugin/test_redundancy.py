@@ -22,7 +22,7 @@ def test_answers_are_those_of_an_index_over_the_pages_that_are_there():
     answer = reports.answer(update, {"a": table}, set())
     expected = SignatureIndex(SIZE)
     for page in (2, 3, 4, 5, 6):
-        expected.append(page, rows[table[page]])
+        expected.extend([page], rows[table[page]][None])
     expected.forget(np.array([3]))
     np.testing.assert_array_equal(answer["a"].redundancy, expected.redundancy())
     assert answer["a"].surprisal is None

@@ -103,12 +103,13 @@ class BlockPool:
         Raises:
           RuntimeError: a block would get a negative count.
         """
-        unique, drops = np.unique(blocks[~self.is_null[blocks]], return_counts=True)
-        self.ref_count[unique] -= drops.astype(np.int32)
-        if (self.ref_count[unique] < 0).any():
-            bad = unique[self.ref_count[unique] < 0]
+        blocks = blocks[~self.is_null[blocks]]
+        np.subtract.at(self.ref_count, blocks, 1)
+        counts = self.ref_count[blocks]
+        if (counts < 0).any():
+            bad = np.unique(blocks[counts < 0])
             raise RuntimeError(f"blocks {bad.tolist()} released more often than referenced")
-        freed = unique[self.ref_count[unique] == 0]
+        freed = np.unique(blocks[counts == 0])
         self._put_back(freed)
         return len(freed)
 

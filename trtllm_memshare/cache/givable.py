@@ -41,21 +41,21 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     """
     size, first = pool.tokens_per_block, sequence.first_generated_block
     full = max(first, sequence.num_computed // size)
-    num_retired = int(sequence.retired[first:full].sum())
+    num_retired = int(np.count_nonzero(sequence.retired[first:full]))
     if sequence.matcher is None:  # memory-sharing is off for this request
         return GivablePages(np.zeros(0, np.int32), np.zeros(0, bool), full - first, num_retired)
     ready = set(sequence.matcher.ready_blocks())  # asked first: it is what brings the protected steps up to date
     end = min(sequence.matcher.protected_from(), sequence.num_computed) // size
     pages = np.arange(first, max(first, end), dtype=np.int32)
-    pages = pages[~sequence.retired[pages]]
+    pages = pages[~sequence.retired[first : max(first, end)]]
     blocks = table[pages]
-    counts, is_own = pool.ref_count[blocks], np.ones(len(blocks), bool)
-    if (counts > 1).any():  # by other requests, or by entries of this one
+    counts, may_go = pool.ref_count[blocks], pool.is_full[blocks]
+    if counts.max(initial=0) > 1:  # by other requests, or by entries of this one
         row = table[: sequence.num_blocks]
-        is_own = counts == np.bincount(row[row != NO_BLOCK], minlength=pool.num_blocks)[blocks]
-    pages = pages[is_own & pool.is_full[blocks]]
+        may_go &= counts == np.bincount(row[row != NO_BLOCK], minlength=pool.num_blocks)[blocks]
+    pages = pages[may_go]
     repeated = np.zeros(len(pages), bool)
-    if find_repeats and len(pages):
+    if find_repeats and ready and len(pages):
         matcher, num_computed, rows = sequence.matcher, sequence.num_computed, sequence.token_rows
         repeated = np.array(
             [p in ready and stands_again(matcher, p, size, num_computed, lambda t: rows[t] < 0) for p in pages.tolist()]

@@ -84,27 +84,27 @@ def forget_blocks(
       ValueError: a block that holds prompt tokens, or one that is not full yet.
     """
     size = pool.tokens_per_block
-    logical_blocks = np.unique(logical_blocks)
-    full = sequence.num_computed // size
-    outside = (logical_blocks < sequence.first_generated_block) | (logical_blocks >= full)
-    if outside.any():
+    first, full = sequence.first_generated_block, sequence.num_computed // size
+    if len(logical_blocks) and (logical_blocks.min() < first or logical_blocks.max() >= full):
+        outside = (logical_blocks < first) | (logical_blocks >= full)
         raise ValueError(
-            f"request {sequence.request_id} can give up its full generated blocks {sequence.first_generated_block} to "
-            f"{full - 1}, got {logical_blocks[outside].tolist()}"
+            f"request {sequence.request_id} can give up its full generated blocks {first} to {full - 1}, got "
+            f"{np.unique(logical_blocks[outside]).tolist()}"
         )
     blocks = table[logical_blocks[~sequence.retired[logical_blocks]]]
-    blocks = np.unique(blocks[~is_null(blocks, pool)])
+    blocks = blocks[~is_null(blocks, pool)]
     if not len(blocks):
         return 0
     row = table[: sequence.num_blocks]
-    goes = np.zeros(pool.num_blocks, bool)
+    goes = np.zeros(pool.num_blocks + 1, bool)  # the last one is for entries without a block, NO_BLOCK
     goes[blocks] = True
-    entries = goes[row] & (row != NO_BLOCK)
+    entries = goes[row]
     freed = pool.release(row[entries])
     row[entries] = become
     sequence.retired[: sequence.num_blocks] |= entries
-    for page in np.flatnonzero(entries).tolist():
-        sequence.donors.pop(page, None)
+    if sequence.donors:
+        for page in np.flatnonzero(entries).tolist():
+            sequence.donors.pop(page, None)
     rows = sequence.token_rows[: sequence.num_blocks * size]
     rows[goes[rows // size]] = -1  # of a row that is -1 already it does not matter what is read
     sequence.num_retired += freed

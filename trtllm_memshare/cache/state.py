@@ -10,7 +10,7 @@ import numpy as np
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.null_pages import NullPages, is_null
 from trtllm_memshare.cache.offsets import NO_BLOCK, encode_block_offsets
-from trtllm_memshare.cache.resume import blocks_at_return, retired_pages
+from trtllm_memshare.cache.resume import blocks_at_return
 from trtllm_memshare.cache.sequence import Parked, Sequence
 
 
@@ -85,19 +85,19 @@ class CacheState:
         if sequence is None or not sequence.is_generating:
             return 0, 0
         first, full = sequence.first_generated_block, sequence.num_computed // self.tokens_per_block
-        return max(0, full - first), int(sequence.retired[first : max(first, full)].sum())
+        return max(0, full - first), int(np.count_nonzero(sequence.retired[first : max(first, full)]))
 
     def num_given_up(self, request_id: int) -> int:
         """Pages that a request has given up now, while its context is computed again too; 0 if it is not here."""
         sequence = self._sequences.get(request_id)
-        return 0 if sequence is None else int(sequence.retired.sum())
+        return 0 if sequence is None else int(np.count_nonzero(sequence.retired))
 
     def num_given_up_for_good(self, request_id: int) -> int:
         """The same with those that a paused request will be without once its context is computed again."""
         parked, sequence = self._parked.get(request_id), self._sequences.get(request_id)
         if sequence is None:
             return 0 if parked is None else len(parked.retired)
-        return len(retired_pages(sequence))
+        return int(np.count_nonzero(sequence.retired | sequence.to_retire))
 
     def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
         """The first page of generated tokens, the end of the full ones, and the request's row of the block table."""

@@ -93,9 +93,12 @@ def _relative(importance: np.ndarray) -> np.ndarray:
     A page whose importance is not known has that of a middling page, so that the other facts decide over it.
     """
     is_known = np.isfinite(importance)
-    known = importance[is_known]
+    all_known = bool(is_known.all())
+    known = importance if all_known else importance[is_known]
     top = known.max(initial=0.0)
     relative = importance / top if top > 0 else np.zeros_like(importance)
+    if all_known:
+        return relative
     return np.where(is_known, relative, relative[is_known].mean() if len(known) else _MIDDLING)
 
 

@@ -53,7 +53,7 @@ class PressureView:
 
 def num_givable(repeated: np.ndarray, room: int) -> int:
     """How many of a request's pages may go, bool ``[n]`` whether each stands again: all that do, others while room."""
-    return max(int(repeated.sum()), min(room, len(repeated)))
+    return max(int(np.count_nonzero(repeated)), min(room, len(repeated)))
 
 
 def floor_room(num_generated_pages: int, num_retired: int, min_kept: float) -> int:

@@ -9,8 +9,9 @@ not caught: an entry of a block table might name a block by then that is free fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+
+from typing_extensions import Self
 
 from trtllm_memshare.errors import shorten
 from trtllm_memshare.search.episodes import LOG, log_line
@@ -33,15 +34,18 @@ class ReliefFaults:
         self._told: set[tuple[str, str]] = set()
         self.num = 0
 
-    @contextmanager
-    def caught(self) -> Iterator[None]:
+    def caught(self) -> Self:
         """Runs what may fail; what the caller assigns in it keeps its value from before if it does."""
-        try:
-            yield
-        except Exception as error:  # a MemoryError, torch's, or a bug of ours: whatever it is, requests go on
-            if self._are_fatal:
-                raise
-            self._note(error)
+        return self
+
+    def __enter__(self) -> None:
+        """See ``caught``."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if error is None or self._are_fatal or not isinstance(error, Exception):
+            return False
+        self._note(error)  # a MemoryError, torch's, or a bug of ours: whatever it is, requests go on
+        return True
 
     def _note(self, error: Exception) -> None:
         self.num += 1

@@ -12,6 +12,7 @@ PyTorch, and the specification of the CUDA kernel of the same name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ WIDTH = 64
 
 _SEED = 2507_21433
 _FIRST_PAGES = 64
+_MOST_PRODUCTS = 1 << 20  # of new tokens with resident ones, worked out at once: 4 MiB
 
 
 @dataclass(frozen=True)
@@ -149,38 +151,49 @@ class SignatureIndex:
         self._best = np.full((_FIRST_PAGES, tokens_per_page), -1.0, np.float32)
         self._nearest = np.full((_FIRST_PAGES, tokens_per_page), -1, np.int32)
         self._pages = np.zeros(0, np.int32)  # resident ones, ascending
-        self._known = -1  # the newest page ever appended
+        self._known = -1  # the newest page ever taken
 
     @property
     def num_pages(self) -> int:
-        """One more than the newest page that was appended."""
+        """One more than the newest page that was taken."""
         return self._known + 1
 
-    def append(self, page: int, signatures: np.ndarray) -> None:
-        """Takes a page that was filled.
+    def extend(self, pages: Sequence[int] | np.ndarray, signatures: np.ndarray) -> None:
+        """Takes pages that were filled.
 
         Args:
-          page: logical page of the request; ascending. One that was appended before is passed over: its text is the
-            same, as after a pause.
-          signatures: float32 ``[tokens_per_page, width]``, normalised.
+          pages: ``[n]``, logical pages of the request; ascending. Those that were taken before are passed over: their
+            text is the same, as after a pause.
+          signatures: float32 ``[n, tokens_per_page, width]``, normalised.
         """
-        if page <= self._known:
-            return
-        if signatures.shape != self._rows.shape[1:]:
-            raise ValueError(f"page {page} needs signatures {list(self._rows.shape[1:])}, got {list(signatures.shape)}")
-        count = len(self._pages)
-        if count == len(self._rows):
+        pages = np.asarray(pages, np.int32)
+        if signatures.shape[1:] != self._rows.shape[1:] or len(signatures) != len(pages):
+            raise ValueError(
+                f"{len(pages)} pages need signatures {[len(pages), *self._rows.shape[1:]]}, got "
+                f"{list(signatures.shape)}"
+            )
+        start = int(np.searchsorted(pages, self._known, side="right"))
+        while start < len(pages):
+            stop = start + max(1, _MOST_PRODUCTS // ((len(self._pages) + 1) * self._size**2))
+            self._take(pages[start:stop], signatures[start:stop])
+            start = stop
+
+    def _take(self, pages: np.ndarray, signatures: np.ndarray) -> None:
+        """All of the pages, none of which was taken before, or none, where memory is short."""
+        count, stop = len(self._pages), len(self._pages) + len(pages)
+        while stop > len(self._rows):
             self._grow()
-        if count:
-            best = (signatures @ self._flat(0, count).T).max(0).reshape(count, self._size)
-            better = best > self._best[:count]
-            self._nearest[:count][better] = page
-            np.maximum(self._best[:count], best, out=self._best[:count])
-        self._rows[count] = signatures
-        self._best[count] = -1.0
-        self._nearest[count] = -1
-        self._pages = np.append(self._pages, np.int32(page))
-        self._known = page
+        self._rows[count:stop], self._best[count:stop], self._nearest[count:stop] = signatures, -1.0, -1
+        resident = np.append(self._pages, pages)
+        if stop > 1:
+            products = self._flat(count, stop) @ self._flat(0, stop - 1).T
+            # Of each new page and each earlier token: the largest cosine with a token of that page.
+            largest = products.reshape(len(pages), self._size, stop - 1, self._size).max(1)
+            for place, page in enumerate(pages.tolist(), count):
+                with_page, best = largest[place - count, :place], self._best[:place]
+                self._nearest[:place][with_page > best] = page
+                np.maximum(best, with_page, out=best)
+        self._pages, self._known = resident, int(pages[-1])
 
     def forget(self, pages: np.ndarray) -> None:
         """Takes out pages that are resident no more; those that are unknown or gone already are passed over."""
@@ -215,7 +228,7 @@ class SignatureIndex:
         """Redundancy of each page, float32 ``[num_pages]`` by logical page.
 
         Mean over a page's tokens of the largest cosine with a token of any later resident page; -1 for the last one;
-        NaN for pages that were never appended, such as the prompt's, or have gone.
+        NaN for pages that were never taken, such as the prompt's, or have gone.
         """
         result = np.full(self.num_pages, np.nan, np.float32)
         result[self._pages] = self._best[: len(self._pages)].mean(1)

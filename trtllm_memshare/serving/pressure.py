@@ -8,9 +8,7 @@ up, nothing is searched, and tokens are those of the full cache. An error of our
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +29,7 @@ from trtllm_memshare.serving.floor_admission import FloorAdmission, RepeatCounts
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_source
 from trtllm_memshare.serving.request import Phase, RequestState, SamplingParams
-from trtllm_memshare.serving.statistics import PressureStatus
+from trtllm_memshare.serving.statistics import PressureStatus, Stopwatch
 
 Choice = list[tuple[int, np.ndarray]]
 
@@ -75,7 +73,6 @@ class Pressure:
       stats: totals.
       episodes: when pages were given up.
       faults: errors that were caught.
-      seconds: time spent on all of it so far.
       observes_attention, observes_tokens: whether it is to be told what attention blocks get, how likely tokens were.
       watch: called with every retirement, or None.
     """
@@ -94,7 +91,7 @@ class Pressure:
         self.stats = PressureStats()
         self.episodes = Episodes(manager.pool.num_usable, config.low_watermark)
         self.faults = ReliefFaults(are_fatal=agree is not None)
-        self.seconds = 0.0
+        self._watch = Stopwatch()
         self.observes_attention, self.observes_tokens = ledger.observes_attention, ledger.observes_tokens
         self.watch: Callable[[Retirement], None] | None = None
         # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
@@ -111,12 +108,14 @@ class Pressure:
 
     def before_step(self, running: Sequence[RequestState]) -> None:
         """Keeps the next step of the running requests below the high watermark, or brings use to the low one."""
-        with self._timed():
+        with self._watch:
             manager, pool = self._manager, self._manager.pool
-            wanted = sum(s.phase is Phase.GENERATION and manager.fills_last_block(s.request_id) for s in running)
             self._faults_before = self.faults.num
             self.episodes.look(pool.num_used, self._num_retired())
-            count = self._marks.pages_to_free(pool.num_used, wanted, pool.num_usable)
+            wanted = count = 0
+            if self._marks.pages_to_free(pool.num_used, len(running), pool.num_usable):  # if all took one, as few do
+                wanted = sum(s.phase is Phase.GENERATION and manager.fills_last_block(s.request_id) for s in running)
+                count = self._marks.pages_to_free(pool.num_used, wanted, pool.num_usable)
             if not count:
                 self._is_exhausted = False
                 return
@@ -129,31 +128,31 @@ class Pressure:
 
     def free_for_running(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
         """Frees blocks that a running request has not found; False if all are at their floors."""
-        with self._timed():
+        with self._watch:
             freed = self._retire(num_blocks, running, is_urgent=True) >= num_blocks
         self.stats.num_pauses_avoided += freed
         return freed
 
     def free_for_waiting(self, num_blocks: int, running: Sequence[RequestState]) -> bool:
         """Frees blocks to admit a request, all of them or none."""
-        with self._timed():
+        with self._watch:
             freed = self._retire(num_blocks, running, all_or_none=True) >= num_blocks
         self.stats.num_admitted += freed
         return freed
 
     def observe_tokens(self, states: list[RequestState], log_probs: Callable[[], list[float]]) -> None:
         """Takes what was just chosen, see ``PageLedger.observe_tokens``; ``log_probs`` works them out."""
-        with self._timed(), self.faults.caught():
+        with self._watch, self.faults.caught():
             self._ledger.observe_tokens(states, log_probs())
 
     def observe_attention(self, attention: np.ndarray | None) -> None:
         """Takes one step's attention per block, float32 ``[num_blocks]``, or None."""
-        with self._timed(), self.faults.caught():
+        with self._watch, self.faults.caught():
             self._ledger.observe_attention(attention, self._manager.pool.generation)
 
     def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
         """See ``FloorAdmission.fits``; after an error only who would be alone."""
-        with self._timed(), self.faults.caught():
+        with self._watch, self.faults.caught():
             return self._admission.fits(state, running, is_certain)
         return not running
 
@@ -185,11 +184,10 @@ class Pressure:
         if is_last:  # no step follows that could say so
             self.episodes.end(self._manager.pool.num_used, self._num_retired())
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - started
+    @property
+    def seconds(self) -> float:
+        """Time spent on all of it so far."""
+        return self._watch.seconds
 
     def _num_retired(self) -> int:
         return sum(self.stats.retired_pages.values())

@@ -6,7 +6,7 @@ each, so a pool with room costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from trtllm_memshare.serving.nearest_earlier import NearestEarlier
 from trtllm_memshare.serving.page_facts import PageSource
 
 _PAGES_AT_ONCE = 256
+Span = tuple[int, int, np.ndarray]
+"""Consecutive pages of one request: its id, the first of them, and their physical blocks, int32 ``[n]``."""
 
 
 class ValueRedundancy:
@@ -44,20 +46,20 @@ class ValueRedundancy:
 
     def catch_up(self, request_ids: list[int]) -> None:
         """See ``PageSource``; reads what was filled since, for all requests together."""
-        blocks, owners = list[int](), list[tuple[int, int]]()
+        new = list[Span]()
         for request_id in request_ids:
-            first, full, table = self._manager.generated_pages(request_id)
             if request_id not in self._indexes:
                 self._indexes[request_id] = SignatureIndex(self._manager.tokens_per_block)
-            index = self._indexes[request_id]
-            for page in range(max(first, index.num_pages), full):
-                blocks.append(int(table[page]))
-                owners.append((request_id, page))
-        for start in range(0, len(blocks), _PAGES_AT_ONCE):
-            stop = start + _PAGES_AT_ONCE
-            signatures = self._signatures(blocks[start:stop])
-            for (request_id, page), of_page in zip(owners[start:stop], signatures, strict=True):
-                self._indexes[request_id].append(page, of_page)
+            first, full, table = self._manager.generated_pages(request_id)
+            first = max(first, self._indexes[request_id].num_pages)
+            if first < full:
+                new.append((request_id, first, table[first:full]))
+        for spans in in_batches(new, _PAGES_AT_ONCE):
+            signatures = self._signatures(np.concatenate([blocks for *_, blocks in spans]))
+            for request_id, first, blocks in spans:
+                count = len(blocks)
+                self._indexes[request_id].extend(range(first, first + count), signatures[:count])
+                signatures = signatures[count:]
 
     def measure(self, request_id: int, pages: np.ndarray, limit: int) -> np.ndarray:
         """See ``PageSource``: the mean over a page's tokens of the largest cosine with a later token."""
@@ -76,9 +78,27 @@ class ValueRedundancy:
         self._indexes.pop(request_id, None)
 
     @torch.inference_mode()
-    def _signatures(self, blocks: list[int]) -> np.ndarray:
-        index = torch.tensor(blocks, dtype=torch.int32)
+    def _signatures(self, blocks: np.ndarray) -> np.ndarray:
+        index = torch.from_numpy(blocks)
         return self._signer.page_signatures(index, torch.zeros_like(index)).cpu().numpy()
+
+
+def in_batches(spans: list[Span], most: int) -> Iterator[list[Span]]:
+    """Cuts spans into lists of ``most`` pages together, the last one of what is left.
+
+    Example: spans of 3 and 4 pages, at most 5 at once -> the 3 and the first 2 of the 4; the other 2.
+    """
+    batch, room = list[Span](), most
+    for request_id, first, blocks in spans:
+        while len(blocks):
+            batch.append((request_id, first, blocks[:room]))
+            taken = len(batch[-1][2])
+            first, blocks, room = first + taken, blocks[taken:], room - taken
+            if not room:
+                yield batch
+                batch, room = [], most
+    if batch:
+        yield batch
 
 
 def open_source(

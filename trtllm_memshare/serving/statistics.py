@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 MAX_TIMELINE = 65_536
@@ -121,3 +122,20 @@ class PressureStatus:
     retired_now: int
     bytes_saved_now: int
     num_failed_reliefs: int = 0
+
+
+class Stopwatch:
+    """Adds up the time of what runs in ``with`` it, one stretch after the other.
+
+    Attributes:
+      seconds: of all stretches that ended.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self._started = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started

@@ -66,8 +66,7 @@ class PageReports:
             index = self._requests[request_id]
             new = [page for page in pages if page >= index.num_pages]
             signatures = self._signatures.of_blocks([block_ids[request_id][page] for page in new])
-            for page, of_page in zip(new, signatures, strict=True):
-                index.append(page, of_page)
+            index.extend(new, signatures)
         for request_id, entries in null_entries.items():
             if request_id in self._requests:
                 self._requests[request_id].forget(np.fromiter(entries, np.int32))

@@ -59,8 +59,7 @@ class TextPool:
         fields = fields_of_pool(self.pool, projection)
         signatures = page_signatures(fields, blocks, self.inv_freq, blocks * size, projection).numpy()
         index = SignatureIndex(size, width)
-        for page, of_page in enumerate(signatures):
-            index.append(page, of_page)
+        index.extend(range(pages), signatures)
         return index.redundancy()
 
     def correlations(self) -> dict[str, float]:
