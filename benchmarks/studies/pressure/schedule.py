@@ -28,7 +28,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
 _FLOORS = ("1", "0.75", "0.62", "0.53", "0.5", "0.5,lookahead_tokens=16", "0.5,lookahead_tokens=512", "0.25")
-_ARMS = ("full", "full-guaranteed", *(f"pressure:min_kept={kept}" for kept in _FLOORS))
+_UNPAUSED = ("pressure-guaranteed:min_kept=0.5", "pressure-guaranteed:min_kept=0.25")
+_ARMS = ("full", "full-guaranteed", *(f"pressure:min_kept={kept}" for kept in _FLOORS), *_UNPAUSED)
 
 
 def main() -> None:
