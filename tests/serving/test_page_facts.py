@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from trtllm_memshare.cache.block_pool import BlockPool
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.serving import redundancy_source
 from trtllm_memshare.serving.page_facts import PageLedger
@@ -85,6 +89,17 @@ def test_surprisal_of_a_page_adds_up_over_its_tokens():
         State.tokens = [*State.tokens, token]
     facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]), 2)
     np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
+
+
+def test_a_need_that_serving_cannot_follow_is_refused_with_those_that_it_can():
+    with pytest.raises(
+        UserError, match=r"does not measure recent_attention .*\(take random, age, .*redundancy"
+    ) as error:
+        PageLedger(find_need("recent-attention-redundancy"), 4, 3, 0, None)
+    named = str(error.value).partition("(take ")[2].rstrip(")").split(", ")
+    for need in named:
+        assert make_config("pressure", need=need).need == need
+    assert len(named) == len(get_args(MemShareConfig.model_fields["need"].annotation))
 
 
 def test_attention_starts_anew_in_a_block_that_was_freed():

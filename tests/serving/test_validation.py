@@ -11,6 +11,7 @@ import pytest
 from request_extremes import BAD, GOOD, GREEDY, VOCAB_SIZE, NoLength
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.serving.validation import CHECKS, check_group, check_listener, check_params, check_prompt
 
@@ -41,6 +42,14 @@ def test_extremes_are_refused(name, value):
 @pytest.mark.parametrize(("name", "value"), GOOD)
 def test_what_is_within_its_range_is_kept(name, value):
     assert getattr(check_params(SamplingParams(**{"temperature": 0.5, name: value}), VOCAB_SIZE), name) == value
+
+
+@pytest.mark.parametrize("preset", ["aligned", "off"])
+def test_a_floor_needs_pressure(preset):
+    with pytest.raises(UserError, match=f"^min_kept needs preset pressure, got preset {preset} \\(build"):
+        check_params(SamplingParams(min_kept=0.9), VOCAB_SIZE, make_config(preset))
+    assert check_params(SamplingParams(min_kept=0.9), VOCAB_SIZE, make_config("pressure")).min_kept == 0.9
+    assert check_params(SamplingParams(memshare=False), VOCAB_SIZE, make_config(preset)).memshare is False
 
 
 @pytest.mark.parametrize("changes", GREEDY)

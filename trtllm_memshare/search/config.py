@@ -97,7 +97,6 @@ class MemShareConfig(BaseModel):
         "surprisal-led-redundancy",
         "surprisal-led-redundancy-recency",
         "attention-surprisal-redundancy",
-        "attention",
         "surprisal",
         "age",
         "random",

@@ -131,7 +131,7 @@ class Executor(ExecutorLoop):
           QueueFullError: too many requests wait.
         """
         input_ids = check_prompt(input_ids, self._runner.vocab_size)
-        params = check_params(params, self._runner.vocab_size)
+        params = check_params(params, self._runner.vocab_size, self.config)
         group = check_group(group)
         check_listener(listener)
         at_floor = None if self.pressure is None else self.pressure.blocks_at_floor(len(input_ids), params)

@@ -14,7 +14,7 @@ import numpy as np
 
 from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.search.need import Need, PageFacts
+from trtllm_memshare.search.need import NEEDS, Need, PageFacts
 from trtllm_memshare.serving.request import RequestState
 
 _MEASURED = ("position", "draw", "surprisal", "attention", "redundancy", "distance")
@@ -60,9 +60,10 @@ class PageLedger:
     ) -> None:
         unknown = [fact for fact in need.facts if fact not in _MEASURED]
         if unknown:
+            served = [name for name, other in NEEDS.items() if set(other.facts) <= set(_MEASURED)]
             raise UserError(
-                f"serving does not measure {', '.join(unknown)} of a page, which this need reads (choose one over "
-                f"{', '.join(_MEASURED)})"
+                f"serving does not measure {', '.join(unknown)} of a page, which this need reads (take "
+                f"{', '.join(served)})"
             )
         self._facts, self._size, self._seed = need.facts, tokens_per_block, seed
         self._source = source

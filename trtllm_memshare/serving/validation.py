@@ -16,6 +16,7 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.errors import UserError, quote
+from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.serving.request import SamplingParams
 
 MIN_TEMPERATURE = 1e-6
@@ -48,13 +49,16 @@ def check_prompt(input_ids: Any, vocab_size: int) -> list[int]:
     return ids
 
 
-def check_params(params: Any, vocab_size: int) -> SamplingParams:
+def check_params(params: Any, vocab_size: int, config: MemShareConfig | None = None) -> SamplingParams:
     """Parameters that the sampler can follow, with greedy ones spelled as greedy.
 
     As in TensorRT-LLM a request is greedy at temperature 0, at top_k 1 and at top_p 0.
 
+    Args:
+      config: of the executor; None = any.
+
     Raises:
-      UserError: a value of another type or out of its range; names the field.
+      UserError: a value of another type or out of its range, or a floor where the preset has none; names the field.
     """
     if not isinstance(params, SamplingParams):
         raise UserError(f"params must be SamplingParams, got {quote(params)}")
@@ -69,6 +73,11 @@ def check_params(params: Any, vocab_size: int) -> SamplingParams:
         raise UserError(
             f"min_new_tokens must be at most max_new_tokens {checked['max_new_tokens']}, got "
             f"{checked['min_new_tokens']} (lower it)"
+        )
+    if checked["min_kept"] is not None and config is not None and not config.pressure:
+        raise UserError(
+            f"min_kept needs preset pressure, got preset {config.preset} (build the engine with that preset, or leave "
+            f"min_kept out)"
         )
     banned = {word[0] for word in checked["bad_words"] if len(word) == 1}
     if len(banned) >= vocab_size:
