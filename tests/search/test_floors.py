@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trtllm_memshare.search.config import make_config
-from trtllm_memshare.search.floors import blocks_at_floors, most_protected
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected, peak_at_floors
 
 SIZE = 8
 
@@ -44,3 +44,29 @@ def test_requests_add_up():
     assert blocks_at_floors(tokens, prompts, kept, 16, SIZE) == 6 + 5
     none = np.zeros(0, np.int64)
     assert blocks_at_floors(none, none, np.zeros(0), 16, SIZE) == 0
+
+
+def test_the_peak_is_that_of_the_worst_step():
+    """Against every step counted by itself; who starts later ends later, and is there at its full length until then."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(1, 7))
+        prompts = rng.integers(1, 60, n)
+        tokens, left = prompts + rng.integers(0, 200, n), rng.integers(0, 200, n)
+        steps = left + rng.integers(0, 50, n) * rng.integers(0, 2, n)
+        kept, free = rng.choice([0.0, 0.5, 0.9, 1.0], n), rng.integers(0, 4, n)
+        worst = max(
+            blocks_at_floors(
+                (tokens + np.minimum(step, left))[there], prompts[there], kept[there], 16, SIZE, free[there]
+            )
+            for step in range(int(steps.max()) + 1)
+            for there in [steps >= step]
+        )
+        assert peak_at_floors(tokens, left, steps, prompts, kept, 16, SIZE, free) == worst
+
+
+def test_requests_that_end_make_room_for_those_that_grow():
+    prompts, kept = np.array([8, 8]), np.ones(2)
+    staggered = peak_at_floors(np.array([200, 16]), np.array([8, 192]), np.array([8, 192]), prompts, kept, 0, SIZE)
+    assert staggered == 26 + 3  # when the first one ends; both at their longest are 52
+    assert peak_at_floors(np.array([200, 16]), np.array([8, 192]), np.array([192, 192]), prompts, kept, 0, SIZE) == 52

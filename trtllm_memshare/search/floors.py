@@ -5,7 +5,8 @@ A waiting request gets in when everybody, brought down to the floor, could go on
     pool  | floors now | growth of the next lookahead_tokens of each | free |
 
 How long requests will become is not known, and need not be. Looking ahead to their ends lets in so few that requests/s
-and the first token of the others suffer more than a pause costs (docs/pressure.md).
+and the first token of the others suffer more than a pause costs (docs/pressure.md). Where nobody may be paused, what
+each asked for counts, and the most that all hold at any one step: those that end make room for the others.
 """
 
 from __future__ import annotations
@@ -44,10 +45,48 @@ def blocks_at_floors(
     Example: 100 tokens of prompt in pages of 32 are 4 pages; of 30 generated pages 15 stay, one is being written: 20.
     With 18 of the 30 given up as repeats it is 4 + 30 - 18 + 1 = 17.
     """
+    held = _held_at_floors(num_tokens, num_prompt_tokens, min_kept, protected_tokens, tokens_per_block, num_free_to_go)
+    return int(held.sum())
+
+
+def peak_at_floors(
+    num_tokens: np.ndarray,
+    num_left: np.ndarray,
+    num_steps: np.ndarray,
+    num_prompt_tokens: np.ndarray,
+    min_kept: np.ndarray,
+    protected_tokens: int,
+    tokens_per_block: int,
+    num_free_to_go: np.ndarray | int = 0,
+) -> int:
+    """Most blocks that requests hold together at any step until the last has ended, each at its floor.
+
+    Args:
+      num_tokens: int ``[n]``, prompt and generated tokens of each request now.
+      num_left: int ``[n]``, how many more each writes, one a step from now on or later.
+      num_steps: int ``[n]``, steps after which each has ended; at least ``num_left``.
+      others: see ``blocks_at_floors``.
+
+    Example: two requests of which one ends, with 10 blocks, before the other has grown from 2 to 10 hold less than 20.
+    """
+    steps = np.unique(num_steps)[:, None]  # what requests hold grows until one ends, so its last step is a peak
+    lengths = num_tokens + np.minimum(steps, num_left)
+    held = _held_at_floors(lengths, num_prompt_tokens, min_kept, protected_tokens, tokens_per_block, num_free_to_go)
+    return int((held * (num_steps >= steps)).sum(1).max(initial=0))
+
+
+def _held_at_floors(
+    num_tokens: np.ndarray,
+    num_prompt_tokens: np.ndarray,
+    min_kept: np.ndarray,
+    protected_tokens: int,
+    tokens_per_block: int,
+    num_free_to_go: np.ndarray | int,
+) -> np.ndarray:
     prompt = -(-num_prompt_tokens // tokens_per_block)
     # A block more than the protected tokens fill, since the protection need not begin with a block.
     protected = -(-protected_tokens // tokens_per_block) + 1
     generated = np.maximum(0, num_tokens // tokens_per_block - prompt)
     stays = np.maximum(np.ceil(min_kept * generated - 1e-9).astype(np.int64), np.minimum(generated, protected))
     # And the block that is being written.
-    return int(np.minimum(-(-num_tokens // tokens_per_block) - num_free_to_go, prompt + stays + 1).sum())
+    return np.minimum(-(-num_tokens // tokens_per_block) - num_free_to_go, prompt + stays + 1)

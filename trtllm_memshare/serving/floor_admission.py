@@ -8,8 +8,8 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.search.floors import blocks_at_floors, most_protected
-from trtllm_memshare.serving.request import RequestState, SamplingParams
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected, peak_at_floors
+from trtllm_memshare.serving.request import Phase, RequestState, SamplingParams
 
 
 def share_kept(params: SamplingParams, config: MemShareConfig) -> float:
@@ -57,14 +57,17 @@ class FloorAdmission:
 
     def blocks_of_one(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Blocks that one request holds at its longest end, at its floor."""
-        longest = num_prompt_tokens + params.max_new_tokens
-        return self._blocks([longest], [num_prompt_tokens], [params], [0])
+        longest = np.array([num_prompt_tokens + params.max_new_tokens])
+        kept = np.array([share_kept(params, self._config)])
+        size = self._manager.tokens_per_block
+        return blocks_at_floors(longest, np.array([num_prompt_tokens]), kept, self._protected, size)
 
     def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
         """Whether a request can be admitted and everybody go on without a pause, all of them at their floors.
 
         Args:
-          is_certain: to the last token that each asked for; otherwise for the next ``lookahead_tokens``.
+          is_certain: to the last token that each asked for, however many of them are there at once; otherwise for the
+            next ``lookahead_tokens``.
         """
         asked, refused, self._refused = (state.request_id, len(running)), self._refused, None
         if not running and not is_certain:
@@ -74,13 +77,7 @@ class FloorAdmission:
             self._refused, self._asked_again = refused, self._asked_again + 1
             return False
         states = (*running, state)
-        ahead = max(s.max_tokens for s in states) if is_certain else self._config.lookahead_tokens
-        held = self._blocks(
-            [min(s.max_tokens, len(s.tokens) + ahead) for s in states],
-            [len(s.prompt) for s in states],
-            [s.params for s in states],
-            [self._free_to_go(s) for s in states],
-        )
+        held = self._peak(states) if is_certain else self._soon(states)
         if held <= self._manager.pool.num_usable:
             return True
         self._refused, self._asked_again = asked, 0
@@ -93,15 +90,23 @@ class FloorAdmission:
             return gone
         return gone + self._repeats.of(state.request_id)
 
-    def _blocks(
-        self, lengths: list[int], prompts: list[int], params: list[SamplingParams], free_to_go: list[int]
-    ) -> int:
-        """``blocks_at_floors`` under these settings."""
-        return blocks_at_floors(
-            np.array(lengths),
-            np.array(prompts),
-            np.array([share_kept(p, self._config) for p in params]),
-            self._protected,
-            self._manager.tokens_per_block,
-            np.array(free_to_go),
-        )
+    def _soon(self, states: Sequence[RequestState]) -> int:
+        """Blocks that requests hold at their floors once each has written ``lookahead_tokens`` more."""
+        ahead = self._config.lookahead_tokens
+        lengths = np.array([min(s.max_tokens, len(s.tokens) + ahead) for s in states])
+        return blocks_at_floors(lengths, *self._floors(states))
+
+    def _peak(self, states: Sequence[RequestState]) -> int:
+        """Most blocks that requests ever hold together at their floors, if each writes all that it asked for."""
+        lengths = np.array([len(s.tokens) for s in states])
+        left = np.array([s.max_tokens for s in states]) - lengths
+        # Who is in its context starts some steps later, and ends as many later: it is never counted as gone.
+        writes = np.array([s.phase is Phase.GENERATION for s in states])
+        return peak_at_floors(lengths, left, np.where(writes, left, left.max()), *self._floors(states))
+
+    def _floors(self, states: Sequence[RequestState]) -> tuple[np.ndarray, np.ndarray, int, int, np.ndarray]:
+        """Prompts, shares kept, protection, tokens of a block, pages that are free to go; see ``blocks_at_floors``."""
+        prompts = np.array([len(s.prompt) for s in states])
+        kept = np.array([share_kept(s.params, self._config) for s in states])
+        free = np.array([self._free_to_go(s) for s in states])
+        return prompts, kept, self._protected, self._manager.tokens_per_block, free

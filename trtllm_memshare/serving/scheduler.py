@@ -3,7 +3,7 @@
 Two capacity policies under TensorRT-LLM's names. ``MAX_UTILIZATION`` admits what fits now and, when a running request
 finds no block, pauses the youngest one, which later recomputes its context. ``GUARANTEED_NO_EVICT`` admits only what
 can run to its longest possible end. Under pressure both count what requests hold when they have given up all that
-they may: GUARANTEED_NO_EVICT at their longest ends, MAX_UTILIZATION some tokens ahead (``search.floors``). Otherwise
+they may: GUARANTEED_NO_EVICT to their ends, MAX_UTILIZATION some tokens ahead (``search.floors``). Otherwise
 both count what a request still needs in logical blocks, so blocks that sharing frees admit requests under both;
 TensorRT-LLM's own scheduler gains under ``MAX_UTILIZATION`` only.
 """
