@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.matchers import make_matcher_factory
-from trtllm_memshare.vllm.admission import admits
+from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
 from trtllm_memshare.vllm.metrics import Metrics
@@ -61,6 +61,7 @@ class MemShareScheduler(Scheduler):
         self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len, has_aliases)
         factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
         self.relief = Relief(config, self.blocks, bands, factory)
+        self._admission = FloorAdmission(self.relief, self.blocks, config, options.admission)
         if has_aliases:
             # A donor has as many references as entries. VLLM before 0.32 looked for a prefix that all running requests
             # share, to read it once for all, by blocks with as many references as there are requests.
@@ -127,15 +128,7 @@ class MemShareScheduler(Scheduler):
 
     def _admits(self, request: Request) -> bool:
         with self.relief.faults.caught():
-            return admits(
-                request,
-                self.running,
-                self.relief,
-                self.settings.options.admission,
-                self.settings.memshare,
-                self.blocks.num_blocks,
-                self.blocks.block_size,
-            )
+            return self._admission.admits(request, self.running)
         return not self.running
 
     def add_request(self, request: Request) -> None:
@@ -169,10 +162,12 @@ class MemShareScheduler(Scheduler):
     def _preempt_request(self, request: Request, *arguments: Any, **keywords: Any) -> None:
         super()._preempt_request(request, *arguments, **keywords)
         self.relief.lose_blocks(request.request_id)
+        self._admission.forget(request.request_id)
 
     def _free_request(self, request: Request, *arguments: Any, **keywords: Any) -> Any:
         parameters = super()._free_request(request, *arguments, **keywords)
         self.relief.remove(request.request_id)
+        self._admission.forget(request.request_id)
         if not self.requests:  # no step follows whose end would show it
             self._metrics.report(self.relief)
         return parameters
