@@ -119,7 +119,9 @@ class Relief:
                 for request in running:
                     self._ask(request, update)
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
+        is_short = wanted > self._blocks.num_free
         self.make_room(running, wanted, update, force=False)
+        self.totals.pauses_avoided += is_short and wanted <= self._blocks.num_free
         if wanted_by_waiting and wanted + wanted_by_waiting > self._blocks.num_free:  # running ones take theirs first
             self.make_room(running, wanted + wanted_by_waiting, update, urgent=False)
 

@@ -66,7 +66,8 @@ class MemShareScheduler(Scheduler):
             # A donor has as many references as entries. VLLM before 0.32 looked for a prefix that all running requests
             # share, to read it once for all, by blocks with as many references as there are requests.
             self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: [0]
-        self._metrics = Metrics()
+        group = self.kv_cache_config.kv_cache_groups[0]
+        self._metrics = Metrics(group.kv_cache_spec.page_size_bytes * len(group.layer_names))
         self._wanted_by_waiting = 0
         self._untold = True  # no step has named the null pages to the workers yet
         self._update = MemShareUpdate()
@@ -124,7 +125,9 @@ class MemShareScheduler(Scheduler):
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
         if self.relief.make_room(running, wanted, self._update) == 0:
             return None
-        return self._allocate(request, num_new_tokens, *arguments, **keywords)
+        blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
+        self.relief.totals.pauses_avoided += blocks is not None
+        return blocks
 
     def _admits(self, request: Request) -> bool:
         with self.relief.faults.caught():
@@ -169,12 +172,12 @@ class MemShareScheduler(Scheduler):
         self.relief.remove(request.request_id)
         self._admission.forget(request.request_id)
         if not self.requests:  # no step follows whose end would show it
-            self._metrics.report(self.relief)
+            self._metrics.report(self.relief, ())
         return parameters
 
     def make_stats(self, *arguments: Any, **keywords: Any) -> Any:
         """vLLM's; brings our counters up to date with it."""
-        self._metrics.report(self.relief)
+        self._metrics.report(self.relief, self.running)
         return super().make_stats(*arguments, **keywords)
 
 
