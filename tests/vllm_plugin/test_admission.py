@@ -3,19 +3,31 @@
 from types import SimpleNamespace
 
 import pytest
+from fakes.vllm_blocks import BLOCK_SIZE, Host
 
 from trtllm_memshare.search.config import make_config
-from trtllm_memshare.vllm.admission import admits
+from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.request_options import RequestOptions
+from trtllm_memshare.vllm.update import MemShareUpdate
 
 
 def request(name, tokens, max_tokens, prompt=8):
-    return SimpleNamespace(request_id=name, num_prompt_tokens=prompt, num_tokens=tokens, max_tokens=max_tokens)
+    return SimpleNamespace(
+        request_id=name,
+        num_prompt_tokens=prompt,
+        num_computed_tokens=tokens - 1 if tokens > prompt else 0,
+        num_tokens=tokens,
+        max_tokens=max_tokens,
+    )
 
 
-def relief(min_kept, memshare=True, num_retired=0):
-    pages = SimpleNamespace(num_retired=num_retired, options=RequestOptions(memshare, min_kept))
-    return SimpleNamespace(pages=lambda name: pages)
+def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=True, num_retired=0):
+    """Of requests in which nothing stands again."""
+    options = RequestOptions(memshare, min_kept)
+    pages = SimpleNamespace(num_retired=num_retired, options=options, num_full=lambda num_computed: 0)
+    relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()))
+    blocks = SimpleNamespace(num_blocks=num_blocks, block_size=4)
+    return FloorAdmission(relief, blocks, config, admission).admits(waiting, running)
 
 
 def settings(lookahead=16, **changes):
@@ -24,7 +36,7 @@ def settings(lookahead=16, **changes):
 
 def joins(running, min_kept, num_blocks, admission="max-tokens", lookahead=16, memshare=True, **changes):
     waiting, config = request("b", 8, 40), settings(lookahead, **changes)
-    return admits(waiting, running, relief(min_kept, memshare), admission, config, num_blocks, 4)
+    return admits(waiting, running, min_kept, admission, config, num_blocks, memshare)
 
 
 def test_a_request_joins_when_the_pool_holds_everybody_at_the_floor():
@@ -39,8 +51,8 @@ def test_a_request_joins_when_the_pool_holds_everybody_at_the_floor():
 def test_pages_that_went_below_a_floor_leave_room():
     """Four pages of each stood again and went: no floor brings them back."""
     running, waiting = [request("a", 8, 40)], request("b", 8, 40)
-    assert admits(waiting, running, relief(1.0, num_retired=4), "max-tokens", settings(), 16, 4)
-    assert not admits(waiting, running, relief(1.0, num_retired=4), "max-tokens", settings(), 15, 4)
+    assert admits(waiting, running, 1.0, "max-tokens", settings(), 16, num_retired=4)
+    assert not admits(waiting, running, 1.0, "max-tokens", settings(), 15, num_retired=4)
 
 
 def test_what_steps_may_protect_is_counted_as_recent_tokens_are():
@@ -60,3 +72,74 @@ def test_lookahead_counts_the_next_tokens_and_no_more_than_were_asked_for(lookah
 def test_somebody_always_gets_on_and_vllms_own_rule_asks_nothing():
     assert joins([], 1.0, 1)
     assert joins([request("a", 8, 400)], 1.0, 1, "vllm")
+
+
+PHRASE = list(range(60, 72))  # three pages
+
+
+def in_a_loop(memshare=True, **config):
+    """58 blocks, and request "a" that has said one phrase twelve times: 38 pages, of which it needs a handful."""
+    host = Host(60, longest=90, min_run_tokens=8, shingle_tokens=4, lookahead_tokens=4, **config)
+    running = host.add("a", 4, 8, RequestOptions(memshare, 1.0))
+    running.max_tokens = 1000
+    for _ in range(12):
+        host.grow(running, PHRASE)
+    return host, running
+
+
+def waiting_for(host, name, num_pages):
+    """One that would fill so many pages within the lookahead."""
+    num_tokens = num_pages * BLOCK_SIZE
+    host.relief.add(name, num_tokens - 4, RequestOptions(True, 1.0))
+    return request(name, num_tokens - 4, 4, prompt=num_tokens - 4)
+
+
+def admission_of(host):
+    return FloorAdmission(host.relief, host.blocks, host.config, "lookahead")
+
+
+def test_a_request_in_a_loop_holds_little_and_another_gets_in():
+    host, running = in_a_loop()
+    # Of 39 pages with the lookahead's 7 stay: two of before, the last four, since the newest token is not computed yet,
+    # and the lookahead's.
+    assert admission_of(host).admits(waiting_for(host, "b", 58 - 7), [running])
+    assert not admission_of(host).admits(waiting_for(host, "c", 58 - 6), [running])
+    freed = host.relief.make_room([running], host.blocks.num_free + 100, MemShareUpdate())
+    assert 39 - freed == 7, "what admission counts on does not go"
+
+
+@pytest.mark.parametrize("kept", [{"memshare": False}, {"need": "nearest-earlier"}])
+def test_a_loop_lets_nobody_in_where_repeats_do_not_go_first(kept):
+    host, running = in_a_loop(**kept)
+    assert admission_of(host).admits(waiting_for(host, "b", 58 - 39), [running])
+    assert not admission_of(host).admits(waiting_for(host, "c", 58 - 38), [running])
+
+
+def test_repeats_are_looked_for_once_a_page(monkeypatch):
+    host, running = in_a_loop()
+    admission, looks, givable = admission_of(host), [], host.relief.givable
+    monkeypatch.setattr(host.relief, "givable", lambda request: looks.append(request.request_id) or givable(request))
+    waiting = [waiting_for(host, name, 58) for name in "bcd"]
+    for one in waiting:
+        assert not admission.admits(one, [running])
+    assert looks.count("a") == 1
+    host.grow(running, [1, 2, 3, 4])
+    assert not admission.admits(waiting[0], [running])
+    assert looks.count("a") == 2
+    host.relief.lose_blocks("a")
+    admission.forget("a")
+    assert not admission.admits(waiting[1], [running])
+    assert looks.count("a") == 3
+
+
+def test_who_was_refused_is_asked_again_after_a_page_or_when_somebody_has_gone():
+    host, running = in_a_loop(memshare=False)
+    other = host.add("other", 4, 8)
+    admission, waiting = admission_of(host), waiting_for(host, "b", 58 - 38)
+    assert not admission.admits(waiting, [running, other])
+    host.relief.pages("a").retired = list(range(2, 12))
+    assert [admission.admits(waiting, [running, other]) for _ in range(BLOCK_SIZE + 1)] == [False] * BLOCK_SIZE + [True]
+    host.relief.pages("a").retired = []
+    assert not admission.admits(waiting, [running, other])
+    host.relief.pages("a").retired = list(range(2, 12))
+    assert admission.admits(waiting, [running])

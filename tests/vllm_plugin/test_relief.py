@@ -59,6 +59,20 @@ def test_no_request_goes_below_its_floor() -> None:
     assert [len(retired(host, name)) for name in "abc"] == [4, 2, 1]
 
 
+def pages_of_each(spread: str) -> list[int]:
+    """What the longest request and the one whose pages are oldest give up of four pages."""
+    host = Host(40, min_kept=0.0, spread=spread, **EXACTLY)
+    requests = [host.add("long", 20, 76), host.add("old", 4, 39)]
+    host.relief.make_room(requests, host.blocks.num_free + 4, MemShareUpdate())
+    return [len(retired(host, name)) for name in ("long", "old")]
+
+
+def test_spread_says_who_gives_first() -> None:
+    assert pages_of_each("need") == [0, 4]  # of age 1 to 4, while those of the other begin at 5
+    assert pages_of_each("longest") == [4, 0]
+    assert pages_of_each("equal") == [3, 1]  # of the 13 and 7 that may go
+
+
 def test_a_request_that_is_switched_off_keeps_everything() -> None:
     host = Host(12, min_kept=0.0)
     request = host.add("a", 4, 39, RequestOptions(False, 0.0))

@@ -1,7 +1,7 @@
 """Whether a waiting request may join: could everybody, brought down to the floor, go on for some tokens more?
 
 vLLM admits what fits now and preempts when it stops fitting. The same question, and the same arithmetic, as our own
-executor's admission (``search.floors``).
+executor's admission (``search.floors``, ``serving.floor_admission``).
 """
 
 from __future__ import annotations
@@ -13,41 +13,83 @@ import numpy as np
 
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.floors import blocks_at_floors, most_protected
+from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.relief import Relief
 from trtllm_memshare.vllm.settings import Admission
 
 
-def admits(
-    request: Any,
-    running: Sequence[Any],
-    relief: Relief,
-    admission: Admission,
-    config: MemShareConfig,
-    num_blocks: int,
-    block_size: int,
-) -> bool:
-    """Whether the pool holds ``request`` beside those that run. Always where nobody runs: somebody must get on.
+class RepeatCounts:
+    """How many pages of each request stand again; looked for anew once it has a page more, or one less."""
+
+    def __init__(self, relief: Relief) -> None:
+        self._relief = relief
+        self._found: dict[str, tuple[tuple[int, int], int]] = {}
+
+    def of(self, request: Any) -> int:
+        """Pages that may go whatever the floor of the request is; 0 for one that computes what it has anew."""
+        pages = self._relief.pages(request.request_id)
+        if not pages.options.memshare or request.num_computed_tokens < request.num_tokens - 1:
+            return 0
+        counts = pages.num_full(request.num_computed_tokens), pages.num_retired
+        known = self._found.get(request.request_id)
+        if known is None or known[0] != counts:
+            owned, repeats = self._relief.givable(request)
+            known = self._found[request.request_id] = counts, len(repeats.intersection(owned))
+        return known[1]
+
+    def forget(self, request_id: str) -> None:
+        self._found.pop(request_id, None)
+
+
+class FloorAdmission:
+    """Counts what requests hold when they have given up all that they may.
 
     Args:
-      request, running: vLLM's requests.
-      relief: knows what each of them may give up.
-      admission: see ``VllmOptions``.
+      relief: knows what each of them has given up, and may.
+      blocks: the pool, null pages taken.
       config: what is protected, and how many tokens each must be able to write under ``lookahead``.
-      num_blocks: the pool without null pages.
-      block_size: tokens of a block.
+      admission: see ``VllmOptions``.
     """
-    if admission == "vllm" or not running:
-        return True
-    requests = [*running, request]
-    longest = np.array([r.num_prompt_tokens + r.max_tokens for r in requests])
-    now = np.array([r.num_tokens for r in requests])
-    options = [relief.pages(r.request_id).options for r in requests]
-    held = blocks_at_floors(
-        longest if admission == "max-tokens" else np.minimum(longest, now + config.lookahead_tokens),
-        np.array([r.num_prompt_tokens for r in requests]),
-        np.array([o.min_kept if o.memshare else 1.0 for o in options]),
-        most_protected(config),
-        block_size,
-        np.array([relief.pages(r.request_id).num_retired for r in requests]),
-    )
-    return held <= num_blocks
+
+    def __init__(self, relief: Relief, blocks: VllmBlocks, config: MemShareConfig, admission: Admission) -> None:
+        self._relief, self._blocks, self._config, self._admission = relief, blocks, config, admission
+        self._protected = most_protected(config)
+        self._repeats = RepeatCounts(relief)
+        self._refused: tuple[str, int] | None = None  # who was refused last, and how many ran then
+        self._asked_again = 0  # times since
+
+    def admits(self, request: Any, running: Sequence[Any]) -> bool:
+        """Whether the pool holds ``request`` beside those that run. Always where nobody runs: somebody must get on.
+
+        Args:
+          request, running: vLLM's requests.
+        """
+        asked, refused, self._refused = (request.request_id, len(running)), self._refused, None
+        if self._admission == "vllm" or not running:
+            return True
+        if asked == refused and self._asked_again < self._blocks.block_size:
+            # Nobody came since, so the same requests run and are longer: only pages that stand again could let it in.
+            self._refused, self._asked_again = refused, self._asked_again + 1
+            return False
+        if self._num_held([*running, request]) <= self._blocks.num_blocks:
+            return True
+        self._refused, self._asked_again = asked, 0
+        return False
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, or lost its blocks."""
+        self._repeats.forget(request_id)
+
+    def _num_held(self, requests: Sequence[Any]) -> int:
+        """Blocks of all of them together, at their floors and as far ahead as the rule looks."""
+        longest = np.array([r.num_prompt_tokens + r.max_tokens for r in requests])
+        ahead = np.array([r.num_tokens for r in requests]) + self._config.lookahead_tokens
+        pages = [self._relief.pages(r.request_id) for r in requests]
+        return blocks_at_floors(
+            longest if self._admission == "max-tokens" else np.minimum(longest, ahead),
+            np.array([r.num_prompt_tokens for r in requests]),
+            np.array([p.options.min_kept if p.options.memshare else 1.0 for p in pages]),
+            self._protected,
+            self._blocks.block_size,
+            np.array([p.num_retired + self._repeats.of(r) for p, r in zip(pages, requests, strict=True)]),
+        )

@@ -6,11 +6,13 @@ processes write into one folder and ``/metrics`` shows both; inside one process 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from trtllm_memshare.vllm.host_request import HostRequest
 from trtllm_memshare.vllm.relief import Relief
 
 _COUNTERS = {
@@ -19,19 +21,22 @@ _COUNTERS = {
     "retired_aliased": "Those of them that an earlier page of the request is read in place of",
     "retired_again": "KV blocks given up again by requests that came back from preemption",
     "band_moves": "Requests whose null entries moved to the next band",
+    "pauses_avoided": "Times that running requests got KV blocks that were not free without a preemption",
     "failed_reliefs": "Errors of pressure that were caught, each of which left it out until the next step",
 }
 
-_ENTRIES = {
+_GAUGES = {
     "null_entries": "Block table entries at a null page",
     "aliased_entries": "Block table entries at an earlier page of their request",
+    "requests_at_floor": "Running requests that gave KV blocks up and may give up none but those that stand again",
+    "bytes_saved_now": "Memory of the KV blocks that requests do without now, of all layers on one rank",
 }
 
 
 @dataclass(frozen=True)
 class _Registered:
     counters: dict[str, Counter]
-    entries: dict[str, Gauge]
+    gauges: dict[str, Gauge]
     pressure: Gauge
 
 
@@ -42,29 +47,42 @@ def _registered(registry: CollectorRegistry) -> _Registered:
         {name: Counter(f"memshare_{name}", text, registry=registry) for name, text in _COUNTERS.items()},
         {
             name: Gauge(f"memshare_{name}", text, registry=registry, multiprocess_mode="sum")
-            for name, text in _ENTRIES.items()
+            for name, text in _GAUGES.items()
         },
         Gauge("memshare_pressure", "1 while there is pressure", registry=registry, multiprocess_mode="max"),
     )
 
 
 class Metrics:
-    """Brings Prometheus up to date with a ``Relief``. Of two in one process the last that changed has the gauges."""
+    """Brings Prometheus up to date with a ``Relief``. Of two in one process the last that changed has the gauges.
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._registered = _registered(registry)
+    Args:
+      bytes_per_block: of all layers on one rank.
+    """
+
+    def __init__(self, bytes_per_block: int, registry: CollectorRegistry = REGISTRY) -> None:
+        self._bytes_per_block, self._registered = bytes_per_block, _registered(registry)
         self._reported = dict.fromkeys(_COUNTERS, 0)
         self._state: tuple[dict[str, int], bool] | None = None
 
-    def report(self, relief: Relief) -> None:
-        """Adds what has happened since the last call."""
-        totals, is_active = {**asdict(relief.totals), "failed_reliefs": relief.faults.num}, relief.episodes.is_active
+    def report(self, relief: Relief, running: Iterable[HostRequest]) -> None:
+        """Adds what has happened since the last call; ``running``: the requests that run now."""
+        retired_now, at_floor = relief.totals.retired_now, 0
+        if retired_now:  # with room nobody is looked at
+            at_floor = sum(relief.pages(r.request_id).is_at_floor(r.num_computed_tokens) for r in running)
+        totals = {
+            **asdict(relief.totals),
+            "failed_reliefs": relief.faults.num,
+            "requests_at_floor": at_floor,
+            "bytes_saved_now": retired_now * self._bytes_per_block,
+        }
+        is_active = relief.episodes.is_active
         if (totals, is_active) == self._state:
             return  # as in most steps: to set a gauge anew takes Prometheus longer than to look
         self._state = totals, is_active
         for name, counter in self._registered.counters.items():
             counter.inc(totals[name] - self._reported[name])
             self._reported[name] = totals[name]
-        for name, gauge in self._registered.entries.items():
+        for name, gauge in self._registered.gauges.items():
             gauge.set(totals[name])
         self._registered.pressure.set(is_active)

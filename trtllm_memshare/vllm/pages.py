@@ -8,6 +8,7 @@ import numpy as np
 
 from trtllm_memshare.search.need import PageFacts
 from trtllm_memshare.search.page_pairs import PagePairs
+from trtllm_memshare.search.pressure import floor_room
 from trtllm_memshare.search.repeats import stands_again
 from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.page_report import PageReport
@@ -88,6 +89,11 @@ class RequestPages:
     def num_full(self, num_computed: int) -> int:
         """Full generated pages once ``num_computed`` tokens are in the cache, retired ones included."""
         return max(0, num_computed // self._block_size - self.first_generated)
+
+    def is_at_floor(self, num_computed: int) -> bool:
+        """Whether it gave pages up and may give up no more at present but those that stand again."""
+        room = floor_room(self.num_full(num_computed), self.num_retired, self.options.min_kept)
+        return self.num_retired > 0 and room == 0
 
     def see_tokens(self, token_ids: Sequence[int]) -> None:
         """Shows the request's tokens so far, prompt included; only those since the last call are looked at."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pag
 from trtllm_memshare.search.relief_faults import ReliefFaults
 from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.blocks import VllmBlocks
+from trtllm_memshare.vllm.host_request import HostRequest
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.pages import RequestPages
 from trtllm_memshare.vllm.relief_totals import ReliefTotals
@@ -31,18 +31,6 @@ _FARTHEST = 2.0  # more than any distance of two pages
 LOG = logging.getLogger("vllm.memshare")  # under vLLM's own logger, whose handlers show it
 
 _Choice = list[tuple[str, list[int], int, dict[int, int]]]  # request, pages, how many stand again, donors
-
-
-class HostRequest(Protocol):
-    """What is read of a vLLM ``Request``. Lengths in tokens; ``num_computed_tokens`` includes those in flight."""
-
-    request_id: str
-    num_prompt_tokens: int
-    num_computed_tokens: int
-    num_tokens: int
-
-    @property
-    def all_token_ids(self) -> Sequence[int]: ...
 
 
 class Relief:
@@ -104,6 +92,13 @@ class Relief:
         """What is known of a request's pages."""
         return self._pages[request_id]
 
+    def givable(self, request: HostRequest) -> tuple[list[int], set[int]]:
+        """Pages that a request may give up, and those whose text stands again, some of which may be shared."""
+        pages, num_computed = self._pages[request.request_id], request.num_computed_tokens
+        pages.see_tokens(request.all_token_ids)
+        repeats = pages.repeated(num_computed)  # first: it brings up to date what is protected
+        return self._blocks.owned(request.request_id, pages.first_generated, pages.retirable_end(num_computed)), repeats
+
     def begin_step(self, running: Iterable[HostRequest], update: MemShareUpdate, wanted_by_waiting: int = 0) -> None:
         """Before vLLM schedules: relief at the high watermark, and pages of resumed requests that had gone before.
 
@@ -124,7 +119,9 @@ class Relief:
                 for request in running:
                     self._ask(request, update)
         wanted = sum(request.num_computed_tokens % size == 0 for request in running)
+        is_short = wanted > self._blocks.num_free
         self.make_room(running, wanted, update, force=False)
+        self.totals.pauses_avoided += is_short and wanted <= self._blocks.num_free
         if wanted_by_waiting and wanted + wanted_by_waiting > self._blocks.num_free:  # running ones take theirs first
             self.make_room(running, wanted + wanted_by_waiting, update, urgent=False)
 
@@ -180,7 +177,7 @@ class Relief:
         choice: _Choice = []
         if sum(view.most for view in views.values()) < at_least:
             return choice
-        for request_id, chosen in choose_pages(list(views.values()), count):
+        for request_id, chosen in choose_pages(list(views.values()), count, self._config.spread):
             view, going = views[str(request_id)], chosen.tolist()
             num_repeats = int(view.repeated[np.searchsorted(view.pages, chosen)].sum())
             choice.append((str(request_id), going, num_repeats, self._pages[str(request_id)].donors(going)))
@@ -210,11 +207,7 @@ class Relief:
         if full <= pages.exhausted_at and not force:
             return None
         room = floor_room(full, pages.num_retired, pages.options.min_kept)
-        pages.see_tokens(request.all_token_ids)
-        repeats = pages.repeated(request.num_computed_tokens)
-        owned = self._blocks.owned(
-            request.request_id, pages.first_generated, pages.retirable_end(request.num_computed_tokens)
-        )
+        owned, repeats = self.givable(request)
         if not owned or (room == 0 and repeats.isdisjoint(owned)):
             pages.exhausted_at = full
             return None

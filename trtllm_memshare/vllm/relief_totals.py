@@ -13,6 +13,7 @@ class ReliefTotals:
 
     Attributes:
       retired_aliased: of those retired, the ones that an earlier page was read in place of.
+      pauses_avoided: times that running requests needed blocks which were not free, and got them without a preemption.
       null_entries: at a null page.
       aliased_entries: at an earlier page of their request, which is read once more in their place.
     """
@@ -22,8 +23,14 @@ class ReliefTotals:
     retired_aliased: int = 0
     retired_again: int = 0
     band_moves: int = 0
+    pauses_avoided: int = 0
     null_entries: int = 0
     aliased_entries: int = 0
+
+    @property
+    def retired_now(self) -> int:
+        """Blocks that requests do without now."""
+        return self.null_entries + self.aliased_entries
 
     def add_entries(self, pages: RequestPages) -> None:
         """A request's retired entries are there now."""

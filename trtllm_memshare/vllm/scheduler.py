@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.matchers import make_matcher_factory
-from trtllm_memshare.vllm.admission import admits
+from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
 from trtllm_memshare.vllm.metrics import Metrics
@@ -61,11 +61,13 @@ class MemShareScheduler(Scheduler):
         self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len, has_aliases)
         factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
         self.relief = Relief(config, self.blocks, bands, factory)
+        self._admission = FloorAdmission(self.relief, self.blocks, config, options.admission)
         if has_aliases:
             # A donor has as many references as entries. VLLM before 0.32 looked for a prefix that all running requests
             # share, to read it once for all, by blocks with as many references as there are requests.
             self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: [0]
-        self._metrics = Metrics()
+        group = self.kv_cache_config.kv_cache_groups[0]
+        self._metrics = Metrics(group.kv_cache_spec.page_size_bytes * len(group.layer_names))
         self._wanted_by_waiting = 0
         self._untold = True  # no step has named the null pages to the workers yet
         self._update = MemShareUpdate()
@@ -123,19 +125,13 @@ class MemShareScheduler(Scheduler):
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
         if self.relief.make_room(running, wanted, self._update) == 0:
             return None
-        return self._allocate(request, num_new_tokens, *arguments, **keywords)
+        blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
+        self.relief.totals.pauses_avoided += blocks is not None
+        return blocks
 
     def _admits(self, request: Request) -> bool:
         with self.relief.faults.caught():
-            return admits(
-                request,
-                self.running,
-                self.relief,
-                self.settings.options.admission,
-                self.settings.memshare,
-                self.blocks.num_blocks,
-                self.blocks.block_size,
-            )
+            return self._admission.admits(request, self.running)
         return not self.running
 
     def add_request(self, request: Request) -> None:
@@ -169,17 +165,19 @@ class MemShareScheduler(Scheduler):
     def _preempt_request(self, request: Request, *arguments: Any, **keywords: Any) -> None:
         super()._preempt_request(request, *arguments, **keywords)
         self.relief.lose_blocks(request.request_id)
+        self._admission.forget(request.request_id)
 
     def _free_request(self, request: Request, *arguments: Any, **keywords: Any) -> Any:
         parameters = super()._free_request(request, *arguments, **keywords)
         self.relief.remove(request.request_id)
+        self._admission.forget(request.request_id)
         if not self.requests:  # no step follows whose end would show it
-            self._metrics.report(self.relief)
+            self._metrics.report(self.relief, ())
         return parameters
 
     def make_stats(self, *arguments: Any, **keywords: Any) -> Any:
         """vLLM's; brings our counters up to date with it."""
-        self._metrics.report(self.relief)
+        self._metrics.report(self.relief, self.running)
         return super().make_stats(*arguments, **keywords)
 
 
