@@ -150,6 +150,22 @@ def test_an_index_that_outgrows_its_first_arrays():
     np.testing.assert_allclose(index.redundancy(), [expected[p] for p in range(150)], atol=1e-5)
 
 
+def test_products_worked_out_at_once_have_a_limit(monkeypatch):
+    """Many pages that come together: no part multiplies more than fits, and parts are no single pages."""
+    monkeypatch.setattr(signatures, "_MOST_PRODUCTS", 100 * SIZE**2)
+    index, parts, take = SignatureIndex(SIZE, 4), [], SignatureIndex._take
+
+    def watched(self, pages, rows):
+        parts.append((len(pages), len(pages) * (len(self._pages) + len(pages))))
+        take(self, pages, rows)
+
+    monkeypatch.setattr(SignatureIndex, "_take", watched)
+    index.extend(range(90), np.stack([unit_rows(np.random.default_rng(p), 4) for p in range(90)]))
+    assert sum(count for count, _ in parts) == 90
+    assert max(products for _, products in parts) <= 100
+    assert parts[0][0] == 10
+
+
 def test_an_empty_index_and_signatures_of_another_shape():
     index = SignatureIndex(SIZE, 4)
     assert index.redundancy().shape == (0,)

@@ -34,7 +34,6 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch import pressure
 from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST, NullKeys
-from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 
 PRESSURE = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_watermark": 0.85, "low_watermark": 0.75}
 
@@ -360,22 +359,6 @@ def test_settings_that_cannot_work_here_are_named(tmp_path, monkeypatch):
     assert load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).memshare.pressure
     with pytest.raises(UserError, match="no null pages in"):
         make_manager(make_sharing_class(preset="pressure", null_pages=str(tmp_path)), 40, 8)
-
-
-def test_redundancy_is_the_mean_of_the_largest_cosine_with_a_later_token():
-    generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(12, 3, 2, 2, 4, 8, generator=generator)
-    pool[7] = pool[2]  # page 5 of the request stands again as page 2 does
-    blocks = np.array([4, 9, 2, 0, 1, 7, 3])
-    at_once = Redundancy(pool).of(1, 10, blocks, np.arange(10, 17))
-    bit_by_bit = Redundancy(pool)
-    for count in range(1, 8):
-        found = bit_by_bit.of(1, 10, blocks[:count], np.arange(10, 10 + count))
-    np.testing.assert_allclose(found, at_once, atol=1e-5)
-    assert at_once[2] == pytest.approx(1.0, abs=1e-5)
-    assert (at_once[[0, 1, 3, 4, 5, 6]] < 0.95).all()
-    # A page that was given up stands for nothing.
-    assert Redundancy(pool).of(1, 10, np.array([4, 9, 2, 0, 1, -1, 3]), np.array([12]))[0] < 0.95
 
 
 def test_what_is_expected_comes_once_and_when_it_is_due():

@@ -12,6 +12,7 @@ PyTorch, and the specification of the CUDA kernel of the same name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -174,7 +175,9 @@ class SignatureIndex:
             )
         start = int(np.searchsorted(pages, self._known, side="right"))
         while start < len(pages):
-            stop = start + max(1, _MOST_PRODUCTS // ((len(self._pages) + 1) * self._size**2))
+            # As many as keep new * (resident + new) pages within the products that are worked out at once.
+            resident, most = len(self._pages), _MOST_PRODUCTS // self._size**2
+            stop = start + max(1, (math.isqrt(resident**2 + 4 * most) - resident) // 2)
             self._take(pages[start:stop], signatures[start:stop])
             start = stop
 
