@@ -48,6 +48,16 @@ def test_a_request_joins_when_the_pool_holds_everybody_at_the_floor():
     assert not joins(running, 0.25, 12, memshare=False)  # who shares nothing keeps everything
 
 
+def test_who_ends_before_the_others_have_grown_leaves_them_room():
+    """Both at their longest are 24 blocks of 4. Once the first one writes, it ends before the second has grown."""
+    for tokens, num_blocks in ((8, 24), (20, 12 + 9), (36, 12 + 5), (46, 12 + 3)):
+        running = [request("a", tokens, 40)]
+        assert joins(running, 1.0, num_blocks)
+        assert not joins(running, 1.0, num_blocks - 1)
+    assert joins([request("a", 36, 40, prompt=36)], 1.0, 9 + 10 + 12)  # it computes its prompt, and may be late
+    assert not joins([request("a", 36, 40, prompt=36)], 1.0, 9 + 10 + 11)
+
+
 def test_pages_that_went_below_a_floor_leave_room():
     """Four pages of each stood again and went: no floor brings them back."""
     running, waiting = [request("a", 8, 40)], request("b", 8, 40)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.search.floors import blocks_at_floors, most_protected
+from trtllm_memshare.search.floors import blocks_at_floors, most_protected, peak_at_floors
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.relief import Relief
 from trtllm_memshare.vllm.settings import Admission
@@ -81,15 +81,19 @@ class FloorAdmission:
         self._repeats.forget(request_id)
 
     def _num_held(self, requests: Sequence[Any]) -> int:
-        """Blocks of all of them together, at their floors and as far ahead as the rule looks."""
-        longest = np.array([r.num_prompt_tokens + r.max_tokens for r in requests])
-        ahead = np.array([r.num_tokens for r in requests]) + self._config.lookahead_tokens
+        """Most blocks that all of them hold together, at their floors and as far ahead as the rule looks."""
+        lengths = np.array([r.num_tokens for r in requests])
+        left = np.array([r.num_prompt_tokens + r.max_tokens for r in requests]) - lengths
         pages = [self._relief.pages(r.request_id) for r in requests]
-        return blocks_at_floors(
-            longest if self._admission == "max-tokens" else np.minimum(longest, ahead),
+        floors = (
             np.array([r.num_prompt_tokens for r in requests]),
             np.array([p.options.min_kept if p.options.memshare else 1.0 for p in pages]),
             self._protected,
             self._blocks.block_size,
             np.array([p.num_retired + self._repeats.of(r) for p, r in zip(pages, requests, strict=True)]),
         )
+        if self._admission == "lookahead":
+            return blocks_at_floors(lengths + np.minimum(left, self._config.lookahead_tokens), *floors)
+        # Who computes what it has starts some steps later, and ends as many later: it is never counted as gone.
+        writes = np.array([r.num_computed_tokens >= r.num_tokens - 1 for r in requests])
+        return peak_at_floors(lengths, left, np.where(writes, left, left.max()), *floors)

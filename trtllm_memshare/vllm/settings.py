@@ -27,7 +27,7 @@ class VllmOptions(BaseModel):
 
     ``null_pages``: the folder that ``memshare vllm calibrate`` wrote. ``admission``: what a waiting request needs
     before it gets in. vllm: free blocks for its prompt. lookahead: that the pool holds everybody's kept pages
-    ``lookahead_tokens`` further on. max-tokens: the same up to each request's max_tokens, so nobody is preempted.
+    ``lookahead_tokens`` further on. max-tokens: the same at any step until each has written its max_tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
