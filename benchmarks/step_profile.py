@@ -1,9 +1,9 @@
 """Where the time of a decode step goes: a replay of written text by a model with random weights, watched.
 
 Three runs of the same requests after a warm-up: one that only a clock watches (step, the model's CUDA graph in it, the
-rest), one with the interpreter's profiler (which functions of the host) and, on a GPU, one with the GPU's profiler (which
-kernels, and how long the GPU is at work in a step). Only decode steps are watched. The report is written after each
-run; the last line is JSON.
+rest), one with the interpreter's profiler (which functions of the host) and, on a GPU, one with the GPU's profiler
+(which kernels, and how long the GPU is at work in a step). Only decode steps are watched. The report is written after
+each run; the last line is JSON.
 """
 
 from __future__ import annotations
