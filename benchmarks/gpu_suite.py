@@ -69,8 +69,8 @@ def _run(steps: list[Step], suite: Suite) -> int:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
-    for step in steps:
-        suite.run(step)
+    for place, step in enumerate(steps, 1):
+        suite.run(step, sum(later.limit_s for later in steps[place:] if later.missing is None))
     print(f"\n{suite.report} (benchmarks/results/ is its place)\n{suite.table()}")
     return int(suite.has_failed)
 

@@ -9,8 +9,8 @@ Compiles the kernel of the 7B model with NVRTC for sm_90, counts its machine ins
 
 A search takes what stands before and then the largest of the others, memory and issue at the share of its peak that
 kernels like it reach. While one block waits, the loads of others are under way, so that the chain counts only where too
-few blocks are at work to fill the memory's queue. --compare holds the plan against reports of ``gpu_suite.sh``: until
-one is in benchmarks/results/, nothing in the plan has been measured. The last line is JSON.
+few blocks are at work to fill the memory's queue. --compare holds the plan against reports of ``gpu_suite.sh``: what an
+H200 took is in benchmarks/results/; of a card without a report there the plan is all there is. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Report = dict[str, Any]
+_TOP = 5  # lines of a profile
 
 
 def search_headline(report: Report) -> str:
@@ -27,12 +28,30 @@ def search_headline(report: Report) -> str:
 
 
 def replay_headline(report: Report) -> str:
-    """Step times of the variants, and what attended."""
+    """Step times of the variants, how much of a step is the model on the GPU, and what attended."""
     parts = []
     for name, row in report["variants"].items():
         over = "" if row["over_off"] is None else f" ({row['over_off']:+.1%})"
-        parts.append(f"{name} {row['step_ms_mean']:.2f} ms{over}, {row['step_ms_last_tenth']:.2f} at the end")
+        parts.append(
+            f"{name} {row['step_ms_mean']:.2f} ms{over}{_of_it(row)}, {row['step_ms_last_tenth']:.2f} at the end"
+        )
     return f"{report['batch_size']} x {report['output_tokens']}: {'; '.join(parts)}; {report['decode_attention']}"
+
+
+def profile_headline(report: Report) -> str:
+    """A step and its parts, then what takes most of the host's and of the GPU's time in it."""
+    plain = report["plain"]
+    first = (
+        f"{report['model_shape']}, {report['batch_size']} requests: step {plain['step_ms_mean']:.2f} ms{_of_it(plain)}"
+    )
+    lines = []
+    for watched, name, rows in (("host", "function", "functions"), ("gpu", "kernel", "kernels")):
+        if watched not in report:
+            continue
+        first += f"; {watched} at work {report[watched]['ms_a_step']:.2f} ms, watched"
+        for row in report[watched][rows][:_TOP]:
+            lines.append(f"{watched} {row['ms_a_step']:.3f} ms, {row['calls_a_step']:.0f} calls: {row[name][:90]}")
+    return "\n".join([first, *lines])
 
 
 def throughput_headline(report: Report) -> str:
@@ -52,3 +71,10 @@ def adapter_headline(report: Report) -> str:
     first, last = report["log"][0], report["log"][-1]
     return (f"{last['step']} steps: validation loss {first['validation_loss']:.3f} to {last['validation_loss']:.3f}; "
             f"{report['adapter_bytes'] / 2**20:.1f} MiB")  # fmt: skip
+
+
+def _of_it(row: Report) -> str:
+    """What of a step was the CUDA graph, and what was not; nothing where there is none."""
+    if row.get("graph_ms_mean") is None:
+        return ""
+    return f" (graph {row['graph_ms_mean']:.2f}, rest {row['rest_ms_mean']:.2f})"

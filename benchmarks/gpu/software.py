@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from benchmarks.gpu.needs import REQUIREMENTS, TESTS, absent_modules
+from benchmarks.gpu.needs import REQUIREMENTS, absent_modules
 from benchmarks.gpu.step_runner import Step
 
 _VERSIONS = ("torch", "transformers", "numpy", "pydantic", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton",
@@ -55,7 +55,7 @@ def list_steps(steps: list[Step], gpu: str | None, seconds: float) -> str:
     lines += [f"{step.name:<24} {step.limit_s:>5.0f} s  {step.missing or 'can run'}" for step in steps]
     lines.append(f"{'all':<24} {sum(step.limit_s for step in steps):>5.0f} s  of {seconds:.0f}")
     lines.append(f"GPU: {gpu or f'none that the torch of {sys.executable} can use (set PYTHON)'}")
-    absent = absent_modules(TESTS)
+    absent = absent_modules(tuple(dict.fromkeys(name for step in steps for name in step.modules)))
     if absent:
         quoted = " ".join(f"'{REQUIREMENTS[name]}'" for name in absent)
         lines.append(f"missing modules: {', '.join(absent)} (pip install {quoted}, or bring a kit: "

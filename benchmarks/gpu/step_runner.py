@@ -33,10 +33,13 @@ class Step:
       missing: why it cannot run, None = it can.
       must_say: pattern that its output must hold beside status 0; where pytest skips every test, it ends well. The last
         match is the step's headline if it has no other.
+      says_all: all matches are.
       report: JSON that it writes, taken into the report whether the step ended well or not.
       headline: what of ``report`` is worth a glance; may hold several lines.
       variables: for its environment.
       keeps: files that it writes and that are copied beside the report, whatever became of the step.
+      stretches: it may take beyond its limit what the steps before it left over and those after it do not need.
+      modules: what it imports, for a hint at what to install.
     """
 
     name: str
@@ -48,6 +51,9 @@ class Step:
     headline: Callable[[dict[str, Any]], str] | None = None
     variables: dict[str, str] = field(default_factory=dict)
     keeps: tuple[Path, ...] = ()
+    says_all: bool = False
+    stretches: bool = False
+    modules: tuple[str, ...] = ()
 
 
 class Suite:
@@ -76,10 +82,14 @@ class Suite:
         for log in work.glob("*.log"):
             log.unlink()
 
-    def run(self, step: Step) -> None:
-        """Runs a step within its limit and what is left of the time; records how it ended and prints its headline."""
+    def run(self, step: Step, reserved_s: float = 0.0) -> None:
+        """Runs a step within its limit and what is left of the time; records how it ended and prints its headline.
+
+        Args:
+          reserved_s: for the steps after it, which one that stretches leaves to them.
+        """
         left = self._seconds - (time.monotonic() - self._started)
-        limit = min(step.limit_s, left)
+        limit = min(max(step.limit_s, left - reserved_s) if step.stretches else step.limit_s, left)
         row: dict[str, Any] = {"step": step.name, "command": " ".join(step.command)}
         if step.missing is not None:
             row.update(result="not run", note=step.missing)
@@ -176,7 +186,7 @@ class Suite:
         if not found:
             note = f"status 0, but its output does not say {step.must_say!r}"
             return {"result": "failed", "note": note, "seconds": seconds, "tail": tail}
-        return {"result": OK, "note": found[-1], "seconds": seconds}
+        return {"result": OK, "note": ", ".join(found) if step.says_all else found[-1], "seconds": seconds}
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Asks the step and what it started to end, then makes them."""

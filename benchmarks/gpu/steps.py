@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.gpu.headlines import (
     accuracy_headline,
     adapter_headline,
+    profile_headline,
     replay_headline,
     search_headline,
     throughput_headline,
@@ -41,6 +42,9 @@ _DECISIVE = (
     "random", "attention-redundancy", "attention-redundancy-recency", "surprisal-led-recency-signature",
     "surprisal-led-signature", "redundancy-signature", "paper-null",
 )  # fmt: skip
+_FLOORS = ("pressure:min_kept=0.5", "pressure:min_kept=0.5,need=random", "pressure:min_kept=0.25")
+_PAPER = tuple(f"pressure:min_kept={kept},need=nearest-earlier,retired_becomes=alias" for kept in (0.62, 0.53))
+"""The published method at a budget."""
 _PROCESSES = 12  # that share the device where most of the work is the host's
 
 
@@ -70,32 +74,60 @@ class _Commands:
         # Torch's allocator hands out parts of large blocks, inside which nothing is out of bounds.
         variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool else {}
         lacks = why_not(TESTS, tool[:1])
-        return Step(name, limit_s, command, lacks, must_say=r"[1-9]\d* passed.*", variables=variables)
+        return Step(name, limit_s, command, lacks, must_say=r"[1-9]\d* passed.*", variables=variables, modules=TESTS)
 
-    def search(self, name: str, limit_s: float, *arguments: str, references: tuple[str, ...] = ()) -> Step:
+    def search(self, name: str, limit_s: float, *arguments: str, references: tuple[str, ...] = (), **more: Any) -> Step:
         """The kernel's time at the shape of the 7B model."""
         arguments = ("--models", _SEVEN_B, *arguments, "--references", *(references or ("none",)))
-        lacks = why_not(KERNEL)
-        return self.report(name, limit_s, "benchmarks.block_search", *arguments, headline=search_headline, lacks=lacks)
+        return self.report(
+            name, limit_s, "benchmarks.block_search", *arguments, headline=search_headline, lacks=why_not(KERNEL),
+            modules=KERNEL, **more,
+        )  # fmt: skip
 
     def replay(self, name: str, limit_s: float, *arguments: str) -> Step:
         """Steps of the 7B model with random weights."""
-        lacks = why_not(MODEL)
         return self.report(
-            name, limit_s, "benchmarks/trace_replay.py", *arguments, headline=replay_headline, lacks=lacks
-        )
+            name, limit_s, "benchmarks/trace_replay.py", *arguments, headline=replay_headline, lacks=why_not(MODEL),
+            modules=MODEL,
+        )  # fmt: skip
 
-    def bench(self, name: str, limit_s: float, engine: str, *arguments: str, headline: Any, lacks: str | None) -> Step:
+    def profile(self, name: str, limit_s: float, shape: str) -> Step:
+        """Where a step of a model with random weights goes."""
+        return self.report(
+            name, limit_s, "benchmarks.step_profile", "--model-shape", shape, headline=profile_headline,
+            lacks=why_not(MODEL), modules=MODEL,
+        )  # fmt: skip
+
+    def bench(
+        self, name: str, limit_s: float, engine: str, *arguments: str, headline: Any, modules: tuple[str, ...],
+        **more: Any,
+    ) -> Step:  # fmt: skip
         """In-flight batching on an engine."""
         arguments = ("--engine-dir", engine, "--device", "cuda", *arguments)
-        return self.report(name, limit_s, "benchmarks/inflight_batching.py", *arguments, headline=headline, lacks=lacks)
+        return self.report(
+            name, limit_s, "benchmarks/inflight_batching.py", *arguments, headline=headline,
+            lacks=real_model_lacks(modules), modules=modules, **more,
+        )  # fmt: skip
+
+    def pressure(self, requests: int, limit_s: float, engine: str, dataset: str, blocks: int, *arms: str) -> Step:
+        """SmolLM2 in a quarter of the memory that so many requests want; arms that end are kept, the first ones first.
+
+        Args:
+          blocks: of 16 tokens, measured for these requests on an H200: measuring it again takes as long as an arm.
+        """
+        return self.bench(
+            f"pressure_batch_{requests}", limit_s, engine, "--dataset", dataset, "--replay", "--num-requests",
+            str(requests), "--concurrency", str(requests), "--kv-cache-blocks", str(blocks), "--variants", *arms,
+            headline=throughput_headline, modules=REAL_MODEL, stretches=True,
+        )  # fmt: skip
 
     def real_engine(
-        self, limit_s: float, dtype: str, model: str, engine: str, lacks: str | None, name: str = "real_engine"
+        self, limit_s: float, dtype: str, model: str, engine: str, name: str, modules: tuple[str, ...] = REAL_MODEL
     ) -> Step:
         """SmolLM2, or what became of it, as an engine; its checkpoint lies beside it."""
         command = [self.python, "-m", "benchmarks.real_engine", "--max-batch-size", "256", "--dtype", dtype]
-        return Step(name, limit_s, [*command, "--model", model, "--output-dir", engine], lacks)
+        command += ["--model", model, "--output-dir", engine]
+        return Step(name, limit_s, command, real_model_lacks(modules), modules=modules)
 
     def rows(self, module: str, tokens: int | None, limit_s: float, engine: str, *arguments: str) -> Step:
         """Rows of the study of pages, texts of one length dealt out to processes; none starts a text too late."""
@@ -105,15 +137,17 @@ class _Commands:
         command += ["--model-dir", f"{engine}_checkpoint", "--device", "cuda", "--seconds", str(limit_s - 30)]
         command += ["--tokens", str(tokens)] if tokens else []
         variables = {"PYTHON": self.python}
-        lacks = real_model_lacks(REAL_MODEL)
-        return Step(name, limit_s, [*command, *arguments], lacks, must_say=r"[1-9]\d* rows", variables=variables,
-                    keeps=(kept,))  # fmt: skip
+        return Step(
+            name, limit_s, [*command, *arguments], real_model_lacks(REAL_MODEL), must_say=r"[1-9]\d* rows",
+            variables=variables, keeps=(kept,), modules=REAL_MODEL,
+        )  # fmt: skip
 
     def plugin(self, limit_s: float) -> Step:
         """The plugin library and its harness; takes a moment where they are there."""
         root = tensorrt_root()
         build = [self.python, "build_scripts/build_plugins.py", "--preset", "native", "--output-dir", str(PLUGINS)]
-        return Step("plugin_build", limit_s, build, plugin_lacks(), variables={"TENSORRT_ROOT": root} if root else {})
+        variables = {"TENSORRT_ROOT": root} if root else {}
+        return Step("plugin_build", limit_s, build, plugin_lacks(), variables=variables, modules=KERNEL)
 
     def sanitizer(self, tool: str) -> tuple[str, ...]:
         return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
@@ -121,74 +155,74 @@ class _Commands:
 
 def _kernel_part(make: _Commands) -> list[Step]:
     return [
-        make.search("search_bf16", 55, "--dtypes", "bfloat16", "--pairs", "64", "1", "8", "512"),
-        make.plugin(75),
-        Step("plugin_harness", 25, _HARNESS, plugin_lacks(), must_say=_HELD),
-        make.tests("gpu_tests", 95, "tests/search", "tests/runners", "tests/evaluation/test_masked_replay.py"),
-        make.search("search_fp8_int8", 45, "--dtypes", "float8_e4m3fn", "int8", "--pairs", "64", "512"),
-        make.tests("memcheck", 75, *_SANITIZED, tool=(*make.sanitizer("memcheck"), "--report-api-errors", "no")),
-        make.replay("replay_7b", 135, "--variants", "off", "shadow", "full-searches", "--output-tokens", "256",
-                    "--budget-s", "90"),
-    ]  # fmt: skip
-
-
-def _detail_part(make: _Commands) -> list[Step]:
-    ncu = ["ncu", "--metrics", "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
-           "smsp__issue_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread",
-           "--kernel-name", "block_distance", "--launch-count", "3", make.python, "-m", "benchmarks.block_search",
-           "--models", _SEVEN_B, "--dtypes", "bfloat16", "float8_e4m3fn", "int8", "--pairs", "512", "--repeat", "1",
-           "--references", "none"]  # fmt: skip
-    return [
-        make.replay("replay_half_null", 90, "--batch-size", "64", "--output-tokens", "1536", "--repeat", "1",
-                    "--variants", "off", "half-dropped", "half-null"),
-        make.search("search_16_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
-        make.search("search_64_tokens", 25, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
-        Step("ncu", 40, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +[\d.]+"),
-        make.tests("racecheck", 45, *_SANITIZED, tool=make.sanitizer("racecheck")),
-        make.tests("initcheck", 40, *_SANITIZED, tool=make.sanitizer("initcheck")),
-        make.plugin(30),  # this machine need not be that of part 1
-        Step("memcheck_plugin", 25, [*make.sanitizer("memcheck"), *_HARNESS],
+        make.search("search_bf16", 35, "--dtypes", "bfloat16", "--pairs", "64", "1", "8", "512"),
+        make.plugin(45),
+        Step("plugin_harness", 10, _HARNESS, plugin_lacks(), must_say=_HELD),
+        make.tests("gpu_tests", 150, "tests/search", "tests/runners", "tests/evaluation/test_masked_replay.py"),
+        make.search("search_fp8_int8", 25, "--dtypes", "float8_e4m3fn", "int8", "--pairs", "64", "512"),
+        make.tests("memcheck", 45, *_SANITIZED, tool=(*make.sanitizer("memcheck"), "--report-api-errors", "no")),
+        make.replay("replay_7b", 90, "--variants", "off", "shadow", "full-searches", "--output-tokens", "256",
+                    "--budget-s", "60"),
+        Step("memcheck_plugin", 15, [*make.sanitizer("memcheck"), *_HARNESS],
              plugin_lacks() or why_not((), ("compute-sanitizer",)), must_say=_HELD),
-        make.search("search_compiled", 110, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
-                    references=("eager", "compiled")),
-        # A step of the executor waits for the host: what its time goes into is in the log.
-        Step("step_profile", 40, [make.python, "-m", "cProfile", "-s", "tottime", "benchmarks/trace_replay.py",
-             "--variants", "off", "--batch-size", "64", "--output-tokens", "96", "--repeat", "1"],
-             why_not(MODEL), must_say=r"\d+ function calls.* in [\d.]+ seconds"),
+        make.search("search_16_tokens", 20, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "16"),
+        make.search("search_64_tokens", 20, "--dtypes", "bfloat16", "--pairs", "64", "512", "--tokens-per-block", "64"),
         make.replay("replay_no_graphs", 35, "--variants", "off", "full-searches", "--output-tokens", "48", "--repeat",
                     "1", "--no-graphs"),
     ]  # fmt: skip
 
 
+def _detail_part(make: _Commands) -> list[Step]:
+    # Of each dtype the comparison with the reference, three warm-ups, the timed call and the profiler's.
+    ncu = ["ncu", "--metrics", "dram__throughput.avg.pct_of_peak_sustained_elapsed,"
+           "smsp__issue_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread",
+           "--kernel-name", "block_distance", "--launch-count", "18", make.python, "-m", "benchmarks.block_search",
+           "--models", _SEVEN_B, "--dtypes", "bfloat16", "float8_e4m3fn", "int8", "--pairs", "512", "--repeat", "1",
+           "--references", "none"]  # fmt: skip
+    short = ("--batch-size", "64", "--output-tokens", "256", "--budget-s", "20")
+    return [
+        make.profile("step_profile", 50, _SEVEN_B),
+        make.profile("step_profile_smollm2", 35, "SmolLM2-135M"),
+        make.replay("replay_search_64", 45, *short, "--variants", "off", "full-searches"),
+        make.replay("replay_triton", 40, *short, "--variants", "off", "--decode", "triton"),
+        make.replay("replay_half_null", 130, "--batch-size", "64", "--output-tokens", "1536", "--repeat", "2",
+                    "--budget-s", "110", "--variants", "off", "half-dropped", "half-null"),
+        make.tests("racecheck", 40, *_SANITIZED, tool=make.sanitizer("racecheck")),
+        make.tests("initcheck", 35, *_SANITIZED, tool=make.sanitizer("initcheck")),
+        Step("ncu", 40, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +([\d.]+)", says_all=True,
+             modules=KERNEL),
+        make.search("search_compiled", 70, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
+                    references=("eager", "compiled"), stretches=True),
+    ]  # fmt: skip
+
+
 def _real_model_part(make: _Commands) -> list[Step]:
-    model, engine, requests = real_model(), str(WORK / "real_engine"), str(WORK / "requests.jsonl")
-    adapter, adapted = WORK / "adapter", str(WORK / "adapted_engine")
-    lacks, adapter_lacks = real_model_lacks(REAL_MODEL), real_model_lacks(ADAPTER)
+    engine, requests = str(WORK / "real_engine"), str(WORK / "requests.jsonl")
     write = [make.python, "-m", "benchmarks.studies.pressure.make_requests", "--model-dir", f"{engine}_checkpoint",
              "--num-requests", "256", "--max-tokens", "2048", "--output", requests]  # fmt: skip
-    pressed = ("--dataset", requests, "--replay", "--kv-cache-share", "0.25", "--variants", "full", "full-guaranteed",
-               "pressure:min_kept=0.5", "pressure:min_kept=0.25")  # fmt: skip
     return [
-        make.real_engine(80, "bfloat16", str(model), engine, lacks),
-        Step("real_requests", 30, write, lacks),
-        make.bench("pressure_batch_256", 240, engine, *pressed, "--concurrency", "256",
-                   headline=throughput_headline, lacks=lacks),
-        make.report("adapter", 75, "benchmarks.studies.adapter", "--model-dir", f"{engine}_checkpoint", "--output-dir",
-                    str(adapter), "--device", "cuda", "--minutes", "0.8", headline=adapter_headline,
-                    lacks=adapter_lacks,
-                    keeps=tuple(adapter / f"adapter_{name}" for name in ("model.safetensors", "config.json"))),
-        make.real_engine(35, "bfloat16", str(adapter / "merged"), adapted, adapter_lacks, "adapted_engine"),
-        make.bench("adapted_answers", 45, adapted, "--dataset", "benchmarks/data/small.jsonl",
-                   "--kv-cache-share", "0.5", "--variants", "full", "pressure:min_kept=0.5", "aligned",
-                   headline=accuracy_headline, lacks=adapter_lacks),
+        make.real_engine(80, "bfloat16", str(real_model()), engine, "real_engine"),
+        Step("real_requests", 40, write, real_model_lacks(REAL_MODEL), modules=REAL_MODEL),
+        make.pressure(256, 280, engine, requests, 2928, "full", *_FLOORS, "full-guaranteed", *_PAPER,
+                      "pressure:min_kept=0.75", "aligned"),
+        make.pressure(96, 105, engine, requests, 1149, "full", "pressure:min_kept=0.5", _PAPER[1]),
     ]  # fmt: skip
 
 
 def _table_part(make: _Commands) -> list[Step]:
     engine = str(WORK / "float32_engine")  # what the rows of a CPU are of
+    adapter, adapted = WORK / "adapter", str(WORK / "adapted_engine")
     return [
-        make.real_engine(80, "float32", str(real_model()), engine, real_model_lacks(REAL_MODEL), "float32_engine"),
-        make.rows("table", 8192, 200, engine, "--arms", *_DECISIVE),
-        make.rows("table", 4096, 130, engine, "--arms", *_DECISIVE),
+        make.real_engine(70, "float32", str(real_model()), engine, "float32_engine"),
+        make.report("adapter", 65, "benchmarks.studies.adapter", "--model-dir", f"{engine}_checkpoint", "--output-dir",
+                    str(adapter), "--device", "cuda", "--minutes", "0.6", headline=adapter_headline,
+                    lacks=real_model_lacks(ADAPTER), modules=ADAPTER,
+                    keeps=tuple(adapter / f"adapter_{name}" for name in ("model.safetensors", "config.json"))),
+        make.real_engine(45, "bfloat16", str(adapter / "merged"), adapted, "adapted_engine", ADAPTER),
+        make.bench("adapted_answers", 70, adapted, "--dataset", "benchmarks/data/small.jsonl", "--num-requests", "24",
+                   "--kv-cache-share", "0.5", "--variants", "full", "pressure:min_kept=0.5", "aligned",
+                   headline=accuracy_headline, modules=ADAPTER),
         make.rows("recall", None, 90, engine, "--texts", "96"),
-    ]
+        make.rows("table", 8192, 110, engine, "--arms", *_DECISIVE),
+        make.rows("table", 4096, 55, engine, "--arms", *_DECISIVE),
+    ]  # fmt: skip

@@ -37,7 +37,7 @@ NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 FIGURE = re.compile(
     rf"(?P<shown>(?:< )?{NUMBER}(?: of \d+)?)(?P<percent> ?%)?<!--=\s+(?P<path>\S+)\s+(?P<key>[^>]+?) -->"
 )
-ROWS = re.compile(r"<!--rows= (?P<path>\S+)\s+(?P<list>\S+)\s+(?P<columns>[^>]+?) -->")
+ROWS = re.compile(r"<!--rows= (?P<path>\S+)\s+(?P<list>(?:\[[^\]]*\]|\S)+)\s+(?P<columns>[^>]+?) -->")
 TABLE = re.compile(r"<!--table= (?P<path>\S+)\s+(?P<call>[^>]+?) -->")
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 

@@ -47,7 +47,12 @@ def _install_wheels(kit: Kit) -> str:
     ]
     done = subprocess.run([*command, "--target", str(kit.site), *wheels], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise KitError(f"pip must install the {len(wheels)} wheels of the kit, got: {done.stderr.strip()[-500:]}")
+        here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        raise KitError(
+            f"pip must install the {len(wheels)} wheels of the kit into Python {here}, got: "
+            f"{done.stderr.strip()[-500:]} (pack it with --python {here}, "
+            f"or set PYTHON to the interpreter that it was packed for)"
+        )
     return f"wheels: {len(wheels)} installed into {kit.site}"
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import headlines, needs, step_runner
+from benchmarks.gpu import headlines, needs, software, step_runner
 from benchmarks.gpu.needs import WORK
 from benchmarks.gpu.step_runner import Step
 from benchmarks.gpu.steps import HELD_BACK_S, PARTS, SECONDS_A_PART, make_steps
+from trtllm_memshare.evaluation.variants import parse_variant
+from trtllm_memshare.search.config import make_config
 
 ROOT = Path(__file__).parents[2]
 FILES = ["gpu_card_part1.json", "gpu_card_part1.txt", "gpu_card_part1_logs.tar.gz"]
@@ -90,6 +92,30 @@ time.sleep(60)
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "a child of the step is still there"
         time.sleep(0.05)
+
+
+def test_a_step_that_stretches_takes_what_the_later_ones_do_not_need(tmp_path, capsys):
+    suite = make_suite(tmp_path, 1000)
+    for step, reserved in ((Step("long", 20, ["true"], stretches=True), 100.0), (Step("plain", 20, ["true"]), 100.0),
+                           (Step("tight", 20, ["true"], stretches=True), 990.0)):  # fmt: skip
+        suite.run(step, reserved)
+    limits = {name: int(limit) for name, limit in re.findall(r"-- (\w+): at most (\d+) s", capsys.readouterr().out)}
+    assert 800 < limits["long"] <= 900
+    assert limits["plain"] == limits["tight"] == 20
+
+
+def test_a_step_may_show_all_that_it_says(suite):
+    suite.run(Step("counters", 20, python("print('dram 91'); print('dram 48')"), must_say=r"dram (\d+)", says_all=True))
+    assert suite.rows[0]["note"] == "91, 48"
+
+
+def test_the_hint_names_what_the_steps_of_a_part_import(monkeypatch):
+    monkeypatch.setattr(software, "absent_modules", lambda names: [n for n in names if n in ("peft", "gguf", "pytest")])
+    hints = {part: software.list_steps(make_steps(part, "python"), None, 505).splitlines()[-1] for part in PARTS}
+    assert [part for part, hint in hints.items() if "peft" in hint] == [4]
+    assert [part for part, hint in hints.items() if "gguf" in hint] == [3, 4]
+    assert [part for part, hint in hints.items() if "pytest" in hint] == [1, 2]
+    assert "(pip install 'gguf>=0.17' 'peft>=0.17', or bring a kit" in hints[4]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +214,7 @@ def test_help_and_dry_run_need_nothing_but_python():
 def test_an_unknown_step_is_named():
     done = suite_script("--part", "2", "--steps", "ncu", "serch")
     assert done.returncode == 2
-    assert "part 2 has no step serch (it has replay_half_null," in done.stderr
+    assert "part 2 has no step serch (it has step_profile," in done.stderr
 
 
 def program_of(step: Step) -> tuple[Path, list[str]] | None:
@@ -235,9 +261,9 @@ def test_the_most_wanted_figures_come_first():
     first, second, third, fourth = (make_steps(part, sys.executable) for part in PARTS)
     search = first[0].command
     assert search[search.index("--dtypes") + 1 : search.index("--pairs") + 2] == ["bfloat16", "--pairs", "64"]
-    assert second[0].name == "replay_half_null"
+    assert second[0].name == "step_profile"
     assert [step.name for step in third[:3]] == ["real_engine", "real_requests", "pressure_batch_256"]
-    assert [step.name for step in fourth[:2]] == ["float32_engine", "table_8192"]
+    assert [step.name for step in fourth[:2]] == ["float32_engine", "adapter"]
     sanitized = next(step for step in first if step.name == "memcheck").command
     test, word = sanitized[sanitized.index("-k") - 1], sanitized[sanitized.index("-k") + 1]
     picked = [
@@ -249,17 +275,20 @@ def test_the_most_wanted_figures_come_first():
 def test_a_real_model_is_measured_in_every_way_that_is_asked_for():
     """Under pressure where memory binds, at 8,192 tokens, and with answers that can be wrong."""
     third = {step.name: step for step in make_steps(3, sys.executable)}
-    command = third["pressure_batch_256"].command
-    assert command[command.index("--concurrency") + 1] == "256"
-    assert {"full", "full-guaranteed", "pressure:min_kept=0.5"} <= set(command)
+    for requests in ("256", "96"):
+        command = third[f"pressure_batch_{requests}"].command
+        assert command[command.index("--concurrency") + 1] == requests
+        arms = command[command.index("--variants") + 1 : command.index("--output-json")]
+        assert arms[:2] == ["full", "pressure:min_kept=0.5"], "a cut leaves the first"
+        assert len({parse_variant(arm, make_config("off")).name for arm in arms}) == len(arms)
     fourth = {step.name: step for step in make_steps(4, sys.executable)}
     for tokens in ("8192", "4096"):
         table = fourth[f"table_{tokens}"]
         assert table.command[table.command.index("--tokens") + 1] == tokens
         assert [path.name for path in table.keeps] == [f"real_model_table_{tokens}.jsonl"]
         assert float(table.command[table.command.index("--seconds") + 1]) < table.limit_s
-    assert third["adapter"].keeps[0].name == "adapter_model.safetensors"
-    assert third["adapted_answers"].command[2:4] == ["--engine-dir", third["adapted_engine"].command[-1]]
+    assert fourth["adapter"].keeps[0].name == "adapter_model.safetensors"
+    assert fourth["adapted_answers"].command[2:4] == ["--engine-dir", fourth["adapted_engine"].command[-1]]
 
 
 def test_what_a_step_keeps_lies_beside_the_report_also_when_it_failed(suite, tmp_path):
@@ -283,6 +312,20 @@ def test_headlines_of_the_reports_that_the_benchmarks_write():
         {"variants": variants, "batch_size": 128, "output_tokens": 256, "decode_attention": "Triton"}
     )
     assert line == "128 x 256: off 12.30 ms, 13.00 at the end; shadow 12.40 ms (+0.8%), 13.10 at the end; Triton"
+    variants["off"] |= {"graph_ms_mean": 4.2, "rest_ms_mean": 8.1}
+    report = {"model_shape": "small", "batch_size": 4, "plain": variants["off"], "variants": variants}
+    line = headlines.replay_headline({**report, "output_tokens": 8, "decode_attention": "Triton"})
+    assert line.startswith(
+        "4 x 8: off 12.30 ms (graph 4.20, rest 8.10), 13.00 at the end; shadow 12.40 ms (+0.8%), 13.1"
+    )
+    functions = [{"function": f"f{i}", "ms_a_step": 2.0, "calls_a_step": 3.0} for i in range(9)]
+    report["host"] = {"ms_a_step": 20.0, "functions": functions}
+    lines = headlines.profile_headline(report).splitlines()
+    first = "small, 4 requests: step 12.30 ms (graph 4.20, rest 8.10); host at work 20.00 ms, watched"
+    assert lines[:2] == [first, "host 2.000 ms, 3 calls: f0"]
+    assert len(lines) == 6
+    report["gpu"] = {"ms_a_step": 4.0, "kernels": [{"kernel": "gemm", "ms_a_step": 1.0, "calls_a_step": 28.0}]}
+    assert headlines.profile_headline(report).splitlines()[-1] == "gpu 1.000 ms, 28 calls: gemm"
     report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     assert headlines.throughput_headline(report).startswith("requests/s: full ")
     for row in report["variants"]:

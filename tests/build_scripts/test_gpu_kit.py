@@ -69,6 +69,16 @@ def test_parts_that_do_not_make_the_file_are_refused(checkout):
     assert not list((checkout / "gpu_kit").glob("*.gguf*"))
 
 
+def test_wheels_of_another_python_name_the_option(checkout):
+    wheels = checkout / "gpu_kit" / "wheels"
+    (wheel,) = wheels.iterdir()
+    wheel.rename(wheels / "kit_probe-1.0-cp27-cp27m-manylinux1_x86_64.whl")
+    done = unpack(checkout)
+    assert done.returncode == 2
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert f"(pack it with --python {here}, or set PYTHON" in done.stderr
+
+
 def test_no_kit_a_wrong_option_and_wrong_headers_are_named(checkout, tmp_path):
     shutil.rmtree(checkout / "gpu_kit")
     assert "there is no gpu_kit/" in unpack(checkout).stderr

@@ -184,6 +184,14 @@ def test_a_gpu_gives_the_logits_distances_and_pool_of_the_cpu(family, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_runner_on_a_gpu_keeps_cudnn_from_planning_each_shape_anew(tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    TorchRunner(load_model(write_random_checkpoint(tmp_path, "llama"), "cuda"), 4, SIZE)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="FlashInfer is not installed")
 @pytest.mark.parametrize("use_graphs", [False, True])
 def test_flashinfer_and_graphs_give_the_logits_distances_and_pool_of_the_cpu(use_graphs, tmp_path):

@@ -200,7 +200,7 @@ def test_kernel_against_float64_and_bit_for_bit_with_itself(shape, dtype, interl
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in ELEMENT_TYPES], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
 def test_small_cases_for_the_sanitizer(shape, dtype, tmp_path):
     """Few and small: a sanitizer makes a kernel a hundred times slower. gpu_suite.sh picks them by this name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from trtllm_memshare.evaluation.benchmark import (
 )
 from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
 from trtllm_memshare.evaluation.dataset import DatasetItem, DatasetLimits, draw_samples, final_answer, read_dataset
-from trtllm_memshare.evaluation.document import make_report
+from trtllm_memshare.evaluation.document import make_report, write_report
 from trtllm_memshare.evaluation.variants import Variant, default_variants, make_variant, parse_variant
+from trtllm_memshare.evaluation.warm_up import warm_up_items
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
+from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.request import RequestResult
@@ -50,7 +53,7 @@ _TIMES = (
 
 
 def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
-    """Runs everything, says on stdout what was chosen, and returns the report.
+    """Runs everything, says on stdout what was chosen, and returns the report, which it also writes after each run.
 
     Of an engine on several GPUs rank 0 does; the others take part in its runs and return an empty report.
     """
@@ -96,10 +99,6 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     runner = bench.use_pool(blocks)
     print(f"block distances: {runner.search.description}")
     print(f"decode attention: {runner.decode_description}; backend: {engine.backend}")
-    entries = bench.run_all(variants, options.repeat)
-    bench.dismiss()
-    if options.output_texts is not None:
-        bench.write_texts(options.output_texts)
     report = make_report(
         {
             "device": device,
@@ -115,10 +114,19 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
             "replay": options.replay,
             "read_aliases": options.read_aliases if engine.backend == "torch" else "repeat",
             "seed": options.seed,
-            "variants": entries,
+            "variants": [],
         },
         command,
     )
+    if device.startswith("cuda"):
+        bench.warm_up()
+    for entries in bench.run_all(variants, options.repeat):
+        report["variants"] = entries
+        if options.output_json is not None:  # an hour's run that is cut keeps the arms that have ended
+            write_report(report, options.output_json)
+    bench.dismiss()
+    if options.output_texts is not None:
+        bench.write_texts(options.output_texts)
     return report
 
 
@@ -183,8 +191,20 @@ class _Bench:
             )
         return self._runner
 
-    def run_all(self, variants: list[Variant], repeat: int) -> list[dict[str, Any]]:
-        """Entries in the order of ``variants``; rounds are interleaved so that drift of the machine hits all alike."""
+    def warm_up(self) -> None:
+        """One short run that nobody records; none on several GPUs, where no graphs are captured."""
+        if self._ranks is None:
+            load = replace(self._load, concurrency=None, request_rate=None, replay=False, stop_token_ids=())
+            in_flight = min(load.max_batch_size, self._load.concurrency or load.max_batch_size)
+            items, variant = warm_up_items(self._items, in_flight), Variant("warm-up", make_config("off"))
+            assert self._runner is not None
+            run_variant(variant, self._runner, self._boundaries, items, load, self._is_right)
+
+    def run_all(self, variants: list[Variant], repeat: int) -> Iterator[list[dict[str, Any]]]:
+        """Yields after each run the entries of the variants that have run, in the order of ``variants``.
+
+        Rounds are interleaved so that drift of the machine hits all alike.
+        """
         rounds: dict[str, list[Measurement]] = {v.name: [] for v in variants}
         for index in range(repeat):
             # The window of `streaming` comes from `full` and `aligned` of the same run.
@@ -194,9 +214,9 @@ class _Bench:
                 elif variant.name == "streaming":
                     variant = Variant(variant.name, rounds[variant.name][0].config)
                 rounds[variant.name].append(self._run(variant))
+                full = rounds["full"][0] if rounds.get("full") else None
+                yield [_merge(rounds[v.name], full) for v in variants if rounds[v.name]]
         self._first = rounds[variants[0].name][0].results
-        full = rounds["full"][0] if "full" in rounds else None
-        return [_merge(rounds[v.name], full) for v in variants]
 
     def write_texts(self, path: Path) -> None:
         """What the first variant generated, one JSON object per request."""

@@ -47,6 +47,7 @@ class ModelShape:
 SHAPES = {
     "DeepSeek-R1-Distill-Qwen-7B": ModelShape(Qwen2Config, 3584, 18944, 28, 28, 4, 152064, 1e4),
     "DeepSeek-R1-Distill-Llama-8B": ModelShape(LlamaConfig, 4096, 14336, 32, 32, 8, 128256, 5e5),
+    "SmolLM2-135M": ModelShape(LlamaConfig, 576, 1536, 30, 9, 3, 49152, 1e5),
     "small": ModelShape(Qwen2Config, 128, 256, 4, 4, 2, TOKENIZER_SIZE, 1e4),  # for machines without a GPU
 }
 

@@ -54,7 +54,7 @@ class DecodeGraphs:
         new_graph: Callable[[], Any] | None = None,
     ) -> None:
         self._forward, self._make_decode, self._pool, self._dtype = forward, make_decode, pool, dtype
-        self._new_graph = new_graph or _CudaGraph
+        self._new_graph = new_graph or CudaGraph
         self._captured: dict[int, _Captured] = {}
 
     def takes(self, batch: StepBatch) -> bool:
@@ -105,7 +105,7 @@ class DecodeGraphs:
         self._captured[bucket] = captured
 
 
-class _CudaGraph:
+class CudaGraph:
     """``torch.cuda.CUDAGraph`` behind the two calls that are needed."""
 
     def __init__(self) -> None:

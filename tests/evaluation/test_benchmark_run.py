@@ -1,0 +1,94 @@
+"""What a benchmark run leaves when it is cut, and what comes before its clock."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trtllm_memshare.evaluation import benchmark_run
+from trtllm_memshare.evaluation.benchmark import Load, run_variant
+from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
+from trtllm_memshare.evaluation.dataset import DatasetItem
+from trtllm_memshare.evaluation.variants import Variant
+from trtllm_memshare.evaluation.warm_up import warm_up_items
+from trtllm_memshare.runners.engines import load_engine
+from trtllm_memshare.runners.open import open_runner
+from trtllm_memshare.runners.torch.decode_graph import BUCKETS
+from trtllm_memshare.search.config import make_config
+
+ARMS = ("full", "aligned", "full-guaranteed")
+
+
+@pytest.fixture
+def options(engine_dir, prompts, tmp_path):
+    path = tmp_path / "requests.jsonl"
+    rows = [{"task_id": i, "input_ids": p[:20], "output_tokens": 12} for i, p in enumerate(prompts[:3])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return BenchmarkOptions(
+        engine_dir, path, ARMS, kv_cache_blocks=40, output_json=tmp_path / "report.json", device="cpu"
+    )
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Names of what was run, in order."""
+    names: list[str] = []
+
+    def run(variant, *arguments):
+        names.append(variant.name)
+        return run_variant(variant, *arguments)
+
+    monkeypatch.setattr(benchmark_run, "run_variant", run)
+    return names
+
+
+def test_a_run_that_is_cut_keeps_the_arms_that_have_ended(options, runs, monkeypatch):
+    def run(variant, *arguments):
+        if variant.name == "full-guaranteed":
+            raise KeyboardInterrupt
+        return run_variant(variant, *arguments)
+
+    monkeypatch.setattr(benchmark_run, "run_variant", run)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_run.run_benchmark(options, "command")
+    report = json.loads(options.output_json.read_text())
+    assert [row["variant"] for row in report["variants"]] == ["full", "aligned"]
+    assert report["variants"][1]["same_tokens_as_full"] is not None
+    assert (report["command"], report["kv_cache_blocks"]) == ("command", 40)
+    assert not list(options.output_json.parent.glob("*.partial"))
+
+
+def test_only_on_a_gpu_a_run_comes_before_the_clock_and_the_report_does_not_show_it(options, runs, monkeypatch):
+    without = benchmark_run.run_benchmark(options, "command")
+    assert runs == list(ARMS)
+    monkeypatch.setattr(benchmark_run, "announce_device", lambda asked: "cuda")
+    runs.clear()
+    with_one = benchmark_run.run_benchmark(options, "command")
+    assert runs == ["warm-up", *ARMS]
+    for before, after in zip(without["variants"], with_one["variants"], strict=True):
+        for figure in ("variant", "num_steps", "peak_used_blocks", "mean_output_tokens"):
+            assert before[figure] == after[figure]
+
+
+def test_the_batch_takes_each_size_that_a_graph_is_captured_for(engine_dir, boundaries):
+    engine = load_engine(engine_dir)
+    runner, sizes = open_runner(engine, 300, "cpu"), set[int]()
+    step = runner.step
+
+    def record(inputs):
+        if inputs.batch.num_contexts == 0:
+            sizes.add(len(inputs.batch.chunk_lengths))
+        return step(inputs)
+
+    runner.step = record
+    items = warm_up_items([DatasetItem(i, [1 + i % 50] * 30, 100, None) for i in range(60)], in_flight=41)
+    load = Load(64, 512, engine.build.max_seq_len, "MAX_UTILIZATION", ())
+    run_variant(Variant("warm-up", make_config("off")), runner, boundaries, items, load, lambda *_: False)
+    assert sizes == {1, 2, 4, 8, 16, 32, 41}
+    assert {next(b for b in BUCKETS if b >= size) for size in sizes} == {b for b in BUCKETS if b <= 48}
+
+
+def test_a_warm_up_asks_no_more_of_an_engine_than_the_requests_do():
+    items = warm_up_items([DatasetItem(0, [1, 2], 3, None), DatasetItem(1, [1] * 9, 1, None)], in_flight=8)
+    assert [(len(item.input_ids), item.output_tokens) for item in items] == [(2, 3), (8, 2)]
