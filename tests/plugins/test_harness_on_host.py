@@ -28,7 +28,8 @@ def test_the_plugin_holds_every_check_of_the_harness_with_the_kernels_on_the_hos
     """Enqueue, captured graphs, five dtypes, both layouts, padding, rows out of the pool, the build phase."""
     run = HOST / "run.cpp"
     sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
-    library = build(tmp_path / "libplugin.so", "-shared", *sources, HOST / "block_distance.cpp", run)
+    kernels = [HOST / "block_distance.cpp", HOST / "page_signatures.cpp"]
+    library = build(tmp_path / "libplugin.so", "-shared", *sources, *kernels, run)
     harness = build(tmp_path / "harness", *sorted((PLUGINS / "harness").glob("*.cpp")), run, "-ldl")
     done = subprocess.run([harness, library, "--gpu", "require"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
