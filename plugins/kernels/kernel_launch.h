@@ -15,8 +15,8 @@ inline cudaError_t own_status(cudaError_t status)
     return status;
 }
 
-// Enqueues one kernel. The status is of this launch alone: an error of an earlier one, which cudaPeekAtLastError would go
-// on returning, is not ours.
+// Enqueues one kernel. The status is of this launch alone: an error of an earlier one, which cudaPeekAtLastError would
+// go on returning, is not ours.
 template <class... Expected, class... Given>
 cudaError_t launch_kernel(void (*kernel)(Expected...), dim3 grid, int threads, cudaStream_t stream, Given... given)
 {

@@ -8,8 +8,8 @@ namespace memshare {
 constexpr int kMaxHeadDim = 256;
 constexpr float kLeastNorm = 1e-12f; // as torch.nn.functional.normalize: zeros stay zero
 
-// Thread blocks per multiprocessor of the kernels that learn the shape at launch: leaves 64 registers to a thread. Left to
-// itself the compiler makes room for five, as shared memory would allow, and spills in fp16.
+// Thread blocks per multiprocessor of the kernels that learn the shape at launch: leaves 64 registers to a thread. Left
+// to itself the compiler makes room for five, as shared memory would allow, and spills in fp16.
 constexpr int kMinSignatureBlocksAnyShape = 4;
 
 MEMSHARE_HD float larger(float a, float b)
@@ -69,7 +69,7 @@ __device__ __forceinline__ void sign_tokens(long long const* fields, int const* 
     int const lane = threadIdx.x % 32;
     int const first = blockIdx.y * kSignatureTokens;
     int const block = block_ids[blockIdx.x];
-    int const position = positions[blockIdx.x];
+    int const position = chosen.field == 0 ? positions[blockIdx.x] : 0;
     bool const inside = block >= 0 && block < *num_blocks;
     int const num_vectors = shape.num_layers * shape.num_kv_heads;
     float totals[kSignatureTokens] = {};

@@ -1,5 +1,5 @@
-// Entry point for NVRTC, which compiles the kernel for one model: arguments as in page_signatures.cuh. Given on the command
-// line: MEMSHARE_ELEMENT, the five numbers of MEMSHARE_SHAPE, whose layers are the chosen ones, the three of
+// Entry point for NVRTC, which compiles the kernel for one model: arguments as in page_signatures.cuh. Given on the
+// command line: MEMSHARE_ELEMENT, the five numbers of MEMSHARE_SHAPE, whose layers are the chosen ones, the three of
 // MEMSHARE_STRIDES, and MEMSHARE_CHOSEN: field, width. Without the last three it is the plugin library's kernel, to see
 // what that needs.
 #include "page_signatures.cuh"

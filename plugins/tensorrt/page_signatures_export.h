@@ -9,9 +9,9 @@ extern "C" {
 #endif
 
 // What a signature is taken of, and where it lies. Strides are elements from one block, KV head and token of a layer's
-// field to the next; the elements of a vector lie side by side. Pools in one allocation, [num_blocks, num_layers, 2,
-// num_kv_heads, tokens_per_block, head_dim]: block_stride num_layers * 2 * num_kv_heads * tokens_per_block * head_dim of
-// the whole pool, head_stride tokens_per_block * head_dim, token_stride head_dim.
+// field to the next; the elements of a vector lie side by side. In a pool [num_blocks, pool_layers, 2, num_kv_heads,
+// tokens_per_block, head_dim]: block_stride pool_layers * 2 * num_kv_heads * tokens_per_block * head_dim, head_stride
+// tokens_per_block * head_dim, token_stride head_dim.
 struct MemShareSignatureShape {
     int dtype;            // 0 = fp32, 1 = fp16, 2 = bf16, 3 = fp8 e4m3, 4 = int8
     int num_layers;       // that a signature is taken of
@@ -31,10 +31,11 @@ struct MemShareSignatureShape {
 // fields       int64 [num_layers], address of each chosen layer's field in block 0
 // num_blocks   int32 [1], blocks of the pool
 // block_ids    int32 [num_pages]; a block out of the pool is not read
-// positions    int32 [num_pages], position at which a page's first token was written; not read for V
-// inv_freq     float32 [rotary_dim / 2], radians per token; not read for V
+// positions    int32 [num_pages], position at which a page's first token was written; null for V
+// inv_freq     float32 [rotary_dim / 2], radians per token; null for V
 // matrix       float32 [num_layers, num_kv_heads, head_dim, width], the projection
-// signatures   float32 [num_pages, tokens_per_block, width], written: of length 1 or zero; NaN for a block out of the pool
+// signatures   float32 [num_pages, tokens_per_block, width], written: of length 1, or zero; NaN for a block out of the
+//              pool
 // stream       a cudaStream_t; null = the default stream
 //
 // Returns a cudaError_t: 0 once the kernel is enqueued, or with no pages; 1 (cudaErrorInvalidValue) for a shape that no

@@ -146,8 +146,8 @@ def test_the_harness_refuses_what_is_no_plugin(built_library, tmp_path):
     other = tmp_path / "empty.so"
     subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o", other], check=True)
     done = subprocess.run([built_library.parent / HARNESS_NAME, other], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: the library exports no getCreators or setLoggerFinder "
-                                                 "(plugin_harness LIBRARY [--gpu auto|require|never])\n")  # fmt: skip
+    said = "error: the library must export getCreators, setLoggerFinder and memshare_page_signatures (plugin_harness "
+    assert (done.returncode, done.stderr) == (2, f"{said}LIBRARY [--gpu auto|require|never])\n")
 
 
 def test_kernel_sources_travel_with_the_package():
