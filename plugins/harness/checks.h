@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../tensorrt/page_signatures_export.h"
 #include "fakes.h"
 
 namespace harness {
@@ -29,6 +30,7 @@ inline void require(bool condition, std::string const& what)
 struct Library {
     nvinfer1::IPluginCreatorV3One* creator;
     LoggerFinder* finder;
+    decltype(&memshare_page_signatures) signPages;
 };
 
 // Owns a plugin's fields: names as the plugin expects them, int32 values.
@@ -75,5 +77,7 @@ std::vector<nvinfer1::PluginTensorDesc> tensors(
 
 std::vector<Check> hostChecks(Library const& library, bool hasGpu);
 std::vector<Check> gpuChecks(Library const& library);
+std::vector<Check> signatureHostChecks(Library const& library, bool hasGpu);
+std::vector<Check> signatureGpuChecks(Library const& library);
 
 } // namespace harness

@@ -1,12 +1,11 @@
 // Enqueues on a GPU, against the sums in float64.
-#include <cuda_runtime_api.h>
-
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <random>
 
-#include "checks.h"
+#include "device.h"
+#include "inputs.h"
 #include "reference.h"
 
 using namespace nvinfer1;
@@ -19,36 +18,6 @@ constexpr int kBlocks = 9;
 constexpr int kPairs = 6;
 constexpr double kTolerance = 1e-5; // of float32 sums against float64, relative to the newer side
 
-void cuda(cudaError_t status, char const* what)
-{
-    require(status == cudaSuccess, std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-template <class T> class DeviceArray {
-public:
-    explicit DeviceArray(std::vector<T> const& values)
-        : mCount(values.size())
-    {
-        cuda(cudaMalloc(&mData, std::max<std::size_t>(1, mCount) * sizeof(T)), "cudaMalloc");
-        cuda(cudaMemcpy(mData, values.data(), mCount * sizeof(T), cudaMemcpyHostToDevice), "copy to the device");
-    }
-    DeviceArray(DeviceArray const&) = delete;
-    ~DeviceArray() { cudaFree(mData); }
-
-    [[nodiscard]] void* data() const { return mData; }
-
-    [[nodiscard]] std::vector<T> read() const
-    {
-        std::vector<T> values(mCount);
-        cuda(cudaMemcpy(values.data(), mData, mCount * sizeof(T), cudaMemcpyDeviceToHost), "copy to the host");
-        return values;
-    }
-
-private:
-    void* mData{nullptr};
-    std::size_t mCount;
-};
-
 // A pool of random finite values and pairs of rows over it: shifted runs, an absent row, padding, a row out of the pool.
 struct Case {
     memshare::PoolShape shape;
@@ -56,25 +25,18 @@ struct Case {
     bool interleaved;
     std::vector<unsigned char> pool;
     std::vector<int> newRows, oldRows, delta;
-    std::vector<float> frequencies;
+    std::vector<float> invFreq;
 
     Case(std::vector<int32_t> const& f)
         : shape{f[0], f[1], f[2], f[3], f[4]}
         , dtype(static_cast<memshare::KvDtype>(f[5]))
         , interleaved(f[6] != 0)
+        , invFreq(frequencies(f[4], f[3]))
     {
         std::mt19937 random(17);
-        static constexpr std::array<std::size_t, 5> kBytes{4, 2, 2, 1, 1};
-        std::size_t const bytes = kBytes[static_cast<std::size_t>(f[5])];
-        std::size_t const count = static_cast<std::size_t>(kBlocks) * static_cast<std::size_t>(f[0]) * 2
-            * static_cast<std::size_t>(f[1]) * static_cast<std::size_t>(f[2]) * static_cast<std::size_t>(f[3]);
-        pool.resize(count * bytes);
-        for (std::size_t i = 0; i < pool.size(); ++i) {
-            // Top bytes with a middling exponent: no infinity, no NaN, values of like size.
-            bool const top = i % bytes == bytes - 1;
-            unsigned int const value = random();
-            pool[i] = static_cast<unsigned char>(!top || bytes == 1 ? value & 0xbfU : (value & 0x81U) | 0x3eU);
-        }
+        pool = randomElements(random, dtype,
+            static_cast<std::size_t>(kBlocks) * static_cast<std::size_t>(f[0]) * 2 * static_cast<std::size_t>(f[1])
+                * static_cast<std::size_t>(f[2]) * static_cast<std::size_t>(f[3]));
         int const size = shape.tokens_per_block;
         int const rows = kBlocks * size;
         for (int pair = 0; pair < kPairs; ++pair) {
@@ -91,15 +53,12 @@ struct Case {
         std::fill_n(oldRows.begin() + 2 * size, size, -1);
         newRows[static_cast<std::size_t>(3 * size + 4)] = rows;
         oldRows[static_cast<std::size_t>(4 * size)] = -5;
-        for (int i = 0; i < std::max(1, shape.rotary_dim / 2); ++i) {
-            frequencies.push_back(std::pow(1e6F, -2.0F * static_cast<float>(i) / static_cast<float>(shape.head_dim)));
-        }
     }
 
     [[nodiscard]] std::vector<double> expected() const
     {
         return block_distance(
-            {pool.data(), kBlocks, newRows, oldRows, delta, frequencies, shape, dtype, interleaved});
+            {pool.data(), kBlocks, newRows, oldRows, delta, invFreq, shape, dtype, interleaved});
     }
 };
 
@@ -108,7 +67,7 @@ struct DeviceCase {
     DeviceArray<unsigned char> pool, hidden;
     DeviceArray<long long> pointer;
     DeviceArray<int> numBlocks, newRows, oldRows, delta;
-    DeviceArray<float> frequencies, distances;
+    DeviceArray<float> invFreq, distances;
     std::vector<PluginTensorDesc> descriptions;
 
     explicit DeviceCase(Case const& c)
@@ -119,9 +78,9 @@ struct DeviceCase {
         , newRows(c.newRows)
         , oldRows(c.oldRows)
         , delta(c.delta)
-        , frequencies(c.frequencies)
+        , invFreq(c.invFreq)
         , distances(std::vector<float>(static_cast<std::size_t>(kPairs * c.shape.num_layers) * 4, -1.0F))
-        , descriptions(tensors(kPairs, c.shape.tokens_per_block, static_cast<int64_t>(c.frequencies.size()),
+        , descriptions(tensors(kPairs, c.shape.tokens_per_block, static_cast<int64_t>(c.invFreq.size()),
               c.shape.num_layers))
     {
     }
@@ -133,7 +92,7 @@ struct DeviceCase {
             descriptions[index].dims.d[0] = pairs;
         }
         std::array<void const*, kInputs> const inputs{hidden.data(), pointers ? pointers : pointer.data(),
-            numBlocks.data(), newRows.data(), oldRows.data(), delta.data(), frequencies.data()};
+            numBlocks.data(), newRows.data(), oldRows.data(), delta.data(), invFreq.data()};
         std::array<void*, 1> const outputs{distances.data()};
         auto const* output = descriptions.data() + kInputs;
         require(plugin.onShapeChange(descriptions.data(), kInputs, output, 1) == 0, "onShapeChange");
@@ -143,6 +102,7 @@ struct DeviceCase {
 
 void compare(std::vector<float> const& got, std::vector<double> const& expected)
 {
+    require(got.size() == expected.size(), "the reference has another size");
     for (std::size_t i = 0; i < got.size(); ++i) {
         if (std::isnan(expected[i])) {
             require(std::isnan(got[i]), "sum " + std::to_string(i) + " should be NaN");
@@ -163,35 +123,25 @@ void runPhase(Library const& library, std::vector<int32_t> const& values)
     auto attached = std::unique_ptr<IPluginV3>(runtime(*plugin)->attachToContext(&context));
     Case const c(values);
     DeviceCase device(c);
-    cudaStream_t stream = nullptr;
-    cuda(cudaStreamCreate(&stream), "stream");
+    Stream const stream;
     require(device.enqueue(*runtime(*attached), stream) == 0, "enqueue failed");
-    cuda(cudaStreamSynchronize(stream), "synchronise");
+    stream.synchronize();
     auto const first = device.distances.read();
     compare(first, c.expected());
 
     // Again, inside a captured graph: the same bits.
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    cuda(cudaMemset(device.distances.data(), 0xff, first.size() * sizeof(float)), "clear");
-    cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    require(device.enqueue(*runtime(*attached), stream) == 0, "enqueue failed under capture");
-    cuda(cudaStreamEndCapture(stream, &graph), "end of capture");
-    cuda(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
-    cuda(cudaGraphLaunch(executable, stream), "launch");
-    cuda(cudaStreamSynchronize(stream), "synchronise");
+    device.distances.clear();
+    stream.runAsGraph(
+        [&] { require(device.enqueue(*runtime(*attached), stream) == 0, "enqueue failed under capture"); });
     auto const second = device.distances.read();
     require(std::memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0, "other bits in a graph");
     // No pairs: a success that writes nothing.
-    cuda(cudaMemset(device.distances.data(), 0xff, first.size() * sizeof(float)), "clear");
+    device.distances.clear();
     require(device.enqueue(*runtime(*attached), stream, nullptr, 0) == 0, "enqueue of no pairs failed");
-    cuda(cudaStreamSynchronize(stream), "synchronise");
+    stream.synchronize();
     for (float value : device.distances.read()) {
         require(std::isnan(value), "a search of no pairs wrote something");
     }
-    cuda(cudaGraphExecDestroy(executable), "destroy");
-    cuda(cudaGraphDestroy(graph), "destroy");
-    cuda(cudaStreamDestroy(stream), "destroy");
     require(context.recorder.getNbErrors() == 0, "errors were recorded");
 }
 

@@ -39,8 +39,10 @@ int main(int argc, char** argv)
     }
     auto const getCreators = reinterpret_cast<GetCreators>(dlsym(handle, "getCreators"));
     auto const setLoggerFinder = reinterpret_cast<SetLoggerFinder>(dlsym(handle, "setLoggerFinder"));
-    if (getCreators == nullptr || setLoggerFinder == nullptr) {
-        return usage("the library exports no getCreators or setLoggerFinder");
+    auto const signPages
+        = reinterpret_cast<decltype(&memshare_page_signatures)>(dlsym(handle, "memshare_page_signatures"));
+    if (getCreators == nullptr || setLoggerFinder == nullptr || signPages == nullptr) {
+        return usage("the library must export getCreators, setLoggerFinder and memshare_page_signatures");
     }
     harness::LoggerFinder finder;
     setLoggerFinder(&finder);
@@ -49,17 +51,22 @@ int main(int argc, char** argv)
     if (count != 1) {
         return usage("the library must export one creator");
     }
-    harness::Library const library{static_cast<nvinfer1::IPluginCreatorV3One*>(creators[0]), &finder};
+    harness::Library const library{static_cast<nvinfer1::IPluginCreatorV3One*>(creators[0]), &finder, signPages};
 
     int devices = 0;
     bool const hasGpu = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
     if (mode == "require" && !hasGpu) {
         return usage("--gpu require needs a CUDA device");
     }
-    auto checks = harness::hostChecks(library, hasGpu);
-    if (hasGpu && mode != "never") {
-        auto const more = harness::gpuChecks(library);
+    std::vector<harness::Check> checks;
+    auto const take = [&checks](std::vector<harness::Check> const& more) {
         checks.insert(checks.end(), more.begin(), more.end());
+    };
+    take(harness::hostChecks(library, hasGpu));
+    take(harness::signatureHostChecks(library, hasGpu));
+    if (hasGpu && mode != "never") {
+        take(harness::gpuChecks(library));
+        take(harness::signatureGpuChecks(library));
     } else {
         std::printf("not run: the checks on a GPU (%s)\n", hasGpu ? "--gpu never" : "no CUDA device");
     }

@@ -2,7 +2,8 @@
 
 #include <cmath>
 #include <limits>
-#include <stdexcept>
+
+#include "element_dispatch.h"
 
 namespace harness {
 namespace {
@@ -23,19 +24,6 @@ std::vector<double> read(SearchArguments const& a, int row, int layer, int field
         values.push_back(static_cast<double>(Element::decode(first[i])));
     }
     return values;
-}
-
-void rotate(SearchArguments const& a, int delta, std::vector<double>& k)
-{
-    auto const half = static_cast<std::size_t>(a.shape.rotary_dim / 2);
-    for (std::size_t i = 0; i < half; ++i) {
-        double& x = k[a.interleaved ? 2 * i : i];
-        double& y = k[a.interleaved ? 2 * i + 1 : half + i];
-        double const angle = static_cast<double>(delta) * static_cast<double>(a.inv_freq[i]);
-        double const turned = x * std::cos(angle) - y * std::sin(angle);
-        y = y * std::cos(angle) + x * std::sin(angle);
-        x = turned;
-    }
 }
 
 void add(std::vector<double> const& newer, std::vector<double> const& older, double* sums)
@@ -64,7 +52,7 @@ template <class Element> std::vector<double> all_sums(SearchArguments const& a)
             }
             for (int head = 0; rows == memshare::RowPair::kPresent && head < shape.num_kv_heads; ++head) {
                 auto older = read<Element>(a, a.old_rows[place], layer, 0, head);
-                rotate(a, a.position_delta[place], older);
+                rotate(older, shape.rotary_dim, a.interleaved, a.inv_freq, a.position_delta[place]);
                 add(read<Element>(a, a.new_rows[place], layer, 0, head), older, sums);
                 add(read<Element>(a, a.new_rows[place], layer, 1, head),
                     read<Element>(a, a.old_rows[place], layer, 1, head), sums + 2);
@@ -76,16 +64,23 @@ template <class Element> std::vector<double> all_sums(SearchArguments const& a)
 
 } // namespace
 
+void rotate(std::vector<double>& k, int rotary_dim, bool interleaved, std::vector<float> const& inv_freq, int tokens)
+{
+    auto const half = static_cast<std::size_t>(rotary_dim / 2);
+    for (std::size_t i = 0; i < half; ++i) {
+        double& x = k[interleaved ? 2 * i : i];
+        double& y = k[interleaved ? 2 * i + 1 : half + i];
+        double const angle = static_cast<double>(tokens) * static_cast<double>(inv_freq[i]);
+        double const turned = x * std::cos(angle) - y * std::sin(angle);
+        y = y * std::cos(angle) + x * std::sin(angle);
+        x = turned;
+    }
+}
+
 std::vector<double> block_distance(SearchArguments const& arguments)
 {
-    switch (arguments.dtype) {
-    case memshare::KvDtype::kFp32: return all_sums<memshare::Fp32>(arguments);
-    case memshare::KvDtype::kFp16: return all_sums<memshare::Fp16>(arguments);
-    case memshare::KvDtype::kBf16: return all_sums<memshare::Bf16>(arguments);
-    case memshare::KvDtype::kFp8E4M3: return all_sums<memshare::Fp8E4M3>(arguments);
-    case memshare::KvDtype::kInt8: return all_sums<memshare::Int8>(arguments);
-    }
-    throw std::invalid_argument("unknown dtype");
+    return memshare::with_element(arguments.dtype, std::vector<double>{},
+        [&](auto element) { return all_sums<decltype(element)>(arguments); });
 }
 
 } // namespace harness

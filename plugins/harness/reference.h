@@ -21,8 +21,10 @@ struct SearchArguments {
     bool interleaved;
 };
 
-// float64 [pairs, num_layers, 4], see trtllm_memshare/search/block_distance.py. Throws std::invalid_argument for an
-// unknown dtype.
+// Turns K of one head, [head_dim], on by `tokens` positions.
+void rotate(std::vector<double>& k, int rotary_dim, bool interleaved, std::vector<float> const& inv_freq, int tokens);
+
+// float64 [pairs, num_layers, 4], see trtllm_memshare/search/block_distance.py; empty for an unknown dtype.
 std::vector<double> block_distance(SearchArguments const& arguments);
 
 } // namespace harness

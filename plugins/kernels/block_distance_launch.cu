@@ -1,6 +1,8 @@
 #include "block_distance_launch.h"
 
 #include "block_distance.cuh"
+#include "element_dispatch.h"
+#include "kernel_launch.h"
 
 namespace memshare {
 namespace {
@@ -38,24 +40,14 @@ template <class Element, int kCount, bool kInterleaved> cudaError_t launch(Argum
     auto const kernel = block_distance<Element, kCount, kInterleaved>;
     int const threads = num_threads(a.shape, kCount);
     int slots = 1;
-    cudaError_t status = count_slots(reinterpret_cast<void const*>(kernel), threads, slots);
+    cudaError_t const status = own_status(count_slots(reinterpret_cast<void const*>(kernel), threads, slots));
     if (status != cudaSuccess) {
-        static_cast<void>(cudaGetLastError());
         return status;
     }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned int>(a.num_pairs),
+    dim3 const grid(static_cast<unsigned int>(a.num_pairs),
         static_cast<unsigned int>(num_layer_groups(a.num_pairs, a.shape.num_layers, slots)));
-    config.blockDim = dim3(static_cast<unsigned int>(threads));
-    config.stream = a.stream;
-    // The status of this launch alone. An error of an earlier one, which cudaPeekAtLastError would go on returning, is
-    // not ours; and ours is taken back from the runtime, so that whoever asks next is not told of it.
-    status = cudaLaunchKernelEx(&config, kernel, a.pool_pointers, a.num_blocks, a.new_rows, a.old_rows,
+    return launch_kernel(kernel, grid, threads, a.stream, a.pool_pointers, a.num_blocks, a.new_rows, a.old_rows,
         a.position_delta, a.inv_freq, a.distances, a.shape);
-    if (status != cudaSuccess) {
-        static_cast<void>(cudaGetLastError());
-    }
-    return status;
 }
 
 template <class Element> cudaError_t launch_layout(Arguments const& a, bool interleaved)
@@ -81,14 +73,8 @@ cudaError_t block_distance_launch(long long const* pool_pointers, int const* num
     }
     Arguments const arguments{pool_pointers, num_blocks, new_rows, old_rows, position_delta, inv_freq,
         reinterpret_cast<float4*>(distances), num_pairs, shape, stream};
-    switch (dtype) {
-    case KvDtype::kFp32: return launch_layout<Fp32>(arguments, interleaved);
-    case KvDtype::kFp16: return launch_layout<Fp16>(arguments, interleaved);
-    case KvDtype::kBf16: return launch_layout<Bf16>(arguments, interleaved);
-    case KvDtype::kFp8E4M3: return launch_layout<Fp8E4M3>(arguments, interleaved);
-    case KvDtype::kInt8: return launch_layout<Int8>(arguments, interleaved);
-    }
-    return cudaErrorInvalidValue;
+    return with_element(dtype, cudaErrorInvalidValue,
+        [&](auto element) { return launch_layout<decltype(element)>(arguments, interleaved); });
 }
 
 } // namespace memshare

@@ -1,16 +1,16 @@
 // Signatures of the tokens of some pages. The specification is trtllm_memshare/search/signatures.py.
 #pragma once
 
-#include "block_distance.h"
+#include "page_signature_shape.h"
 
 namespace memshare {
 
-constexpr int kSignatureTokens = 8; // of a page, by one thread block
-constexpr int kSignatureParts = 4;  // vectors of a token that a thread block takes side by side
-constexpr int kMaxWidth = 64;       // numbers of a signature
-constexpr int kSignatureThreads = kSignatureParts * kMaxWidth;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLeastNorm = 1e-12f; // as torch.nn.functional.normalize: zeros stay zero
+
+// Thread blocks per multiprocessor of the kernels that learn the shape at launch: leaves 64 registers to a thread. Left
+// to itself the compiler makes room for five, as shared memory would allow, and spills in fp16.
+constexpr int kMinSignatureBlocksAnyShape = 4;
 
 MEMSHARE_HD float larger(float a, float b)
 {
@@ -25,20 +25,6 @@ MEMSHARE_UNROLL
     }
     return value;
 }
-
-// Elements from one block, KV head and token of a layer's field to the next; those of a vector lie side by side.
-//
-//   our pool         block num_layers * 2 * num_kv_heads * tokens_per_block * head_dim, head tokens_per_block * head_dim
-//   vLLM's cache     [blocks, heads, tokens, K then V] in any order: token 2 * head_dim, or num_kv_heads times that
-struct FieldStrides {
-    long long block, head, token;
-};
-
-// What a signature is taken of.
-struct SignatureShape {
-    int field; // 0 = K, un-rotated; 1 = V
-    int width;
-};
 
 // One token's vector of one layer and head, by one warp: un-rotated if it is K, brought to length 1, written to
 // unit[d][token]. A vector that is not there is all zeros.
@@ -83,7 +69,7 @@ __device__ __forceinline__ void sign_tokens(long long const* fields, int const* 
     int const lane = threadIdx.x % 32;
     int const first = blockIdx.y * kSignatureTokens;
     int const block = block_ids[blockIdx.x];
-    int const position = positions[blockIdx.x];
+    int const position = chosen.field == 0 ? positions[blockIdx.x] : 0;
     bool const inside = block >= 0 && block < *num_blocks;
     int const num_vectors = shape.num_layers * shape.num_kv_heads;
     float totals[kSignatureTokens] = {};
@@ -137,6 +123,22 @@ MEMSHARE_UNROLL
             signatures[row * chosen.width + lane + 32 * i] = scale * values[i];
         }
     }
+}
+
+// Grid: pages by num_token_groups(shape) blocks of kSignatureThreads threads.
+//
+// fields: int64 [chosen layers], address of the field in block 0 of each; num_blocks: int32 [1]. block_ids, positions:
+// int32 [pages], position at which a page's first token was written; it is not read for V. inv_freq: float32
+// [rotary_dim / 2]; it is not read for V. matrix: float32 [chosen layers, num_kv_heads, head_dim, width]. signatures:
+// float32 [pages, tokens_per_block, width]; NaN for a block out of the pool. shape: its layers are the chosen ones.
+template <class Element>
+__global__ void __launch_bounds__(kSignatureThreads, kMinSignatureBlocksAnyShape) page_signatures(
+    long long const* __restrict__ fields, int const* __restrict__ num_blocks, int const* __restrict__ block_ids,
+    int const* __restrict__ positions, float const* __restrict__ inv_freq, float const* __restrict__ matrix,
+    float* __restrict__ signatures, PoolShape shape, FieldStrides strides, SignatureShape chosen)
+{
+    sign_tokens<Element>(
+        fields, num_blocks, block_ids, positions, inv_freq, matrix, signatures, shape, strides, chosen);
 }
 
 } // namespace memshare

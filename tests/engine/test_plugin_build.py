@@ -131,10 +131,10 @@ def test_the_harness_walks_the_plugins_life(built_library):
 
 
 @pytest.mark.tensorrt
-def test_the_library_exports_two_names_and_links_nothing_of_tensorrt(built_library):
+def test_the_library_exports_three_names_and_links_nothing_of_tensorrt(built_library):
     symbols = subprocess.run(["nm", "-D", "--defined-only", built_library], capture_output=True, text=True, check=True)
     exported = {line.split()[-1] for line in symbols.stdout.splitlines() if " A " not in line}
-    assert exported == {"getCreators", "setLoggerFinder"}
+    assert exported == {"getCreators", "setLoggerFinder", "memshare_page_signatures"}
     needed = subprocess.run(["readelf", "-d", built_library], capture_output=True, text=True, check=True).stdout
     libraries = [line.partition("[")[2].rstrip("]") for line in needed.splitlines() if "NEEDED" in line]
     assert libraries
@@ -146,8 +146,8 @@ def test_the_harness_refuses_what_is_no_plugin(built_library, tmp_path):
     other = tmp_path / "empty.so"
     subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o", other], check=True)
     done = subprocess.run([built_library.parent / HARNESS_NAME, other], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: the library exports no getCreators or setLoggerFinder "
-                                                 "(plugin_harness LIBRARY [--gpu auto|require|never])\n")  # fmt: skip
+    said = "error: the library must export getCreators, setLoggerFinder and memshare_page_signatures (plugin_harness "
+    assert (done.returncode, done.stderr) == (2, f"{said}LIBRARY [--gpu auto|require|never])\n")
 
 
 def test_kernel_sources_travel_with_the_package():

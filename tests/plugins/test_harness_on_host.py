@@ -25,11 +25,12 @@ def build(output: Path, *arguments: str | Path) -> Path:
 @pytest.mark.tensorrt
 @pytest.mark.skipif(not os.environ.get("TENSORRT_ROOT"), reason="TENSORRT_ROOT is not set: no TensorRT headers")
 def test_the_plugin_holds_every_check_of_the_harness_with_the_kernels_on_the_host(tmp_path):
-    """Enqueue, captured graphs, five dtypes, both layouts, padding, rows out of the pool, the build phase."""
+    """Enqueue, graphs, five dtypes, both layouts, padding, rows out of the pool, the build phase; signatures."""
     run = HOST / "run.cpp"
     sources = sorted((PLUGINS / "tensorrt").glob("*.cpp"))
-    library = build(tmp_path / "libplugin.so", "-shared", *sources, HOST / "block_distance.cpp", run)
+    kernels = [HOST / "block_distance.cpp", HOST / "page_signatures.cpp"]
+    library = build(tmp_path / "libplugin.so", "-shared", *sources, *kernels, run)
     harness = build(tmp_path / "harness", *sorted((PLUGINS / "harness").glob("*.cpp")), run, "-ldl")
     done = subprocess.run([harness, library, "--gpu", "require"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "58 of 58 checks held" in done.stdout
+    assert "89 of 89 checks held" in done.stdout

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
-from plugins.kernels_on_host import SignaturesOnHost
+from plugins.kernels_on_host import SignatureShape, SignaturesOfLibrary, SignaturesOnHost
 from tolerances import SIGNATURE_ERROR
 
 from trtllm_memshare.errors import UserError
@@ -39,7 +41,10 @@ def frequencies(rotary: int) -> torch.Tensor:
         ("int8", K, 5, 16, 32, 32, 64),
     ],
 )
-def test_signatures_against_the_specification(tmp_path, name, field, heads, size, dim, rotary, width):
+def test_signatures_against_the_specification(
+    signature_library, tmp_path, name, field, heads, size, dim, rotary, width
+):
+    """By the kernel that NVRTC compiles for one shape, and by the library's for any: the same bits."""
     pool, projection = (
         make_pool(getattr(torch, name), heads, size, dim),
         make_projection(LAYERS, heads, dim, width, field),
@@ -55,6 +60,8 @@ def test_signatures_against_the_specification(tmp_path, name, field, heads, size
     assert (got[0, 2] == 0).all()
     signer.library.memshare_run_backwards(1)
     assert torch.equal(signer.page_signatures(blocks, positions), got)
+    for_any = SignaturesOfLibrary(fields, frequencies(rotary), projection, signature_library)
+    assert torch.equal(for_any.page_signatures(blocks, positions), got)
 
 
 @pytest.mark.parametrize("order", ["LHBNC", "BLNHC"])
@@ -127,12 +134,31 @@ def test_the_signer_says_why_it_is_the_reference(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [warning]
 
 
-def test_a_block_out_of_the_pool_is_not_read(tmp_path):
+def test_a_block_out_of_the_pool_is_not_read(signature_library, tmp_path):
     pool, projection = make_pool(torch.float32, 1, 8, 32), make_projection(LAYERS, 1, 32, 4)
-    signer = SignaturesOnHost(fields_of_pool(pool, projection), frequencies(32), projection, tmp_path)
-    got = signer.page_signatures(torch.tensor([BLOCKS, 1, -1]), torch.zeros(3))
-    assert torch.isnan(got[[0, 2]]).all()
-    assert torch.isfinite(got[1]).all()
+    taken = fields_of_pool(pool, projection), frequencies(32), projection
+    for signer in (SignaturesOnHost(*taken, tmp_path), SignaturesOfLibrary(*taken, signature_library)):
+        got = signer.page_signatures(torch.tensor([BLOCKS, 1, -1]), torch.zeros(3))
+        assert torch.isnan(got[[0, 2]]).all()
+        assert torch.isfinite(got[1]).all()
+
+
+def test_the_library_refuses_what_no_kernel_takes_and_blames_nobody_else(signature_library):
+    """Before any address is read: they are null. No pages are a success, of a shape that there is."""
+    good = {"dtype": 2, "num_layers": 3, "num_kv_heads": 2, "tokens_per_block": 16, "head_dim": 64, "width": 64}
+
+    def sign(count=1, **other):
+        shape = SignatureShape(**{**good, **other})
+        return signature_library.memshare_page_signatures(*[None] * 7, count, ctypes.byref(shape), None)
+
+    for other in (
+        {"dtype": 5}, {"dtype": -1}, {"num_layers": 0}, {"num_kv_heads": 0}, {"tokens_per_block": 4},
+        {"tokens_per_block": 129}, {"head_dim": 33}, {"head_dim": 258}, {"rotary_dim": 66}, {"rotary_dim": 7},
+        {"field": 2}, {"field": -1}, {"width": 0}, {"width": 68}, {"width": 6}, {"count": -1},
+    ):  # fmt: skip
+        assert sign(**{"count": 0, **other}) == 1, other
+    assert signature_library.memshare_page_signatures(*[None] * 7, 1, None, None) == 1
+    assert sign(count=0) == 0
 
 
 def test_every_element_type_has_a_variant_and_what_no_kernel_takes_is_refused():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tolerances import SIGNATURE_ERROR
 
-from trtllm_memshare.search.cuda_signatures import CudaSignatures, SignatureVariant, compile_signatures
-from trtllm_memshare.search.kernel_compiler import parse_resources
-from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
+from trtllm_memshare.search.cuda_signatures import SOURCE, CudaSignatures, SignatureVariant, compile_signatures
+from trtllm_memshare.search.kernel_compiler import compile_source, parse_resources
+from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, kernel_source
 from trtllm_memshare.search.signatures import K, V, fields_of_pool, make_projection, page_signatures
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 9, 6, 2, 16, 64
@@ -35,6 +35,17 @@ def test_the_kernel_compiles_without_a_gpu_and_does_not_spill(arch, name, field)
     assert resources.spill_bytes == resources.stack_bytes == 0
     assert resources.registers <= 128
     assert resources.shared_bytes <= 48 << 10
+
+
+@pytest.mark.parametrize("name", ELEMENT_TYPES)
+def test_the_form_of_the_plugin_library_does_not_spill(name):
+    """Shape, strides and width are learned at launch."""
+    pytest.importorskip("cuda.core", reason="cuda.core is not installed (extra cuda)")
+    logs, element = io.StringIO(), ("MEMSHARE_ELEMENT", ELEMENT_TYPES[name].cuda_name)
+    compile_source(kernel_source(SOURCE), "page_signatures", [element], "sm_90", logs=logs)
+    resources = parse_resources(logs.getvalue())
+    assert resources.spill_bytes == resources.stack_bytes == 0
+    assert resources.registers <= 128
 
 
 def test_a_pool_on_the_cpu_and_tensors_that_do_not_fit_are_refused():

@@ -1,16 +1,4 @@
-// The kernel as NVRTC is given it for one model, for callers without C++.
+// The launcher and its kernels as they are; the plugin library's entry is their door for callers without C++.
 #include "cuda_runtime_api.h"
 
-#include "page_signatures_nvrtc.cu"
-
-extern "C" int memshare_page_signatures(long long const* fields, int num_blocks, int const* block_ids,
-    int const* positions, float const* inv_freq, float const* matrix, float* signatures, int num_pages)
-{
-    constexpr memshare::PoolShape shape{MEMSHARE_SHAPE};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned int>(num_pages),
-        (shape.tokens_per_block + memshare::kSignatureTokens - 1) / memshare::kSignatureTokens);
-    config.blockDim = dim3(memshare::kSignatureThreads);
-    return cudaLaunchKernelEx(
-        &config, page_signatures, fields, &num_blocks, block_ids, positions, inv_freq, matrix, signatures);
-}
+#include "page_signatures_launch.cu"
