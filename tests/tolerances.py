@@ -15,3 +15,6 @@ before they meet V (fp16: 2^-11, bf16: 2^-8), fp8 pools compute in bf16."""
 
 SIGNATURE_ERROR = {"rtol": 1e-4, "atol": 2e-6}
 """Float32 sums of a few thousand products in two orders, brought to length 1."""
+
+SIGNATURE_FLOAT64_ERROR = 2e-6
+"""One number of a signature, whose length is 1, against float64; angles of 32,000 radians are part of it."""

@@ -1,4 +1,4 @@
-"""The signature kernel, run on the host, against its specification in PyTorch."""
+"""The signature kernel, run on the host, against float64 and against its specification in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from plugins.kernels_on_host import SignatureShape, SignaturesOfLibrary, SignaturesOnHost
-from tolerances import SIGNATURE_ERROR
+from search.float64_reference import page_signatures_float64
+from tolerances import SIGNATURE_ERROR, SIGNATURE_FLOAT64_ERROR
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search import page_signer
@@ -29,6 +30,30 @@ def make_pool(dtype, heads, size, dim):
 
 def frequencies(rotary: int) -> torch.Tensor:
     return (1.0 / 1e6 ** (torch.arange(0, rotary, 2, dtype=torch.float64) / max(1, rotary))).float()
+
+
+@pytest.mark.parametrize("name", ELEMENT_TYPES)
+@pytest.mark.parametrize(
+    ("field", "heads", "size", "dim", "rotary", "width"),
+    [
+        (K, 2, 16, 64, 64, 64),
+        (K, 5, 12, 72, 36, 20),  # turned in part; vectors that four does not divide; a last group of four tokens
+        (K, 1, 9, 256, 0, 4),  # as stored
+        (V, 3, 32, 128, 0, 64),
+    ],
+)
+def test_error_against_float64(signature_library, tmp_path, name, field, heads, size, dim, rotary, width):
+    """Of both forms of the kernel and of the specification, at positions up to 32,000."""
+    pool, projection = make_pool(getattr(torch, name), heads, size, dim), make_projection(3, heads, dim, width, field)
+    pool[4, :, field, 0, 1] = 0  # a vector of zeros
+    blocks, positions = torch.tensor([4, 0, 2]), torch.tensor([32000, 8, 1024])
+    taken = fields_of_pool(pool, projection), frequencies(rotary), projection
+    exact = page_signatures_float64(taken[0], blocks, taken[1], positions, projection.matrix)
+    assert (exact[0, 1] == 0).all() == (heads == 1)  # of all zeros nothing is made
+    for signer in (SignaturesOnHost(*taken, tmp_path), SignaturesOfLibrary(*taken, signature_library)):
+        assert np.abs(signer.page_signatures(blocks, positions).numpy() - exact).max() < SIGNATURE_FLOAT64_ERROR
+    reference = page_signatures(taken[0], blocks, taken[1], positions, projection)
+    assert np.abs(reference.numpy() - exact).max() < SIGNATURE_FLOAT64_ERROR
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The block distance in float64 with numpy, one pair at a time: what errors of kernel and reference are measured by."""
+"""Block distance and signatures in float64 with numpy: errors of kernels and references are measured by them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,35 @@ def block_distance_float64(pool, new_rows, old_rows, position_delta, inv_freq, i
         parts = (newer[:, :, 0] - turned, newer[:, :, 0], newer[:, :, 1] - older[:, :, 1], newer[:, :, 1])
         out[pair] = np.stack([np.square(p).sum((0, 2, 3)) for p in parts], -1)
     return out
+
+
+def page_signatures_float64(fields, block_ids, inv_freq, positions, matrix) -> np.ndarray:
+    """float64 ``[blocks, tokens_per_block, width]``, one token at a time; blocks must lie in the pool.
+
+    Args:
+      fields: as ``page_signatures`` takes them.
+      inv_freq: float32 ``[rotary_dim / 2]``; empty where nothing is rotated, and for V.
+      matrix: float32 ``[chosen layers, num_kv_heads, head_dim, width]``.
+    """
+    data = [field.to(torch.float64).numpy() for field in fields]
+    weights, frequencies = matrix.double().numpy(), inv_freq.double().numpy()
+    size, width = data[0].shape[2], weights.shape[-1]
+    out = np.zeros((len(block_ids), size, width))
+    for place, (block, first) in enumerate(zip(block_ids.tolist(), positions.tolist(), strict=True)):
+        for token in range(size):
+            total = np.zeros(width)
+            for layer, field in enumerate(data):
+                stored = field[block, :, token][None, None]  # [1, 1, heads, head_dim]
+                rows = _turn(stored, np.array([-(first + token)]), frequencies, False)[0, 0]
+                for row, of_head in zip(rows, weights[layer], strict=True):
+                    total += _unit(row) @ of_head
+            out[place, token] = _unit(total)
+    return out
+
+
+def _unit(vector):
+    length = np.sqrt(np.square(vector).sum())
+    return vector / length if length > 0 else vector
 
 
 def _turn(k, delta, inv_freq, interleaved):
