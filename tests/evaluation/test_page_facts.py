@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.evaluation.page_arms import ARMS, FORESEEN, ranking_of
 from trtllm_memshare.evaluation.retirement import Moment
-from trtllm_memshare.search.signatures import SignatureIndex, fields_of_pool, make_projection, page_signatures
+from trtllm_memshare.search.signature_index import SignatureIndex
+from trtllm_memshare.search.signatures import fields_of_pool, make_projection, page_signatures
 
 SIZE, PAGES = 8, 12
 IDS = (np.random.default_rng(3).integers(4, 60, 50).tolist() * 2)[: SIZE * PAGES + 3]
@@ -71,11 +72,10 @@ def test_signatures_are_those_of_serving(full):
     fields = fields_of_pool(pool, projection)
     signatures = page_signatures(fields, blocks, torch.zeros(0), blocks * SIZE, projection)
     index = SignatureIndex(SIZE)
-    for page in range(2, 10):
-        index.extend([page], signatures[page].numpy()[None])
-    index.forget(np.array([4, 7]))
+    index.extend([(0, np.arange(2, 10))], signatures[2:10])
+    index.forget(0, np.array([4, 7]))
     found = full.facts.at(moment(), np.zeros(PAGES, np.float32), "signature").redundancy
-    np.testing.assert_allclose(found, index.redundancy()[moment().may_go], atol=0.02)
+    np.testing.assert_allclose(found, index.redundancy(0)[moment().may_go], atol=0.02)
 
 
 def test_merged_pages(full):

@@ -1,4 +1,4 @@
-"""Signatures of tokens, and the index that keeps the redundancy of pages: against definitions written out."""
+"""Signatures of tokens against their definition written out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from trtllm_memshare.search import signatures
 from trtllm_memshare.search.block_distance import rotate
-from trtllm_memshare.search.signatures import K, SignatureIndex, V, fields_of_pool, make_projection, page_signatures
+from trtllm_memshare.search.signatures import K, V, fields_of_pool, make_projection, page_signatures
 
 LAYERS, HEADS, SIZE, DIM = 6, 2, 8, 16
 INV_FREQ = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
@@ -99,76 +98,3 @@ def test_no_blocks_and_empty_rows_and_what_does_not_fit():
             sign(pool, torch.tensor([block]), INV_FREQ, torch.tensor([0]), projection)
     with pytest.raises(ValueError, match="the projection is for layers"):
         sign(pool, none, INV_FREQ, none, make_projection(30, HEADS, DIM))
-
-
-def cosines_by_definition(pages: dict[int, np.ndarray]) -> dict[int, float]:
-    """Redundancy of each page, from scratch."""
-    result = {}
-    for page, rows in pages.items():
-        later = [pages[p] for p in pages if p > page]
-        result[page] = float((rows @ np.concatenate(later).T).max(1).mean()) if later else -1.0
-    return result
-
-
-def unit_rows(rng, width: int) -> np.ndarray:
-    rows = rng.standard_normal((SIZE, width)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_index_follows_growth_and_losses_in_any_order(seed, monkeypatch):
-    """First page at 3, as after a prompt; more pages than the first arrays hold; a page goes now and then."""
-    if seed % 2:  # pages that come together are looked at in parts
-        monkeypatch.setattr(signatures, "_MOST_PRODUCTS", 12 * SIZE**2)
-    rng, index, resident, page = np.random.default_rng(seed), SignatureIndex(SIZE, 5), {}, 3
-    for _ in range(180):
-        if resident and rng.random() < 0.35:
-            gone = rng.choice(list(resident), size=min(len(resident), int(rng.integers(1, 4))), replace=False)
-            index.forget(np.append(gone, [0, page + 5]))  # and some that it does not know
-            resident = {p: rows for p, rows in resident.items() if p not in gone}
-        else:
-            again = list(range(3, page))[-2:]  # as after a pause: their signatures count no more
-            new = {page + i: unit_rows(rng, 5) for i in range(int(rng.integers(1, 5)))}
-            for page, rows in new.items():
-                if resident and rng.random() < 0.3:
-                    rows[: SIZE // 2] = resident[int(rng.choice(list(resident)))][: SIZE // 2]
-                resident[page] = rows
-            index.extend([*again, *new], np.stack([*(unit_rows(rng, 5) for _ in again), *new.values()]))
-            page += 1
-        expected = np.full(page, np.nan, np.float32)
-        for p, value in cosines_by_definition(resident).items():
-            expected[p] = value
-        np.testing.assert_allclose(index.redundancy(), expected if index.num_pages else expected[:0], atol=1e-5)
-
-
-def test_an_index_that_outgrows_its_first_arrays():
-    rng, index, resident = np.random.default_rng(0), SignatureIndex(SIZE, 4), {}
-    for page in range(150):
-        resident[page] = unit_rows(rng, 4)
-        index.extend([page], resident[page][None])
-    expected = cosines_by_definition(resident)
-    np.testing.assert_allclose(index.redundancy(), [expected[p] for p in range(150)], atol=1e-5)
-
-
-def test_products_worked_out_at_once_have_a_limit(monkeypatch):
-    """Many pages that come together: no part multiplies more than fits, and parts are no single pages."""
-    monkeypatch.setattr(signatures, "_MOST_PRODUCTS", 100 * SIZE**2)
-    index, parts, take = SignatureIndex(SIZE, 4), [], SignatureIndex._take
-
-    def watched(self, pages, rows):
-        parts.append((len(pages), len(pages) * (len(self._pages) + len(pages))))
-        take(self, pages, rows)
-
-    monkeypatch.setattr(SignatureIndex, "_take", watched)
-    index.extend(range(90), np.stack([unit_rows(np.random.default_rng(p), 4) for p in range(90)]))
-    assert sum(count for count, _ in parts) == 90
-    assert max(products for _, products in parts) <= 100
-    assert parts[0][0] == 10
-
-
-def test_an_empty_index_and_signatures_of_another_shape():
-    index = SignatureIndex(SIZE, 4)
-    assert index.redundancy().shape == (0,)
-    index.forget(np.array([1]))
-    with pytest.raises(ValueError, match=r"1 pages need signatures \[1, 8, 4\], got \[1, 8, 5\]"):
-        index.extend([2], np.zeros((1, 8, 5), np.float32))

@@ -10,9 +10,9 @@ import torch
 
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.search import signature_index
 from trtllm_memshare.search.config import MemShareConfig, make_config
 from trtllm_memshare.search.need import find_need
-from trtllm_memshare.serving import redundancy_source
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import ValueRedundancy
 from trtllm_memshare.serving.sampling import token_log_probs
@@ -48,7 +48,7 @@ def test_redundancy_is_of_pages_that_are_still_there():
     source.retired(7, np.array([4], np.int32))
     assert source.measure(7, np.array([1]), 1)[0] < 0.95
     source.forget(7)
-    assert not source._indexes
+    assert not source._index.num_pages(7)
 
 
 def test_pages_of_several_requests_are_signed_together_and_in_parts(monkeypatch):
@@ -59,9 +59,9 @@ def test_pages_of_several_requests_are_signed_together_and_in_parts(monkeypatch)
     manager = Manager([], 0)
     manager.generated_pages = lambda request_id: (0, len(tables[request_id]), np.array(tables[request_id], np.int32))
     source, signed = ValueRedundancy(manager, pool), []
-    sign = source._signatures
-    monkeypatch.setattr(redundancy_source, "_PAGES_AT_ONCE", 3)
-    monkeypatch.setattr(source, "_signatures", lambda blocks: signed.append(blocks.tolist()) or sign(blocks))
+    sign = source._sign
+    monkeypatch.setattr(signature_index, "PAGES_AT_ONCE", 3)
+    monkeypatch.setattr(source, "_sign", lambda blocks: signed.append(blocks.tolist()) or sign(blocks))
     source.catch_up([3, 5, 8, 9])
     assert signed == [[1, 2, 3], [4, 5, 6], [7, 9, 10], [11]]
     alone = ValueRedundancy(manager, pool)

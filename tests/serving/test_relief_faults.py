@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
 
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.relief_faults import ReliefFaults
-from trtllm_memshare.search.signatures import SignatureIndex
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.failures import ExecutorStoppedError, RequestFailedError
@@ -199,28 +197,3 @@ def test_with_several_ranks_an_error_is_the_executors(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         ranked.free_for_running(1, running)
     assert len(choices) == 1
-
-
-def test_an_index_of_signatures_grows_as_a_whole_or_not_at_all(monkeypatch):
-    index, rng = SignatureIndex(4, 8), np.random.default_rng(0)
-    signatures = rng.standard_normal((200, 4, 8)).astype(np.float32)
-    whole, concatenate, calls = SignatureIndex(4, 8), np.concatenate, []
-
-    def fail(arrays):
-        calls.append(len(arrays))
-        if len(calls) in (2, 5):
-            raise MemoryError
-        return concatenate(arrays)
-
-    for page, of_page in enumerate(signatures):
-        whole.extend([page], of_page[None])
-    monkeypatch.setattr(np, "concatenate", fail)
-    for page, of_page in enumerate(signatures):
-        while index.num_pages <= page:
-            try:
-                index.extend([page], of_page[None])
-            except MemoryError:
-                assert index.num_pages == page
-    monkeypatch.undo()
-    assert len(calls) > 6
-    np.testing.assert_array_equal(index.redundancy(), whole.redundancy())

@@ -6,6 +6,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,8 +38,11 @@ class InstantSearch:
 class InstantRedundancy:
     """Products on the GPU are not the host's work: every page is as redundant as any."""
 
-    def of(self, request_id: int, first: int, blocks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        return np.zeros(len(wanted), np.float32)
+    def catch_up(self, requests: Sequence[tuple[int, int, np.ndarray]]) -> None:
+        pass
+
+    def measure(self, request_id: int, pages: np.ndarray) -> np.ndarray:
+        return np.zeros(len(pages), np.float32)
 
     def forget(self, request_id: int) -> None:
         pass

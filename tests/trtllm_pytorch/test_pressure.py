@@ -111,8 +111,7 @@ def test_before_somebody_is_paused_even_a_page_here_and_there_goes(null_pages):
     pressure, seen = manager.memshare.pressure, []  # pages missing, pages that might go, pages that went
 
     def watch(horizon, choose=pressure.choose):
-        views = filter(None, map(pressure._view, pressure._active.values()))
-        may_go = sum(view.most for view in views)
+        may_go = sum(view.most for view in pressure._views())
         free = pressure._backend.num_free_pages() + pressure._reserve.num_held
         missing = pressure._num_wanted(horizon + 1) - free
         choice = choose(horizon)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from plugins.kernels_on_host import SignaturesOnHost
@@ -75,7 +76,7 @@ def compare(found, written) -> None:
     for blocks in ([len(written[0]) - 1, 0], []):
         none = torch.zeros(len(blocks))
         expected = page_signatures(written, torch.tensor(blocks), torch.empty(0), none, found.projection)
-        torch.testing.assert_close(torch.from_numpy(found.of_blocks(blocks)), expected, **SIGNATURE_ERROR)
+        torch.testing.assert_close(found.of_blocks(np.array(blocks, np.int64)), expected, **SIGNATURE_ERROR)
 
 
 @pytest.mark.parametrize("parts", [1, 2])  # a backend may cut the scheduler's blocks

@@ -12,8 +12,6 @@ PyTorch, and the specification of the CUDA kernel of the same name.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +26,6 @@ WIDTH = 64
 """Numbers of a signature, unless told otherwise."""
 
 _SEED = 2507_21433
-_FIRST_PAGES = 64
-_MOST_PRODUCTS = 1 << 20  # of new tokens with resident ones, worked out at once: 4 MiB
 
 
 @dataclass(frozen=True)
@@ -127,123 +123,3 @@ def page_signatures(
     # One product over layers, heads and dimensions: half the time of an einsum of the same.
     sums = unit.flatten(0, 1).flatten(1) @ projection.matrix.to(device).flatten(0, 2)
     return torch.nn.functional.normalize(sums.view(len(blocks), size, projection.width), dim=-1)
-
-
-class SignatureIndex:
-    """Redundancy of the pages of one request, kept up to date as it grows and as pages go.
-
-    Only pages that may go some day need to be here, so not those of the prompt: whatever is later is generated too. A
-    request that is paused keeps its index; its pages come back with the same text.
-
-    A new page costs one product ``[resident tokens, width] x [width, tokens_per_block]``: 8,192 tokens at 64 numbers
-    are 8 million multiplications. A page that goes has those tokens looked at again that had their nearest in it.
-    Memory: ``4 * width + 8`` bytes a resident token.
-
-    Args:
-      tokens_per_page: tokens of a page.
-      width: numbers of a signature.
-    """
-
-    def __init__(self, tokens_per_page: int, width: int = WIDTH) -> None:
-        self._size = tokens_per_page
-        # Of the resident pages, in ascending order: signatures; of each token the largest cosine with a later resident
-        # one, -1 where there is none; and the page of that one.
-        self._rows = np.zeros((_FIRST_PAGES, tokens_per_page, width), np.float32)
-        self._best = np.full((_FIRST_PAGES, tokens_per_page), -1.0, np.float32)
-        self._nearest = np.full((_FIRST_PAGES, tokens_per_page), -1, np.int32)
-        self._pages = np.zeros(0, np.int32)  # resident ones, ascending
-        self._known = -1  # the newest page ever taken
-
-    @property
-    def num_pages(self) -> int:
-        """One more than the newest page that was taken."""
-        return self._known + 1
-
-    def extend(self, pages: Sequence[int] | np.ndarray, signatures: np.ndarray) -> None:
-        """Takes pages that were filled.
-
-        Args:
-          pages: ``[n]``, logical pages of the request; ascending. Those that were taken before are passed over: their
-            text is the same, as after a pause.
-          signatures: float32 ``[n, tokens_per_page, width]``, normalised.
-        """
-        pages = np.asarray(pages, np.int32)
-        if signatures.shape[1:] != self._rows.shape[1:] or len(signatures) != len(pages):
-            raise ValueError(
-                f"{len(pages)} pages need signatures {[len(pages), *self._rows.shape[1:]]}, got "
-                f"{list(signatures.shape)}"
-            )
-        start = int(np.searchsorted(pages, self._known, side="right"))
-        while start < len(pages):
-            # As many as keep new * (resident + new) pages within the products that are worked out at once.
-            resident, most = len(self._pages), _MOST_PRODUCTS // self._size**2
-            stop = start + max(1, (math.isqrt(resident**2 + 4 * most) - resident) // 2)
-            self._take(pages[start:stop], signatures[start:stop])
-            start = stop
-
-    def _take(self, pages: np.ndarray, signatures: np.ndarray) -> None:
-        """All of the pages, none of which was taken before, or none, where memory is short."""
-        count, stop = len(self._pages), len(self._pages) + len(pages)
-        while stop > len(self._rows):
-            self._grow()
-        self._rows[count:stop], self._best[count:stop], self._nearest[count:stop] = signatures, -1.0, -1
-        resident = np.append(self._pages, pages)
-        if stop > 1:
-            products = self._flat(count, stop) @ self._flat(0, stop - 1).T
-            # Of each new page and each earlier token: the largest cosine with a token of that page.
-            largest = products.reshape(len(pages), self._size, stop - 1, self._size).max(1)
-            for place, page in enumerate(pages.tolist(), count):
-                with_page, best = largest[place - count, :place], self._best[:place]
-                self._nearest[:place][with_page > best] = page
-                np.maximum(best, with_page, out=best)
-        self._pages, self._known = resident, int(pages[-1])
-
-    def forget(self, pages: np.ndarray) -> None:
-        """Takes out pages that are resident no more; those that are unknown or gone already are passed over."""
-        gone = np.zeros(self.num_pages + 1, bool)  # the last one is for tokens without a nearest page, -1
-        gone[pages[pages < self.num_pages]] = True
-        stays = np.flatnonzero(~gone[self._pages])
-        kept = len(stays)
-        if kept == len(self._pages):
-            return
-        first = int((stays == np.arange(kept)).sum())  # what lies before the first page that goes stays in its place
-        for array in (self._rows, self._best, self._nearest):
-            array[first:kept] = array[stays[first:]]
-        self._pages = self._pages[stays]
-        owners, tokens = np.nonzero(gone[self._nearest[:kept]])
-        if not len(owners):
-            return
-        self._best[owners, tokens], self._nearest[owners, tokens] = -1.0, -1
-        # Pages later than the first orphan's are looked at by all of them; products with earlier ones do not count.
-        start = int(owners[0]) + 1
-        if start == kept:
-            return
-        products = self._rows[owners, tokens] @ self._flat(start, kept).T
-        products[np.arange(start, kept).repeat(self._size) <= owners[:, None]] = -np.inf
-        at = products.argmax(1)
-        best = products[np.arange(len(at)), at]
-        found = best > -1.0
-        owners, tokens = owners[found], tokens[found]
-        self._best[owners, tokens] = best[found]
-        self._nearest[owners, tokens] = self._pages[start + at[found] // self._size]
-
-    def redundancy(self) -> np.ndarray:
-        """Redundancy of each page, float32 ``[num_pages]`` by logical page.
-
-        Mean over a page's tokens of the largest cosine with a token of any later resident page; -1 for the last one;
-        NaN for pages that were never taken, such as the prompt's, or have gone.
-        """
-        result = np.full(self.num_pages, np.nan, np.float32)
-        result[self._pages] = self._best[: len(self._pages)].mean(1)
-        return result
-
-    def _flat(self, start: int, stop: int) -> np.ndarray:
-        """Signatures of the tokens of resident pages, by place: float32 ``[tokens, width]``, a view."""
-        return self._rows[start:stop].reshape(-1, self._rows.shape[2])
-
-    def _grow(self) -> None:
-        more = len(self._rows)
-        rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-        best = np.concatenate([self._best, np.full((more, self._size), -1.0, np.float32)])
-        nearest = np.concatenate([self._nearest, np.full((more, self._size), -1, np.int32)])
-        self._rows, self._best, self._nearest = rows, best, nearest  # all or none, where memory is short

@@ -6,7 +6,7 @@ each, so a pool with room costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,13 +18,10 @@ from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.search.page_signer import make_page_signer
-from trtllm_memshare.search.signatures import SignatureIndex, fields_of_pool, make_projection
+from trtllm_memshare.search.signature_index import SignatureIndex, Span
+from trtllm_memshare.search.signatures import fields_of_pool, make_projection
 from trtllm_memshare.serving.nearest_earlier import NearestEarlier
 from trtllm_memshare.serving.page_facts import PageSource
-
-_PAGES_AT_ONCE = 256
-Span = tuple[int, int, np.ndarray]
-"""Consecutive pages of one request: its id, the first of them, and their physical blocks, int32 ``[n]``."""
 
 
 class ValueRedundancy:
@@ -42,28 +39,21 @@ class ValueRedundancy:
         projection = make_projection(pool.shape[1], pool.shape[3], pool.shape[5])
         no_rotation = torch.empty(0)  # V has none to undo
         self._signer = make_page_signer(fields_of_pool(pool, projection), no_rotation, projection)
-        self._indexes: dict[int, SignatureIndex] = {}
+        self._index = SignatureIndex(manager.tokens_per_block, device=pool.device)
 
     def catch_up(self, request_ids: list[int]) -> None:
         """See ``PageSource``; reads what was filled since, for all requests together."""
-        new = list[Span]()
+        spans = list[Span]()
         for request_id in request_ids:
-            if request_id not in self._indexes:
-                self._indexes[request_id] = SignatureIndex(self._manager.tokens_per_block)
             first, full, table = self._manager.generated_pages(request_id)
-            first = max(first, self._indexes[request_id].num_pages)
+            first = max(first, self._index.num_pages(request_id))
             if first < full:
-                new.append((request_id, first, table[first:full]))
-        for spans in in_batches(new, _PAGES_AT_ONCE):
-            signatures = self._signatures(np.concatenate([blocks for *_, blocks in spans]))
-            for request_id, first, blocks in spans:
-                count = len(blocks)
-                self._indexes[request_id].extend(range(first, first + count), signatures[:count])
-                signatures = signatures[count:]
+                spans.append((request_id, np.arange(first, full, dtype=np.int32), table[first:full]))
+        self._index.catch_up(spans, self._sign)
 
     def measure(self, request_id: int, pages: np.ndarray, limit: int) -> np.ndarray:
         """See ``PageSource``: the mean over a page's tokens of the largest cosine with a later token."""
-        return self._indexes[request_id].redundancy()[pages]
+        return self._index.redundancy(request_id)[pages]
 
     def donors(self, request_id: int) -> Mapping[int, int]:
         """See ``PageSource``: what repeats a page need not be one page."""
@@ -71,34 +61,15 @@ class ValueRedundancy:
 
     def retired(self, request_id: int, pages: np.ndarray) -> None:
         """See ``PageSource``."""
-        self._indexes[request_id].forget(pages)
+        self._index.forget(request_id, pages)
 
     def forget(self, request_id: int) -> None:
         """See ``PageSource``."""
-        self._indexes.pop(request_id, None)
+        self._index.drop(request_id)
 
-    @torch.inference_mode()
-    def _signatures(self, blocks: np.ndarray) -> np.ndarray:
+    def _sign(self, blocks: np.ndarray) -> torch.Tensor:
         index = torch.from_numpy(blocks)
-        return self._signer.page_signatures(index, torch.zeros_like(index)).cpu().numpy()
-
-
-def in_batches(spans: list[Span], most: int) -> Iterator[list[Span]]:
-    """Cuts spans into lists of ``most`` pages together, the last one of what is left.
-
-    Example: spans of 3 and 4 pages, at most 5 at once -> the 3 and the first 2 of the 4; the other 2.
-    """
-    batch, room = list[Span](), most
-    for request_id, first, blocks in spans:
-        while len(blocks):
-            batch.append((request_id, first, blocks[:room]))
-            taken = len(batch[-1][2])
-            first, blocks, room = first + taken, blocks[taken:], room - taken
-            if not room:
-                yield batch
-                batch, room = [], most
-    if batch:
-        yield batch
+        return self._signer.page_signatures(index, torch.zeros_like(index))
 
 
 def open_source(

@@ -27,13 +27,14 @@ _ERROR = 1e-3  # of a number of a signature; those of other text differ by a ten
 
 
 class PageSignatures(Protocol):
-    """Signs full pages of vLLM's pool. ``projection``: what is signed; ``description``: by what."""
+    """Signs full pages of vLLM's pool. ``projection``: what is signed; ``description``: by what; ``device``: where."""
 
     projection: SignatureProjection
     description: str
+    device: torch.device
 
-    def of_blocks(self, block_ids: list[int]) -> np.ndarray:
-        """Signatures of full blocks, float32 ``[blocks, tokens_per_block, width]``, normalised."""
+    def of_blocks(self, block_ids: np.ndarray) -> torch.Tensor:
+        """Signatures of full blocks, float32 ``[blocks, tokens_per_block, width]``, normalised, on ``device``."""
 
 
 class CacheSignatures:
@@ -52,13 +53,13 @@ class CacheSignatures:
         fields = _values(layers, self.projection)
         self._signer = make_page_signer(fields, torch.empty(0), self.projection)  # V is not rotated
         self._block_size, self._parts = block_size, torch.arange(block_size // fields[0].shape[2], dtype=torch.int32)
-        self.description = self._signer.description
+        self.description, self.device = self._signer.description, fields[0].device
 
-    def of_blocks(self, block_ids: list[int]) -> np.ndarray:
+    def of_blocks(self, block_ids: np.ndarray) -> torch.Tensor:
         """See ``PageSignatures``."""
-        own = (torch.tensor(block_ids, dtype=torch.int32)[:, None] * len(self._parts) + self._parts).flatten()
+        own = (torch.from_numpy(block_ids).int()[:, None] * len(self._parts) + self._parts).flatten()
         signatures = self._signer.page_signatures(own, torch.zeros_like(own))
-        return signatures.view(len(block_ids), self._block_size, self.projection.width).cpu().numpy()
+        return signatures.view(len(block_ids), self._block_size, self.projection.width)
 
 
 class PlacedSignatures:
@@ -78,13 +79,13 @@ class PlacedSignatures:
         self.projection = make_projection(len(layers), layers[0].num_kv_heads, layers[0].head_size)
         chosen = [layers[index] for index in self.projection.layers.tolist()]
         self._values = [PlacedValues(layer, block_size, num_blocks, spare_block) for layer in chosen]
-        self.description = "PyTorch, V by its places in a block"
+        self.description, self.device = "PyTorch, V by its places in a block", layers[0].kv_cache.device
 
-    def of_blocks(self, block_ids: list[int]) -> np.ndarray:
+    def of_blocks(self, block_ids: np.ndarray) -> torch.Tensor:
         """See ``PageSignatures``."""
-        fields = [values.of_blocks(torch.tensor(block_ids, dtype=torch.int64)) for values in self._values]
+        fields = [values.of_blocks(torch.from_numpy(block_ids).long()) for values in self._values]
         own = torch.arange(len(block_ids))
-        return page_signatures(fields, own, torch.empty(0), own, self.projection).cpu().numpy()
+        return page_signatures(fields, own, torch.empty(0), own, self.projection)
 
 
 def open_signatures(
@@ -145,6 +146,6 @@ def _what_differs(signatures: PageSignatures, layers: list[Any], block_size: int
         layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
         written.append(value.transpose(0, 1)[None])
     first = torch.zeros(1, dtype=torch.int32)
-    expected = page_signatures(written, first, torch.empty(0), first, signatures.projection).cpu().numpy()
-    difference = float(np.abs(signatures.of_blocks([block]) - expected).max())
+    expected = page_signatures(written, first, torch.empty(0), first, signatures.projection)
+    difference = float((signatures.of_blocks(np.array([block])) - expected).abs().max())
     return "" if difference < _ERROR else f"V that was written is not what is read there, by up to {difference:.2g}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trtllm_memshare.search.signatures import SignatureIndex
+from trtllm_memshare.search.signature_index import SignatureIndex
 from trtllm_memshare.vllm.cache_signatures import PageSignatures
 from trtllm_memshare.vllm.page_report import PageReport
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
@@ -16,7 +16,7 @@ from trtllm_memshare.vllm.update import MemShareUpdate
 
 
 class PageReports:
-    """An index of signatures for each request, fed when the scheduler asks, and surprisal as it was sampled.
+    """An index of signatures, fed when the scheduler asks, and surprisal as it was sampled.
 
     Args:
       signatures, surprisal: where the facts that the need reads come from, None = it does not read them.
@@ -24,7 +24,7 @@ class PageReports:
 
     def __init__(self, signatures: PageSignatures | None, surprisal: SampledSurprisal | None, block_size: int) -> None:
         self._signatures, self._surprisal, self._block_size = signatures, surprisal, block_size
-        self._requests: dict[str, SignatureIndex] = {}
+        self._index = None if signatures is None else SignatureIndex(block_size, device=signatures.device)
 
     def answer(self, update: MemShareUpdate, block_ids: dict[str, list[int]], ended: set[str]) -> dict[str, PageReport]:
         """Reports of the requests of which something changed, by id; surprisal of the pages that are asked about now.
@@ -56,19 +56,19 @@ class PageReports:
         block_ids: dict[str, list[int]],
         ended: set[str],
     ) -> dict[str, np.ndarray]:
-        if self._signatures is None:
+        index = self._index
+        if self._signatures is None or index is None:
             return {}
         for request_id in ended:
-            self._requests.pop(request_id, None)
-        for request_id, pages in asked.items():
-            if request_id not in self._requests:
-                self._requests[request_id] = SignatureIndex(self._block_size)
-            index = self._requests[request_id]
-            new = [page for page in pages if page >= index.num_pages]
-            signatures = self._signatures.of_blocks([block_ids[request_id][page] for page in new])
-            index.extend(new, signatures)
+            index.drop(request_id)
+        spans = [
+            (request_id, np.array(pages, np.int32), np.array(block_ids[request_id])[pages])
+            for request_id, pages in asked.items()
+        ]
+        index.catch_up(spans, self._signatures.of_blocks)
+        changed = [*asked]
         for request_id, entries in null_entries.items():
-            if request_id in self._requests:
-                self._requests[request_id].forget(np.fromiter(entries, np.int32))
-        changed = asked.keys() | null_entries.keys()
-        return {name: self._requests[name].redundancy() for name in changed & self._requests.keys()}
+            if index.num_pages(request_id):
+                index.forget(request_id, np.fromiter(entries, np.int32))
+                changed += [request_id] * (request_id not in asked)
+        return {request_id: index.redundancy(request_id) for request_id in changed}

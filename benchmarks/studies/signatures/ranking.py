@@ -10,7 +10,8 @@ import torch
 
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
 from trtllm_memshare.search.block_distance import rotate
-from trtllm_memshare.search.signatures import K, SignatureIndex, V, fields_of_pool, make_projection, page_signatures
+from trtllm_memshare.search.signature_index import SignatureIndex
+from trtllm_memshare.search.signatures import K, V, fields_of_pool, make_projection, page_signatures
 
 PAGE_TOKENS, LAST_PAGES = 16, 8
 """Tokens of a page; newest pages, which are protected and not ranked."""
@@ -57,10 +58,9 @@ class TextPool:
         pages, layers, _, heads, size, head_dim = self.pool.shape
         projection, blocks = make_projection(layers, heads, head_dim, width, field), torch.arange(pages)
         fields = fields_of_pool(self.pool, projection)
-        signatures = page_signatures(fields, blocks, self.inv_freq, blocks * size, projection).numpy()
         index = SignatureIndex(size, width)
-        index.extend(range(pages), signatures)
-        return index.redundancy()
+        index.extend([(0, np.arange(pages))], page_signatures(fields, blocks, self.inv_freq, blocks * size, projection))
+        return index.redundancy(0)
 
     def correlations(self) -> dict[str, float]:
         """Of each form of signatures with the exact measure, over the pages that are not protected."""

@@ -140,7 +140,7 @@ class PageDropper:
         if not count:
             return
         by_id = {r.py_request_id: r for r in requests}
-        views = [v for v in map(self._view, requests) if v is not None]
+        views = self._views(requests)
         choice = choose_pages(views, count, self._config.spread)
         if not self._config.shadow:
             self.stats.count(views, choice, used)
@@ -172,21 +172,26 @@ class PageDropper:
         first, full, gone = self._span(request)
         return floor_room(full - first + gone, gone, self._wishes.min_kept(request))
 
-    def _view(self, request: Any) -> PressureView | None:
-        """Pages are numbered as they lie now; those before ``first`` hold prompt."""
-        first, full, gone = self._span(request)
-        end = (self._num_resident(request, gone) - self._config.protected_tokens) // self._size
-        pages = np.arange(first, max(first, end), dtype=np.int32)
-        room = min(self._room(request), len(pages))
-        if room <= 0:
-            return None
-        redundancy = None
+    def _views(self, requests: list[Any]) -> list[PressureView]:
+        """What each could give up. Pages are numbered as they lie now; those before the first generated one stay."""
+        found, spans = list[tuple[int, np.ndarray, int]](), list[tuple[int, int, np.ndarray]]()
+        for request in requests:
+            request_id, (first, full, gone) = request.py_request_id, self._span(request)
+            end = (self._num_resident(request, gone) - self._config.protected_tokens) // self._size
+            pages = np.arange(first, max(first, end), dtype=np.int32)
+            room = min(self._room(request), len(pages))
+            if room > 0:
+                found.append((request_id, pages, room))
+                spans.append((request_id, first, np.array(self._backend.pages(request_id)[first:full])))
         if self._redundancy is not None:
-            listed = np.array(self._backend.pages(request.py_request_id)[first:full])
-            redundancy = self._redundancy.of(request.py_request_id, first, listed, pages)
-        facts = PageFacts(position=pages, redundancy=redundancy, draw=self._draw[pages].astype(np.float32))
-        need = page_need(self._config.need, facts)
-        return PressureView(request.py_request_id, pages, need, np.zeros(len(pages), bool), room)
+            self._redundancy.catch_up(spans)
+        views = list[PressureView]()
+        for request_id, pages, room in found:
+            redundancy = None if self._redundancy is None else self._redundancy.measure(request_id, pages)
+            facts = PageFacts(position=pages, redundancy=redundancy, draw=self._draw[pages].astype(np.float32))
+            need = page_need(self._config.need, facts)
+            views.append(PressureView(request_id, pages, need, np.zeros(len(pages), bool), room))
+        return views
 
     def _count(self, request_id: int, pages: list[int]) -> None:
         counted = self._shadowed.setdefault(request_id, set())

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_memshare.cache.givable import GivablePages
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.floors import blocks_at_floors, most_protected
@@ -116,7 +117,7 @@ class Pressure:
             or self._is_look_for_repeats_due()
         ):
             return []  # all are at their floors, or nearly: a page here and there would be had in every iteration
-        views = [v for v in map(self._view, self._active.values()) if v is not None]
+        views = self._views()
         chosen = choose_pages(views, count, self._config.spread)
         self._has_given |= bool(chosen)
         if self._config.shares:
@@ -199,23 +200,30 @@ class Pressure:
         pages = dict(zip(self._active, (-(-self._lengths // self._size)).tolist(), strict=True))
         self.stats.look_for_avoided(num_needed, [k.pages.num_given_up for k in known], pages)
 
-    def _view(self, request: Any) -> PressureView | None:
-        known = self._requests.get(request.py_request_id)
-        if known is None or known.is_behind or self._wishes.keeps_whole(request):
-            return None
-        givable = self._manager.givable_pages(known.request_id)
-        room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
-        if not num_givable(givable.repeated, room):
-            return None
-        need = page_need(self._config.need, self._facts(known, givable.pages))
-        return PressureView(known.request_id, givable.pages, need, givable.repeated, room)
+    def _views(self) -> list[PressureView]:
+        """What each request could give up, of those that have something."""
+        found = list[tuple[KnownRequest, GivablePages, int]]()
+        for request in self._active.values():
+            known = self._requests.get(request.py_request_id)
+            if known is None or known.is_behind or self._wishes.keeps_whole(request):
+                continue
+            givable = self._manager.givable_pages(known.request_id)
+            room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
+            if num_givable(givable.repeated, room):
+                found.append((known, givable, room))
+        if self._redundancy is not None:
+            self._redundancy.catch_up([self._where(known) for known, *_ in found])
+        views = list[PressureView]()
+        for known, givable, room in found:
+            request_id, pages = known.request_id, givable.pages
+            redundancy = None if self._redundancy is None else self._redundancy.measure(request_id, pages)
+            need = page_need(self._config.need, PageFacts(pages, redundancy=redundancy, draw=self._draw[pages]))
+            views.append(PressureView(request_id, pages, need, givable.repeated, room))
+        return views
 
-    def _facts(self, known: KnownRequest, pages: np.ndarray) -> PageFacts:
-        if self._redundancy is None:
-            return PageFacts(position=pages, draw=self._draw[pages])
+    def _where(self, known: KnownRequest) -> tuple[int, int, np.ndarray]:
+        """A request, its first generated page, and where its full ones from there on lie; -1 = given up."""
         listed = self._tail.synchronise(known)
         first, full, _ = self._manager.generated_pages(known.request_id)
         position = np.array(known.pages.position[first:full], np.int64)
-        blocks = np.where(position >= 0, np.array(listed, np.int64)[position], -1)
-        redundancy = self._redundancy.of(known.request_id, first, blocks, pages)
-        return PageFacts(position=pages, redundancy=redundancy, draw=self._draw[pages])
+        return known.request_id, first, np.where(position >= 0, np.array(listed, np.int64)[position], -1)
