@@ -54,6 +54,16 @@ def profile_headline(report: Report) -> str:
     return "\n".join([first, *lines])
 
 
+def index_headline(report: Report) -> str:
+    """What a page and a step cost in the index of signatures, a line for all shapes."""
+    shapes = (
+        f"{r['requests']} x {r['resident_pages']} pages: {r['ms_a_page'] * 1e3:.0f} us a page, "
+        f"{r['ms_a_step']:.2f} ms a step, {r['round_ms']:.1f} ms at once"
+        for r in report["rows"]
+    )
+    return "; ".join(shapes)
+
+
 def throughput_headline(report: Report) -> str:
     """Requests per second of the variants."""
     rates = [f"{v['variant']} {v['request_throughput_req_s']:.3g}" for v in report["variants"]]

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.gpu.headlines import (
     accuracy_headline,
     adapter_headline,
+    index_headline,
     profile_headline,
     replay_headline,
     search_headline,
@@ -183,6 +184,8 @@ def _detail_part(make: _Commands) -> list[Step]:
     return [
         make.profile("step_profile", 50, _SEVEN_B),
         make.profile("step_profile_smollm2", 35, "SmolLM2-135M"),
+        make.report("index_cost", 25, "benchmarks.studies.signatures.index_cost", "--device", "cuda",
+                    headline=index_headline, lacks=why_not(KERNEL), modules=KERNEL),
         make.replay("replay_search_64", 45, *short, "--variants", "off", "full-searches"),
         make.replay("replay_triton", 40, *short, "--variants", "off", "--decode", "triton"),
         make.replay("replay_half_null", 130, "--batch-size", "64", "--output-tokens", "1536", "--repeat", "2",
@@ -191,7 +194,7 @@ def _detail_part(make: _Commands) -> list[Step]:
         make.tests("initcheck", 35, *_SANITIZED, tool=make.sanitizer("initcheck")),
         Step("ncu", 40, ncu, why_not(KERNEL, ("ncu",)), must_say=r"dram__throughput\S+ +% +([\d.]+)", says_all=True,
              modules=KERNEL),
-        make.search("search_compiled", 70, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
+        make.search("search_compiled", 65, "--dtypes", "bfloat16", "--pairs", "64", "--reference-budget-s", "20",
                     references=("eager", "compiled"), stretches=True),
     ]  # fmt: skip
 
