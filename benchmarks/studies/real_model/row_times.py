@@ -2,7 +2,7 @@
 
 Each command of ``all.sh`` runs into a file of its own, and the time from row to row is taken. A kind is an arm at a
 share, length of a page and length of a text; the full cache's row holds the full pass. A command of arms that were
-timed before is not timed again.
+timed before is not timed again; a share that was not timed takes what a half takes, as a quarter and three quarters do.
 
     python -m benchmarks.studies.real_model.row_times
 """
@@ -46,12 +46,17 @@ def main() -> None:
             }
         if "seconds_a_row" in part:
             rows = Counter("/".join(map(str, kind_of(row))) for row in read_rows(path))
-            hours = sum(part["seconds_a_row"].get(kind, 0) * count for kind, count in rows.items()) / 3600
+            hours = sum(_seconds(part["seconds_a_row"], kind) * count for kind, count in rows.items()) / 3600
             part["rows"], part["core_hours"] = sum(rows.values()), round(hours, 3)
         total = round(sum(part["core_hours"] for part in found.values()), 2)
         document = {"machine": describe_machine(), "texts": arguments.texts, "core_hours": total}
         arguments.output.write_text(json.dumps({**document, "parts": list(found.values())}, indent=1) + "\n")
         print(json.dumps({name: part.get(name) for name in ("file", "rows", "core_hours")}), flush=True)
+
+
+def _seconds(timed: dict[str, float], kind: str) -> float:
+    arm, _, *others = kind.split("/")
+    return timed[kind] if kind in timed else timed.get("/".join([arm, "0.5", *others]), 0.0)
 
 
 if __name__ == "__main__":
