@@ -32,10 +32,11 @@ class Requests:
     Args:
       rng: of the play.
       most: products of the index at once, in pairs of pages; None = as it is.
+      device: of the index.
     """
 
-    def __init__(self, rng, most: int | None = None) -> None:
-        self.rng, self.index = rng, SignatureIndex(SIZE, WIDTH)
+    def __init__(self, rng, most: int | None = None, device: str = "cpu") -> None:
+        self.rng, self.device, self.index = rng, device, SignatureIndex(SIZE, WIDTH, device)
         self.resident: dict[int, dict[int, np.ndarray]] = {name: {} for name in range(4)}
         self.known = dict.fromkeys(self.resident, 0)
         if most is not None:
@@ -57,7 +58,7 @@ class Requests:
             rows += [*(unit_rows(self.rng) for _ in again), *(pages[p] for p in range(first, first + own))]
             self.known[name] = int(first + own)
         if new:
-            self.index.extend(new, torch.from_numpy(np.stack(rows)))
+            self.index.extend(new, torch.from_numpy(np.stack(rows)).to(self.device))
 
     def lose(self) -> None:
         for name, pages in self.resident.items():
@@ -71,6 +72,19 @@ class Requests:
         self.index.drop(name)
         self.resident[name], self.known[name] = {}, 0
 
+    def play(self) -> None:
+        for _ in range(60):
+            kind = self.rng.random()
+            if kind < 0.5:
+                self.grow()
+            elif kind < 0.95:
+                self.lose()
+            else:
+                self.end()
+            if self.rng.random() < 0.6:
+                self.check()
+        self.check()
+
     def check(self) -> None:
         for name, pages in self.resident.items():
             expected = by_definition(pages, self.known[name])
@@ -81,18 +95,15 @@ class Requests:
 @pytest.mark.parametrize("seed", range(4))
 def test_pages_of_several_requests_come_and_go_in_any_order(seed, most):
     """Together or in parts; pages that went may have been the nearest of others, several times before anybody asks."""
-    requests = Requests(np.random.default_rng(seed), most)
-    for _ in range(60):
-        kind = requests.rng.random()
-        if kind < 0.5:
-            requests.grow()
-        elif kind < 0.95:
-            requests.lose()
-        else:
-            requests.end()
-        if requests.rng.random() < 0.6:
-            requests.check()
-    requests.check()
+    Requests(np.random.default_rng(seed), most).play()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [None, 40])
+def test_pages_come_and_go_on_a_gpu(most):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    Requests(np.random.default_rng(0), most, "cuda").play()
 
 
 def test_requests_that_end_leave_their_room_to_others():
