@@ -115,7 +115,9 @@ class SignatureIndex:
     def forget(self, request_id: Hashable, pages: np.ndarray) -> None:
         """Takes out pages that are resident no more; those that are unknown or gone already are passed over."""
         request = self._of(request_id)
-        gone = np.isin(request.pages, pages)
+        goes = np.zeros(request.known + 1, bool)
+        goes[pages[pages <= request.known]] = True
+        gone = goes[request.pages]
         if gone.any():
             request.gone += request.slots[gone].tolist()
             request.pages, request.slots = request.pages[~gone], request.slots[~gone]
