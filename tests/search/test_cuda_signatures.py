@@ -80,6 +80,7 @@ def test_signatures_against_the_specification(dtype, field, tmp_path):
 
 
 @pytest.mark.gpu
-def test_signatures_small_for_the_sanitizer(tmp_path):
+@pytest.mark.parametrize(("name", "field"), [("bfloat16", V), ("float8_e4m3fn", K), ("int8", K)])
+def test_signatures_small_for_the_sanitizer(name, field, tmp_path):
     """gpu_suite.sh picks it by its name."""
-    test_signatures_against_the_specification(torch.bfloat16, V, tmp_path)
+    test_signatures_against_the_specification(getattr(torch, name), field, tmp_path)

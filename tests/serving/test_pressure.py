@@ -232,6 +232,7 @@ def test_a_request_that_comes_back_takes_what_it_held():
     assert manager.num_free_blocks == free + held - retired
     assert manager.blocks_to_add(state.request_id, len(state.tokens)) <= held - retired + 1
     executor.run_until_idle()
+    assert executor.status().pressure.retired_pages["resumed"] == retired
 
 
 @pytest.mark.parametrize("need", ["attention-redundancy", "attention-redundancy-recency"])

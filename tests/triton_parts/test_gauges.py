@@ -36,7 +36,7 @@ def test_every_field_of_pressure_has_a_gauge_of_its_own():
         make_status(
             PressureStatus(
                 is_active=True,
-                retired_pages={"repeated": 31, "needed_least": 32},
+                retired_pages={"repeated": 31, "needed_least": 32, "resumed": 40},
                 num_episodes=33,
                 num_pauses_avoided=34,
                 num_admitted=35,
@@ -57,7 +57,7 @@ def test_every_field_of_pressure_has_a_gauge_of_its_own():
         "admitted": 35,
         "failed_reliefs": 39,
     }
-    assert found["memshare_retired_pages"] == {"repeated": 31, "needed_least": 32}
+    assert found["memshare_retired_pages"] == {"repeated": 31, "needed_least": 32, "resumed": 40}
     assert found["memshare_pauses"] == {"pauses": 14}
 
 

@@ -257,7 +257,7 @@ class KVCacheManager(CacheState):
 
     def stats(self) -> CacheStats:
         """Counters and gauges as of now."""
-        entries, counted = sum(s.num_blocks for s in self._sequences.values()), int(self.pool.ref_count.sum())
+        entries, counted = sum(s.num_blocks for s in list(self._sequences.values())), int(self.pool.ref_count.sum())
         self._stats.used_blocks = self.pool.num_used
         self._stats.aliased_entries = counted - self.pool.num_used
         self._stats.null_entries = entries - counted
@@ -268,6 +268,7 @@ class KVCacheManager(CacheState):
         """Gives up what a request that came back had given up, and lets the blocks carry its next pages at once."""
         pages = pages_to_retire(sequence, self.tokens_per_block)
         freed = self.retire(sequence.request_id, pages, sequence.donors) if len(pages) else 0
+        self._stats.retired_again += freed
         blocks = sequence.num_blocks + freed
         room = min(sequence.num_context_tokens, blocks * self.tokens_per_block)
         self._extend(sequence, max(sequence.num_tokens, room))

@@ -115,6 +115,7 @@ class CacheStats:
       num_blocks: of the pool; null pages are among them, and not among the used ones.
       shared: blocks freed because something stands in for them.
       forgotten: blocks freed with nothing in their place.
+      retired_again: those of them that a request gave up once more when it came back from a pause.
       null_entries: entries of tables that point at a null page or, where the runner skips entries, at nothing.
     """
 
@@ -125,6 +126,7 @@ class CacheStats:
     null_entries: int = 0
     forgotten: int = 0
     shared: int = 0
+    retired_again: int = 0
     shadowed: int = 0
     generated: int = 0
     retired_at_end: int = 0

@@ -166,7 +166,7 @@ class Pressure:
         stats = self.stats
         return PressureStatus(
             is_active=self.episodes.is_active,
-            retired_pages=dict(stats.retired_pages),
+            retired_pages={**stats.retired_pages, "resumed": self._manager.stats().retired_again},
             num_episodes=self.episodes.num,
             num_pauses_avoided=stats.num_pauses_avoided,
             num_admitted=stats.num_admitted,

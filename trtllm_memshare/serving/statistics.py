@@ -103,7 +103,8 @@ class PressureStatus:
 
     Attributes:
       is_active: pages were given up, and it is not over, see ``Episodes``.
-      retired_pages: total pages given up, by reason: ``repeated`` or ``needed_least``.
+      retired_pages: total pages given up, by reason: ``repeated``, ``needed_least``, or ``resumed`` (once more, by a
+        request that came back from a pause).
       num_episodes: times that pressure began.
       num_pauses_avoided: times that running requests got pages without a pause because others were given up.
       num_admitted: times that a waiting request was let in on pages that others gave up.

@@ -36,7 +36,7 @@ GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("active", "at_floor", "retired_now", "bytes_saved_now", "episodes", "pauses_avoided", "admitted",
          "failed_reliefs")),
     "memshare_retired_pages": (
-        "Pages given up under pressure, since the start", "reason", ("repeated", "needed_least")),
+        "Pages given up under pressure, since the start", "reason", ("repeated", "needed_least", "resumed")),
     "memshare_seconds_since_step": (
         "Seconds without a step although there was work, 0 when idle", "unit", ("seconds",)),
     "memshare_server_restarts": ("Starts of the server after a process had died", "unit", ("restarts",)),
