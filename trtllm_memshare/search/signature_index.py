@@ -22,7 +22,7 @@ PAGES_AT_ONCE = 256
 
 _FIRST_SLOTS = 64
 _NOBODY = 0  # a slot that is no page's: fills batches up, and is the nearest of tokens that have none
-_MOST_PRODUCTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of tokens with tokens, worked out at once: 4 and 64 MiB
+_MOST_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 24}  # products, and signatures beside each other for them: 8 and 64 MiB
 
 Span = tuple[Hashable, np.ndarray, np.ndarray]
 """Pages of one request: its id, logical pages, int32 ``[n]``, ascending, and their physical blocks, int ``[n]``."""
@@ -47,8 +47,8 @@ class SignatureIndex:
 
     A request that is paused keeps its pages here; they come back with the same text. A page costs one product with the
     tokens before it. Tokens whose nearest one was in a page that went are looked at again, once somebody asks.
-    Memory: ``4 * width + 12`` bytes a token of the most pages that were resident together, and some 4 MiB, on a GPU 64,
-    while products are worked out. After an error everything is as it was, or as it would be without one.
+    Memory: ``4 * width + 12`` bytes a token of the most pages that were resident together, or of twice as many; at work
+    some 8 MiB, on a GPU 64, or what one page of a request takes. An error leaves all as it was or as it should be.
 
     Args:
       tokens_per_page: tokens of a page.
@@ -58,7 +58,7 @@ class SignatureIndex:
 
     def __init__(self, tokens_per_page: int, width: int = WIDTH, device: torch.device | str = "cpu") -> None:
         self._size, self._width, self._device = tokens_per_page, width, torch.device(device)
-        self._most = _MOST_PRODUCTS["cuda" if self._device.type == "cuda" else "cpu"] // tokens_per_page**2
+        self._most = _MOST_NUMBERS["cuda" if self._device.type == "cuda" else "cpu"]
         self._requests: dict[Hashable, _Request] = {}
         # By slot: signatures; of each token the largest cosine with a later one, -1 where there is none; whose slot.
         self._rows = torch.zeros((_FIRST_SLOTS, tokens_per_page, width), device=self._device)
@@ -73,18 +73,21 @@ class SignatureIndex:
         return 0 if request is None else request.known + 1
 
     @torch.inference_mode()
-    def catch_up(self, spans: Sequence[Span], sign: Callable[[np.ndarray], torch.Tensor]) -> None:
+    def catch_up(
+        self, spans: Sequence[Span], sign: Callable[[np.ndarray], torch.Tensor], at_once: int | None = None
+    ) -> None:
         """Takes pages that are not known yet, all requests together.
 
         Args:
           spans: full pages; a request comes once.
           sign: signatures of physical blocks, float32 ``[blocks, tokens_per_page, width]``, normalised.
+          at_once: most blocks that it gets together; None = ``PAGES_AT_ONCE``.
         """
         new = list[Span]()
         for name, pages, blocks in spans:
             is_new = pages >= self.num_pages(name)
             new.append((name, pages[is_new], blocks[is_new]))
-        for batch in in_batches(new, PAGES_AT_ONCE):
+        for batch in in_batches(new, at_once or PAGES_AT_ONCE):
             self.extend([(name, pages) for name, pages, _ in batch], sign(np.concatenate([b for *_, b in batch])))
 
     @torch.inference_mode()
@@ -94,7 +97,7 @@ class SignatureIndex:
         Args:
           new: requests, each once, and their logical pages, int32 ``[n]``; ascending. Those that were taken before are
             passed over: their text is the same, as after a pause.
-          signatures: float32 ``[all pages, tokens_per_page, width]``, normalised, in the same order.
+          signatures: ``[all pages, tokens_per_page, width]``, normalised, in this order; NaN is like nothing.
         """
         expected = (sum(len(pages) for _, pages in new), self._size, self._width)
         if tuple(signatures.shape) != expected:
@@ -108,7 +111,7 @@ class SignatureIndex:
                 waiting.append((name, np.asarray(pages[start:], np.int32), rows[start:]))
         while waiting:  # a request with more new pages than fit comes again, after what it had before
             parts = [(*part, min(len(part[1]), self._room(part[0]))) for part in waiting]
-            for batch in self._together(parts, [(len(self._of(n).pages) + k, k) for n, _, _, k in parts]):
+            for batch in self._together(parts, [(len(self._of(n).pages) + k, k * self._size) for n, _, _, k in parts]):
                 self._take([(name, pages[:count], rows[:count]) for name, pages, rows, count in batch])
             waiting = [(n, pages[count:], rows[count:]) for n, pages, rows, count in parts if count < len(pages)]
 
@@ -146,19 +149,21 @@ class SignatureIndex:
 
     def _room(self, request_id: Hashable) -> int:
         """New pages of one request whose products with its resident ones fit; at least one."""
-        resident = len(self._of(request_id).pages)
-        return max(1, (math.isqrt(resident**2 + 4 * self._most) - resident) // 2)
+        resident, beside = len(self._of(request_id).pages), self._width / self._size
+        root = math.hypot(resident - beside, 2 * math.sqrt(self._most) / self._size)
+        return max(1, int((root - resident - beside) / 2))  # (resident + k) * (k + beside) <= most / size^2
 
     def _together(self, items: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> Iterator[list[Any]]:
         """Batches of items, of like shape, whose products fit once each is as large as the largest of its batch.
 
         Args:
-          shapes: pages of each item, and pages that they are multiplied with.
+          shapes: pages of each item, and tokens that theirs are multiplied with.
         """
         batch, most = list[Any](), (0, 0)
         for place in sorted(range(len(items)), key=shapes.__getitem__, reverse=True):
             largest = max(most[0], shapes[place][0]), max(most[1], shapes[place][1])
-            if batch and (len(batch) + 1) * largest[0] * largest[1] > self._most:
+            numbers = largest[0] * self._size * (largest[1] + self._width)
+            if batch and (len(batch) + 1) * numbers > self._most:
                 yield batch
                 batch, largest = [], shapes[place]
             batch.append(items[place])
@@ -182,17 +187,19 @@ class SignatureIndex:
         places, of_pages = map(self._on_device, (table[is_there], np.flatnonzero(is_there)))
         at, table_at, newest_at = map(self._on_device, (slots, table, newest))
 
-        self._rows.index_copy_(0, at, torch.cat([rows for *_, rows in batch]).to(self._device))
+        self._rows.index_copy_(0, at, torch.cat([rows for *_, rows in batch]).to(self._device, torch.float32))
         self._best.index_fill_(0, at, -1.0)
         products = _at(self._rows, newest_at).flatten(1, 2) @ _at(self._rows, table_at).flatten(1, 2).transpose(1, 2)
         met = products.view(*newest.shape, self._size, -1).amax(2).view(*newest.shape, -1, self._size)
-        best, which = met.masked_fill_(~is_earlier[..., None], -torch.inf).max(1)  # [requests, pages, tokens]
+        met = met.nan_to_num_(-torch.inf).masked_fill_(~is_earlier[..., None], -torch.inf)
+        best, which = met.max(1)  # [requests, pages, tokens]
         nearest = newest_at.gather(1, which.flatten(1)).view_as(which)
         best, nearest = (_at(found.flatten(0, 1), of_pages) for found in (best, nearest))
         known = _at(self._best, places)
         nearest = torch.where(best > known, nearest, _at(self._nearest, places))
-        self._nearest.index_copy_(0, places, nearest)
-        self._best.index_copy_(0, places, torch.maximum(best, known))
+        best = torch.maximum(best, known)
+        self._nearest.index_copy_(0, places, nearest)  # from here on nothing takes memory
+        self._best.index_copy_(0, places, best)
 
         del self._free[-total:]
         self._means = None
@@ -217,9 +224,10 @@ class SignatureIndex:
             while first < last:
                 place = int(rows[first]) - start  # what lies before it is nobody's later page
                 later = request.slots[place + 1 :]
-                stop = min(last, first + max(1, self._most * self._size // max(1, len(later))))
+                count = max(1, len(later))
+                stop = min(last, first + max(self._size, self._most // (count * self._size) - self._width))
                 pieces.append((later, slots[rows[first:stop]], rows[first:stop] - start - place, tokens[first:stop]))
-                shapes.append((len(later), -(-(stop - first) // self._size)))
+                shapes.append((count, int(stop - first)))
                 first = stop
             start += len(request.slots)
         for batch in self._together(pieces, shapes):
@@ -239,7 +247,7 @@ class SignatureIndex:
         at, valid = map(self._on_device, (orphans[is_orphan], np.flatnonzero(is_orphan)))
         products = _at(self._rows, table_at).flatten(1, 2) @ _at(self._rows.flatten(0, 1), orphans_at).transpose(1, 2)
         met = products.view(*table.shape, self._size, -1).amax(2)  # [requests, pages, orphans]
-        best, which = met.masked_fill_(~self._on_device(is_later), -torch.inf).max(1)
+        best, which = met.nan_to_num_(-torch.inf).masked_fill_(~self._on_device(is_later), -torch.inf).max(1)
         nearest = torch.where(best > -torch.inf, table_at.gather(1, which), _NOBODY)
         best, nearest = (_at(found.flatten(), valid) for found in (best.clamp_(min=-1.0), nearest))
         self._nearest.view(-1).index_copy_(0, at, nearest)
@@ -250,9 +258,11 @@ class SignatureIndex:
 
     def _grow(self) -> None:
         more = len(self._rows)
-        rows = torch.cat([self._rows, torch.zeros_like(self._rows)])
-        best = torch.cat([self._best, torch.full_like(self._best, -1.0)])
-        nearest = torch.cat([self._nearest, torch.full_like(self._nearest, _NOBODY)])
+        rows, best, nearest = (
+            torch.full((2 * more, *old.shape[1:]), fill, dtype=old.dtype, device=self._device)
+            for old, fill in ((self._rows, 0), (self._best, -1), (self._nearest, _NOBODY))
+        )
+        rows[:more], best[:more], nearest[:more] = self._rows, self._best, self._nearest
         self._rows, self._best, self._nearest = rows, best, nearest  # all or none, where memory is short
         self._free[:0] = range(2 * more - 1, more - 1, -1)
 

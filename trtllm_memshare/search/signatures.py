@@ -3,9 +3,9 @@
 The redundancy of a page is the mean over its tokens of the largest cosine with any later resident token, a cosine
 averaged over layers and KV heads. Exactly, that reads all of K. A signature is a random projection of a few layers to a
 few numbers, normalised, so that cosines of signatures rank pages nearly as cosines of all of K do. Signatures are
-written once, when a page is full, and stay on the host: 64 float32 numbers are 256 bytes a token, where a token of
-SmolLM2-135M has 11,520 bytes of K in float16. On six real traces (``benchmarks/studies/signatures``) V of three layers
-at 64 numbers ranks pages with a correlation of 0.94 to 0.97 with the exact measure, K with one of 0.97 to 0.99.
+written once, when a page is full; ``signature_index`` compares them. 64 float32 numbers are 256 bytes a token, where a
+token of SmolLM2-135M has 11,520 bytes of K in float16. On six real traces (``benchmarks/studies/signatures``) V of
+three layers at 64 numbers ranks pages with a correlation of 0.94 to 0.97 with the exact measure, K of 0.97 to 0.99.
 
 PyTorch, and the specification of the CUDA kernel of the same name.
 """
