@@ -1,7 +1,7 @@
 """Redundancy of pages by their signatures, of all requests in flight together, kept up to date as pages come and go.
 
 Signatures stay where the pool is, and requests are looked at together: a product for all of them costs a GPU one launch
-where one for each would cost hundreds, and a CPU less than half. Only pages that may go some day need to be here, so
+where one for each would cost hundreds, and a CPU half as long. Only pages that may go some day need to be here, so
 not those of the prompt: whatever is later is generated too.
 """
 
@@ -26,7 +26,6 @@ _MOST_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 24}  # products, and signatures be
 
 Span = tuple[Hashable, np.ndarray, np.ndarray]
 """Pages of one request: its id, logical pages, int32 ``[n]``, ascending, and their physical blocks, int ``[n]``."""
-
 
 _Orphans = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Slots of later pages; of each token its slot, how many of those are not later than its page, its place in it."""
