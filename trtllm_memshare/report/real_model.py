@@ -74,9 +74,9 @@ def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
     return "\n".join(lines)
 
 
-def long_table(rows: list[Row], tokens: int) -> str:
+def long_table(rows: list[Row], tokens: int, min_kept: float = 0.5) -> str:
     """The same for texts of another length."""
-    return main_table(rows, Setting(tokens=tokens))
+    return main_table(rows, Setting(min_kept, tokens=tokens))
 
 
 def length_table(tables: list[list[Row]]) -> str:

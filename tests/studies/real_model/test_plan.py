@@ -34,11 +34,17 @@ def test_all_sh_makes_the_committed_rows_of_every_other_file_and_no_more():
         if arms_of(words):
             count = int(words[words.index("--texts") + 1]) if "--texts" in words else TEXTS[words[0]]
             times = len(DECODINGS) if words[0] == "generation" else 1
-            arms = Counter(dict.fromkeys({"full", *arms_of(words)}, count * times))
-            planned[path] = planned.get(path, Counter()) | arms
-    there = {path: Counter(row["arm"] for row in read_rows(ROOT / path)) for path in planned}
+            kept = float(words[words.index("--min-kept") + 1]) if "--min-kept" in words else 0.5
+            kinds = {("full", None), *((arm, kept) for arm in arms_of(words) if arm != "full")}
+            planned[path] = planned.get(path, Counter()) | Counter(dict.fromkeys(kinds, count * times))
+    there = {path: Counter(kind_of(row) for row in read_rows(ROOT / path)) for path in planned}
     assert there == planned
     assert len(there) == 9
+
+
+def kind_of(row):
+    """An arm and the share that it keeps; the full cache keeps all."""
+    return row["arm"], None if row["arm"] == "full" else row.get("min_kept", 0.5)
 
 
 def test_what_no_command_makes_is_named_on_the_page():
