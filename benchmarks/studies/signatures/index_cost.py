@@ -12,23 +12,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 try:
-    import numpy as np
     import torch
 
+    from benchmarks.studies.signatures.index_rounds import PAGES_A_ROUND, TOKENS_PER_PAGE, time_rounds
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.document import make_report, publish
-    from trtllm_memshare.search.signature_index import SignatureIndex
-    from trtllm_memshare.search.signatures import WIDTH
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
-TOKENS_PER_PAGE = 16
-PAGES_A_ROUND = 4
 SHAPES = ((32, 32), (64, 64), (64, 128), (256, 64), (256, 128))
 """Requests, and resident pages of each: with half of the pages kept, 128 are an answer of 4,096 tokens."""
 
@@ -57,44 +52,6 @@ def main() -> None:
         print(rows[-1], flush=True)
     head = {"device": arguments.device, "pages_a_round": PAGES_A_ROUND, "tokens_per_page": TOKENS_PER_PAGE}
     publish(make_report({**head, "torch_threads": torch.get_num_threads(), "rows": rows}), arguments.output_json)
-
-
-def time_rounds(requests: int, pages: int, rounds: int, device: str) -> list[float]:
-    """Seconds of each round, signing left out: pages come, others go, and redundancy is asked of all requests."""
-    generator, draws = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    index = SignatureIndex(TOKENS_PER_PAGE, device=device)
-    _extend(index, requests, 0, pages, _random_signatures(requests * pages, generator, device))
-    resident = np.tile(np.arange(pages), (requests, 1))
-    found = list[float]()
-    for turn in range(rounds + 1):  # the first one warms up
-        first = pages + turn * PAGES_A_ROUND
-        signatures = _random_signatures(requests * PAGES_A_ROUND, generator, device)
-        going = draws.permuted(resident, axis=1)[:, :PAGES_A_ROUND]
-        _synchronize(device)
-        started = time.perf_counter()
-        _extend(index, requests, first, PAGES_A_ROUND, signatures)
-        for request in range(requests):
-            index.forget(request, going[request])
-        for request in range(requests):
-            index.redundancy(request)  # on the host: whatever it waits for has ended
-        found.append(time.perf_counter() - started)
-        stays = [np.setdiff1d(row, gone) for row, gone in zip(resident, going, strict=True)]
-        resident = np.array([np.append(row, np.arange(first, first + PAGES_A_ROUND)) for row in stays])
-    return found[1:]
-
-
-def _extend(index: SignatureIndex, requests: int, first: int, count: int, signatures: torch.Tensor) -> None:
-    index.extend([(request, np.arange(first, first + count)) for request in range(requests)], signatures)
-
-
-def _random_signatures(pages: int, generator: torch.Generator, device: str) -> torch.Tensor:
-    numbers = torch.randn(pages, TOKENS_PER_PAGE, WIDTH, generator=generator)
-    return torch.nn.functional.normalize(numbers, dim=-1).to(device)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
