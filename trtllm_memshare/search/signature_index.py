@@ -1,7 +1,7 @@
 """Redundancy of pages by their signatures, of all requests in flight together, kept up to date as pages come and go.
 
 Signatures stay where the pool is, and requests are looked at together: a product for all of them costs a GPU one launch
-where one for each would cost hundreds, and a CPU half as long. Only pages that may go some day need to be here, so
+where one for each would cost hundreds, and a CPU fewer calls. Only pages that may go some day need to be here, so
 not those of the prompt: whatever is later is generated too.
 """
 

@@ -156,8 +156,8 @@ class Pressure:
             return self._admission.fits(state, running, is_certain)
         return not running
 
-    def status(self, running: Sequence[RequestState]) -> PressureStatus:
-        """Counts of this moment; safe from any thread, since it only reads."""
+    def status(self, running: Sequence[RequestState], num_resumed: int) -> PressureStatus:
+        """Counts of this moment; ``num_resumed``: the cache's. Safe from any thread, since it only reads."""
         at_floor = retired_now = 0
         for state in running:
             generated, retired = self._manager.page_counts(state.request_id)
@@ -166,7 +166,7 @@ class Pressure:
         stats = self.stats
         return PressureStatus(
             is_active=self.episodes.is_active,
-            retired_pages={**stats.retired_pages, "resumed": self._manager.stats().retired_again},
+            retired_pages={**stats.retired_pages, "resumed": num_resumed},
             num_episodes=self.episodes.num,
             num_pauses_avoided=stats.num_pauses_avoided,
             num_admitted=stats.num_admitted,

@@ -42,5 +42,5 @@ def read_status(
         refused={**sharing.policy.rejected, **cache.refused},
         num_failed=stats.num_failed,
         num_failed_steps=num_failed_steps,
-        pressure=None if pressure is None else pressure.status(running),
+        pressure=None if pressure is None else pressure.status(running, cache.retired_again),
     )
