@@ -75,6 +75,9 @@ class Simulation:
         self.prompts: list[list[int]] = []
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
         self.num_submitted = self.num_steps = self.most_entries = 0
+        self.num_coming_back = (
+            0  # chunks of a request that had given up pages before, and some of them once more by now
+        )
         self.num_below_floor = 0  # looks at a request that had given up more than its floor leaves
         self._outsiders: list[Any] = []
         self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier
@@ -224,6 +227,7 @@ class Simulation:
             made = self.sampled[fact.name]
             tokens = fact.tokens + [made[p] for p in range(len(fact.tokens), fact.stop)]
             table = requests[fact.name].block_ids[0]
+            self._check_band(fact, table)
             self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased)
             names.append(fact.name)
             # Greedy: by the text alone.
@@ -237,6 +241,15 @@ class Simulation:
         )  # fmt: skip
         setattr(result, REPORTS, reports)
         return result
+
+    def _check_band(self, fact: Any, table: list[int]) -> None:
+        """All queries of a step are in the band of positions that the null pages they meet are made for."""
+        forgotten = fact.retired - fact.aliased.keys()
+        if forgotten:
+            relief, ids = self.scheduler.relief, self.scheduler.blocks.null_block_ids
+            bands = {relief._band(position) for position in (fact.start, fact.stop - 1)}
+            named = {ids.index(table[page]) for page in forgotten}
+            assert named == bands, f"{fact.name}: queries {fact.start} to {fact.stop} meet null pages of bands {named}"
 
     def plain_steps(self, count: int) -> list[dict[str, int]]:
         """What is scheduled in ``count`` steps, one request joining before each of the first ten."""
