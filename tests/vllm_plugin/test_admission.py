@@ -24,9 +24,7 @@ def request(name, tokens, max_tokens, prompt=8):
 def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=True, num_retired=0):
     """Of requests in which nothing stands again."""
     options = RequestOptions(memshare, min_kept)
-    pages = SimpleNamespace(
-        num_retired=num_retired, num_gone=num_retired, options=options, num_full=lambda num_computed: 0
-    )
+    pages = SimpleNamespace(num_retired=num_retired, options=options, num_full=lambda num_computed: 0)
     relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()))
     blocks = SimpleNamespace(num_blocks=num_blocks, block_size=4)
     return FloorAdmission(relief, blocks, config, admission).admits(waiting, running)

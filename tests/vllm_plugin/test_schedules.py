@@ -130,45 +130,11 @@ def test_a_request_that_was_preempted_has_the_same_aliases_again(null_pages):
     assert len(before) == len(pages.retired) == scheduler.relief.totals.aliased_entries
     scheduler.reset_prefix_cache(reset_running_requests=True)
     assert scheduler.relief.totals.aliased_entries == 0
-    while pages.to_retire_again:
+    while not pages.retired:
         simulation.step()
     assert dict(pages.aliased) == before
     assert scheduler.relief.totals.retired_again == len(before)
     simulation.finish()
-
-
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("becomes", [{"need": "age"}, {"need": "nearest-earlier", "retired_becomes": "alias"}])
-def test_a_preempted_request_comes_back_at_the_size_that_it_had(null_pages, async_scheduling, becomes):
-    """As much of the pool is free as it held, and no block more, while another request writes."""
-    arguments = make_engine_args(MODEL, null_pages, 60, False, min_kept=0.25, admission="vllm", **becomes)
-    scheduler, simulation = one_under_pressure(arguments, async_scheduling)
-    simulation.add("b", [8] * 40, 300, {"memshare": False})
-    while scheduler.requests["b"].num_output_tokens < 8:
-        simulation.step()
-    pages, before = scheduler.relief.pages("a"), set(scheduler.relief.pages("a").retired)
-    held = num_blocks(scheduler, "a")
-    assert held <= scheduler.blocks.num_held("a") - 5
-    simulation.drain(len(simulation.in_flight))
-    scheduler.running.remove(a := scheduler.requests["a"])
-    scheduler._preempt_request(a, 0.0)
-    pool = scheduler.kv_cache_manager.block_pool
-    taken = pool.get_new_blocks(scheduler.blocks.num_free - held - 1)  # one for b
-    num_written, last_step = a.num_output_tokens, simulation.num_steps + 60
-    with simulation.outsiders(taken):
-        while a.num_output_tokens == num_written:
-            simulation.step()
-            assert num_blocks(scheduler, "a") <= held
-            assert simulation.num_steps < last_step, "it does not come back"
-        assert set(pages.retired) >= before
-    pool.free_blocks(taken)
-    simulation.finish()
-
-
-def num_blocks(scheduler, name: str) -> int:
-    """Blocks that a request holds, each once."""
-    table = scheduler.blocks._table(name)
-    return len({block.block_id for block in table if not block.is_null})
 
 
 def test_donors_are_no_prefix_that_all_requests_share(null_pages, monkeypatch):
@@ -188,9 +154,9 @@ def test_donors_are_no_prefix_that_all_requests_share(null_pages, monkeypatch):
         assert scheduler.kv_cache_manager.get_num_common_prefix_blocks("a") == [0]
 
 
-def one_under_pressure(arguments, async_scheduling: bool = False) -> tuple:
+def one_under_pressure(arguments) -> tuple:
     """A scheduler and its simulation: request a has written 200 tokens, and then given up what it may."""
-    scheduler = make_scheduler(arguments, 60, async_scheduling)
+    scheduler = make_scheduler(arguments, 60, False)
     simulation = Simulation(scheduler, 0)
     simulation.add("a", [7] * 20, 300, None)
     while scheduler.requests["a"].num_output_tokens < 200:

@@ -90,7 +90,7 @@ class FloorAdmission:
             np.array([p.options.min_kept if p.options.memshare else 1.0 for p in pages]),
             self._protected,
             self._blocks.block_size,
-            np.array([p.num_gone + self._repeats.of(r) for p, r in zip(pages, requests, strict=True)]),
+            np.array([p.num_retired + self._repeats.of(r) for p, r in zip(pages, requests, strict=True)]),
         )
         if self._admission == "lookahead":
             return blocks_at_floors(lengths + np.minimum(left, self._config.lookahead_tokens), *floors)

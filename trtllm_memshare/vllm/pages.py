@@ -62,11 +62,6 @@ class RequestPages:
         return len(self.retired)
 
     @property
-    def num_gone(self) -> int:
-        """Pages that the request is without now, or will be once it has computed again what it had written."""
-        return len(self.retired) + len(self.to_retire_again)
-
-    @property
     def aliased(self) -> Mapping[int, int]:
         """The page that is read in place of each that is not forgotten, by page."""
         return self._pairs.stands_in if self._aliases else {}

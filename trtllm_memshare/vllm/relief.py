@@ -99,32 +99,26 @@ class Relief:
         repeats = pages.repeated(num_computed)  # first: it brings up to date what is protected
         return self._blocks.owned(request.request_id, pages.first_generated, pages.retirable_end(num_computed)), repeats
 
-    def begin_step(
-        self,
-        running: Iterable[HostRequest],
-        update: MemShareUpdate,
-        wanted_by_waiting: int = 0,
-        computing: Iterable[HostRequest] = (),
-    ) -> None:
+    def begin_step(self, running: Iterable[HostRequest], update: MemShareUpdate, wanted_by_waiting: int = 0) -> None:
         """Before vLLM schedules: relief at the high watermark, and pages of resumed requests that had gone before.
 
         Args:
           running: requests whose prompt, and what they had generated before a pause, is computed.
           update: gets the entries that change; modified.
           wanted_by_waiting: blocks that a waiting request, which missed some in the last step, needs in all.
-          computing: other requests that run.
         """
         running, self._faults_before = list(running), self.faults.num
         self.episodes.look(self._num_used(), self.totals.retired)
-        for request in (*running, *computing):
+        for request in running:
             pages = self._pages[request.request_id]
             if pages.to_retire_again:
                 self._retire_again(request, pages, update)
+        size = self._blocks.block_size
         if self._asks and self._blocks.num_free < self._ask_below:
             with self.faults.caught():
                 for request in running:
                     self._ask(request, update)
-        wanted = sum(request.num_computed_tokens % self._blocks.block_size == 0 for request in running)
+        wanted = sum(request.num_computed_tokens % size == 0 for request in running)
         is_short = wanted > self._blocks.num_free
         self.make_room(running, wanted, update, force=False)
         self.totals.pauses_avoided += is_short and wanted <= self._blocks.num_free
@@ -273,7 +267,7 @@ class Relief:
             )
             again = {page: donor for page, donor in pages.to_retire_again.items() if page in owned}
             donors = {page: donor for page, donor in again.items() if donor is not None and donor in held}
-            pages.to_retire_again = {page: d for page, d in pages.to_retire_again.items() if page >= full}
+            pages.to_retire_again = {}
         if again:
             self._retire(request, list(again), donors, update)
             self.totals.retired_again += len(again)

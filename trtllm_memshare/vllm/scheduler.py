@@ -8,8 +8,6 @@ are told. Everything else, order, budgets and preemption as the last resort, is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import vllm
@@ -27,7 +25,6 @@ from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
-from trtllm_memshare.vllm.coming_back import ComingBack
 from trtllm_memshare.vllm.metrics import Metrics
 from trtllm_memshare.vllm.null_pages import load_bands
 from trtllm_memshare.vllm.probe import check_classes, check_need, check_scheduler
@@ -71,8 +68,6 @@ class MemShareScheduler(Scheduler):
             self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: [0]
         group = self.kv_cache_config.kv_cache_groups[0]
         self._metrics = Metrics(group.kv_cache_spec.page_size_bytes * len(group.layer_names))
-        self._coming_back = ComingBack(self.relief, self.blocks, bands)
-        self._longest_chunk: int | None = None  # of the step that is scheduled now
         self._wanted_by_waiting = 0
         self._untold = True  # no step has named the null pages to the workers yet
         self._update = MemShareUpdate()
@@ -95,11 +90,9 @@ class MemShareScheduler(Scheduler):
         """vLLM's schedule; before it pages are retired at the high watermark, with it goes what workers must know."""
         self._update = MemShareUpdate()
         self._settled = [request for request in self.running if not request.is_prefill_chunk]
-        computing = [request for request in self.running if request.is_prefill_chunk]
-        self.relief.begin_step(self._settled, self._update, self._wanted_by_waiting, computing)
+        self.relief.begin_step(self._settled, self._update, self._wanted_by_waiting)
         self._wanted_by_waiting = 0
-        with self._chunks_that_fit():
-            output = super().schedule(*arguments, **keywords)
+        output = super().schedule(*arguments, **keywords)
         for request_id in output.num_scheduled_tokens:
             # Advanced by the step that was just scheduled: its newest token is the last one computed.
             self.relief.cross_bands(request_id, self.requests[request_id].num_computed_tokens - 1, self._update)
@@ -109,74 +102,31 @@ class MemShareScheduler(Scheduler):
         setattr(output, ATTRIBUTE, self._update)
         return output
 
-    @contextmanager
-    def _chunks_that_fit(self) -> Iterator[None]:
-        """While a request comes back, no chunk is longer than what it finds free; by vLLM's own limits."""
-        config, chunk = self.scheduler_config, None
-        if config.enable_chunked_prefill:
-            with self.relief.faults.caught():
-                running = {request.request_id for request in self.running}
-                writing = sum(r.num_computed_tokens % self.blocks.block_size == 0 for r in self._settled)
-                chunk = self._coming_back.longest_chunk(running, writing)
-        self._longest_chunk = chunk
-        if chunk is None:
-            yield
-            return
-        limits: Any = self
-        usual, adaptive = config.long_prefill_token_threshold, limits.adaptive_long_prefill_threshold
-        budget = limits.max_num_scheduled_tokens
-        config.long_prefill_token_threshold, limits.adaptive_long_prefill_threshold = min(usual or chunk, chunk), False
-        if sum(self.get_request_counts()) == 1:  # vLLM limits no chunk of a request that is alone
-            limits.max_num_scheduled_tokens = min(budget, chunk)
-        try:
-            yield
-        finally:
-            config.long_prefill_token_threshold, limits.adaptive_long_prefill_threshold = usual, adaptive
-            limits.max_num_scheduled_tokens = budget
-
     def _allocate_with_relief(
         self, request: Request, num_new_tokens: int, *arguments: Any, **keywords: Any
     ) -> KVCacheBlocks | None:
         """Takes the place of ``KVCacheManager.allocate_slots``; None makes vLLM wait or preempt, as before."""
-        if request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-            return self._allocate_for_waiting(request, num_new_tokens, *arguments, **keywords)
+        waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        if waiting and not self._admits(request):
+            return None
         blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
         if blocks is not None:
             return blocks
-        end = min(request.num_computed_tokens + num_new_tokens + self.num_lookahead_tokens, self.max_model_len)
-        wanted = -(-end // self.blocks.block_size) - self.blocks.num_held(request.request_id)
+        size, held = self.blocks.block_size, self.blocks.num_held(request.request_id)
+        end = max(request.num_tokens if waiting else 0, request.num_computed_tokens + num_new_tokens)
+        wanted = -(-min(end + self.num_lookahead_tokens, self.max_model_len) // size) - held
+        if waiting:
+            # It may have hit blocks that are filled in this very step, exactly as long as their owner keeps its pages
+            # until then: room for it is made before the next step.
+            hits = keywords.get("new_computed_blocks")
+            in_use = 0 if hits is None else sum(block.ref_cnt > 0 for block in hits.blocks[0])
+            self._wanted_by_waiting = wanted - in_use + self.kv_cache_manager.watermark_blocks
+            return None
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
         if self.relief.make_room(running, wanted, self._update) == 0:
             return None
         blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
         self.relief.totals.pauses_avoided += blocks is not None
-        return blocks
-
-    def _allocate_for_waiting(
-        self, request: Request, num_new_tokens: int, *arguments: Any, **keywords: Any
-    ) -> KVCacheBlocks | None:
-        """Blocks for who joins, or comes back at the size that it had; None makes it wait.
-
-        It may have hit blocks that are filled in this very step, exactly as long as their owner keeps its pages until
-        then: room for it is made before the next step.
-        """
-        if not self._admits(request):
-            return None
-        hits, watermark = keywords.get("new_computed_blocks"), self.kv_cache_manager.watermark_blocks
-        found = () if hits is None else hits.blocks[0]
-        used = [page for page, block in enumerate(found) if block.ref_cnt > 0]
-        self._coming_back.note_hits(request.request_id, len(found) - len(used), used)
-        wanted = self._coming_back.blocks_wanted(request)
-        if wanted is not None and self._longest_chunk is not None and wanted + watermark <= self.blocks.num_free:
-            keywords["full_sequence_must_fit"] = False
-        reserved = self._coming_back.blocks_reserved({r.request_id for r in self.running})
-        keywords["reserved_blocks"] = keywords.get("reserved_blocks", 0) + reserved
-        blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
-        if blocks is None:
-            if wanted is None:
-                end = max(request.num_tokens, request.num_computed_tokens + num_new_tokens) + self.num_lookahead_tokens
-                wanted = -(-min(end, self.max_model_len) // self.blocks.block_size) - len(used)
-            self._wanted_by_waiting = wanted + watermark + reserved
         return blocks
 
     def _admits(self, request: Request) -> bool:
@@ -215,13 +165,11 @@ class MemShareScheduler(Scheduler):
     def _preempt_request(self, request: Request, *arguments: Any, **keywords: Any) -> None:
         super()._preempt_request(request, *arguments, **keywords)
         self.relief.lose_blocks(request.request_id)
-        self._coming_back.preempted(request)
         self._admission.forget(request.request_id)
 
     def _free_request(self, request: Request, *arguments: Any, **keywords: Any) -> Any:
         parameters = super()._free_request(request, *arguments, **keywords)
         self.relief.remove(request.request_id)
-        self._coming_back.forget(request.request_id)
         self._admission.forget(request.request_id)
         if not self.requests:  # no step follows whose end would show it
             self._metrics.report(self.relief, ())
