@@ -31,7 +31,7 @@ ROWS = [{"problem": "one three", "reasoning": "a " * 40}, {"problem": "seven", "
 
 def test_traces_come_back_with_their_prompts_reversed_and_answers_are_cut():
     work = cut_requests(ROWS, Words(), count=3, shorter_by=4, longest_answer=8)
-    assert work == [([3, 5], 8), ([5], 2), ([5, 3], 8)]
+    assert work == [([3, 5], [1] * 8), ([5], [1] * 2), ([5, 3], [1] * 8)]
 
 
 class Chat(Words):

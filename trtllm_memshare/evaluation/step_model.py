@@ -7,7 +7,7 @@ small model is read as one of a large model whose pool is as tight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,8 @@ class GpuModel:
         return max(reads, 2 * self.parameters * num_tokens / self.flops) + self.overhead_s
 
 
-class ModelledClock:
-    """Adds up the modelled times of a run's steps and notes when each request had its first token and when it ended.
-
-    It takes tokens out of the handles' streams, which nobody else may read.
+class ModelledTimes:
+    """Adds up the modelled times of steps; when each request came, had its first token and ended.
 
     Args:
       machine: the model of a step.
@@ -52,26 +50,29 @@ class ModelledClock:
     def __init__(self, machine: GpuModel) -> None:
         self._machine = machine
         self._now = 0.0
-        self._submitted: dict[int, float] = {}
-        self._first_token: dict[int, float] = {}
-        self._latency: dict[int, float] = {}
+        self._submitted: dict[Hashable, float] = {}
+        self._first_token: dict[Hashable, float] = {}
+        self._latency: dict[Hashable, float] = {}
 
-    def tick(self, num_tokens: int, pool_use: float, handles: Sequence[RequestHandle]) -> None:
-        """One step has run.
+    def submit(self, request_id: Hashable) -> None:
+        """A request has come."""
+        self._submitted[request_id] = self._now
 
-        Args:
-          num_tokens, pool_use: see ``GpuModel.step_seconds``.
-          handles: of every request that was submitted so far.
-        """
-        for handle in handles[len(self._submitted) :]:
-            self._submitted[handle.request_id] = self._now
+    def step(self, num_tokens: int, pool_use: float) -> None:
+        """One step has run, see ``GpuModel.step_seconds``."""
         self._now += self._machine.step_seconds(num_tokens, pool_use)
-        for handle in handles:
-            request_id = handle.request_id
-            if request_id not in self._first_token and handle.drain()[0]:
-                self._first_token[request_id] = self._now - self._submitted[request_id]
-            if request_id not in self._latency and handle.future.done():
-                self._latency[request_id] = self._now - self._submitted[request_id]
+
+    def has_token(self, request_id: Hashable) -> None:
+        """A request has a token, its first one or another."""
+        self._first_token.setdefault(request_id, self._now - self._submitted[request_id])
+
+    def end(self, request_id: Hashable) -> None:
+        """A request has ended, now or earlier."""
+        self._latency.setdefault(request_id, self._now - self._submitted[request_id])
+
+    def knows(self, request_id: Hashable) -> tuple[bool, bool]:
+        """Whether a request has had a token, and whether it has ended."""
+        return request_id in self._first_token, request_id in self._latency
 
     def summary(self) -> dict[str, Any]:
         """Requests per second, percentiles of latency and the mean time to the first token, in modelled seconds."""
@@ -83,3 +84,40 @@ class ModelledClock:
             "p99_latency_s": float(np.percentile(latencies, 99)),
             "mean_first_token_s": float(np.mean(list(self._first_token.values()))),
         }
+
+
+class ModelledClock:
+    """The modelled times of a run of the executor.
+
+    It takes tokens out of the handles' streams, which nobody else may read.
+
+    Args:
+      machine: the model of a step.
+    """
+
+    def __init__(self, machine: GpuModel) -> None:
+        self._times = ModelledTimes(machine)
+        self._num_submitted = 0
+
+    def tick(self, num_tokens: int, pool_use: float, handles: Sequence[RequestHandle]) -> None:
+        """One step has run.
+
+        Args:
+          num_tokens, pool_use: see ``GpuModel.step_seconds``.
+          handles: of every request that was submitted so far.
+        """
+        times = self._times
+        for handle in handles[self._num_submitted :]:
+            times.submit(handle.request_id)
+        self._num_submitted = len(handles)
+        times.step(num_tokens, pool_use)
+        for handle in handles:
+            had_token, has_ended = times.knows(handle.request_id)
+            if not had_token and handle.drain()[0]:
+                times.has_token(handle.request_id)
+            if not has_ended and handle.future.done():
+                times.end(handle.request_id)
+
+    def summary(self) -> dict[str, Any]:
+        """See ``ModelledTimes.summary``."""
+        return self._times.summary()

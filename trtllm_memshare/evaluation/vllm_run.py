@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.step_model import GpuModel, ModelledTimes
 from trtllm_memshare.evaluation.vllm_work import VllmWork
 
 _MAX_IDLE_STEPS = 2  # in a row; then nothing will ever change
@@ -65,7 +66,10 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
 
 
 def run_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[str, Any]:
-    """Schedules the work to its end without a model; any token will do.
+    """Schedules the work to its end without a model; requests write the texts of their traces.
+
+    Returns:
+      Counts of the schedule, and ``modelled_gpu``: its steps by the model of a GPU's, see ``evaluation.step_model``.
 
     Raises:
       UserError: nobody can go on, since the pool is too small for one request.
@@ -74,12 +78,13 @@ def run_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> dict
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-    scheduler = _make_scheduler(work, arm, admission, blocks)
+    scheduler, times = _make_scheduler(work, arm, admission, blocks), ModelledTimes(GpuModel())
     for index, (prompt, length) in enumerate(work.requests):
         sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
         scheduler.add_request(
             Request(request_id=str(index), prompt_token_ids=prompt, sampling_params=sampling, pooling_params=None)
         )
+        times.submit(str(index))
     steps = in_flight = computed = preempted = idle = 0
     ends = list[int]()
     while scheduler.requests:
@@ -92,20 +97,32 @@ def run_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> dict
         idle = 0 if names else idle + 1
         if idle > _MAX_IDLE_STEPS:
             raise UserError(f"a pool of {blocks} blocks is too small for one request (give fewer --parts)")
-        # A request that still reads its text samples nothing.
-        sampled = [[] if scheduler.requests[name].is_prefill_chunk else [steps % 1000 + 10] for name in names]
+        sampled = [_next_token(work, scheduler.requests[name]) for name in names]
         places = {n: i for i, n in enumerate(names)}
-        before = len(scheduler.requests)
+        if names:
+            times.step(output.total_num_scheduled_tokens, scheduler.kv_cache_manager.usage)
+        before = set(scheduler.requests)
         scheduler.update_from_output(
             output, ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=sampled)
         )
-        ends += [steps] * (before - len(scheduler.requests))
+        for name in (n for n, tokens in zip(names, sampled, strict=True) if tokens):
+            times.has_token(name)
+        for name in before.difference(scheduler.requests):
+            times.end(name)
+            ends.append(steps)
     return {
         "blocks": blocks, "steps": steps, "mean_in_flight": in_flight / steps, "preemptions": preempted,
         "tokens_computed": computed, "p50_steps": float(np.percentile(ends, 50)),
         "p99_steps": float(np.percentile(ends, 99)), "retired": _num_retired(scheduler),
-        "all_free": _is_all_free(scheduler),
+        "modelled_gpu": times.summary(), "all_free": _is_all_free(scheduler),
     }  # fmt: skip
+
+
+def _next_token(work: VllmWork, request: Any) -> list[int]:
+    """The next one of a request's text; nothing while it still reads what it has."""
+    if request.is_prefill_chunk:
+        return []
+    return [work.texts[int(request.request_id)][request.num_output_tokens]]
 
 
 def _make_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class VllmWork:
     Attributes:
       requests: (prompt's token ids, tokens to generate) of each.
       free: the model ends its answers itself, the tokens to generate are the most that it may.
+      texts: what each request writes where there is no model, token ids of its trace; none where ``free``.
     """
 
     model_dir: Path
@@ -44,6 +45,7 @@ class VllmWork:
     protected_tokens: int
     requests: list[tuple[list[int], int]]
     free: bool = False
+    texts: list[list[int]] = field(default_factory=list)
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -66,13 +68,14 @@ class VllmWork:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
-        values = {"free": False, **vars(options)}
+        values = {"free": False, "texts": [], **vars(options)}
         values = {f.name: values[f.name] for f in fields(cls)}
         rows = [json.loads(line) for line in options.traces.read_text().splitlines()]
         if values["free"]:
             requests = ask_in_chat(rows, tokenizer, options.requests, options.longest_answer)
         else:
-            requests = cut_requests(rows, tokenizer, options.requests, options.shorter_by, options.longest_answer)
+            cut = cut_requests(rows, tokenizer, options.requests, options.shorter_by, options.longest_answer)
+            requests, values["texts"] = [(prompt, len(text)) for prompt, text in cut], [text for _, text in cut]
         return cls(**{**values, "requests": requests})
 
     @property
@@ -140,15 +143,17 @@ def plugin_arguments(null_pages: Path, **settings: Any) -> dict[str, Any]:
 
 def cut_requests(
     rows: list[dict[str, Any]], tokenizer: Any, count: int, shorter_by: int, longest_answer: int
-) -> list[tuple[list[int], int]]:
-    """(prompt's token ids, tokens to generate) of ``count`` requests: the traces in order, again and again."""
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) of ``count`` requests, token ids: the traces in order, again and again."""
     work = []
     for index in range(count):
         row = rows[index % len(rows)]
         prompt = tokenizer(row["problem"])["input_ids"][:_LONGEST_PROMPT]
-        length = min(len(tokenizer(row["reasoning"])["input_ids"]) // shorter_by, longest_answer)
+        text = tokenizer(row["reasoning"])["input_ids"]
         # A second request of a trace asks the same of other tokens, so that the prefix cache plays no part.
-        work.append((prompt if index < len(rows) else prompt[::-1], length))
+        work.append(
+            (prompt if index < len(rows) else prompt[::-1], text[: min(len(text) // shorter_by, longest_answer)])
+        )
     return work
 
 

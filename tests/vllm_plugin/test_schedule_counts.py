@@ -1,0 +1,61 @@
+"""What is counted of a schedule of vLLM without a model; needs vLLM (``make test-vllm``)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import trtllm_memshare
+
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.vllm_run import run_scheduler
+from trtllm_memshare.evaluation.vllm_work import VllmWork
+
+MODEL = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
+LENGTH = 1300
+
+
+def work_of(texts: list[list[int]], folder: Path) -> VllmWork:
+    """Two requests at a time, which write these texts."""
+    save_file(
+        {"keys": torch.zeros(1, 4, 2, 32), "bands": torch.tensor([0, 4096], dtype=torch.int32)},
+        folder / "null_pages.safetensors",
+    )
+    requests = [([5, 6, 7 + i], len(text)) for i, text in enumerate(texts)]
+    return VllmWork(MODEL, folder, folder, 2, 1, LENGTH, 16, 64, requests, texts=texts)
+
+
+def random_text(seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 90), k=LENGTH)
+
+
+def test_with_room_every_token_is_computed_once_and_nobody_waits(tmp_path):
+    work = work_of([random_text(i) for i in range(2)], tmp_path)
+    run = run_scheduler(work, "vllm", "vllm", work.pool_blocks(1))
+    assert (run["steps"], run["preemptions"], run["all_free"]) == (LENGTH, 0, True)
+    assert run["tokens_computed"] == 2 * (3 + LENGTH - 1)
+    times = run["modelled_gpu"]
+    assert times["p50_latency_s"] == pytest.approx(2 / times["request_throughput_req_s"])  # both from start to end
+    assert 0 < times["mean_first_token_s"] < times["p50_latency_s"] / LENGTH
+
+
+def test_pages_stand_again_only_where_the_texts_repeat_themselves(tmp_path):
+    """``admission`` gives up nothing else. 1,300 tokens are more than any made-up ones would go without a repeat."""
+    anew = work_of([random_text(i) for i in range(3)], tmp_path)
+    assert run_scheduler(anew, "admission", "vllm", anew.pool_blocks(2) + 20)["retired"] == 0
+    twice = work_of([(text := random_text(i)[: LENGTH // 2]) + text for i in range(3)], tmp_path)
+    run = run_scheduler(twice, "admission", "vllm", twice.pool_blocks(2) + 20)
+    assert run["retired"] > 20
+    assert run["modelled_gpu"]["p99_latency_s"] > run["modelled_gpu"]["p50_latency_s"]
+
+
+def test_a_pool_without_room_for_one_request_is_refused(tmp_path):
+    work = work_of([random_text(0)], tmp_path)
+    with pytest.raises(UserError, match="too small for one request"):
+        run_scheduler(work, "vllm", "vllm", 20)
