@@ -1,8 +1,8 @@
-"""What pressure does to vLLM's schedule, counted in steps: its own scheduler, answers of given lengths, no model.
+"""What pressure does to vLLM's schedule, counted in steps: its own scheduler, the texts of traces, no model.
 
 The same work as ``vllm_pressure.py``: how many steps all requests take, how many are in flight, who is preempted, and
-how many tokens are computed, those computed again after a preemption included. Nothing here depends on the machine. A
-step of a batch costs about the same however many requests are in it while memory bounds it, so steps stand for time.
+how many tokens are computed, those computed again after a preemption included. Nothing here depends on the machine.
+Steps have times too, by the model of a GPU's in ``trtllm_memshare/evaluation/step_model.py``.
 """
 
 from __future__ import annotations

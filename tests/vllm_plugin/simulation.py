@@ -75,9 +75,6 @@ class Simulation:
         self.prompts: list[list[int]] = []
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
         self.num_submitted = self.num_steps = self.most_entries = 0
-        self.num_coming_back = (
-            0  # chunks of a request that had given up pages before, and some of them once more by now
-        )
         self.num_below_floor = 0  # looks at a request that had given up more than its floor leaves
         self._outsiders: list[Any] = []
         self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier

@@ -41,6 +41,7 @@ def test_with_room_every_token_is_computed_once_and_nobody_waits(tmp_path):
     assert (run["steps"], run["preemptions"], run["all_free"]) == (LENGTH, 0, True)
     assert run["tokens_computed"] == 2 * (3 + LENGTH - 1)
     times = run["modelled_gpu"]
+    assert times == run["modelled_gpu_null_read"]
     assert times["p50_latency_s"] == pytest.approx(2 / times["request_throughput_req_s"])  # both from start to end
     assert 0 < times["mean_first_token_s"] < times["p50_latency_s"] / LENGTH
 
@@ -52,6 +53,8 @@ def test_pages_stand_again_only_where_the_texts_repeat_themselves(tmp_path):
     twice = work_of([(text := random_text(i)[: LENGTH // 2]) + text for i in range(3)], tmp_path)
     run = run_scheduler(twice, "admission", "vllm", twice.pool_blocks(2) + 20)
     assert run["retired"] > 20
+    free, read = (run[name]["request_throughput_req_s"] for name in ("modelled_gpu", "modelled_gpu_null_read"))
+    assert 0.5 * free < read < 0.99 * free
     assert run["modelled_gpu"]["p99_latency_s"] > run["modelled_gpu"]["p50_latency_s"]
 
 
