@@ -14,6 +14,7 @@ import trtllm_memshare
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation import vllm_run
 from trtllm_memshare.evaluation.vllm_run import run_scheduler
 from trtllm_memshare.evaluation.vllm_work import VllmWork
 
@@ -56,6 +57,24 @@ def test_pages_stand_again_only_where_the_texts_repeat_themselves(tmp_path):
     free, read = (run[name]["request_throughput_req_s"] for name in ("modelled_gpu", "modelled_gpu_null_read"))
     assert 0.5 * free < read < 0.99 * free
     assert run["modelled_gpu"]["p99_latency_s"] > run["modelled_gpu"]["p50_latency_s"]
+
+
+@pytest.mark.parametrize("arm", ["vllm", "0.75"])
+def test_requests_write_their_texts_whoever_is_preempted(tmp_path, monkeypatch, arm):
+    work = work_of([random_text(i) for i in range(4)], tmp_path)
+    submitted = []
+    make_scheduler = vllm_run._make_scheduler
+
+    def make_watched(*arguments):
+        scheduler = make_scheduler(*arguments)
+        add = scheduler.add_request
+        monkeypatch.setattr(scheduler, "add_request", lambda request: (submitted.append(request), add(request)))
+        return scheduler
+
+    monkeypatch.setattr(vllm_run, "_make_scheduler", make_watched)
+    run = run_scheduler(work, arm, "vllm", work.pool_blocks(2) + 4)
+    assert run["preemptions"] > 0
+    assert [list(request.output_token_ids) for request in submitted] == work.texts
 
 
 def test_a_pool_without_room_for_one_request_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every row of docs/real_model.md that a CPU can make, then its tables and its picture. Rows that exist are not computed
-# again, so that it goes on where it was stopped. From nothing it needs some seventeen hours of one core (row_times.json);
+# again, so that it goes on where it was stopped. From nothing it needs some sixteen hours of one core (row_times.json);
 # texts of 2,048 tokens and recall at a half come first.
 #
 #   python build_scripts/get_smollm2.py && bash benchmarks/studies/real_model/all.sh
