@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation import free_generation
 from trtllm_memshare.evaluation.free_generation import (
     ARMS,
@@ -13,6 +14,7 @@ from trtllm_memshare.evaluation.free_generation import (
     PAGE_TOKENS,
     HeldExecutor,
     Length,
+    arm_config,
     compute_generations,
     distinct_share,
     first_difference,
@@ -90,6 +92,23 @@ def test_rows_are_held_against_the_full_cache_and_computed_once(model, plain, tm
     monkeypatch.setattr(free_generation, "generate", None)
     compute_generations(model, plain, (), make_texts(2), arms, LENGTH, rows)
     compute_generations(model, plain, (), make_texts(9), arms, LENGTH, rows, may_go_on=lambda: False)
+
+
+def test_another_floor_is_another_row_and_keeps_another_share(model, plain, tmp_path):
+    rows = RowFile(tmp_path / "rows.jsonl")
+    for min_kept in (0.5, 0.75):
+        compute_generations(model, plain, (), make_texts(1), ["streaming"], LENGTH, rows, min_kept=min_kept)
+    full, half, more = ([r for r in rows.rows if r["min_kept"] == kept] for kept in (1.0, 0.5, 0.75))
+    assert len(full) == len(half) == len(more) == len(DECODINGS)
+    # Twelve pages are written while it may be asked, the newest eight are protected: of four old ones all go, or three.
+    assert {r["kept"] for r in half} == {round(8 / 12, 4)}
+    assert {r["kept"] for r in more} == {round(9 / 12, 4)}
+
+
+def test_a_floor_that_is_no_share_is_refused():
+    with pytest.raises(UserError, match="min_kept"):
+        arm_config("streaming", 1.5)
+    assert arm_config("full", 0.25) == ARMS["full"]
 
 
 def test_a_stop_token_ends_a_request(model, plain, tmp_path):

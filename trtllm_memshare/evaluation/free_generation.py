@@ -18,7 +18,7 @@ from trtllm_memshare.evaluation.real_rows import RowFile
 from trtllm_memshare.evaluation.real_texts import TokenText
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.runners.torch.runner import TorchRunner
-from trtllm_memshare.search.config import MemShareConfig, make_config
+from trtllm_memshare.search.config import MemShareConfig, make_config, parse_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import RequestResult, SamplingParams
@@ -42,6 +42,18 @@ ARMS: dict[str, MemShareConfig] = {
 """By the names of the other tables; exact repeats go first in all but the paper's, as the product has it."""
 DECODINGS: dict[str, dict[str, float]] = {"greedy": {}, "sampled": {"temperature": 0.6, "top_p": 0.95}}
 """Sampled as DeepSeek-R1's model card asks for. A text has one seed, the same for all arms."""
+
+
+def arm_config(arm: str, min_kept: float) -> MemShareConfig:
+    """An arm's settings with ``min_kept`` as its floor; arms without pressure have none.
+
+    Raises:
+      UserError: a share out of range.
+    """
+    config = ARMS[arm]
+    if not config.pressure:
+        return config
+    return parse_config({**config.model_dump(), "min_kept": min_kept}, "memshare settings")
 
 
 class HeldExecutor(Executor):
@@ -74,6 +86,7 @@ def compute_generations(
     length: Length,
     rows: RowFile,
     may_go_on: Callable[[], bool] = lambda: True,
+    min_kept: float = 0.5,
 ) -> None:
     """Computes the rows that are not there yet, one an arm, text and decoding, all of an arm at once.
 
@@ -83,20 +96,21 @@ def compute_generations(
       arms: names in ``ARMS``; the full cache comes first whether named or not, since the others are held against it.
       rows: where rows are, and go. Those of the full cache keep their tokens.
       may_go_on: asked before each arm.
+      min_kept: floor of the arms of the preset ``pressure``, a share of the pages that a request has written.
     """
     requests = [(text, decoding) for text in texts for decoding in DECODINGS]
     runner: TorchRunner | None = None
     for arm in dict.fromkeys([FULL, *arms]):
-        missing = [(t, d) for t, d in requests if row_key(arm, t, d, length) not in rows]
+        missing = [(t, d) for t, d in requests if row_key(arm, t, d, length, min_kept) not in rows]
         if not missing:
             continue
         if not may_go_on():
             return
         runner = runner or TorchRunner(model, length.blocks(len(requests)), PAGE_TOKENS)
-        results = generate(runner, ARMS[arm], boundaries, stop_token_ids, missing, length, arm)
+        results = generate(runner, arm_config(arm, min_kept), boundaries, stop_token_ids, missing, length, arm)
         full = {(r["text"], r["decoding"], r["tokens"]): r["token_ids"] for r in rows.rows if r["arm"] == FULL}
         for (text, decoding), result in zip(missing, results, strict=True):
-            key = row_key(arm, text, decoding, length)
+            key = row_key(arm, text, decoding, length, min_kept)
             theirs = None if arm == FULL else full[key["text"], decoding, key["tokens"]]
             rows.add({**key, **generation_row(text, result, theirs)})
 
@@ -133,12 +147,12 @@ def generate(
     return [handle.result() for handle in handles]
 
 
-def row_key(arm: str, text: TokenText, decoding: str, length: Length) -> dict[str, Any]:
+def row_key(arm: str, text: TokenText, decoding: str, length: Length, min_kept: float) -> dict[str, Any]:
     """What a row is found again by."""
     return {
         "text": text.trace.name,
         "arm": arm,
-        "min_kept": ARMS[arm].min_kept if ARMS[arm].pressure else 1.0,
+        "min_kept": min_kept if ARMS[arm].pressure else 1.0,
         "tokens_per_block": PAGE_TOKENS,
         "tokens": length.prompt + length.output,
         "decoding": decoding,

@@ -1,7 +1,7 @@
 """Free-running continuations of real reasoning texts, greedy and sampled: one row an arm, text and decoding, resumable.
 
-Arms that forget are held at half of what they have written. The texts of one group are in flight at once, and all arms
-of a group come before the next.
+Arms that forget are held at a share of what they have written. The texts of one group are in flight at once, and all
+arms of a group come before the next.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=16, help="most texts, two requests each (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=8, help="texts of a group (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(MAIN), help=f"default: {' '.join(MAIN)}")
+    parser.add_argument("--min-kept", type=float, default=0.5, help="of arms that forget (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=Length.prompt, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=Length.output, help="at most (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
@@ -56,7 +57,7 @@ def main() -> None:
 
     stop = read_checkpoint(arguments.model_dir).stop_token_ids
     while may_go_on() and (group := list(islice(texts, arguments.at_once))):
-        compute_generations(model, boundaries, stop, group, arguments.arms, length, rows, may_go_on)
+        compute_generations(model, boundaries, stop, group, arguments.arms, length, rows, may_go_on, arguments.min_kept)
 
 
 if __name__ == "__main__":
