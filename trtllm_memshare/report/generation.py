@@ -10,13 +10,13 @@ from trtllm_memshare.evaluation.statistics import sign_flip, standard_error
 from trtllm_memshare.report.real_model import LABELS, p_value
 
 _HEAD = (
-    "| what goes | texts | kept | ended itself | tokens | against the full cache | p | repeated | "
+    "| what goes | floor | texts | kept | ended itself | tokens | against the full cache | p | repeated | "
     "against the full cache | p | distinct 4-grams | first difference |"
 )
 
 
 def generation_table(rows: list[Row], decoding: str) -> str:
-    """One line an arm: each is held against the full cache on its own texts, problem by problem.
+    """One line an arm and floor: each is held against the full cache on its own texts, problem by problem.
 
     Of runs of several lengths the longest counts.
 
@@ -25,13 +25,18 @@ def generation_table(rows: list[Row], decoding: str) -> str:
     """
     longest = max((row["tokens"] for row in rows), default=0)
     chosen = [row for row in rows if row["decoding"] == decoding and row["tokens"] == longest]
-    tables = {arm: {row["text"]: row for row in chosen if row["arm"] == arm} for arm in ARMS}
+    floors = sorted({row["min_kept"] for row in chosen}, reverse=True)
+    tables = {
+        (arm, floor): {r["text"]: r for r in chosen if (r["arm"], r["min_kept"]) == (arm, floor)}
+        for arm in ARMS
+        for floor in floors
+    }
     lines = [_HEAD, f"| --- | {' | '.join(['---:'] * (_HEAD.count('|') - 2))} |"]
-    lines += [_line(arm, table, tables[FULL]) for arm, table in tables.items() if table]
+    lines += [_line(*kind, table, tables[FULL, 1.0]) for kind, table in tables.items() if table]
     return "\n".join(lines)
 
 
-def _line(arm: str, ours: dict[str, Row], full: dict[str, Row]) -> str:
+def _line(arm: str, floor: float, ours: dict[str, Row], full: dict[str, Row]) -> str:
     texts = list(ours)
     problems = [ours[text]["problem"] for text in texts]
 
@@ -47,8 +52,8 @@ def _line(arm: str, ours: dict[str, Row], full: dict[str, Row]) -> str:
 
     ended = sum(ours[text]["ended"] for text in texts)
     return (
-        f"| {LABELS[arm]} | {len(texts)} | {means(ours, 'kept').mean():.0%} | {ended} | "
-        f"{means(ours, 'length').mean():.0f} | {against('length', '.0f')} | "
+        f"| {LABELS[arm]} | {'' if arm == FULL else f'{floor:.0%}'} | {len(texts)} | "
+        f"{means(ours, 'kept').mean():.0%} | {ended} | {means(ours, 'length').mean():.0f} | {against('length', '.0f')} | "
         f"{means(ours, 'repeated').mean():.2f} | {against('repeated', '.2f')} | "
         f"{means(ours, 'distinct_4').mean():.2f} | {'' if arm == FULL else _quartiles(ours)} |"
     )

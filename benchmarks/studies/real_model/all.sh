@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every row of docs/real_model.md that a CPU can make, then its tables and its picture. Rows that exist are not computed
-# again, so that it goes on where it was stopped. From nothing it needs some sixteen hours of one core (row_times.json);
+# again, so that it goes on where it was stopped. From nothing it needs some seventeen hours of one core (row_times.json);
 # texts of 2,048 tokens and recall at a half come first.
 #
 #   python build_scripts/get_smollm2.py && bash benchmarks/studies/real_model/all.sh
@@ -33,6 +33,8 @@ study loops
 study loops --variant aligned:retired_becomes=dropped --output $results/loops_forgotten.json
 study loops --variant pressure:min_kept=1 --output $results/loops_pressure.json
 study generation --texts 8 --arms full surprisal-led-recency-signature surprisal-led-signature random-once paper-alias
+study generation --texts 8 --min-kept 0.62 --arms full surprisal-led-recency-signature random-once paper-alias
+study generation --texts 8 --min-kept 0.53 --arms full surprisal-led-recency-signature random-once paper-alias
 study table --compute float32 --texts 1 --arms random attention-redundancy --output $results/float32.jsonl
 split $results/tokens_4096.jsonl table --tokens 4096 --texts 20 --arms $decisive
 split $results/tokens_4096.jsonl table --tokens 4096 --texts 12 --arms $others

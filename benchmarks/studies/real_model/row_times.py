@@ -31,15 +31,16 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2, help="to time in each part (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "row_times.json")
     arguments = parser.parse_args()
-    before = json.loads(arguments.output.read_text())["parts"] if arguments.output.is_file() else []
-    found: dict[str, dict[str, Any]] = {part["file"]: part for part in before}
+    before = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    machine = before.get("machine") or describe_machine()  # of the last command that was timed
+    found: dict[str, dict[str, Any]] = {part["file"]: part for part in before.get("parts", [])}
     for path, words in parts((Path(__file__).parent / "all.sh").read_text(encoding="utf-8")):
         part = found.setdefault(path.name, {"file": path.name, "rows": 0, "core_hours": 0.0})
         seconds = part.get("seconds_a_row", {})
         if words[0] == "loops":
             part["core_hours"] = part["core_hours"] or round(time_whole(words) / 3600, 3)
         elif not seconds or not set(arms_of(words)) <= {kind.split("/")[0] for kind in seconds}:
-            times = time_rows(words, arguments.texts)
+            times, machine = time_rows(words, arguments.texts), describe_machine()
             part["seconds_a_row"] = {
                 **{"/".join(map(str, kind)): round(statistics.median(of_kind), 2) for kind, of_kind in times.items()},
                 **seconds,
@@ -49,7 +50,7 @@ def main() -> None:
             hours = sum(_seconds(part["seconds_a_row"], kind) * count for kind, count in rows.items()) / 3600
             part["rows"], part["core_hours"] = sum(rows.values()), round(hours, 3)
         total = round(sum(part["core_hours"] for part in found.values()), 2)
-        document = {"machine": describe_machine(), "texts": arguments.texts, "core_hours": total}
+        document = {"machine": machine, "texts": arguments.texts, "core_hours": total}
         arguments.output.write_text(json.dumps({**document, "parts": list(found.values())}, indent=1) + "\n")
         print(json.dumps({name: part.get(name) for name in ("file", "rows", "core_hours")}), flush=True)
 
