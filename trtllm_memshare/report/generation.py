@@ -53,7 +53,8 @@ def _line(arm: str, floor: float, ours: dict[str, Row], full: dict[str, Row]) ->
     ended = sum(ours[text]["ended"] for text in texts)
     return (
         f"| {LABELS[arm]} | {'' if arm == FULL else f'{floor:.0%}'} | {len(texts)} | "
-        f"{means(ours, 'kept').mean():.0%} | {ended} | {means(ours, 'length').mean():.0f} | {against('length', '.0f')} | "
+        f"{means(ours, 'kept').mean():.0%} | {ended} | {means(ours, 'length').mean():.0f} | "
+        f"{against('length', '.0f')} | "
         f"{means(ours, 'repeated').mean():.2f} | {against('repeated', '.2f')} | "
         f"{means(ours, 'distinct_4').mean():.2f} | {'' if arm == FULL else _quartiles(ours)} |"
     )
