@@ -81,8 +81,11 @@ def test_arms_are_settings_of_the_plugin(work, arm, need, min_kept):
     assert arguments["scheduler_cls"] == SCHEDULER_CLASS
     settings = arguments["additional_config"]["memshare"]
     assert settings == {
-        "null_pages": "null", "need": need, "min_kept": min_kept, "protected_tokens": 16, "admission": "lookahead"
+        "null_pages": "null", "need": need, "min_kept": min_kept, "protected_tokens": 16, "admission": "lookahead",
+        "null_entries": "read",
     }  # fmt: skip
+    skips = work.arm_arguments(f"{arm}-skip", "lookahead")["additional_config"]["memshare"]
+    assert skips == {**settings, "null_entries": "skip"}
     assert work.arm_arguments("vllm", "lookahead") == {}
     default = work.arm_arguments("default", "lookahead")["additional_config"]["memshare"]
     assert not {"need", "min_kept"} & set(default)

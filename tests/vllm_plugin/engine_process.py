@@ -1,8 +1,8 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
-``python engine_process.py plain|memshare|ranks|aliases MODEL NULL_PAGES``; ``ranks`` is two workers, each with half of
-the heads; ``aliases`` is the published method. A second engine in one process is not something vLLM promises, so each
-arm has its own.
+``python engine_process.py plain|memshare|ranks|skip|aliases MODEL NULL_PAGES``; ``ranks`` is two workers, each with half
+of the heads; ``skip`` leaves null entries out of attention; ``aliases`` is the published method. A second engine in one
+process is not something vLLM promises, so each arm has its own.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ def with_room(llm: LLM) -> list[list[int]]:
     return [list(o.outputs[0].token_ids) for o in (*greedy, *sampled)]
 
 
-def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
-    """Log-probabilities of vLLM against a masked forward pass that sees the same pages retired at the same tokens."""
+def under_pressure(llm: LLM, model_dir: str, null_pages: str | None) -> dict[str, Any]:
+    """Log-probabilities of vLLM against a masked forward pass that sees the same pages retired at the same tokens.
+
+    ``null_pages`` None: a pass that leaves them out.
+    """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     events: dict[str, list[tuple[int, list[int], dict[int, int]]]] = {}
     told: dict[str, dict[int, float]] = {}
@@ -92,7 +95,9 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
-    pages = load_file(Path(null_pages) / "null_pages.safetensors")
+    pages = {"keys": None, "bands": torch.tensor([0, MAX_LENGTH])}
+    if null_pages is not None:
+        pages = load_file(Path(null_pages) / "null_pages.safetensors")
     worst = {"as read": 0.0, "once": 0.0, "all": 0.0}
     differences: list[float] = []
     for output, prompt in zip(outputs, prompts, strict=False):
@@ -214,6 +219,12 @@ def main() -> None:
     elif arm == "ranks":
         llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])
         result = {"pressure": under_pressure(llm, model, null_pages)}
+    elif arm == "skip":
+        llm = make_engine(model, null_pages, int(sys.argv[5]), min_kept=0.25, need=sys.argv[4], null_entries="skip")
+        result = {"with_room": with_room(llm)}
+        result["pressure"] = under_pressure(llm, model, None)
+        if len(sys.argv) > 6:
+            result["schedules"] = schedules(llm, int(sys.argv[6]))
     elif arm == "aliases":
         llm = make_engine(
             model, null_pages, int(sys.argv[4]), min_kept=0.25, need="nearest-earlier", retired_becomes="alias"

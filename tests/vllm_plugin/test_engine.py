@@ -81,6 +81,36 @@ def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(mems
 
 
 @pytest.fixture(scope="module")
+def skip(null_pages: str) -> dict[str, Any]:
+    return run("skip", null_pages, "surprisal-led-redundancy-recency", "1", "4")
+
+
+def test_skipping_with_room_leaves_tokens_bit_by_bit(skip, null_pages):
+    assert skip["with_room"] == run("plain", null_pages)["with_room"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_with_null_entries_skipped_log_probabilities_are_those_of_a_pass_without_the_pages(skip, null_pages, num_ranks):
+    """The null pages of these tests are far from null, so that one that is read all the same would be seen."""
+    pressure = (skip if num_ranks == 1 else run("skip", null_pages, "surprisal-led-redundancy-recency", "2"))[
+        "pressure"
+    ]
+    assert pressure["retired"] >= 20
+    assert pressure["requests_retired_from"] >= 5
+    assert pressure["preemptions"] == 0
+    # As above.
+    assert pressure["difference"] < 1e-4
+    assert pressure["difference_if_nothing_were_retired"] > 1.0
+    assert pressure["surprisal_difference"] < 1e-3
+
+
+def test_block_tables_that_slots_are_worked_out_from_stay_whole_where_entries_are_skipped(skip):
+    schedules = skip["schedules"]
+    assert schedules["null_reads"] > 100  # entries that the scheduler's tables have at null pages
+    assert schedules["idle"]
+
+
+@pytest.fixture(scope="module")
 def aliases(null_pages: str) -> dict[str, Any]:
     return run("aliases", null_pages, "1", "8")
 

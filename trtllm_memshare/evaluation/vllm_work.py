@@ -21,6 +21,7 @@ ENVIRONMENT = {
 """Variables for vLLM in this process, on a CPU; read when it is imported."""
 
 _PAPER = "paper-"  # and min_kept
+_SKIP = "-skip"  # after the name of any arm of ours
 _LONGEST_PROMPT = 96  # tokens of a problem that are used
 _FREE_SAMPLING = {"temperature": 0.6}  # greedily, small models repeat themselves and never end
 
@@ -120,6 +121,7 @@ class VllmWork:
         """Those that make an arm, by its name."""
         if arm == "vllm":
             return {}
+        arm, null_entries = arm.removesuffix(_SKIP), "skip" if arm.endswith(_SKIP) else "read"
         settings: dict[str, Any] = {"need": "redundancy", "min_kept": 0.5}
         if arm == "admission":
             settings = {"need": "age", "min_kept": 1.0}
@@ -131,7 +133,7 @@ class VllmWork:
             settings = {"need": "nearest-earlier", "min_kept": float(arm[len(_PAPER) :]), "retired_becomes": "alias"}
         else:
             settings["min_kept"] = float(arm)
-        settings |= {"protected_tokens": self.protected_tokens, "admission": admission}
+        settings |= {"protected_tokens": self.protected_tokens, "admission": admission, "null_entries": null_entries}
         return plugin_arguments(self.null_pages, **settings)
 
 

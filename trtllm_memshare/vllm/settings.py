@@ -20,6 +20,7 @@ ADDITIONAL_CONFIG_KEY = "memshare"
 
 
 Admission = Literal["vllm", "lookahead", "max-tokens"]
+NullEntries = Literal["read", "skip"]
 
 
 class VllmOptions(BaseModel):
@@ -28,12 +29,15 @@ class VllmOptions(BaseModel):
     ``null_pages``: the folder that ``memshare vllm calibrate`` wrote. ``admission``: what a waiting request needs
     before it gets in. vllm: free blocks for its prompt. lookahead: that the pool holds everybody's kept pages
     ``lookahead_tokens`` further on. max-tokens: the same at any step until each has written its max_tokens.
+    ``null_entries``: whether vLLM's kernels read the null page for what was given up, or get tables without it, which
+    needs model runner V1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     null_pages: str
     admission: Admission = "lookahead"
+    null_entries: NullEntries = "read"
 
 
 @dataclass(frozen=True)

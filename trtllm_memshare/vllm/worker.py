@@ -26,6 +26,7 @@ from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import runner_form
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import load_settings
+from trtllm_memshare.vllm.skipped_entries import SkippedEntries
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
 from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
 
@@ -51,6 +52,7 @@ class MemShareWorker(PlatformWorker):
     _apply: Any = None
     _reports: PageReports | DistanceReports | None = None
     _answers: dict[str, Any] | None = None
+    _skipped: SkippedEntries | None = None
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's; before it the tables take over what changed. A step without our scheduler's update is an error."""
@@ -66,6 +68,8 @@ class MemShareWorker(PlatformWorker):
             self._answers = self._reports.answer(update, self._tables(update), scheduler_output.finished_req_ids)
         if update.null_entries:
             self._apply(self.model_runner, update)
+        if self._skipped is not None:
+            self._skipped.follow(update.null_entries, scheduler_output.finished_req_ids)
         return self._answered(super().execute_model(scheduler_output))
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -98,6 +102,11 @@ class MemShareWorker(PlatformWorker):
                 f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
                 f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
             )
+        if settings.options.null_entries == "skip" and form != "V1":
+            raise UserError(
+                f"null_entries skip works with vLLM's model runner V1 only, got {form} (set {V2_VARIABLE}=0, or "
+                f"null_entries read)"
+            )
         runner, cache = self.model_runner, self.model_runner.kv_cache_config
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
         layers, signatures, surprisal = attention_layers(runner), None, None
@@ -109,6 +118,8 @@ class MemShareWorker(PlatformWorker):
             self._reports = DistanceReports(open_cache_pages(layers, block_size, null_blocks[0]))
         elif read:
             self._reports = PageReports(signatures, surprisal, block_size)
+        if settings.options.null_entries == "skip":
+            self._skipped = SkippedEntries(runner, null_blocks, block_size, layers)
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         write_null_pages(runner, settings.options.null_pages, null_blocks, rank, size)
 

@@ -1,0 +1,116 @@
+"""Block tables without null entries: what attention reads is what is kept, in order, wherever the others lie.
+
+The fakes have what vLLM 0.32's ``AttentionGroup.build_metadata`` and ``CommonAttentionMetadata`` have of it (read on 28
+November 2026); the real ones run in ``test_engine.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.skipped_entries import SkippedEntries, without_entries
+
+SIZE = 32
+
+
+@dataclass
+class Metadata:
+    block_table_tensor: torch.Tensor
+    seq_lens: torch.Tensor
+    max_seq_len: int
+
+
+class Group:
+    def build_metadata(self, common_attn_metadata: Metadata, ubatch_idx: int = 0, **kwargs: Any) -> tuple:
+        return common_attn_metadata, ubatch_idx, kwargs
+
+
+def make_runner(**model: Any) -> Any:
+    told = SimpleNamespace(**{"rswa_window": None, "is_mm_prefix_lm": False, **model})
+    return SimpleNamespace(device=torch.device("cpu"), attn_groups=[[Group()]], model_config=told)
+
+
+def make_layers(alibi_slopes: Any = None) -> list[Any]:
+    return [SimpleNamespace(impl=SimpleNamespace(alibi_slopes=alibi_slopes))]
+
+
+def make_metadata() -> Metadata:
+    """Two requests of 75 and 40 tokens; 0 and 9 are null pages, and one lies where the second row ends."""
+    table = torch.tensor([[7, 0, 5, 0, 9], [3, 4, 9, 0, 9]], dtype=torch.int32)
+    return Metadata(table, torch.tensor([75, 40], dtype=torch.int32), 75)
+
+
+@given(st.lists(st.tuples(st.integers(1, 7 * SIZE), st.sets(st.integers(0, 6))), min_size=1, max_size=4))
+def test_what_is_left_are_the_other_entries_in_their_order(requests):
+    table = torch.zeros((len(requests), 7), dtype=torch.int32)  # 0 is a null page, and behind each row's end
+    lengths = torch.tensor([length for length, _ in requests], dtype=torch.int32)
+    expected = []
+    for row, (length, gone) in enumerate(requests):
+        full, used = length // SIZE, -(-length // SIZE)
+        table[row, :used] = torch.arange(10, 10 + used)
+        null = sorted(page for page in gone if page < full)
+        table[row, null] = torch.tensor([page % 2 for page in null], dtype=torch.int32)
+        expected.append(([10 + page for page in range(used) if page not in null], length - SIZE * len(null)))
+    found, left = without_entries(table, lengths, torch.tensor([0, 1], dtype=torch.int32), SIZE)
+    assert found.shape == table.shape
+    assert found.dtype == left.dtype == torch.int32
+    for row, (blocks, length) in enumerate(expected):
+        assert found[row, : len(blocks)].tolist() == blocks
+        assert left[row] == length
+
+
+def test_metadata_is_touched_only_while_a_request_has_null_entries():
+    runner = make_runner()
+    skipped = SkippedEntries(runner, [0, 9], SIZE, make_layers())
+    build = runner.attn_groups[0][0].build_metadata
+    metadata = make_metadata()
+    assert build(metadata, 1, num_accepted_tokens=2) == (metadata, 1, {"num_accepted_tokens": 2})
+    skipped.follow({"a": {1: 0}}, set())
+    shorter, *others = build(metadata, 1)
+    assert others == [1, {}]
+    assert shorter.block_table_tensor[:, :2].tolist() == [[7, 5], [3, 4]]
+    assert shorter.seq_lens.tolist() == [43, 40]
+    # On a CPU the device's table is the one that slots are worked out from.
+    assert torch.equal(metadata.block_table_tensor, make_metadata().block_table_tensor)
+    assert torch.equal(metadata.seq_lens, make_metadata().seq_lens)
+    skipped.follow({}, {"b"})
+    assert build(metadata)[0] is not metadata
+    skipped.follow({}, {"a"})
+    assert build(metadata)[0] is metadata
+
+
+def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
+    runner = make_runner()
+    skipped = SkippedEntries(runner, [0, 9], SIZE, make_layers())
+    skipped._in_place = True
+    skipped.follow({"a": {1: 0}}, ())
+    metadata = make_metadata()
+    table, lengths = metadata.block_table_tensor, metadata.seq_lens
+    for _ in range(2):  # two groups of one step see the same tables
+        found = runner.attn_groups[0][0].build_metadata(metadata)[0]
+        assert found.block_table_tensor is table
+        assert found.seq_lens is lengths
+        assert table[:, :2].tolist() == [[7, 5], [3, 4]]
+        assert lengths.tolist() == [43, 40]
+
+
+@pytest.mark.parametrize(
+    ("runner", "layers", "message"),
+    [
+        (make_runner(), make_layers(torch.ones(4)), "ALiBi"),
+        (make_runner(rswa_window=64), make_layers(), "sliding windows"),
+        (make_runner(is_mm_prefix_lm=True), make_layers(), "bidirectional"),
+        (SimpleNamespace(device=torch.device("cpu")), make_layers(), "build_metadata"),
+    ],
+)
+def test_other_attention_is_refused_by_name(runner, layers, message):
+    with pytest.raises(UserError, match=message):
+        SkippedEntries(runner, [0], SIZE, layers)

@@ -1,0 +1,108 @@
+"""Attention without the null entries: each step's kernels get block tables that name only what a request keeps.
+
+Keys carry their rotation and a null page lies before every query that could see it, so attention over the entries that
+are left, with lengths that are shorter by the others, is attention over what was kept: exactly, where a null page only
+comes close. Nothing is read for what was given up. Where a token is written stays as it was, since slots are worked out
+from the whole table before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trtllm_memshare.errors import UserError
+
+
+def without_entries(
+    table: torch.Tensor, lengths: torch.Tensor, entries: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block tables and lengths without some blocks, in order; all on one device.
+
+    Example: blocks of 32 tokens, a row of 7, 0, 5 and 75 tokens, without block 0 -> 7, 5 and 43 tokens.
+
+    Args:
+      table: int32 ``[requests, blocks]``; what lies behind a request's last block may be anything.
+      lengths: int32 ``[requests]``, tokens.
+      entries: int32 ``[n]``, blocks to leave out; each is full where it stands.
+      block_size: tokens of a block.
+
+    Returns:
+      A new table and new lengths, of the same shapes and types.
+    """
+    places = torch.arange(table.shape[1], device=table.device, dtype=lengths.dtype)
+    is_left_out = torch.isin(table, entries) & (places * block_size < lengths[:, None])
+    order = is_left_out.to(torch.int8).argsort(dim=1, stable=True)
+    return table.gather(1, order), lengths - block_size * is_left_out.sum(1, dtype=lengths.dtype)
+
+
+class SkippedEntries:
+    """Gives a model runner's attention the shorter tables, in steps in which a request has null entries.
+
+    In all other steps nothing is touched, so that tokens are vLLM's own. On a GPU tables and lengths of the device are
+    changed in place, since CUDA graphs read them where they are; vLLM writes both anew for every step.
+
+    Args:
+      runner: vLLM's model runner V1; its attention groups are modified.
+      null_blocks: blocks of the null pages.
+      block_size: tokens of the scheduler's blocks.
+      layers: the model's attention layers.
+
+    Raises:
+      UserError: a model or a vLLM with which this would be another attention.
+    """
+
+    def __init__(self, runner: Any, null_blocks: Sequence[int], block_size: int, layers: Sequence[Any]) -> None:
+        _check(runner, layers)
+        self._null_blocks = torch.tensor(null_blocks, dtype=torch.int32, device=runner.device)
+        self._block_size, self._in_place = block_size, runner.device.type != "cpu"
+        self._names: set[str] = set()
+        for group in runner.attn_groups[0]:
+            group.build_metadata = self._shortened(group.build_metadata)
+
+    def follow(self, with_null_entries: Iterable[str], ended: Iterable[str]) -> None:
+        """Takes what changes before a step: requests that give pages up, and those that have ended."""
+        self._names.update(with_null_entries)
+        self._names.difference_update(ended)
+
+    def _shortened(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        def build_metadata(common_attn_metadata: Any, *arguments: Any, **keywords: Any) -> Any:
+            return build(self._shorten(common_attn_metadata), *arguments, **keywords)
+
+        return build_metadata
+
+    def _shorten(self, metadata: Any) -> Any:
+        if not self._names:
+            return metadata
+        # Rows are as wide as the longest request that may come; what lies behind this step's longest is not looked at.
+        table = metadata.block_table_tensor[:, : -(-metadata.max_seq_len // self._block_size)]
+        shorter, lengths = without_entries(table, metadata.seq_lens, self._null_blocks, self._block_size)
+        if not self._in_place:
+            return replace(metadata, block_table_tensor=shorter, seq_lens=lengths)
+        table.copy_(shorter)
+        metadata.seq_lens.copy_(lengths)
+        return metadata
+
+
+def _check(runner: Any, layers: Sequence[Any]) -> None:
+    groups = getattr(runner, "attn_groups", None)
+    if not groups or not all(callable(getattr(group, "build_metadata", None)) for group in groups[0]):
+        raise UserError(
+            f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
+            f"(set null_entries to read; it was written for vLLM 0.32)"
+        )
+    model = runner.model_config
+    told = {
+        "ALiBi": any(getattr(layer.impl, "alibi_slopes", None) is not None for layer in layers),
+        "reference sliding windows": getattr(model, "rswa_window", None) is not None,
+        "bidirectional prefixes": bool(getattr(model, "is_mm_prefix_lm", False)),
+    }
+    for feature, present in told.items():
+        if present:
+            raise UserError(
+                f"null_entries skip needs attention that takes positions from keys alone, got a model with {feature} "
+                f"(set null_entries to read)"
+            )
