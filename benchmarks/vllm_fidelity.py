@@ -33,17 +33,19 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=224)
     parser.add_argument("--min-kept", type=float, default=0.25)
     parser.add_argument("--need", default="redundancy")
+    parser.add_argument("--null-entries", choices=("read", "skip"), default="read")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     problems = [json.loads(line)["problem"] for line in options.traces.read_text().splitlines()[: options.requests]]
     texts = through_vllm(
         options.model_dir, options.null_pages, problems, options.answer_tokens,
-        min_kept=options.min_kept, need=options.need,
+        min_kept=options.min_kept, need=options.need, null_entries=options.null_entries,
     )  # fmt: skip
     result = {
         "model": options.model_dir.name, "requests": len(texts), "answer_tokens": options.answer_tokens,
-        "min_kept": options.min_kept, "need": options.need, "block_size": BLOCK_SIZE,
+        "min_kept": options.min_kept, "need": options.need, "null_entries": options.null_entries,
+        "block_size": BLOCK_SIZE,
         **compare_with_replay(texts, MaskedReplay(options.model_dir)),
         "date": str(date.today()), "machine": describe_machine(),
     }  # fmt: skip

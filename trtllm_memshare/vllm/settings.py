@@ -83,8 +83,8 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     refuse_shadow(config)
     if config.retired_becomes == "dropped":
         raise UserError(
-            "with vLLM retired_becomes must be null, or alias with need nearest-earlier, got dropped (its kernels read "
-            "every entry)"
+            "with vLLM retired_becomes must be null, or alias with need nearest-earlier, got dropped (keep null; "
+            "with null_entries skip its kernels do not read those entries)"
         )
     facts = find_need(config.need).facts
     if {"attention", "recent_attention"} & set(facts):
