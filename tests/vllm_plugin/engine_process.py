@@ -1,8 +1,8 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
 ``python engine_process.py plain|memshare|ranks|skip|aliases MODEL NULL_PAGES``; ``ranks`` is two workers, each with
-half of the heads; ``skip`` leaves null entries out of attention; ``aliases`` is the published method. A second engine in
-one process is not something vLLM promises, so each arm has its own.
+half of the heads; ``skip`` leaves null entries out of attention; ``aliases`` is the published method. A second engine
+in one process is not something vLLM promises, so each arm has its own.
 """
 
 from __future__ import annotations
