@@ -110,6 +110,22 @@ def test_block_tables_that_slots_are_worked_out_from_stay_whole_where_entries_ar
     assert schedules["idle"]
 
 
+def test_the_fidelity_check_compares_with_a_masked_replay(null_pages, tmp_path):
+    problems = [{"problem": "12 + 7 = ? " * 8}, {"problem": "3 * 9 - 4 = ? " * 8}]
+    traces, output = tmp_path / "traces.jsonl", tmp_path / "fidelity.json"
+    traces.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    ran = subprocess.run(
+        [sys.executable, "benchmarks/vllm_fidelity.py", "--model-dir", MODEL, "--null-pages", null_pages, "--traces",
+         str(traces), "--requests", "2", "--null-entries", "skip", "--output-json", str(output)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found = json.loads(output.read_text())
+    assert found["pages_retired"] >= 4
+    assert found["largest_difference_from_masked_replay"] < 1e-4
+    assert found["largest_difference_if_nothing_were_masked"] > 0.01
+
+
 @pytest.fixture(scope="module")
 def aliases(null_pages: str) -> dict[str, Any]:
     return run("aliases", null_pages, "1", "8")

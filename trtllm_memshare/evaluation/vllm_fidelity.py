@@ -54,9 +54,9 @@ def through_vllm(
     noted: dict[str, list[tuple[int, list[int]]]] = {}
     original = scheduler.relief._retire
 
-    def note(request: Any, pages: list[int], update: Any) -> None:
+    def note(request: Any, pages: list[int], *rest: Any) -> None:
         noted.setdefault(request.request_id, []).append((request.num_computed_tokens, list(pages)))
-        original(request, pages, update)
+        original(request, pages, *rest)
 
     scheduler.relief._retire = note
     prompts = [tokenizer(problem)["input_ids"][:_PROMPT_TOKENS] for problem in problems]
