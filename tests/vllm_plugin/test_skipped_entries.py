@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtllm_memshare.errors import UserError
@@ -29,13 +29,16 @@ class Metadata:
 
 
 class Group:
+    def __init__(self, backend: str) -> None:
+        self.backend = SimpleNamespace(get_name=lambda: backend)
+
     def build_metadata(self, common_attn_metadata: Metadata, ubatch_idx: int = 0, **kwargs: Any) -> tuple:
         return common_attn_metadata, ubatch_idx, kwargs
 
 
-def make_runner(**model: Any) -> Any:
+def make_runner(backend: str = "CPU_ATTN", **model: Any) -> Any:
     told = SimpleNamespace(**{"rswa_window": None, "is_mm_prefix_lm": False, **model})
-    return SimpleNamespace(device=torch.device("cpu"), attn_groups=[[Group()]], model_config=told)
+    return SimpleNamespace(device=torch.device("cpu"), attn_groups=[[Group(backend)]], model_config=told)
 
 
 def make_layers(alibi_slopes: Any = None) -> list[Any]:
@@ -48,6 +51,7 @@ def make_metadata() -> Metadata:
     return Metadata(table, torch.tensor([75, 40], dtype=torch.int32), 75)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 7 * SIZE), st.sets(st.integers(0, 6))), min_size=1, max_size=4))
 def test_what_is_left_are_the_other_entries_in_their_order(requests):
     table = torch.zeros((len(requests), 7), dtype=torch.int32)  # 0 is a null page, and behind each row's end
@@ -108,6 +112,7 @@ def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
         (make_runner(), make_layers(torch.ones(4)), "ALiBi"),
         (make_runner(rswa_window=64), make_layers(), "sliding windows"),
         (make_runner(is_mm_prefix_lm=True), make_layers(), "bidirectional"),
+        (make_runner("FLASHINFER"), make_layers(), "CPU_ATTN, FLASH_ATTN, TRITON_ATTN, got FLASHINFER"),
         (SimpleNamespace(device=torch.device("cpu")), make_layers(), "build_metadata"),
     ],
 )

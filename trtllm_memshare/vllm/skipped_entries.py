@@ -16,6 +16,9 @@ import torch
 
 from trtllm_memshare.errors import UserError
 
+_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""VLLM's attention backends that read lengths where the tables are. FlashInfer counts pages by lengths on the host."""
+
 
 def without_entries(
     table: torch.Tensor, lengths: torch.Tensor, entries: torch.Tensor, block_size: int
@@ -93,6 +96,12 @@ def _check(runner: Any, layers: Sequence[Any]) -> None:
         raise UserError(
             f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
             f"(set null_entries to read; it was written for vLLM 0.32)"
+        )
+    others = {group.backend.get_name() for group in groups[0]}.difference(_BACKENDS)
+    if others:
+        raise UserError(
+            f"null_entries skip works with vLLM's attention backends {', '.join(_BACKENDS)}, got "
+            f"{', '.join(sorted(others))} (choose one by --attention-backend, or set null_entries to read)"
         )
     model = runner.model_config
     told = {
