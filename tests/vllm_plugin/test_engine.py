@@ -82,7 +82,7 @@ def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(mems
 
 @pytest.fixture(scope="module")
 def skip(null_pages: str) -> dict[str, Any]:
-    return run("skip", null_pages, "surprisal-led-redundancy-recency", "1", "4")
+    return run("skip", null_pages, "surprisal-led-redundancy-recency", "1", "8")
 
 
 def test_skipping_with_room_leaves_tokens_bit_by_bit(skip, null_pages):
