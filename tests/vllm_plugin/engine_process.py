@@ -225,6 +225,9 @@ def main() -> None:
         result["pressure"] = under_pressure(llm, model, None)
         if len(sys.argv) > 6:
             result["schedules"] = schedules(llm, int(sys.argv[6]))
+            generate(llm, texts(9, 1, 20), [4])  # workers hear of who ended with the next step
+            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            result["still_skipped"] = len(worker._skipped._names)
     elif arm == "aliases":
         llm = make_engine(
             model, null_pages, int(sys.argv[4]), min_kept=0.25, need="nearest-earlier", retired_becomes="alias"

@@ -7,7 +7,7 @@ import pytest
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
 from trtllm_memshare.vllm.plugin import choose_classes
-from trtllm_memshare.vllm.probe import check_classes, check_need, check_scheduler, runner_form
+from trtllm_memshare.vllm.probe import check_classes, check_runner, check_scheduler, runner_form
 
 
 def scheduler_class(*missing):
@@ -105,6 +105,8 @@ def test_the_environment_chooses_the_classes_once():
 def test_a_need_that_workers_of_runner_v2_cannot_serve_is_refused_before_anything_is_loaded():
     v2 = SimpleNamespace(use_v2_model_runner=True)
     with pytest.raises(UserError, match=r"reads redundancy and surprisal.*got V2 .set VLLM_USE_V2_MODEL_RUNNER=0"):
-        check_need(v2, "surprisal-led-redundancy")
-    check_need(v2, "age")
-    check_need(SimpleNamespace(use_v2_model_runner=False), "surprisal-led-redundancy")
+        check_runner(v2, "surprisal-led-redundancy", "read")
+    with pytest.raises(UserError, match=r"null_entries skip works with .* V1 only, got V2 .set VLLM_USE_V2"):
+        check_runner(v2, "age", "skip")
+    check_runner(v2, "age", "read")
+    check_runner(SimpleNamespace(use_v2_model_runner=False), "surprisal-led-redundancy", "skip")

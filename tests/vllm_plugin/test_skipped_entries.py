@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm.skipped_entries import SkippedEntries, without_entries
+from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping, without_entries
 
 SIZE = 32
+WIDTH = 40  # blocks; a sort that is not stable keeps the order of fewer than 17
 
 
 @dataclass
@@ -36,9 +37,11 @@ class Group:
         return common_attn_metadata, ubatch_idx, kwargs
 
 
-def make_runner(backend: str = "CPU_ATTN", **model: Any) -> Any:
+def make_runner(*backends: str, **model: Any) -> Any:
     told = SimpleNamespace(**{"rswa_window": None, "is_mm_prefix_lm": False, **model})
-    return SimpleNamespace(device=torch.device("cpu"), attn_groups=[[Group(backend)]], model_config=told)
+    return SimpleNamespace(
+        device=torch.device("cpu"), attn_groups=[[*map(Group, backends or ["CPU_ATTN", "CPU_ATTN"])]], model_config=told
+    )
 
 
 def make_layers(alibi_slopes: Any = None) -> list[Any]:
@@ -52,9 +55,9 @@ def make_metadata() -> Metadata:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 7 * SIZE), st.sets(st.integers(0, 6))), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.integers(1, WIDTH * SIZE), st.sets(st.integers(0, WIDTH - 1))), min_size=1, max_size=4))
 def test_what_is_left_are_the_other_entries_in_their_order(requests):
-    table = torch.zeros((len(requests), 7), dtype=torch.int32)  # 0 is a null page, and behind each row's end
+    table = torch.zeros((len(requests), WIDTH), dtype=torch.int32)  # 0 is a null page, and behind each row's end
     lengths = torch.tensor([length for length, _ in requests], dtype=torch.int32)
     expected = []
     for row, (length, gone) in enumerate(requests):
@@ -73,7 +76,7 @@ def test_what_is_left_are_the_other_entries_in_their_order(requests):
 
 def test_metadata_is_touched_only_while_a_request_has_null_entries():
     runner = make_runner()
-    skipped = SkippedEntries(runner, [0, 9], SIZE, make_layers())
+    skipped = SkippedEntries(runner, [0, 9], SIZE)
     build = runner.attn_groups[0][0].build_metadata
     metadata = make_metadata()
     assert build(metadata, 1, num_accepted_tokens=2) == (metadata, 1, {"num_accepted_tokens": 2})
@@ -82,6 +85,7 @@ def test_metadata_is_touched_only_while_a_request_has_null_entries():
     assert others == [1, {}]
     assert shorter.block_table_tensor[:, :2].tolist() == [[7, 5], [3, 4]]
     assert shorter.seq_lens.tolist() == [43, 40]
+    assert torch.equal(runner.attn_groups[0][1].build_metadata(metadata)[0].seq_lens, shorter.seq_lens)
     # On a CPU the device's table is the one that slots are worked out from.
     assert torch.equal(metadata.block_table_tensor, make_metadata().block_table_tensor)
     assert torch.equal(metadata.seq_lens, make_metadata().seq_lens)
@@ -89,17 +93,20 @@ def test_metadata_is_touched_only_while_a_request_has_null_entries():
     assert build(metadata)[0] is not metadata
     skipped.follow({}, {"a"})
     assert build(metadata)[0] is metadata
+    skipped.follow({"a": {1: 0}}, {"a"})  # it ended in the step in which it gave up
+    assert build(metadata)[0] is metadata
 
 
 def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
     runner = make_runner()
-    skipped = SkippedEntries(runner, [0, 9], SIZE, make_layers())
-    skipped._in_place = True
+    runner.device = torch.device("meta")  # not a CPU's
+    skipped = SkippedEntries(runner, [0, 9], SIZE)
+    skipped._null_blocks = torch.tensor([0, 9], dtype=torch.int32)
     skipped.follow({"a": {1: 0}}, ())
     metadata = make_metadata()
     table, lengths = metadata.block_table_tensor, metadata.seq_lens
-    for _ in range(2):  # two groups of one step see the same tables
-        found = runner.attn_groups[0][0].build_metadata(metadata)[0]
+    for group in runner.attn_groups[0]:  # both see the same tables in a step
+        found = group.build_metadata(metadata)[0]
         assert found.block_table_tensor is table
         assert found.seq_lens is lengths
         assert table[:, :2].tolist() == [[7, 5], [3, 4]]
@@ -112,10 +119,10 @@ def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
         (make_runner(), make_layers(torch.ones(4)), "ALiBi"),
         (make_runner(rswa_window=64), make_layers(), "sliding windows"),
         (make_runner(is_mm_prefix_lm=True), make_layers(), "bidirectional"),
-        (make_runner("FLASHINFER"), make_layers(), "CPU_ATTN, FLASH_ATTN, TRITON_ATTN, got FLASHINFER"),
+        (make_runner("FLASH_ATTN", "FLASHINFER"), make_layers(), "CPU_ATTN, FLASH_ATTN, TRITON_ATTN, got FLASHINFER"),
         (SimpleNamespace(device=torch.device("cpu")), make_layers(), "build_metadata"),
     ],
 )
 def test_other_attention_is_refused_by_name(runner, layers, message):
     with pytest.raises(UserError, match=message):
-        SkippedEntries(runner, [0], SIZE, layers)
+        check_skipping(runner, layers)

@@ -34,6 +34,21 @@ def test_runner_v1_changes_the_request_and_its_row_wherever_that_is_now():
     assert runner.requests["b"].block_ids[0] == [10, 11, 12, 13]
 
 
+def test_runner_v1_waits_for_the_copy_of_the_step_before():
+    """As vLLM does before it writes rows itself (``synchronize_input_prep`` of vLLM 0.32, read on 28 November 2026)."""
+    table, seen = np.arange(8).reshape(1, 8), []
+    runner = SimpleNamespace(
+        prepare_inputs_event=SimpleNamespace(synchronize=lambda: seen.append(table.copy())),
+        requests={"a": SimpleNamespace(block_ids=([0, 1],))},
+        input_batch=SimpleNamespace(
+            req_id_to_index={"a": 0}, block_table=[SimpleNamespace(block_table=SimpleNamespace(np=table))]
+        ),
+    )
+    apply_to_v1_runner(runner, MemShareUpdate(null_entries={"a": {1: 99}}))
+    assert [before.tolist() for before in seen] == [[list(range(8))]]
+    assert table[0, 1] == 99
+
+
 def test_runner_v2_stages_writes_to_the_requests_row():
     staged = []
     runner = SimpleNamespace(

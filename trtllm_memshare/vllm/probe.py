@@ -86,15 +86,21 @@ def check_scheduler(scheduler: Any, version: str) -> None:
             raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
 
 
-def check_need(config: Any, need: str) -> None:
-    """Refuses a need that the workers cannot serve, before anything is loaded.
+def check_runner(config: Any, need: str, null_entries: str) -> None:
+    """Refuses what the workers cannot serve, before anything is loaded.
 
     Args:
       config: vLLM's ``VllmConfig``.
+      null_entries: see ``VllmOptions``.
 
     Raises:
-      UserError: it reads what only workers with model runner V1 tell, and vLLM has chosen V2.
+      UserError: need or null entries ask for what only model runner V1 has, and vLLM has chosen V2.
     """
+    if null_entries == "skip" and getattr(config, "use_v2_model_runner", False):
+        raise UserError(
+            f"null_entries skip works with vLLM's model runner V1 only, got V2 (set {V2_VARIABLE}=0, or null_entries "
+            f"read)"
+        )
     read = sorted(WORKERS_FACTS.intersection(find_need(need).facts))
     if read and getattr(config, "use_v2_model_runner", False):
         raise UserError(

@@ -49,17 +49,12 @@ class SkippedEntries:
     changed in place, since CUDA graphs read them where they are; vLLM writes both anew for every step.
 
     Args:
-      runner: vLLM's model runner V1; its attention groups are modified.
+      runner: vLLM's model runner V1, of which ``check_skipping`` is told; its attention groups are modified.
       null_blocks: blocks of the null pages.
       block_size: tokens of the scheduler's blocks.
-      layers: the model's attention layers.
-
-    Raises:
-      UserError: a model or a vLLM with which this would be another attention.
     """
 
-    def __init__(self, runner: Any, null_blocks: Sequence[int], block_size: int, layers: Sequence[Any]) -> None:
-        _check(runner, layers)
+    def __init__(self, runner: Any, null_blocks: Sequence[int], block_size: int) -> None:
         self._null_blocks = torch.tensor(null_blocks, dtype=torch.int32, device=runner.device)
         self._block_size, self._in_place = block_size, runner.device.type != "cpu"
         self._names: set[str] = set()
@@ -90,7 +85,8 @@ class SkippedEntries:
         return metadata
 
 
-def _check(runner: Any, layers: Sequence[Any]) -> None:
+def check_skipping(runner: Any, layers: Sequence[Any]) -> None:
+    """Raises UserError for a model or a vLLM with which attention without null entries would be another attention."""
     groups = getattr(runner, "attn_groups", None)
     if not groups or not all(callable(getattr(group, "build_metadata", None)) for group in groups[0]):
         raise UserError(

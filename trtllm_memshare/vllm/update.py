@@ -48,6 +48,8 @@ def apply_to_v1_runner(runner: Any, update: MemShareUpdate) -> None:
     Both places are written: the request's own list, from which its row is made again whenever it comes back into the
     batch, and the row of the batch if it has one now.
     """
+    if getattr(runner, "prepare_inputs_event", None) is not None:
+        runner.prepare_inputs_event.synchronize()  # the step before may still be copying the rows to the device
     batch = runner.input_batch
     table = batch.block_table[0].block_table.np
     for request_id, entries in update.null_entries.items():

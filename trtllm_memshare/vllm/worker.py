@@ -26,7 +26,7 @@ from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import runner_form
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import load_settings
-from trtllm_memshare.vllm.skipped_entries import SkippedEntries
+from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
 from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
 
@@ -53,6 +53,12 @@ class MemShareWorker(PlatformWorker):
     _reports: PageReports | DistanceReports | None = None
     _answers: dict[str, Any] | None = None
     _skipped: SkippedEntries | None = None
+
+    def compile_or_warm_up_model(self, *arguments: Any, **keywords: Any) -> Any:
+        """vLLM's; before it what cannot be served is refused, and not with the first request."""
+        if load_settings(self.vllm_config.additional_config, os.environ).options.null_entries == "skip":
+            check_skipping(self.model_runner, attention_layers(self.model_runner))
+        return super().compile_or_warm_up_model(*arguments, **keywords)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's; before it the tables take over what changed. A step without our scheduler's update is an error."""
@@ -102,11 +108,6 @@ class MemShareWorker(PlatformWorker):
                 f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
                 f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
             )
-        if settings.options.null_entries == "skip" and form != "V1":
-            raise UserError(
-                f"null_entries skip works with vLLM's model runner V1 only, got {form} (set {V2_VARIABLE}=0, or "
-                f"null_entries read)"
-            )
         runner, cache = self.model_runner, self.model_runner.kv_cache_config
         block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
         layers, signatures, surprisal = attention_layers(runner), None, None
@@ -119,7 +120,7 @@ class MemShareWorker(PlatformWorker):
         elif read:
             self._reports = PageReports(signatures, surprisal, block_size)
         if settings.options.null_entries == "skip":
-            self._skipped = SkippedEntries(runner, null_blocks, block_size, layers)
+            self._skipped = SkippedEntries(runner, null_blocks, block_size)
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         write_null_pages(runner, settings.options.null_pages, null_blocks, rank, size)
 
