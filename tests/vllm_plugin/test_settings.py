@@ -34,6 +34,8 @@ def test_settings_come_from_additional_config_or_from_a_file(tmp_path):
         ({"null_pages": "x", "need": "age", "retired_becomes": "alias"}, "got retired_becomes alias with need age"),
         ({"null_pages": "x", "shadow": True}, "shadow changes nothing, .*got both"),
         ({"null_pages": "x", "admission": "some"}, "admission"),
+        ({"null_pages": "x", "null_entries": "drop"}, "null_entries"),
+        ({"null_pages": "x", "read_null": False}, "null_entries says whether .*got read_null False"),
         ({"null_pages": "x", "need": "attention-redundancy"}, "need must be one that vLLM can tell"),
         ({}, "null_pages"),
         ([], "must hold a JSON object, got list"),

@@ -96,13 +96,15 @@ def check_runner(config: Any, need: str, null_entries: str) -> None:
     Raises:
       UserError: need or null entries ask for what only model runner V1 has, and vLLM has chosen V2.
     """
-    if null_entries == "skip" and getattr(config, "use_v2_model_runner", False):
+    if not getattr(config, "use_v2_model_runner", False):
+        return
+    if null_entries == "skip":
         raise UserError(
             f"null_entries skip works with vLLM's model runner V1 only, got V2 (set {V2_VARIABLE}=0, or null_entries "
             f"read)"
         )
     read = sorted(WORKERS_FACTS.intersection(find_need(need).facts))
-    if read and getattr(config, "use_v2_model_runner", False):
+    if read:
         raise UserError(
             f"need {need} reads {' and '.join(read)}, which MemShare tells with vLLM's model runner V1 only, got V2 "
             f"(set {V2_VARIABLE}=0, or need age)"

@@ -81,6 +81,11 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     search = {k: v for k, v in values.items() if k in MemShareConfig.model_fields}
     config = parse_config({**PRESETS["pressure"], **search}, where)
     refuse_shadow(config)
+    if "read_null" in search:
+        raise UserError(
+            f"with vLLM null_entries says whether null pages are read, got read_null {search['read_null']} (set "
+            f"null_entries to read or skip)"
+        )
     if config.retired_becomes == "dropped":
         raise UserError(
             "with vLLM retired_becomes must be null, or alias with need nearest-earlier, got dropped (keep null; "
