@@ -166,9 +166,9 @@ def test_tokens_come_from_the_rank_that_has_the_logits():
     last, first = (RankedSampler(OneOf(r, 2, shared), root=1) for r in (1, 0))
     assert last.sample(torch.tensor([[0.0, 3.0, 1.0]]), states) == [1]
     assert first.sample(torch.empty((1, 0)), states) == [1]
-    (found,) = last.log_probs_of(torch.tensor([[0.0, 3.0, 1.0]]), [1])
+    (found,) = last.log_probs_of(torch.tensor([[0.0, 3.0, 1.0]]), [1]).tolist()
     assert found == pytest.approx(3.0 - np.log(1 + np.exp(3.0) + np.exp(1.0)), abs=1e-5)
-    assert first.log_probs_of(torch.empty((1, 0)), [1]) == [found]
+    assert first.log_probs_of(torch.empty((1, 0)), [1]).tolist() == [found]
 
 
 def test_what_goes_wrong_on_the_rank_that_samples_is_known_to_all(monkeypatch):
@@ -180,7 +180,7 @@ def test_what_goes_wrong_on_the_rank_that_samples_is_known_to_all(monkeypatch):
         assert sampler.sample(torch.tensor([[0.0, 3.0]]), states) == [-1]
         assert "ZeroDivisionError" in str(sampler.errors[0])
     for sampler in (last, first):
-        with pytest.raises(RuntimeError, match="rank 1 could not choose the next tokens: IndexError"):
+        with pytest.raises(RuntimeError, match="rank 1 could not choose the next tokens: RuntimeError"):
             sampler.log_probs_of(torch.tensor([[0.0, 3.0]]), [7])
 
 

@@ -106,7 +106,7 @@ def test_no_value_makes_the_sampler_fail():
 
 def test_log_probs_are_the_model_s_own():
     found = token_log_probs(LOGITS.repeat(2, 1) + 3, [0, 4])
-    torch.testing.assert_close(torch.tensor(found).exp(), torch.tensor([0.5, 0.03]))
+    torch.testing.assert_close(found.exp(), torch.tensor([0.5, 0.03]))
 
 
 @pytest.mark.parametrize("tokens", [[], [2], [0, 3, NO_TOKEN]])
@@ -114,4 +114,20 @@ def test_log_probabilities_are_those_of_the_chosen_tokens(tokens):
     logits = torch.randn(len(tokens), 5, generator=torch.Generator().manual_seed(1))
     found = token_log_probs(logits, tokens)
     expected = [logits[row].log_softmax(-1)[max(0, token)].item() for row, token in enumerate(tokens)]
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "one row is drawn"])
+def test_the_sampler_tells_the_log_probabilities_of_what_it_chose(temperature):
+    """Banned, drawn and greedy rows: the model's own, whatever the row was made into; also of other tokens."""
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+    banned = SamplingParams(bad_words=((int(logits[1].argmax()),),))
+    params = [SamplingParams(), banned, SamplingParams(temperature=temperature, seed=9), SamplingParams()]
+    logits[3, 0] = torch.nan
+    sampler = Sampler()
+    tokens = sampler.sample(logits, [request(one) for one in params])
+    assert tokens[3] == NO_TOKEN
+    assert tokens[1] != logits[1].argmax()
+    for asked in (tokens, list(tokens), [0, 1, 2, 3]):
+        found = sampler.log_probs_of(logits, asked)[:3]
+        torch.testing.assert_close(found, logits.log_softmax(-1)[range(3), asked[:3]])

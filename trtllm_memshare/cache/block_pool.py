@@ -106,10 +106,12 @@ class BlockPool:
         blocks = blocks[~self.is_null[blocks]]
         np.subtract.at(self.ref_count, blocks, 1)
         counts = self.ref_count[blocks]
-        if (counts < 0).any():
+        if np.count_nonzero(counts < 0):
             bad = np.unique(blocks[counts < 0])
             raise RuntimeError(f"blocks {bad.tolist()} released more often than referenced")
-        freed = np.unique(blocks[counts == 0])
+        freed = blocks[counts == 0]
+        if len(freed) > 1:
+            freed = np.unique(freed)
         self._put_back(freed)
         return len(freed)
 

@@ -44,20 +44,20 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     num_retired = int(np.count_nonzero(sequence.retired[first:full]))
     if sequence.matcher is None:  # memory-sharing is off for this request
         return GivablePages(np.zeros(0, np.int32), np.zeros(0, bool), full - first, num_retired)
-    ready = set(sequence.matcher.ready_blocks())  # asked first: it is what brings the protected steps up to date
-    end = min(sequence.matcher.protected_from(), sequence.num_computed) // size
-    pages = np.arange(first, max(first, end), dtype=np.int32)
-    pages = pages[~sequence.retired[first : max(first, end)]]
-    blocks = table[pages]
-    counts, may_go = pool.ref_count[blocks], pool.is_full[blocks]
-    if counts.max(initial=0) > 1:  # by other requests, or by entries of this one
+    ready = sequence.matcher.ready_blocks()  # asked first: it is what brings the protected steps up to date
+    end = max(first, min(sequence.matcher.protected_from(), sequence.num_computed) // size)
+    blocks = table[first:end]
+    may_go = ~sequence.retired[first:end]
+    counts = pool.ref_count[blocks]
+    if np.count_nonzero(counts > 1):  # by other requests, or by entries of this one
         row = table[: sequence.num_blocks]
         may_go &= counts == np.bincount(row[row != NO_BLOCK], minlength=pool.num_blocks)[blocks]
-    pages = pages[may_go]
-    repeated = np.zeros(len(pages), bool)
+    places = may_go.nonzero()[0]
+    pages = (places + first).astype(np.int32)
+    repeated = np.zeros(end - first, bool)
     if find_repeats and ready and len(pages):
         matcher, num_computed, rows = sequence.matcher, sequence.num_computed, sequence.token_rows
-        repeated = np.array(
-            [p in ready and stands_again(matcher, p, size, num_computed, lambda t: rows[t] < 0) for p in pages.tolist()]
-        )
-    return GivablePages(pages, repeated, full - first, num_retired)
+        for page in ready:
+            if first <= page < end and may_go[page - first]:
+                repeated[page - first] = stands_again(matcher, page, size, num_computed, lambda t: rows[t] < 0)
+    return GivablePages(pages, repeated[places], full - first, num_retired)

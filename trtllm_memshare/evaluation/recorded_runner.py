@@ -37,10 +37,10 @@ class RecordedSampler(ReplaySampler):
         super().__init__()
         self._losses, self._position = losses, num_prompt_tokens
 
-    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
+    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
         """See ``Sampler``; asked once for each token, or never."""
         self._position += 1
-        return [-float(self._losses[self._position - 1])]
+        return torch.tensor([-float(self._losses[self._position - 1])])
 
 
 class RecordedRunner:

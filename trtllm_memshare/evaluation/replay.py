@@ -42,7 +42,7 @@ class ReplaySampler(Sampler):
         for request in requests:
             tokens.append(self._scripts[request.request_id][self._places[request.request_id]])
             self._places[request.request_id] += 1
-        for request, log_prob in zip(requests, token_log_probs(logits, tokens), strict=True):
+        for request, log_prob in zip(requests, token_log_probs(logits, tokens).tolist(), strict=True):
             self.loss[request.request_id] = self.loss.get(request.request_id, 0.0) - log_prob
         return tokens
 

@@ -20,14 +20,16 @@ def stands_again(
       num_computed: tokens whose K and V are written.
       is_gone: int ``[n]`` positions below ``num_computed`` -> bool ``[n]``, whether nothing is read for them any more.
     """
-    positions = np.asarray(matcher.counterparts(page)[0]).copy()
+    positions = np.asarray(matcher.counterparts(page)[0])
     for _ in range(num_computed // tokens_per_block + 1):  # copies are later ones, so that no chain is longer
-        if (positions < 0).any() or (positions >= num_computed).any():
+        places = positions.tolist()  # so few that Python looks through them sooner than numpy
+        if min(places) < 0 or max(places) >= num_computed:
             return False
         gone = is_gone(positions)
-        if not gone.any():
-            return not bool((positions // tokens_per_block == page).any())
-        for other in np.unique(positions[gone] // tokens_per_block).tolist():
+        if not np.count_nonzero(gone):
+            return page not in {place // tokens_per_block for place in places}
+        positions = positions.copy()
+        for other in {place // tokens_per_block for place, went in zip(places, gone.tolist(), strict=True) if went}:
             there = gone & (positions // tokens_per_block == other)
             positions[there] = np.asarray(matcher.counterparts(other)[0])[positions[there] % tokens_per_block]
     return False

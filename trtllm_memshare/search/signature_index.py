@@ -120,7 +120,8 @@ class SignatureIndex:
         goes = np.zeros(request.known + 1, bool)
         goes[pages[pages <= request.known]] = True
         gone = goes[request.pages]
-        if gone.any():
+        if np.count_nonzero(gone):
+            self._means = None
             request.gone += request.slots[gone].tolist()
             request.pages, request.slots = request.pages[~gone], request.slots[~gone]
 
@@ -136,8 +137,8 @@ class SignatureIndex:
         Mean over a page's tokens of the largest cosine with a token of any later resident page; -1 for the last one;
         NaN for pages that were never taken, such as the prompt's, or have gone.
         """
-        self._settle()
         if self._means is None:
+            self._settle()
             self._means = self._best.mean(1).cpu().numpy()
         request, result = self._of(request_id), np.full(self.num_pages(request_id), np.nan, np.float32)
         result[request.pages] = self._means[request.slots]

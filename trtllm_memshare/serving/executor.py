@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -261,11 +262,11 @@ class Executor(ExecutorLoop):
         chosen = logits if len(rows) == len(states) else logits[rows]
         complete = [states[i] for i in rows]
         sampled = self._sampler.sample(chosen, complete)
-        asked = any(state.params.log_probs for state in complete)
-        known = self._sampler.log_probs_of(chosen, sampled) if asked else []
+        log_probs_of = functools.partial(self._sampler.log_probs_of, chosen, sampled)
+        known = log_probs_of() if any(s.params.log_probs for s in complete) else None
         if self.pressure is not None and self.pressure.observes_tokens:
-            self.pressure.observe_tokens(complete, lambda: known or self._sampler.log_probs_of(chosen, sampled))
-        log_probs: Sequence[float | None] = known if asked else [None] * len(rows)
+            self.pressure.observe_tokens(complete, log_probs_of if known is None else lambda: known)
+        log_probs: Sequence[float | None] = [None] * len(rows) if known is None else known.tolist()
         now = time.perf_counter()
         for state, token, log_prob in zip(complete, sampled, log_probs, strict=True):
             if token == NO_TOKEN:

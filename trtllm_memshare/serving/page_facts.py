@@ -6,15 +6,16 @@ that a pool with room costs nothing; surprisal and attention have to be taken wh
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import NEEDS, Need, PageFacts
+from trtllm_memshare.serving.page_surprisal import PageSurprisal
 from trtllm_memshare.serving.request import RequestState
 
 _MEASURED = ("position", "draw", "surprisal", "attention", "redundancy", "distance")
@@ -65,26 +66,18 @@ class PageLedger:
                 f"serving does not measure {', '.join(unknown)} of a page, which this need reads (take "
                 f"{', '.join(served)})"
             )
-        self._facts, self._size, self._seed = need.facts, tokens_per_block, seed
+        self._facts, self._seed = need.facts, seed
         self._source = source
         self.observes_attention = "attention" in need.facts
         self.observes_tokens = "surprisal" in need.facts
-        self._surprisal: defaultdict[int, list[float]] = defaultdict(list)  # lists: a token at a time is added
+        self._surprisal = PageSurprisal(tokens_per_block)
         self._attention = np.zeros(num_blocks, np.float64)
         self._queries = np.zeros(num_blocks, np.int64)
         self._generation = np.zeros(num_blocks, np.int32)
 
-    def observe_tokens(self, states: list[RequestState], log_probs: list[float]) -> None:
-        """Takes the surprisal of the tokens that were just chosen, before they are appended to their requests.
-
-        Args:
-          log_probs: of each request's token, in nats.
-        """
-        for state, log_prob in zip(states, log_probs, strict=True):
-            page, of_pages = len(state.tokens) // self._size, self._surprisal[state.request_id]
-            if page >= len(of_pages):
-                of_pages.extend([0.0] * (page + 1 - len(of_pages)))
-            of_pages[page] -= log_prob
+    def observe_tokens(self, states: list[RequestState], log_probs: torch.Tensor) -> None:
+        """Takes the tokens that were just chosen, see ``PageSurprisal.note``."""
+        self._surprisal.note(states, log_probs)
 
     def observe_attention(self, attention: np.ndarray | None, generations: np.ndarray) -> None:
         """Takes one step's attention.
@@ -115,17 +108,13 @@ class PageLedger:
           limit: most of them that go now.
         """
         read = self._facts
-        last = int(pages.max(initial=0))
-        surprisal = attention = draw = None
-        if "surprisal" in read:
-            surprisal = np.zeros(last + 1, np.float32)  # what nobody generated surprised nobody
-            known = self._surprisal[request_id][: last + 1]
-            surprisal[: len(known)] = known
-            surprisal = surprisal[pages]
+        surprisal = self._surprisal.of(request_id, pages) if "surprisal" in read else None
+        attention = draw = None
         if "attention" in read:
             attention = (self._attention[blocks] / np.maximum(self._queries[blocks], 1)).astype(np.float32)
         if "draw" in read:
-            draw = np.random.default_rng([self._seed, request_id]).random(last + 1, np.float32)[pages]
+            draws = np.random.default_rng([self._seed, request_id]).random(int(pages.max(initial=0)) + 1, np.float32)
+            draw = draws[pages]
         source = self._source
         measured = {} if source is None else {source.fact: source.measure(request_id, pages, limit)}
         return PageFacts(pages, attention=attention, surprisal=surprisal, draw=draw, **measured)
@@ -141,6 +130,6 @@ class PageLedger:
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""
-        self._surprisal.pop(request_id, None)
+        self._surprisal.forget(request_id)
         if self._source is not None:
             self._source.forget(request_id)

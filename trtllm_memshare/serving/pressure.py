@@ -140,8 +140,8 @@ class Pressure:
         self.stats.num_admitted += freed
         return freed
 
-    def observe_tokens(self, states: list[RequestState], log_probs: Callable[[], list[float]]) -> None:
-        """Takes what was just chosen, see ``PageLedger.observe_tokens``; ``log_probs`` works them out."""
+    def observe_tokens(self, states: list[RequestState], log_probs: Callable[[], torch.Tensor]) -> None:
+        """Takes what was just chosen, see ``PageSurprisal.note``; ``log_probs`` works them out."""
         with self._watch, self.faults.caught():
             self._ledger.observe_tokens(states, log_probs())
 

@@ -39,9 +39,9 @@ class RankedSampler(Sampler):
         self.errors |= {request_id: RuntimeError(text) for request_id, text in errors.items()}
         return list(tokens)
 
-    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
+    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
         """The same on every rank: rank 0 answers for a pipeline whose last stage alone has logits."""
-        return list(self._of_root(lambda: super(RankedSampler, self).log_probs_of(logits, tokens)))
+        return torch.tensor(self._of_root(lambda: super(RankedSampler, self).log_probs_of(logits, tokens).tolist()))
 
     def _sentences(self) -> dict[int, str]:
         return {request_id: describe(error) for request_id, error in self.errors.items()}

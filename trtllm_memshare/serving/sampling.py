@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from trtllm_memshare.serving.drawing import MIN_TEMPERATURE, Draw, draw_tokens
 from trtllm_memshare.serving.request import RequestState, SamplingParams
@@ -31,6 +30,7 @@ class Sampler:
         self.errors: dict[int, Exception] = {}
         self._generators: dict[int, torch.Generator] = {}
         self._counts: dict[int, TokenCounts] = {}
+        self._last: tuple[list[int], torch.Tensor] | None = None  # the last tokens, and the same where the logits are
 
     def sample(self, logits: torch.Tensor, requests: list[RequestState]) -> list[int]:
         """Next token of each row.
@@ -70,10 +70,13 @@ class Sampler:
         if draws:
             for row, token in zip(draws, draw_tokens(logits[list(draws)], list(draws.values())), strict=True):
                 tokens[row] = token
+        self._last = None if draws else (tokens, chosen)
         return tokens
 
-    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> list[float]:
+    def log_probs_of(self, logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
         """Of the tokens that were just chosen, see ``token_log_probs``."""
+        if self._last is not None and self._last[0] is tokens:
+            return token_log_probs(logits, self._last[1])
         return token_log_probs(logits, tokens)
 
     def forget(self, request_id: int) -> None:
@@ -136,14 +139,16 @@ class TokenCounts:
         return row - seen * params.presence_penalty - self._counts * params.frequency_penalty
 
 
-def token_log_probs(logits: torch.Tensor, tokens: list[int]) -> list[float]:
+def token_log_probs(logits: torch.Tensor, tokens: list[int] | torch.Tensor) -> torch.Tensor:
     """Natural logarithm of each chosen token's probability under the model, before temperature, penalties and bans.
 
     Args:
       logits: float32 ``[batch, vocab_size]``.
-      tokens: one per row.
+      tokens: one per row, int64 if it is a tensor; that of a row with ``NO_TOKEN`` means nothing.
+
+    Returns:
+      float32 ``[batch]``, where the logits are.
     """
-    known = [max(0, token) for token in tokens]  # ``NO_TOKEN`` has none
-    chosen = torch.tensor(known, dtype=torch.long, device=logits.device)
-    found: list[float] = cross_entropy(logits.float(), chosen, reduction="none").neg_().tolist()
-    return found
+    if not isinstance(tokens, torch.Tensor):
+        tokens = torch.tensor([max(0, token) for token in tokens], dtype=torch.long, device=logits.device)
+    return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
