@@ -12,7 +12,8 @@ was given up then changes what is written, and how much.
 The arms: ``vllm`` is vLLM as it comes. ``admission`` is our admission alone, nothing retired. A number is ``min_kept``
 with the need ``redundancy``; ``random`` and ``age`` are needs at ``min_kept`` 0.5; ``default`` is our default.
 ``paper-0.62`` is the published method at that ``min_kept``: the page that is nearest to an earlier one goes, and that
-one is read in its place. With ``-skip`` after its name an arm of ours leaves null entries out of attention.
+one is read in its place. With ``-skip`` after its name an arm of ours leaves null entries out of attention, and
+needs no null pages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
 ``python engine_process.py plain|memshare|ranks|skip|aliases MODEL NULL_PAGES``; ``ranks`` is two workers, each with
-half of the heads; ``skip`` leaves null entries out of attention; ``aliases`` is the published method. A second engine
-in one process is not something vLLM promises, so each arm has its own.
+half of the heads; ``skip`` leaves null entries out of attention, also where there are no null pages; ``aliases`` is the
+published method. A second engine in one process is not something vLLM promises, so each arm has its own.
 """
 
 from __future__ import annotations
@@ -30,23 +30,26 @@ from vllm_plugin.shadow import Shadow
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 
 
-def make_engine(model: str, null_pages: str | None, num_ranks: int = 1, **memshare: Any) -> LLM:
+def make_engine(model: str, null_pages: str, num_ranks: int = 1, num_blocks: int = NUM_BLOCKS, **memshare: Any) -> LLM:
     ours = {}
-    if null_pages is not None:
+    if null_pages:
+        memshare["null_pages"] = null_pages
+    if memshare:
         ours = {
             "scheduler_cls": "trtllm_memshare.vllm.scheduler.MemShareScheduler",
             "worker_cls": "trtllm_memshare.vllm.worker.MemShareWorker",
-            "additional_config": {"memshare": {"null_pages": null_pages, "protected_tokens": 64, **memshare}},
+            "additional_config": {"memshare": {"protected_tokens": 64, **memshare}},
         }
     return LLM(
         model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
-        num_gpu_blocks_override=NUM_BLOCKS, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
+        num_gpu_blocks_override=num_blocks, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
         tensor_parallel_size=num_ranks, **ours,
     )  # fmt: skip
 
 
 def generate(llm: LLM, prompts: list[list[int]], lengths: list[int], **sampling: Any) -> list[Any]:
-    parameters = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, **sampling) for n in lengths]
+    sampling = {"temperature": 0, "ignore_eos": True, **sampling}
+    parameters = [SamplingParams(max_tokens=n, **sampling) for n in lengths]
     return llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
 
 
@@ -215,7 +218,7 @@ def _take(engine: Any, live: dict[str, list[int]], answers: list[list[int]]) -> 
 def main() -> None:
     arm, model, null_pages = sys.argv[1:4]
     if arm == "plain":
-        result: dict[str, Any] = {"with_room": with_room(make_engine(model, None))}
+        result: dict[str, Any] = {"with_room": with_room(make_engine(model, ""))}
     elif arm == "ranks":
         llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])
         result = {"pressure": under_pressure(llm, model, null_pages)}

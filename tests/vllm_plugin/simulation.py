@@ -28,6 +28,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm_plugin.shadow import Shadow
+from vllm_plugin.step_attention import StepAttention
 
 from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.scheduler import MemShareScheduler
@@ -77,8 +78,13 @@ class Simulation:
         self.num_submitted = self.num_steps = self.most_entries = 0
         self.num_below_floor = 0  # looks at a request that had given up more than its floor leaves
         self._outsiders: list[Any] = []
+        self.attention = None if not self._skips() else StepAttention(scheduler.blocks.null_block_ids, self.size)
         self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier
         self._hash = get_request_block_hasher(self.size, hash_function)
+
+    def _skips(self) -> bool:
+        settings = getattr(self.scheduler, "settings", None)  # vLLM's own scheduler has none
+        return settings is not None and settings.options.null_entries == "skip"
 
     def submit(self) -> None:
         draw = self.draw
@@ -219,6 +225,9 @@ class Simulation:
                 self.sampled[name] = {}
             elif new_ids is not None:
                 requests[name].block_ids[0].extend(new_ids[0])
+        if self.attention is not None:
+            self.attention.follow(update.null_entries, output.finished_req_ids)
+            self.attention.check([(requests[fact.name].block_ids[0], fact.stop) for fact in facts])
         names, sampled = [], []
         for fact in facts:
             made = self.sampled[fact.name]
@@ -302,12 +311,16 @@ def run_schedule(scheduler: Any, seed: int, text_of: Callable[[int], list[int]] 
     return simulation
 
 
-def make_engine_args(model: str, null_pages: str, num_blocks: int, prefix_caching: bool, **memshare: Any) -> EngineArgs:
+def make_engine_args(
+    model: str, null_pages: str | None, num_blocks: int, prefix_caching: bool, **memshare: Any
+) -> EngineArgs:
     init_none_hash(hash_function)
+    if null_pages is not None:
+        memshare["null_pages"] = null_pages
     return EngineArgs(
         model=model, dtype="float32", max_model_len=384, block_size=16, max_num_seqs=12, max_num_batched_tokens=64,
         enforce_eager=True, enable_prefix_caching=prefix_caching, num_gpu_blocks_override=num_blocks,
-        additional_config={"memshare": {"null_pages": null_pages, "protected_tokens": 32, **memshare}},
+        additional_config={"memshare": {"protected_tokens": 32, **memshare}},
     )  # fmt: skip
 
 

@@ -28,6 +28,12 @@ def test_vllms_arguments_get_classes_and_settings(tmp_path):
     }  # fmt: skip
 
 
+def test_without_null_pages_one_option_is_enough():
+    line = engine_arguments(["serve", "model", "--null-entries", "skip"])
+    assert line[:2] == ["serve", "model"]
+    assert json.loads(line[-1]) == {"memshare": {"null_entries": "skip"}}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["serve", "--help"], ["bench", "throughput", "--help"]])
 def test_help_says_what_comes_out_without_vllm(arguments, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
@@ -40,7 +46,8 @@ def test_help_says_what_comes_out_without_vllm(arguments, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve", "m"], "needs --null-pages FOLDER"),
+        (["serve", "m"], "read needs null_pages, .* got none .*vllm calibrate MODEL, or set null_entries to skip"),
+        (["serve", "m", "--null-entries", "drop"], "the command line.*null_entries"),
         (["serve", "m", "--null-pages", "x", "--worker-cls=y"], "--worker-cls is set by MemShare"),
         (["serve", "m", "--null-pages", "x", "--additional-config", '{"memshare": {}}'], "has memshare already"),
         (["serve", "m", "--null-pages"], "--null-pages needs a value"),

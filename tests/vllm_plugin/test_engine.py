@@ -1,6 +1,7 @@
 """vLLM itself, on the CPU, with the bundled model: with room, under pressure, and on random schedules.
 
-Each arm is a process of its own (``engine_process.py``). Needs vLLM in the environment (``make test-vllm``).
+Each arm is a process of its own (``engine_process.py``, ``short_pool_process.py``). Needs vLLM in the environment
+(``make test-vllm``).
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
 
 
-def run(arm: str, null_pages: str, *arguments: str) -> dict[str, Any]:
+def run(arm: str, null_pages: str, *arguments: str, program: str = "engine_process.py") -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    program = Path(__file__).with_name("engine_process.py")
     ran = subprocess.run(
-        [sys.executable, str(program), arm, MODEL, null_pages, *arguments],
+        [sys.executable, str(Path(__file__).with_name(program)), arm, MODEL, null_pages, *arguments],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -90,11 +90,10 @@ def test_skipping_with_room_leaves_tokens_bit_by_bit(skip, null_pages):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_with_null_entries_skipped_log_probabilities_are_those_of_a_pass_without_the_pages(skip, null_pages, num_ranks):
-    """The null pages of these tests are far from null, so that one that is read all the same would be seen."""
-    pressure = (skip if num_ranks == 1 else run("skip", null_pages, "surprisal-led-redundancy-recency", "2"))[
-        "pressure"
-    ]
+def test_with_null_entries_skipped_log_probabilities_are_those_of_a_pass_without_the_pages(skip, num_ranks):
+    """The null pages of these tests are far from null, so that one that is read all the same would be seen. Two ranks
+    have none."""
+    pressure = (skip if num_ranks == 1 else run("skip", "", "surprisal-led-redundancy-recency", "2"))["pressure"]
     assert pressure["retired"] >= 20
     assert pressure["requests_retired_from"] >= 5
     assert pressure["preemptions"] == 0
@@ -111,13 +110,31 @@ def test_block_tables_that_slots_are_worked_out_from_stay_whole_where_entries_ar
     assert skip["still_skipped"] == 0
 
 
-def test_the_fidelity_check_compares_with_a_masked_replay(null_pages, tmp_path):
+@pytest.mark.parametrize("need", ["surprisal-led-redundancy-recency", "nearest-earlier"])
+def test_without_null_pages_nothing_reads_the_block_that_null_entries_name(null_pages, need):
+    """NaN in it, K and V: answers and log-probabilities are those of skipping null pages, to the last bit."""
+    program = "short_pool_process.py"
+    short = run("short", null_pages, need, program=program)["short"]
+    poisoned = run("poisoned", "", need, program=program)
+    assert poisoned["short"] == short
+    assert short["preempted_with_gaps"] > 0
+    assert short["retired_again"] > 0
+    assert short["cache_hits"] > 0
+    assert short["null_entries"] > 0
+    assert poisoned["schedules"]["null_reads"] > 100  # entries of the scheduler's tables
+    assert poisoned["schedules"]["idle"]
+    assert poisoned["not_finite"] == 0
+    assert poisoned["is_untouched"]
+    assert poisoned["not_finite_if_read"] > 0
+
+
+def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):
     problems = [{"problem": "12 + 7 = ? " * 8}, {"problem": "3 * 9 - 4 = ? " * 8}]
     traces, output = tmp_path / "traces.jsonl", tmp_path / "fidelity.json"
     traces.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     ran = subprocess.run(
-        [sys.executable, "benchmarks/vllm_fidelity.py", "--model-dir", MODEL, "--null-pages", null_pages, "--traces",
-         str(traces), "--requests", "2", "--null-entries", "skip", "--output-json", str(output)],
+        [sys.executable, "benchmarks/vllm_fidelity.py", "--model-dir", MODEL, "--traces", str(traces),
+         "--requests", "2", "--null-entries", "skip", "--output-json", str(output)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]

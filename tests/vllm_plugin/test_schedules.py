@@ -68,6 +68,25 @@ def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, pr
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "becomes", [{}, {"need": "nearest-earlier", "retired_becomes": "alias"}], ids=["null", "alias"]
+)
+def test_without_null_pages_attention_gets_what_is_kept_in_every_step(async_scheduling, becomes):
+    retired_again = skipped = 0
+    for seed in range(4):
+        arguments = make_engine_args(
+            MODEL, None, NUM_BLOCKS, seed % 2 == 1, null_entries="skip", admission="vllm", min_kept=0.25, **becomes
+        )
+        simulation = run_schedule(make_scheduler(arguments, NUM_BLOCKS, async_scheduling), seed)
+        assert len(simulation.scheduler.blocks.null_block_ids) == 1
+        assert simulation.scheduler.relief.totals.band_moves == 0
+        retired_again += simulation.scheduler.relief.totals.retired_again
+        skipped += simulation.attention.num_skipped
+    assert skipped > 100
+    assert retired_again > 0, "nobody came back from preemption"
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["no-prefix-cache", "prefix-cache"])
 def test_aliases_are_earlier_blocks_that_are_there(null_pages, async_scheduling, prefix_caching):
     """The published method, one schedule in four without its aliases; references add up after every step."""

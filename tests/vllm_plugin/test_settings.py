@@ -21,8 +21,16 @@ def test_settings_come_from_additional_config_or_from_a_file(tmp_path):
     assert given.options.admission == "vllm"
     with pytest.raises(UserError, match=r"given twice.*keep one"):
         load_settings({"memshare": values}, environment)
-    with pytest.raises(UserError, match="needs settings with null_pages at least"):
+    with pytest.raises(UserError, match="needs settings with null_pages, or with null_entries skip, got none"):
         load_settings({}, {})
+
+
+def test_null_pages_may_be_missing_only_where_null_entries_are_skipped():
+    assert parse_settings({"null_entries": "skip"}, "m.json").options.null_pages is None
+    assert parse_settings({"null_entries": "skip", "null_pages": "here"}, "m.json").options.null_pages == "here"
+    for values in ({}, {"null_entries": "read"}):
+        with pytest.raises(UserError, match=r"needs null_pages, .* got none .*vllm calibrate MODEL, or .* to skip\)"):
+            parse_settings(values, "m.json")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +45,6 @@ def test_settings_come_from_additional_config_or_from_a_file(tmp_path):
         ({"null_pages": "x", "null_entries": "drop"}, "null_entries"),
         ({"null_pages": "x", "read_null": False}, "null_entries says whether .*got read_null False"),
         ({"null_pages": "x", "need": "attention-redundancy"}, "need must be one that vLLM can tell"),
-        ({}, "null_pages"),
         ([], "must hold a JSON object, got list"),
     ],
 )

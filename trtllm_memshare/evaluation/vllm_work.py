@@ -138,8 +138,10 @@ class VllmWork:
 
 
 def plugin_arguments(null_pages: Path, **settings: Any) -> dict[str, Any]:
-    """vLLM's own options that switch our plugin on."""
-    config = {"memshare": {"null_pages": str(null_pages), **settings}}
+    """vLLM's own options that switch our plugin on; ``null_pages`` is for settings that do not skip null entries."""
+    if settings.get("null_entries") != "skip":
+        settings["null_pages"] = str(null_pages)
+    config = {"memshare": settings}
     return {"scheduler_cls": SCHEDULER_CLASS, "worker_cls": WORKER_CLASS, "additional_config": config}
 
 

@@ -26,7 +26,11 @@ from trtllm_memshare.vllm import SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
 _WITH_ENGINE = {"bench": ("throughput", "latency")}
-_OURS = {"--memshare-config": "JSON file with settings", "--null-pages": "folder that vllm calibrate wrote"}
+_OURS = {
+    "--memshare-config": "JSON file with settings",
+    "--null-pages": "folder that vllm calibrate wrote",
+    "--null-entries": "read (default), or skip, which needs no null pages",
+}
 _HELP = """serve      vLLM's server, which gives pages up when memory is short
 bench      vLLM's benchmark of such an engine: its table
 calibrate  a folder with a model's null pages, to be made once
@@ -56,7 +60,7 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
     """vLLM's arguments with MemShare's classes and settings in them.
 
     Args:
-      arguments: vLLM's, with ``--memshare-config FILE`` and ``--null-pages FOLDER`` among them.
+      arguments: vLLM's, with ours among them.
 
     Raises:
       UserError: wrong settings, or an option of vLLM that MemShare needs is set otherwise.
@@ -69,8 +73,8 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
     settings = read_settings(Path(path)) if path else {}
     if values["--null-pages"]:
         settings["null_pages"] = str(Path(values["--null-pages"]).resolve())
-    if "null_pages" not in settings:
-        raise UserError("vllm needs --null-pages FOLDER, got none (make it with vllm calibrate MODEL --output FOLDER)")
+    if values["--null-entries"]:
+        settings["null_entries"] = values["--null-entries"]
     parse_settings(settings, path or "the command line")
     user: Any = parse_json(values["--additional-config"] or "{}", "--additional-config")
     if not isinstance(user, dict):

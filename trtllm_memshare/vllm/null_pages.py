@@ -14,8 +14,11 @@ from trtllm_memshare.errors import UserError
 _AGAIN = "calibrate the model again"
 
 
-def load_bands(folder: str, max_tokens: int) -> np.ndarray:
+def load_bands(folder: str | None, max_tokens: int) -> np.ndarray:
     """First position of each band that a request of ``max_tokens`` can reach, and the last one's end.
+
+    Args:
+      folder: where the calibration is; None has one band, whose page nobody may read.
 
     Returns:
       int32 ``[num_bands + 1]``.
@@ -23,6 +26,8 @@ def load_bands(folder: str, max_tokens: int) -> np.ndarray:
     Raises:
       UserError: no such file, a damaged one, or the bands end before ``max_tokens``.
     """
+    if folder is None:
+        return np.array([0, max_tokens], np.int32)
     path = _path(folder)
     _, bands, _ = read_null_pages(path, _AGAIN)
     if bands[-1] < max_tokens:

@@ -75,14 +75,15 @@ class MemShareScheduler(Scheduler):
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_relief
         logger.info(
-            "MemShare: %d blocks of %d tokens, %d null pages, min_kept %s, need %s, retired pages become %s, "
-            "admission %s",
+            "MemShare: %d blocks of %d tokens beside %d that null entries name, min_kept %s, need %s, retired pages "
+            "become %s, null entries %s, admission %s",
             self.blocks.num_blocks,
             self.blocks.block_size,
             len(bands) - 1,
             config.min_kept,
             config.need,
             config.retired_becomes,
+            options.null_entries,
             options.admission,
         )
 

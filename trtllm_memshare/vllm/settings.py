@@ -26,16 +26,16 @@ NullEntries = Literal["read", "skip"]
 class VllmOptions(BaseModel):
     """Settings beside those of the search.
 
-    ``null_pages``: the folder that ``memshare vllm calibrate`` wrote. ``admission``: what a waiting request needs
-    before it gets in. vllm: free blocks for its prompt. lookahead: that the pool holds everybody's kept pages
-    ``lookahead_tokens`` further on. max-tokens: the same at any step until each has written its max_tokens.
-    ``null_entries``: whether vLLM's kernels read the null page for what was given up, or get tables without it, which
-    needs model runner V1.
+    ``null_pages``: the folder that ``memshare vllm calibrate`` wrote; None only where null entries are skipped.
+    ``admission``: what a waiting request needs before it gets in. vllm: free blocks for its prompt. lookahead: that the
+    pool holds everybody's kept pages ``lookahead_tokens`` further on. max-tokens: the same at any step until each has
+    written its max_tokens. ``null_entries``: whether vLLM's kernels read the null page for what was given up, or get
+    tables without it, which needs model runner V1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    null_pages: str
+    null_pages: str | None = None
     admission: Admission = "lookahead"
     null_entries: NullEntries = "read"
 
@@ -66,7 +66,7 @@ def load_settings(additional_config: object, environment: Mapping[str, str]) -> 
         )
     if part is None and not path:
         raise UserError(
-            f"MemShare needs settings with null_pages at least, got none (--additional-config "
+            f"MemShare needs settings with null_pages, or with null_entries skip, got none (--additional-config "
             f'\'{{"{ADDITIONAL_CONFIG_KEY}": {{"null_pages": "FOLDER"}}}}\' or {CONFIG_VARIABLE}=FILE)'
         )
     where = path or f"--additional-config {ADDITIONAL_CONFIG_KEY}"
@@ -102,6 +102,11 @@ def parse_settings(values: object, where: str) -> VllmSettings:
         options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})
     except ValidationError as error:
         raise UserError(describe_validation_error(error, VllmOptions.model_fields, where)) from error
+    if options.null_entries == "read" and options.null_pages is None:
+        raise UserError(
+            "null_entries read needs null_pages, a folder with the model's null pages, got none (make it with memshare "
+            "vllm calibrate MODEL, or set null_entries to skip)"
+        )
     return VllmSettings(config, options)
 
 

@@ -1,4 +1,4 @@
-"""vLLM's worker with null pages: writes them once the scheduler has named their blocks, and lets block tables follow.
+"""vLLM's worker with pressure: writes null pages once the scheduler has named their blocks, lets block tables follow.
 
 ``--worker-cls`` names ``MemShareWorker``. Its base is the worker that vLLM would take on this platform.
 """
@@ -98,7 +98,7 @@ class MemShareWorker(PlatformWorker):
         return {name: requests[name].block_ids[0] for name in update.asked if name in requests}
 
     def _prepare(self, null_blocks: list[int]) -> None:
-        """With the first step: writes the null pages, and starts to watch what the need reads."""
+        """With the first step: writes the null pages, if there are any, and starts to watch what the need reads."""
         form = runner_form(self.model_runner, vllm.__version__)
         self._apply = apply_to_v1_runner if form == "V1" else apply_to_v2_runner
         settings = load_settings(self.vllm_config.additional_config, os.environ)
@@ -121,8 +121,9 @@ class MemShareWorker(PlatformWorker):
             self._reports = PageReports(signatures, surprisal, block_size)
         if settings.options.null_entries == "skip":
             self._skipped = SkippedEntries(runner, null_blocks, block_size)
-        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        write_null_pages(runner, settings.options.null_pages, null_blocks, rank, size)
+        if settings.options.null_pages is not None:  # else nobody reads the block, whatever was tried out in it
+            rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            write_null_pages(runner, settings.options.null_pages, null_blocks, rank, size)
 
 
 class _Answered(AsyncModelRunnerOutput):

@@ -1,0 +1,56 @@
+"""What attention gets of the tables of each step where null entries are skipped, checked over any schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from trtllm_memshare.vllm.skipped_entries import SkippedEntries
+
+
+@dataclass
+class StepTables:
+    """What is read of vLLM's ``CommonAttentionMetadata``."""
+
+    block_table_tensor: torch.Tensor
+    seq_lens: torch.Tensor
+    max_seq_len: int
+
+
+class StepAttention:
+    """The attention of one worker. ``num_skipped``: entries that it was spared."""
+
+    def __init__(self, null_blocks: list[int], block_size: int) -> None:
+        self._null, self._size = set(null_blocks), block_size
+        group = SimpleNamespace(build_metadata=lambda metadata: metadata)
+        runner = SimpleNamespace(device=torch.device("cpu"), attn_groups=[[group]])
+        self._skipped = SkippedEntries(runner, null_blocks, block_size)
+        self._build = group.build_metadata
+        self.num_skipped = 0
+
+    def follow(self, with_null_entries: Iterable[str], ended: Iterable[str]) -> None:
+        """As the worker does, before a step."""
+        self._skipped.follow(with_null_entries, ended)
+
+    def check(self, requests: list[tuple[list[int], int]]) -> None:
+        """No null entry is read in this step, and all others are, in their order.
+
+        Args:
+          requests: block ids and length in tokens, of each request in the batch.
+        """
+        longest = max((length for _, length in requests), default=0)
+        table = torch.zeros(len(requests), -(-longest // self._size), dtype=torch.int32)
+        for row, (blocks, _) in zip(table, requests, strict=True):
+            row[: len(blocks)] = torch.tensor(blocks[: len(row)], dtype=torch.int32)
+        lengths = torch.tensor([length for _, length in requests], dtype=torch.int32)
+        given = self._build(StepTables(table, lengths, longest))
+        rows = zip(given.block_table_tensor.tolist(), given.seq_lens.tolist(), requests, strict=True)
+        for row, left, (blocks, length) in rows:
+            entries = blocks[: -(-length // self._size)]
+            kept = [block for block in entries if block not in self._null]
+            assert row[: -(-left // self._size)] == kept, f"attention reads {row}, kept are {kept} of {blocks}"
+            assert left == length - self._size * (len(entries) - len(kept))
+            self.num_skipped += len(entries) - len(kept)
