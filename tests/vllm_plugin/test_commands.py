@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import V2_VARIABLE
+from trtllm_memshare.vllm import V2_VARIABLE, commands
 from trtllm_memshare.vllm.commands import engine_arguments, main
 
 
@@ -32,6 +33,15 @@ def test_without_null_pages_one_option_is_enough():
     line = engine_arguments(["serve", "model", "--null-entries", "skip"])
     assert line[:2] == ["serve", "model"]
     assert json.loads(line[-1]) == {"memshare": {"null_entries": "skip"}}
+
+
+def test_a_model_without_a_null_page_hears_of_the_other_way(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise NullPageRefused("no null page is found for layer 0 (do this)")
+
+    monkeypatch.setattr(commands, "calibrate_checkpoint", refuse)
+    with pytest.raises(UserError, match=r"layer 0 \(do this\); vllm serve --null-entries skip serves it without"):
+        main("vllm", ["calibrate", "m", "--max-model-len", "64", "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["serve", "--help"], ["bench", "throughput", "--help"]])

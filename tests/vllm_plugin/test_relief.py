@@ -307,7 +307,9 @@ def test_an_error_before_a_request_gives_up_again_what_it_had_given_up_is_made_g
 
 
 def test_a_pool_too_small_for_one_request_is_refused() -> None:
-    with pytest.raises(UserError, match="must hold one request of max_model_len 40, 10 blocks, beside 2 null pages"):
+    with pytest.raises(
+        UserError, match="must hold one request of max_model_len 40, 10 blocks, beside 2 for null entries"
+    ):
         Host(12, bands=(0, 100, 1000))
 
 

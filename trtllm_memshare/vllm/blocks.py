@@ -31,7 +31,7 @@ class VllmBlocks:
 
     Args:
       kv_cache_manager: vLLM's ``KVCacheManager`` with one group of full attention.
-      num_null_pages: how many bands of positions the model has.
+      num_null_pages: how many bands of positions the model has; 1 without null pages.
       longest_request_tokens: vLLM's ``max_model_len``; one such request must still fit.
       has_aliases: entries of a request may come to point at its earlier blocks.
 
@@ -51,7 +51,7 @@ class VllmBlocks:
         if usable < longest:
             raise UserError(
                 f"the KV pool must hold one request of max_model_len {longest_request_tokens}, {longest} blocks, "
-                f"beside {num_null_pages} null pages, got {usable} (raise the KV memory or lower --max-model-len)"
+                f"beside {num_null_pages} for null entries, got {usable} (raise the KV memory or lower --max-model-len)"
             )
         self._null_pages = self._pool.get_new_blocks(num_null_pages)
         for block in self._null_pages:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import save_null_pages
 from trtllm_memshare.errors import UserError, nearest
@@ -120,7 +121,10 @@ def _calibrate(arguments: list[str]) -> None:
     parser.add_argument("--max-model-len", type=int, required=True, help="positions that need a page, in tokens")
     parser.add_argument("--dtype", default="bfloat16", help="element type of the KV cache (default %(default)s)")
     options = parser.parse_args(arguments[1:])
-    pages = calibrate_checkpoint(Path(options.model), options.max_model_len, options.dtype)
+    try:
+        pages = calibrate_checkpoint(Path(options.model), options.max_model_len, options.dtype)
+    except NullPageRefused as refusal:
+        raise UserError(f"{refusal}; vllm serve --null-entries skip serves it without") from refusal
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     save_null_pages(folder, pages)

@@ -50,7 +50,7 @@ class SkippedEntries:
 
     Args:
       runner: vLLM's model runner V1, of which ``check_skipping`` is told; its attention groups are modified.
-      null_blocks: blocks of the null pages.
+      null_blocks: blocks that null entries name; what they hold does not matter.
       block_size: tokens of the scheduler's blocks.
     """
 

@@ -21,7 +21,8 @@ class MemShareUpdate:
     """Entries that change before the step.
 
     Attributes:
-      null_blocks: the null pages' block ids by band, with the first step only: the workers write them.
+      null_blocks: ids of the blocks that null entries name by band, with the first step only: the workers write null
+        pages there, if there are any.
       null_entries: request id -> logical block -> block id of a null page, or of the earlier block of the request that
         is read in its place; the last word on each entry only, since model runner V2 writes all entries of a step at
         once.
