@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -73,24 +74,58 @@ def test_an_unknown_command_names_the_nearest():
         main("vllm", ["server"])
 
 
-@pytest.mark.parametrize(("command", "ours"), [(["serve", "m"], True), (["bench", "serve"], False)])
-def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, ours):
+def run_program(tmp_path, text, *arguments):
+    """Our command in a process group of its own, where vLLM's program is a script."""
     program = tmp_path / "vllm"
-    program.write_text(
-        '#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\necho "V2 $VLLM_USE_V2_MODEL_RUNNER"\nexit 3\n'
-    )
+    program.write_text(text)
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     path = {"PATH": f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin"}
     code = (
         "import importlib.util; importlib.util.find_spec = lambda name: None; "
         "from trtllm_memshare.__main__ import main; main()"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, "vllm", *command, *(["--null-pages", "x"] if ours else [])],
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "vllm", *arguments],
         env={**{k: v for k, v in os.environ.items() if k != V2_VARIABLE}, **path},
-        capture_output=True, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert ran.returncode == 3, ran.stderr
-    assert ("--scheduler-cls" in ran.stdout) == ours
-    assert ("metrics /" in ran.stdout) == ours
-    assert "V2 0" in ran.stdout  # on a GPU vLLM would choose its runner V2
+
+
+@pytest.mark.parametrize(("command", "ours"), [(["serve", "m"], True), (["bench", "serve"], False)])
+def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, ours):
+    text = (
+        '#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\necho "V2 $VLLM_USE_V2_MODEL_RUNNER"\nexit 3\n'
+    )
+    ran = run_program(tmp_path, text, *command, *(["--null-pages", "x"] if ours else []))
+    out, problem = ran.communicate()
+    assert ran.returncode == 3, problem
+    assert ("--scheduler-cls" in out) == ours
+    assert ("metrics /" in out) == ours
+    assert "V2 0" in out  # on a GPU vLLM would choose its runner V2
+
+
+@pytest.mark.parametrize("send", [lambda ran: ran.terminate(), lambda ran: os.killpg(ran.pid, signal.SIGINT)])
+def test_who_stops_the_command_stops_the_program_which_ends_in_its_own_order(tmp_path, send):
+    """By SIGTERM, which a service manager sends to the command alone, or Ctrl-C, which both get."""
+    text = """
+import signal, sys, time
+def end(number, _):
+    print("in order", flush=True)
+    sys.exit(5)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    ran = run_program(tmp_path, f"#!{sys.executable}{text}", "serve", "m", "--null-entries", "skip")
+    assert ran.stdout.readline().startswith("+ ")
+    assert ran.stdout.readline() == "ready\n"
+    send(ran)
+    assert ran.communicate(timeout=30)[0] == "in order\n"
+    assert ran.returncode == 5
+
+
+def test_a_program_that_a_signal_ended_gives_the_status_of_a_shell(tmp_path):
+    ran = run_program(tmp_path, "#!/bin/sh\nkill -9 $$\n", "serve", "m", "--null-entries", "skip")
+    ran.communicate()
+    assert ran.returncode == 128 + signal.SIGKILL

@@ -11,10 +11,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,16 @@ def _wrap(arguments: list[str]) -> None:
             # The scheduler's process and the API server's write their metrics into one folder.
             environment.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
         print(f"+ {shlex.join(line)}", flush=True)
-        status = subprocess.run(line, env=environment, check=False).returncode
-    sys.exit(status)
+        status = _run(line, environment)
+    sys.exit(status if status >= 0 else 128 - status)
+
+
+def _run(line: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs vLLM to its end: who stops this process stops vLLM, which then ends in its own order."""
+    with subprocess.Popen(line, env=environment) as vllm:
+        signal.signal(signal.SIGTERM, lambda number, _: vllm.send_signal(number))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+        return vllm.wait()
 
 
 def _program() -> list[str]:
