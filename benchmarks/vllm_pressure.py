@@ -9,6 +9,9 @@ With ``--free`` the model is asked in its chat template and ends its answers its
 seed for each request; ``--longest-answer`` is the most, and the demand is that of answers which are all so long. What
 was given up then changes what is written, and how much.
 
+With ``--replay`` answers are the traces' texts, the same in every arm, and the loss of these texts is told: a small
+model that answers greedily repeats itself, the more so the more was taken from it, and repeats go below the floor.
+
 The arms: ``vllm`` is vLLM as it comes. ``admission`` is our admission alone, nothing retired. A number is ``min_kept``
 with the need ``redundancy``; ``random`` and ``age`` are needs at ``min_kept`` 0.5; ``default`` is our default.
 ``paper-0.62`` is the published method at that ``min_kept``: the page that is nearest to an earlier one goes, and that
@@ -41,7 +44,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["vllm", "admission", "0.75", "0.5", "0.25", "random"])
     parser.add_argument("--admission", default="lookahead", choices=["vllm", "lookahead", "max-tokens"])
     parser.add_argument("--output-json", type=Path, help="runs are added to those in it")
-    parser.add_argument("--free", action="store_true", help="answers as long as the model makes them")
+    answers = parser.add_mutually_exclusive_group()
+    answers.add_argument("--free", action="store_true", help="answers as long as the model makes them")
+    answers.add_argument("--replay", action="store_true", help="answers are the traces' texts, the same in all arms")
     parser.add_argument("--run-arm", nargs=2, metavar=("ARM", "BLOCKS"), help=argparse.SUPPRESS)
     VllmWork.add_options(
         parser, requests=12, in_flight=8, shorter_by=16, longest_answer=256, block_size=32, protected_tokens=32
@@ -53,7 +58,8 @@ def main() -> None:
         print(json.dumps({name: value for name, value in run.items() if name != "answers"}))
         return
     document: dict[str, Any] = {
-        "workload": {**work.describe(options.admission), "free": work.free}, "machine": describe_machine(), "runs": []
+        "workload": {**work.describe(options.admission), "free": work.free, "replay": work.replay},
+        "machine": describe_machine(), "runs": [],
     }  # fmt: skip
     if options.output_json and options.output_json.is_file():
         document = {**document, "runs": json.loads(options.output_json.read_text())["runs"]}

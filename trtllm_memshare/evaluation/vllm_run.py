@@ -27,9 +27,11 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
     """
     from vllm import LLM, SamplingParams
 
+    from trtllm_memshare.evaluation.vllm_replay import Replay
+
     llm = LLM(
         **work.engine_arguments(), **work.arm_arguments(arm, admission), num_gpu_blocks_override=blocks,
-        disable_log_stats=False, seed=0,
+        disable_log_stats=False, seed=0, logits_processors=[Replay] if work.replay else None,
     )  # fmt: skip
     engine: Any = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
@@ -51,6 +53,8 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
     lengths = [len(answers[i]) for i in range(len(work.requests))]
     if not work.free and lengths != [length for _, length in work.requests]:
         raise UserError(f"answers must have their traces' lengths, got {lengths}")
+    if work.replay and [answers[i] for i in range(len(work.requests))] != work.texts:
+        raise UserError("answers must be the traces' texts, got others")
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     return {
         "blocks": blocks, "seconds": ends[-1], "cpu_seconds": cpu_ends[-1], "steps": steps,
@@ -60,6 +64,8 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
         "latency": {q: float(np.percentile(ends, int(q[1:]))) for q in ("p50", "p99")},
         "cpu_latency": {q: float(np.percentile(cpu_ends, int(q[1:]))) for q in ("p50", "p99")},
         "retired": _num_retired(scheduler), "retired_aliased": _num_retired(scheduler, "retired_aliased"),
+        "retired_repeats": _num_retired(scheduler, "retired_repeats"),
+        "loss_nats_per_token": sum(Replay.nats.values()) / sum(lengths) if work.replay else None,
         "answers_hash": hashlib.sha256(json.dumps(sorted(answers.items())).encode()).hexdigest()[:16],
         "all_free": _is_all_free(scheduler), "answers": [answers[i] for i in range(len(work.requests))],
     }  # fmt: skip

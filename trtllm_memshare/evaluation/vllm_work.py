@@ -34,6 +34,7 @@ class VllmWork:
       requests: (prompt's token ids, tokens to generate) of each.
       free: the model ends its answers itself, the tokens to generate are the most that it may.
       texts: what each request writes where there is no model, token ids of its trace; none where ``free``.
+      replay: the model reads these texts as its own answers.
     """
 
     model_dir: Path
@@ -47,6 +48,7 @@ class VllmWork:
     requests: list[tuple[list[int], int]]
     free: bool = False
     texts: list[list[int]] = field(default_factory=list)
+    replay: bool = False
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -69,7 +71,7 @@ class VllmWork:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
-        values = {"free": False, "texts": [], **vars(options)}
+        values = {"free": False, "replay": False, "texts": [], **vars(options)}
         values = {f.name: values[f.name] for f in fields(cls)}
         rows = [json.loads(line) for line in options.traces.read_text().splitlines()]
         if values["free"]:
@@ -107,7 +109,13 @@ class VllmWork:
 
     def sampling(self, index: int) -> dict[str, Any]:
         """Arguments of vLLM's ``SamplingParams`` for a request. Free ones have a seed, the same in every arm."""
-        how = {**_FREE_SAMPLING, "seed": index} if self.free else {"temperature": 0.0, "ignore_eos": True}
+        how: dict[str, Any] = (
+            {**_FREE_SAMPLING, "seed": index} if self.free else {"temperature": 0.0, "ignore_eos": True}
+        )
+        if self.replay:
+            from trtllm_memshare.evaluation.vllm_replay import replayed
+
+            how["extra_args"] = replayed(index, self.texts[index])
         return {"max_tokens": self.requests[index][1], **how}
 
     def engine_arguments(self) -> dict[str, Any]:
