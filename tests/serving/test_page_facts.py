@@ -87,6 +87,7 @@ def test_surprisal_of_a_page_adds_up_over_its_tokens():
     for token in (0, 1, 1):
         ledger.observe_tokens([State], token_log_probs(logits, [token]))
         State.tokens = [*State.tokens, token]
+    ledger.catch_up([3])
     facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]), 2)
     np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import defaultdict
 
 import numpy as np
@@ -33,6 +35,7 @@ class Loop:
 
 
 def assert_equal(surprisal, loop, request_id, num_tokens):
+    surprisal.catch_up()
     pages = np.arange(num_tokens // SIZE + 3, dtype=np.int32)  # some that nobody has written yet
     np.testing.assert_allclose(surprisal.of(request_id, pages), loop.of(request_id, pages), rtol=1e-5, atol=1e-5)
 
@@ -66,23 +69,68 @@ def test_it_is_what_a_loop_over_tokens_gives(seed):
 
 
 def test_a_request_that_ended_is_not_remembered_by_the_steps_before():
+    surprisal, one, other = PageSurprisal(SIZE), state(0, 2), state(1, 2)
+    surprisal.note([one, other], torch.tensor([-1.0, -3.0]))
+    surprisal.forget(0)
+    surprisal.catch_up()
+    assert [surprisal.of(name, np.array([0])).tolist() for name in (0, 1)] == [[0.0], [3.0]]
+
+
+def test_after_the_last_request_nothing_holds_it():
     surprisal, one = PageSurprisal(SIZE), state(0, 2)
     surprisal.note([one], torch.tensor([-1.0]))
+    alive = weakref.ref(one.handle)
     surprisal.forget(0)
-    assert surprisal.of(0, np.array([0])).tolist() == [0.0]
+    del one
+    gc.collect()
+    assert alive() is None
 
 
-def test_an_error_counts_nothing_twice():
+def test_what_an_error_keeps_from_being_added_up_is_added_up_later(monkeypatch):
     surprisal, one = PageSurprisal(SIZE), state(0, 0)
     surprisal.note([one], torch.tensor([-1.0]))
-    one.tokens.append(1)
-    surprisal.note([one], torch.tensor([-1.0, -1.0]))  # does not stack with the one before
-    with pytest.raises(RuntimeError):
-        surprisal.of(0, np.array([0]))
-    one.tokens.append(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "stack", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            surprisal.catch_up()
+    for _ in range(2):
+        surprisal.catch_up()
+        assert surprisal.of(0, np.array([0])).tolist() == [1.0]
+
+
+def test_pages_whose_row_an_error_lost_are_unknown_and_nothing_counts_twice(monkeypatch):
+    """A page of which nothing is known ranks as a middling one, not as one that nobody was surprised by."""
+    surprisal, one = PageSurprisal(SIZE), state(0, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "stack", lambda *_: 1 / 0)
+        for _ in range(_MOST_STEPS):
+            surprisal.note([one], torch.tensor([-1.0]))
+            one.tokens.append(1)
+        with pytest.raises(ZeroDivisionError):
+            surprisal.note([one], torch.tensor([-1.0]))
+    one.tokens += [1] * SIZE
     surprisal.note([one], torch.tensor([-4.0]))
-    assert surprisal.of(0, np.array([0])).tolist() == [4.0]
-    assert surprisal.of(0, np.array([0])).tolist() == [4.0]
+    surprisal.catch_up()
+    lost = _MOST_STEPS // SIZE
+    found = surprisal.of(0, np.arange(lost + 2))
+    assert np.isnan(found[:lost]).all()
+    assert found[lost:].tolist() == [0.0, 4.0]
+
+
+def test_a_step_that_was_left_out_is_seen_by_any_request():
+    """One pauses, a step of the other is lost, and the same two go on: the first one's length fits."""
+    surprisal, one, other = PageSurprisal(SIZE), state(0, 0), state(1, 0)
+    surprisal.note([one, other], torch.tensor([-1.0, -1.0]))
+    one.tokens.append(1)
+    other.tokens += [1] * (SIZE + 1)
+    surprisal.note([one, other], torch.tensor([-1.0, -7.0]))
+    surprisal.catch_up()
+    assert surprisal.of(1, np.arange(2)).tolist() == [1.0, 7.0]
+
+
+def test_log_probabilities_of_other_requests_are_refused():
+    with pytest.raises(ValueError, match="1 requests need as many log-probabilities, got 2"):
+        PageSurprisal(SIZE).note([state(0, 0)], torch.zeros(2))
 
 
 def test_steps_are_not_kept_for_ever():

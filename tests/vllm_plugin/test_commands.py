@@ -38,10 +38,10 @@ def test_without_null_pages_one_option_is_enough():
 
 def test_a_model_without_a_null_page_hears_of_the_other_way(tmp_path, monkeypatch):
     def refuse(*_):
-        raise NullPageRefused("no null page is found for layer 0 (do this)")
+        raise NullPageRefused("no null page is found for layer 0", "do this")
 
     monkeypatch.setattr(commands, "calibrate_checkpoint", refuse)
-    with pytest.raises(UserError, match=r"layer 0 \(do this\); vllm serve --null-entries skip serves it without"):
+    with pytest.raises(UserError, match=r"layer 0 \(vllm serve --null-entries skip serves it without\)"):
         main("vllm", ["calibrate", "m", "--max-model-len", "64", "--output", str(tmp_path)])
 
 
@@ -104,12 +104,21 @@ def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, o
     assert "V2 0" in out  # on a GPU vLLM would choose its runner V2
 
 
-@pytest.mark.parametrize("send", [lambda ran: ran.terminate(), lambda ran: os.killpg(ran.pid, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda ran: ran.terminate(),
+        lambda ran: ran.send_signal(signal.SIGINT),
+        lambda ran: os.killpg(ran.pid, signal.SIGINT),
+    ],
+)
 def test_who_stops_the_command_stops_the_program_which_ends_in_its_own_order(tmp_path, send):
-    """By SIGTERM, which a service manager sends to the command alone, or Ctrl-C, which both get."""
+    """By a signal to the command alone, as a container's manager sends it, or Ctrl-C, which both get."""
     text = """
 import signal, sys, time
 def end(number, _):
+    for again in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(again, signal.SIG_IGN)
     print("in order", flush=True)
     sys.exit(5)
 for number in (signal.SIGTERM, signal.SIGINT):

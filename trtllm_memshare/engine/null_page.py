@@ -43,7 +43,16 @@ _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class NullPageRefused(UserError):
-    """A model for which no null page is found, or only one that the pool's element type cannot hold."""
+    """No null page could be made of this model.
+
+    Args:
+      reason: layer, head and why.
+      advice: what to do about it, of who makes engines.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason} ({advice})")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -212,8 +221,8 @@ class _Calibration:
         share = float((worst[layer, head] >= 0).float().mean())
         raise NullPageRefused(
             f"no null page is found for layer {layer}, head {head}: {share:.1%} of its queries point towards the best "
-            f"direction, even in bands of {width} positions (set retired_becomes to alias, or to dropped on a runner "
-            f"that skips entries)"
+            f"direction, even in bands of {width} positions",
+            "set retired_becomes to alias, or to dropped on a runner that skips entries",
         )
 
     def pages(self, edges: np.ndarray, kv_dtype: torch.dtype, kv_scales: torch.Tensor | None) -> NullPageSet:
@@ -237,7 +246,8 @@ class _Calibration:
             raise NullPageRefused(
                 f"the null page of layer {layer}, head {head} at positions from {int(edges[band])} on lies "
                 f"{-float(gap.max()):.1f} nats below the real keys in a pool of {str(kv_dtype).removeprefix('torch.')}"
-                f", expected at least {-TARGET_GAP:.0f} (take another --kv-cache-dtype)"
+                f", expected at least {-TARGET_GAP:.0f}",
+                "take another --kv-cache-dtype",
             )
         tokens = self._vocabulary
         near = largest_logits(tokens, keys[0][:1], 0, int(edges[1]), self._inv_freq) - tokens.log_sum_exp > TARGET_GAP

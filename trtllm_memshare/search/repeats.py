@@ -29,7 +29,7 @@ def stands_again(
         if not np.count_nonzero(gone):
             return page not in {place // tokens_per_block for place in places}
         positions = positions.copy()
-        for other in {place // tokens_per_block for place, went in zip(places, gone.tolist(), strict=True) if went}:
+        for other in np.unique(positions[gone] // tokens_per_block).tolist():
             there = gone & (positions // tokens_per_block == other)
             positions[there] = np.asarray(matcher.counterparts(other)[0])[positions[there] % tokens_per_block]
     return False

@@ -96,6 +96,7 @@ class PageLedger:
 
     def catch_up(self, request_ids: list[int]) -> None:
         """Brings what is worked out on demand up to date; all requests at once cost less than one by one."""
+        self._surprisal.catch_up()
         if self._source is not None:
             self._source.catch_up(request_ids)
 
@@ -103,7 +104,7 @@ class PageLedger:
         """What is known of pages of one request.
 
         Args:
-          pages: int32 ``[n]``, logical pages.
+          pages: int32 ``[n]``, logical pages, as of the last ``catch_up``.
           blocks: int32 ``[n]``, their physical blocks.
           limit: most of them that go now.
         """

@@ -107,8 +107,8 @@ def _wrap(arguments: list[str]) -> None:
 def _run(line: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs vLLM to its end: who stops this process stops vLLM, which then ends in its own order."""
     with subprocess.Popen(line, env=environment) as vllm:
-        signal.signal(signal.SIGTERM, lambda number, _: vllm.send_signal(number))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+        for number in (signal.SIGTERM, signal.SIGINT):  # a terminal sends the latter to both: vLLM minds the first one
+            signal.signal(number, lambda sent, _: vllm.send_signal(sent))
         return vllm.wait()
 
 
@@ -133,7 +133,7 @@ def _calibrate(arguments: list[str]) -> None:
     try:
         pages = calibrate_checkpoint(Path(options.model), options.max_model_len, options.dtype)
     except NullPageRefused as refusal:
-        raise UserError(f"{refusal}; vllm serve --null-entries skip serves it without") from refusal
+        raise UserError(f"{refusal.reason} (vllm serve --null-entries skip serves it without)") from refusal
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     save_null_pages(folder, pages)
