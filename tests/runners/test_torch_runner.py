@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.runners.protocol import StepBatch
+from trtllm_memshare.runners.torch import gather
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.policy import SharingPolicy, make_pairs
@@ -45,9 +46,10 @@ def reference_logits(checkpoint, tokens) -> torch.Tensor:
         return model(torch.tensor(tokens)[None]).logits[0]
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_packed_chunks_and_generation_give_the_stock_logits(family_checkpoint, fold):
-    """Two prompts in uneven chunks beside two sequences that generate, in the same calls."""
+@pytest.mark.parametrize(("fold", "gathered_bytes"), [(True, gather.GATHERED_BYTES), (False, 1)])
+def test_packed_chunks_and_generation_give_the_stock_logits(family_checkpoint, monkeypatch, fold, gathered_bytes):
+    """Two prompts in uneven chunks beside two sequences that generate, in the same calls and one by one."""
+    monkeypatch.setattr(gather, "GATHERED_BYTES", gathered_bytes)
     runner = TorchRunner(load_model(family_checkpoint), 40, SIZE, fold_aliases=fold)
     manager, rng = make_manager(runner), np.random.default_rng(0)
     tokens = {i: rng.integers(4, 70, n) for i, n in enumerate((40, 23, 31, 9))}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from trtllm_memshare.runners.torch.gather import PageGather
 from trtllm_memshare.runners.torch.paged_decode import PagedDecode
 from trtllm_memshare.runners.torch.plan import StepPlan
 
@@ -42,6 +43,7 @@ class PagedStep:
       plan: the step's addresses; None: those of ``for_decode``.
       compute_dtype: dtype of the model's activations.
       decode: attends for the generation requests, planned for this step; None = PyTorch, from the plan's groups.
+      gather: reads the pool for PyTorch's attention; None = one for this step.
       observe: add up how much attention the generation requests pay to each block, see ``block_attention``.
     """
 
@@ -51,13 +53,13 @@ class PagedStep:
         plan: StepPlan | None,
         compute_dtype: torch.dtype,
         decode: PagedDecode | None = None,
+        gather: PageGather | None = None,
         observe: bool = False,
     ) -> None:
         self.num_blocks, self.num_layers, _, self.num_kv_heads, self.tokens_per_block, self.head_dim = pool.shape
         device = pool.device
         self._rows = pool.view(-1, self.head_dim)
-        self._head_units = pool.view(-1, self.tokens_per_block * self.head_dim)
-        self._dtype = compute_dtype
+        self._gather = gather or PageGather(pool, compute_dtype)
         self._decode, self._first_decode = decode, 0
         self._contexts: list[DeviceContext] = []
         self._groups: list[DeviceGroup] = []
@@ -129,7 +131,7 @@ class PagedStep:
                 k, v = key[:, part], value[:, part]
             else:
                 num_keys = chunk.mask.shape[1]
-                k, v = (self._gather(units, layer)[:, :num_keys] for units in chunk.head_units)
+                k, v = (s[:, :num_keys] for s in self._gather.keys_and_values(chunk.head_units, layer))
             attended = scaled_dot_product_attention(
                 query[None, :, part],
                 k[None],
@@ -146,7 +148,7 @@ class PagedStep:
         for index, group in enumerate(self._groups):
             # The queries that share a KV head become the rows of one small product.
             grouped = query[:, group.tokens].view(self.num_kv_heads, -1, len(group.tokens), self.head_dim)
-            k, v = (self._gather(units, layer) for units in group.head_units)
+            k, v = self._gather.keys_and_values(group.head_units, layer)
             grouped = grouped.permute(2, 0, 1, 3)
             if self._masses:
                 weights = (grouped @ k.transpose(-1, -2) * scaling + group.bias).softmax(-1)
@@ -164,12 +166,6 @@ class PagedStep:
             blocks = group.head_units[0, :, 0] // (2 * self.num_layers * self.num_kv_heads)
             total.index_put_((blocks.flatten(),), mass.flatten() / self.num_layers, accumulate=True)
         return total
-
-    def _gather(self, head_units: torch.Tensor, layer: int) -> torch.Tensor:
-        """``[..., heads, blocks]`` head units of layer 0 -> ``[..., heads, tokens, head_dim]`` of this layer."""
-        index = (head_units + layer * 2 * self.num_kv_heads).view(-1)
-        states = self._head_units.index_select(0, index)
-        return states.view(*head_units.shape[:-1], -1, self.head_dim).to(self._dtype)
 
 
 def paged_attention(

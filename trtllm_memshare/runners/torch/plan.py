@@ -64,7 +64,12 @@ class StepPlan:
 
 
 def plan_step(
-    batch: StepBatch, num_kv_heads: int, tokens_per_block: int, fold_aliases: bool = True, group_decode: bool = True
+    batch: StepBatch,
+    num_kv_heads: int,
+    tokens_per_block: int,
+    fold_aliases: bool = True,
+    group_decode: bool = True,
+    pages_per_call: int | None = None,
 ) -> StepPlan:
     """Works out a step's addresses.
 
@@ -72,6 +77,7 @@ def plan_step(
       fold_aliases: read a block that a table names m times once, with ln m added to its logits: the same softmax for
         less memory traffic. False reads it m times, as TensorRT-LLM's attention kernels do.
       group_decode: False leaves ``decode_groups`` empty, for a decode attention with page lists of its own.
+      pages_per_call: pages that a group reads at most, where it has more than one request; None = any number.
     """
     lengths, chunks = batch.sequence_lengths, batch.chunk_lengths
     sequence_of = np.repeat(np.arange(len(chunks)), chunks)
@@ -96,7 +102,14 @@ def plan_step(
     groups = []
     if group_decode and first < len(chunks):
         groups = _decode_groups(
-            offsets[first:], lengths[first:], last_tokens[first:], num_kv_heads, tokens_per_block, batch, fold_aliases
+            offsets[first:],
+            lengths[first:],
+            last_tokens[first:],
+            num_kv_heads,
+            tokens_per_block,
+            batch,
+            fold_aliases,
+            pages_per_call,
         )
     return StepPlan(write_rows, last_tokens, contexts, groups)
 
@@ -109,6 +122,7 @@ def _decode_groups(
     tokens_per_block: int,
     batch: StepBatch,
     fold_aliases: bool,
+    pages_per_call: int | None,
 ) -> list[DecodeGroup]:
     """Sequences sorted by what they read and cut into groups of like size, so that little padding is read."""
     keys, values, counts, valid = _read_lists(offsets, lengths, tokens_per_block, fold_aliases)
@@ -122,6 +136,8 @@ def _decode_groups(
         stop = start + int((rest >= _SPLIT_RATIO * longest).sum())
         if (longest * len(rest) - rest.sum()) < 64:
             stop = len(order)  # too little padding to pay for another call
+        if pages_per_call is not None:
+            stop = min(stop, start + max(1, pages_per_call // longest))
         members = order[start:stop]
         read = np.stack([keys[members, :longest], values[members, :longest]])
         head_units = read[:, :, None, :] * num_kv_heads + np.arange(num_kv_heads)[:, None]

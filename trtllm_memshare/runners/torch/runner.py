@@ -20,6 +20,7 @@ from trtllm_memshare.runners.null_pages import place_of, write_null_pages
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
+from trtllm_memshare.runners.torch.gather import PageGather
 from trtllm_memshare.runners.torch.packed_linear import pack_linears
 from trtllm_memshare.runners.torch.page_lists import PageLists, list_pages
 from trtllm_memshare.runners.torch.paged_decode import DecodeKind, PagedDecode, choose_decode, flashinfer_kind
@@ -112,6 +113,7 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
+        self._gather = PageGather(self.pool, model.dtype)
         self._null_page_set = null_page_set
         self.null_pages = None if null_page_set is None else place_of(null_page_set)
         self.reserve_null_pages(True)
@@ -156,7 +158,14 @@ class TorchRunner:
             attends = self.decode_description.split(",")[0]
             raise UserError(f"attention weights are not known where {attends} attends (run this control on the CPU)")
         grouped = self._decode is None
-        plan = plan_step(batch, self._num_kv_heads, self.tokens_per_block, self._fold_aliases, grouped)
+        plan = plan_step(
+            batch,
+            self._num_kv_heads,
+            self.tokens_per_block,
+            self._fold_aliases,
+            grouped,
+            self._gather.pages_per_call,
+        )
         decodes = not grouped and batch.num_contexts < len(batch.chunk_lengths)
         pages: PageLists | None = None
         if decodes:
@@ -183,7 +192,7 @@ class TorchRunner:
             ids, positions = (
                 torch.from_numpy(a).to(device, torch.int64)[None] for a in (batch.input_ids, batch.position_ids)
             )
-            step = PagedStep(self.pool, plan, self.model.dtype, self._decode, batch.observe_attention)
+            step = PagedStep(self.pool, plan, self.model.dtype, self._decode, self._gather, batch.observe_attention)
             logits = self._forward(ids, positions, step)
             if batch.observe_attention:
                 attention = step.block_attention().cpu().numpy()
