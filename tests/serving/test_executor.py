@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fakes.counting_runner import CountingRunner
 from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
@@ -226,6 +227,23 @@ def test_requests_that_cannot_run_are_refused(runner, boundaries, prompt, new_to
 def test_an_unknown_policy_names_the_nearest(runner, boundaries):
     with pytest.raises(UserError, match=r"MAX_UTILISATION \(did you mean MAX_UTILIZATION\?\)"):
         Executor(runner, make_config("off"), boundaries, 512, scheduler_policy="MAX_UTILISATION")
+
+
+def test_a_step_that_holds_no_chunk_of_a_context_is_refused():
+    """TensorRT-LLM's chunks are whole blocks: a step of fewer tokens would take none, for ever."""
+    manager = KVCacheManager(100, 1, 16, 20, 4, make_config("off"))
+    with pytest.raises(UserError, match=r"max_num_tokens must be at least 16, .* got 15 \(raise --max-num-tokens\)"):
+        Scheduler(manager, MAX_UTILIZATION, 4, 15, chunk_unit_size=16)
+
+
+def test_a_pool_that_is_too_small_says_a_size_that_is_enough(boundaries):
+    """Null pages take blocks of it, which the advice counts."""
+    executor = Executor(CountingRunner(), make_config("off"), boundaries, max_seq_len=400)
+    pool = executor.manager.pool
+    pool.reserve(range(pool.num_blocks - 3))
+    needed = executor.manager.blocks_for(390)
+    with pytest.raises(UserError, match=f"set --kv-cache-blocks {needed + pool.num_null} or more"):
+        executor.submit([5] * 380, SamplingParams(10))
 
 
 def test_sharing_waits_until_the_pool_needs_it(runner, boundaries, short):

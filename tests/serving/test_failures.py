@@ -165,6 +165,21 @@ def test_a_failed_step_fails_its_batch_and_is_counted(boundaries):
     assert_clean(executor)
 
 
+def test_what_pauses_cost_is_counted_when_everybody_failed(boundaries):
+    runner = CountingRunner(num_blocks=12)
+    executor = make(boundaries, runner)
+    for prompt in PROMPTS:
+        executor.submit(prompt, SamplingParams(150))
+    while not executor.status().num_pauses:
+        executor.step()
+    runner.before_step = lambda batch: 1 / 0
+    while executor.has_work:
+        executor.step()
+    assert executor.stats.num_finished == 3
+    assert executor.stats.num_pauses == executor.status().num_pauses > 0
+    assert executor.stats.num_recomputed_tokens > 0
+
+
 def test_steps_that_go_on_failing_stop_the_executor_with_every_waiter_answered(boundaries):
     runner = CountingRunner()
 

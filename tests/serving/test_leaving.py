@@ -180,6 +180,37 @@ def test_a_listener_may_not_wait_for_what_its_thread_answers_after_it(boundaries
     assert "a listener waits for request 1" in str(raised[0])
 
 
+def test_a_callback_of_a_future_may_not_wait_either(boundaries):
+    executor, raised = make(boundaries), []
+    awaited = executor.submit([5], SamplingParams(30))
+
+    def callback(future) -> None:
+        try:
+            awaited.result(WAIT)
+        except BaseException as error:
+            raised.append(error)
+
+    executor.submit([20], SamplingParams(2)).future.add_done_callback(callback)
+    executor.run_until_idle()
+    assert "a listener waits for request 0" in str(raised[0])
+    assert awaited.result(0).token_ids == expected([5], 30)
+
+
+def test_a_listener_that_takes_the_steps_of_another_executor_may_not_wait_afterwards(boundaries):
+    executor, other = make(boundaries), make(boundaries)
+    awaited = executor.submit([5], SamplingParams(30))
+
+    def listener(has_ended: bool) -> None:
+        other.submit([7], SamplingParams(2), listener=lambda has_ended: None)
+        other.run_until_idle()
+        awaited.result(WAIT)
+
+    handle = executor.submit([20], SamplingParams(2), listener=listener)
+    executor.run_until_idle()
+    with pytest.raises(RequestFailedError, match="RuntimeError: a listener waits for request 0"):
+        handle.result(0)
+
+
 def test_a_listener_may_read_what_is_there(boundaries):
     executor, found = make(boundaries), []
 

@@ -105,9 +105,22 @@ def test_a_need_that_serving_cannot_follow_is_refused_with_those_that_it_can():
 
 def test_attention_starts_anew_in_a_block_that_was_freed():
     ledger = PageLedger(find_need("attention-redundancy"), 4, 3, 0, None)
-    generations = np.zeros(3, np.int32)
-    ledger.observe_attention(np.array([0.5, 0.1, 0.0], np.float32), generations)
+    generations, in_use = np.zeros(3, np.int32), np.ones(3, bool)
+    ledger.observe_attention(np.array([0.5, 0.1, 0.0], np.float32), generations, in_use)
     generations[0] = 1
-    ledger.observe_attention(np.array([0.2, 0.3, 0.0], np.float32), generations)
+    ledger.observe_attention(np.array([0.2, 0.3, 0.0], np.float32), generations, in_use)
     facts = ledger.facts(0, np.array([5, 6]), np.array([0, 1]), 2)
     np.testing.assert_allclose(facts.attention, [0.2, 0.2], rtol=1e-6)
+
+
+def test_a_block_that_lay_free_was_asked_nothing():
+    """Block 0 was never used and block 1 was freed, long before they got pages."""
+    ledger = PageLedger(find_need("attention-redundancy"), 4, 3, 0, None)
+    generations, in_use = np.array([0, 1, 0], np.int32), np.array([False, False, True])
+    for _ in range(50):
+        ledger.observe_attention(np.array([0.0, 0.0, 0.5], np.float32), generations, in_use)
+    in_use[:] = True
+    for _ in range(2):
+        ledger.observe_attention(np.array([0.5, 0.25, 0.5], np.float32), generations, in_use)
+    facts = ledger.facts(0, np.array([5, 6, 7]), np.arange(3), 3)
+    np.testing.assert_allclose(facts.attention, [0.5, 0.25, 0.5], rtol=1e-6)

@@ -112,9 +112,20 @@ def test_pages_whose_row_an_error_lost_are_unknown_and_nothing_counts_twice(monk
     surprisal.note([one], torch.tensor([-4.0]))
     surprisal.catch_up()
     lost = _MOST_STEPS // SIZE
-    found = surprisal.of(0, np.arange(lost + 2))
-    assert np.isnan(found[:lost]).all()
-    assert found[lost:].tolist() == [0.0, 4.0]
+    found = surprisal.of(0, np.arange(lost + 3))
+    assert np.isnan(found[: lost + 1]).all()  # the step that found the row full is lost with it
+    assert found[lost + 1 :].tolist() == [4.0, 0.0]
+
+
+def test_a_step_that_completes_nobody_changes_nothing():
+    """All that it has are chunks of contexts that go on."""
+    surprisal, one = PageSurprisal(SIZE), state(0, 0)
+    for _ in range(2):
+        surprisal.note([], torch.zeros(0))
+        surprisal.note([one], torch.tensor([-1.0]))
+        one.tokens.append(1)
+    surprisal.catch_up()
+    assert surprisal.of(0, np.arange(2)).tolist() == [2.0, 0.0]
 
 
 def test_a_step_that_was_left_out_is_seen_by_any_request():

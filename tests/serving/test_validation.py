@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import repeat
 
 import numpy as np
 import pytest
+import torch
 from request_extremes import BAD, GOOD, GREEDY, VOCAB_SIZE, NoLength
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.config import make_config
-from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.request import RequestHandle, RequestState, SamplingParams
+from trtllm_memshare.serving.sampling import Sampler
 from trtllm_memshare.serving.validation import CHECKS, check_group, check_listener, check_params, check_prompt
 
 
@@ -56,6 +58,17 @@ def test_a_floor_needs_pressure(preset):
 def test_greedy_where_tensorrt_llm_is_greedy(changes):
     checked = check_params(SamplingParams(**{"temperature": 0.6, **changes}), VOCAB_SIZE)
     assert (checked.temperature, checked.top_k, checked.top_p) == (0.0, 0, 1.0)
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 1}, {"top_p": 0.0}])
+def test_with_penalties_the_temperature_stays(changes):
+    """It comes before them: 4.0 - 0.8 against 3.0, where 2.0 - 0.8 against 1.5 would turn it round."""
+    params = SamplingParams(temperature=0.5, presence_penalty=0.8, **changes)
+    checked = check_params(params, VOCAB_SIZE)
+    state = RequestState(0, [0], checked, RequestHandle(0), tokens=[0])
+    assert Sampler().sample(torch.tensor([[2.0, 1.5]]), [state]) == [0]
+    cold = check_params(replace(params, temperature=0.0), VOCAB_SIZE)
+    assert (cold.temperature, cold.top_k, cold.top_p) == (0.0, 0, 1.0)
 
 
 def test_numbers_of_numpy_are_numbers():

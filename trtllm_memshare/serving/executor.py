@@ -11,7 +11,7 @@ import torch
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import NOTHING_SHARED
-from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import ComparingRunner, Runner, StepBatch
 from trtllm_memshare.search.block_search import Distances
@@ -25,7 +25,7 @@ from trtllm_memshare.serving.null_entries import settle_null_entries
 from trtllm_memshare.serving.pressure import open_pressure
 from trtllm_memshare.serving.request import Phase, RequestHandle, RequestState, SamplingParams
 from trtllm_memshare.serving.sampling import NO_TOKEN, Sampler
-from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES, Schedule, Scheduler
+from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, Schedule, Scheduler
 from trtllm_memshare.serving.sharing import MakeControl, Sharing
 from trtllm_memshare.serving.statistics import ExecutorStats, ExecutorStatus
 from trtllm_memshare.serving.status import read_status
@@ -36,8 +36,8 @@ from trtllm_memshare.serving.validation import check_group, check_lengths, check
 class Executor(ExecutorLoop):
     """In-flight batching over one runner.
 
-    Either call ``step`` yourself until ``has_work`` is False, or use the executor as a context manager: a thread then
-    runs the steps (see ``ExecutorLoop``). ``submit`` is safe from any thread.
+    Call ``step`` until ``has_work`` is False, or use it as a context manager: a thread then runs the steps (see
+    ``ExecutorLoop``). ``submit`` is safe from any thread.
 
     Args:
       runner: computes steps and holds the pool.
@@ -57,7 +57,7 @@ class Executor(ExecutorLoop):
       pressure: gives up pages when the pool runs short; None where the settings ask for none.
 
     Raises:
-      UserError: unknown policy, or a control in the settings without ``make_control``.
+      UserError: limits that cannot hold (``Scheduler``), or a control in the settings without ``make_control``.
     """
 
     def __init__(
@@ -74,8 +74,6 @@ class Executor(ExecutorLoop):
         max_queue_size: int = MAX_QUEUE_SIZE,
         make_control: MakeControl | None = None,
     ) -> None:
-        if scheduler_policy not in POLICIES:
-            raise UserError(f"unknown scheduler policy {scheduler_policy} ({nearest(scheduler_policy, POLICIES)})")
         self._runner = runner
         self._max_seq_len = max_seq_len
         self._failed_steps = FailedSteps()
@@ -230,7 +228,7 @@ class Executor(ExecutorLoop):
             self.pressure.forget(state.request_id, is_last=not self.has_work)
 
     def _answer_error(self, state: RequestState, error: Exception) -> None:
-        self.stats.num_finished += 1
+        self._count_end()
         self.stats.num_failed += self._answer(state, None, error)
 
     def _drop_cancelled(self) -> None:
@@ -294,7 +292,10 @@ class Executor(ExecutorLoop):
         now = time.perf_counter()
         record = self.manager.remove_sequence(state.request_id) if in_cache else NOTHING_SHARED
         self._forget(state)
+        self._count_end()
+        self.stats.num_failed += self._answer(state, state.result(reason, record, now))
+
+    def _count_end(self) -> None:
         self.stats.num_finished += 1
         self.stats.num_pauses = self._scheduler.num_pauses
         self.stats.num_recomputed_tokens = self._scheduler.num_recomputed_tokens
-        self.stats.num_failed += self._answer(state, state.result(reason, record, now))

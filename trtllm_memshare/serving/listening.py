@@ -8,7 +8,8 @@ there waits for this one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from trtllm_memshare.serving.failures import log_listener
 
@@ -18,11 +19,19 @@ _here = threading.local()
 
 def call_listener(listener: Listener, has_ended: bool) -> None:
     """Tells a listener; what it raises comes out."""
+    with listening():
+        listener(has_ended)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """While code of a caller runs: a listener, or a callback of a future."""
+    before = getattr(_here, "listens", False)  # a listener may take the steps of another executor
     _here.listens = True
     try:
-        listener(has_ended)
+        yield
     finally:
-        _here.listens = False
+        _here.listens = before
 
 
 def tell_end(request_id: int, listener: Listener | None) -> None:

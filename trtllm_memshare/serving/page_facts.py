@@ -79,12 +79,13 @@ class PageLedger:
         """Takes the tokens that were just chosen, see ``PageSurprisal.note``."""
         self._surprisal.note(states, log_probs)
 
-    def observe_attention(self, attention: np.ndarray | None, generations: np.ndarray) -> None:
+    def observe_attention(self, attention: np.ndarray | None, generations: np.ndarray, in_use: np.ndarray) -> None:
         """Takes one step's attention.
 
         Args:
           attention: float32 ``[num_blocks]``, see ``StepOutput``; None = nothing was observed.
           generations: int32 ``[num_blocks]``, the pool's: a block that was freed since starts anew.
+          in_use: bool ``[num_blocks]``: a block that lies free is asked nothing.
         """
         if attention is None or not self.observes_attention:
             return
@@ -92,7 +93,7 @@ class PageLedger:
         self._attention[anew], self._queries[anew] = 0.0, 0
         self._generation[anew] = generations[anew]
         self._attention += attention
-        self._queries += 1
+        self._queries += in_use
 
     def catch_up(self, request_ids: list[int]) -> None:
         """Brings what is worked out on demand up to date; all requests at once cost less than one by one."""

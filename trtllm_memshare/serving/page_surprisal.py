@@ -43,6 +43,8 @@ class PageSurprisal:
         """
         if len(log_probs) != len(states):
             raise ValueError(f"{len(states)} requests need as many log-probabilities, got {len(log_probs)}")
+        if not states:  # all of the step's contexts go on
+            return
         positions = [len(state.tokens) for state in states]
         # Where an error left a step out, positions tell.
         if len(self._steps) == _MOST_STEPS or positions != self._next or states != self._states:
@@ -81,19 +83,23 @@ class PageSurprisal:
             self._drop()
 
     def _begin(self, states: list[RequestState], positions: list[int]) -> None:
-        """A new row; an error loses the one before, whose pages are then unknown."""
+        """A new row; an error loses the one before and the first step of this one, whose pages are then unknown."""
+        for state in states:
+            self._sums.setdefault(state.request_id, np.zeros(1))
         try:
             self.catch_up()
         except Exception:
-            for state, start in zip(self._states, self._starts, strict=True):
-                page = start // self._size
-                self._room(state, page, (start + len(self._steps) - 1) // self._size + 1 - page)[:] = np.nan
+            self._lose(self._states, self._starts, len(self._steps))
+            self._lose(states, positions, 1)
             raise
         finally:
             self._drop()
         self._states, self._starts, self._next = states, positions, positions
-        for state in states:
-            self._sums.setdefault(state.request_id, np.zeros(1))
+
+    def _lose(self, states: list[RequestState], starts: list[int], num_steps: int) -> None:
+        for state, start in zip(states, starts, strict=True):
+            page = start // self._size
+            self._room(state, page, (start + num_steps - 1) // self._size + 1 - page)[:] = np.nan
 
     def _room(self, state: RequestState, page: int, width: int) -> np.ndarray:
         """The sums of some pages, to be changed, float64 ``[width]``; of a request that has ended nobody's."""

@@ -147,8 +147,9 @@ class Pressure:
 
     def observe_attention(self, attention: np.ndarray | None) -> None:
         """Takes one step's attention per block, float32 ``[num_blocks]``, or None."""
+        pool = self._manager.pool
         with self._watch, self.faults.caught():
-            self._ledger.observe_attention(attention, self._manager.pool.generation)
+            self._ledger.observe_attention(attention, pool.generation, pool.ref_count > 0)
 
     def fits(self, state: RequestState, running: Sequence[RequestState], is_certain: bool) -> bool:
         """See ``FloorAdmission.fits``; after an error only who would be alone."""

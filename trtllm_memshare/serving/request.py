@@ -12,7 +12,7 @@ from enum import Enum
 
 from trtllm_memshare.cache.sequence import SharingRecord
 from trtllm_memshare.serving.failures import log_listener, request_failed
-from trtllm_memshare.serving.listening import call_listener, check_may_wait, tell_end
+from trtllm_memshare.serving.listening import call_listener, check_may_wait, listening, tell_end
 
 
 @dataclass(frozen=True)
@@ -288,10 +288,11 @@ class RequestHandle:
         if error is None and self._listener_error is not None:
             error = request_failed(self.request_id, "its listener raised", self._listener_error)
         try:
-            if error is not None:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(result)  # type: ignore[arg-type]
+            with listening():
+                if error is not None:
+                    self.future.set_exception(error)
+                else:
+                    self.future.set_result(result)  # type: ignore[arg-type]
         except BaseException as raised:  # of a callback, which is the caller's
             log_listener(self.request_id, raised)
         self._stream.put(None)

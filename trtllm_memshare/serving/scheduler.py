@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.serving.request import Phase, RequestState
 
 MAX_UTILIZATION = "MAX_UTILIZATION"
@@ -68,6 +69,9 @@ class Scheduler:
 
     Attributes:
       failed: requests that could not be added to the cache, with what was raised; whoever answers them clears it.
+
+    Raises:
+      UserError: unknown policy, or steps that could hold no chunk of a context.
     """
 
     def __init__(
@@ -79,6 +83,13 @@ class Scheduler:
         chunk_unit_size: int = 1,
         relief: Relief | None = None,
     ) -> None:
+        if policy not in POLICIES:
+            raise UserError(f"unknown scheduler policy {policy} ({nearest(policy, POLICIES)})")
+        if max_num_tokens < chunk_unit_size:
+            raise UserError(
+                f"max_num_tokens must be at least {chunk_unit_size}, the unit of a context's chunks, got "
+                f"{max_num_tokens} (raise --max-num-tokens)"
+            )
         self._relief = relief
         self._chunk_unit_size = chunk_unit_size
         self._manager = manager

@@ -52,7 +52,8 @@ def check_prompt(input_ids: Any, vocab_size: int) -> list[int]:
 def check_params(params: Any, vocab_size: int, config: MemShareConfig | None = None) -> SamplingParams:
     """Parameters that the sampler can follow, with greedy ones spelled as greedy.
 
-    As in TensorRT-LLM a request is greedy at temperature 0, at top_k 1 and at top_p 0.
+    As in TensorRT-LLM a request is greedy at temperature 0, at top_k 1 and at top_p 0. With penalties the last two keep
+    the temperature.
 
     Args:
       config: of the executor; None = any.
@@ -67,8 +68,11 @@ def check_params(params: Any, vocab_size: int, config: MemShareConfig | None = N
         for field in fields(params)
         if field.name in CHECKS
     }
-    if checked["temperature"] < MIN_TEMPERATURE or checked["top_k"] == 1 or checked["top_p"] == 0:
-        checked.update(temperature=0.0, top_k=0, top_p=1.0)
+    is_cold = checked["temperature"] < MIN_TEMPERATURE
+    if is_cold or checked["top_k"] == 1 or checked["top_p"] == 0:
+        # Where penalties come after the temperature, it decides with them which token is the likeliest.
+        keeps = not is_cold and replace(params, **checked).penalizes
+        checked.update(temperature=checked["temperature"] if keeps else 0.0, top_k=int(keeps), top_p=1.0)
     if checked["min_new_tokens"] > checked["max_new_tokens"]:
         raise UserError(
             f"min_new_tokens must be at most max_new_tokens {checked['max_new_tokens']}, got "
@@ -104,7 +108,7 @@ def check_lengths(
         size = f"{manager.tokens_per_block}{'' if at_floor is None else ' at their floor'}"
         raise UserError(
             f"the KV pool is too small for one request: {total} tokens need {needed} blocks of {size}, the pool has "
-            f"{manager.pool.num_usable} (set --kv-cache-blocks {needed} or more)"
+            f"{manager.pool.num_usable} (set --kv-cache-blocks {needed + manager.pool.num_null} or more)"
         )
 
 
