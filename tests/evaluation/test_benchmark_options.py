@@ -53,6 +53,7 @@ def bench(folder: Path, *options: object):
         (["--temperature", "nan"], "--temperature must be 0 (greedy) or more, at most 100, got nan"),
         (["--temperature", "1e9"], "--temperature must be 0 (greedy) or more, at most 100"),
         (["--concurrency", 0], "--concurrency must be positive, got 0"),
+        (["--variants", "full", "aligned", "full"], "--variants must name each variant once, got full twice (leave"),
         (["--repeat", 10**9], "--repeat must be between 1 and 1000"),
         (["--set", "max_distance=" + "9" * 5000], "--set max_distance has a value that is too large"),
         (["--set", "max_distance=" + "[" * 9999], "--set max_distance has a value that is too large"),
@@ -75,6 +76,12 @@ def test_cuda_without_a_gpu_is_refused(folder, monkeypatch):
     done = bench(folder, "--device", "cuda")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "device cuda needs a CUDA GPU, torch finds none" in done.stderr
+
+
+def test_a_pool_that_a_share_makes_too_small_is_to_be_given_in_place_of_the_share(folder):
+    done = bench(folder, "--kv-cache-share", 0.01, "--device", "cpu")
+    assert done.returncode == 2
+    assert "(set --kv-cache-blocks 2 or more) in place of --kv-cache-share 0.01" in done.stderr.splitlines()[-1]
 
 
 def test_a_tiny_temperature_is_greedy(folder):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from fakes.counting_runner import CountingRunner
 
-from trtllm_memshare.evaluation import benchmark_run
+from trtllm_memshare.evaluation import benchmark, benchmark_run
 from trtllm_memshare.evaluation.benchmark import Load, run_variant
 from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
 from trtllm_memshare.evaluation.dataset import DatasetItem
@@ -69,6 +73,47 @@ def test_only_on_a_gpu_a_run_comes_before_the_clock_and_the_report_does_not_show
     for before, after in zip(without["variants"], with_one["variants"], strict=True):
         for figure in ("variant", "num_steps", "peak_used_blocks", "mean_output_tokens"):
             assert before[figure] == after[figure]
+
+
+def test_every_figure_of_the_clock_is_the_median_of_the_rounds(options, monkeypatch):
+    clocked = ("mean_requests_in_flight", "mean_resident_blocks_per_request", "avg_ttft_ms")
+    rounds = iter([1.0, 9.0, 4.0])
+
+    def run(*arguments):
+        measured, figure = run_variant(*arguments), next(rounds)
+        measured.entry.update(dict.fromkeys(clocked, figure), peak_used_blocks=figure)
+        for name in ("request_latency_percentiles_ms", "ttft_percentiles_ms"):
+            measured.entry[name] = dict.fromkeys(measured.entry[name], figure)
+        return measured
+
+    monkeypatch.setattr(benchmark_run, "run_variant", run)
+    (row,) = benchmark_run.run_benchmark(replace(options, variants=("full",), repeat=3), "command")["variants"]
+    assert [row[name] for name in clocked] == [4.0] * 3
+    assert set(row["request_latency_percentiles_ms"].values()) == set(row["ttft_percentiles_ms"].values()) == {4.0}
+    assert {"p50", "p99", "average"} <= set(row["request_latency_percentiles_ms"])
+    assert row["peak_used_blocks"] == 1.0  # not of the clock: of the first round
+    assert row["correct_answers_per_s"] is None  # there are no answers
+
+
+def test_a_request_waits_from_when_it_was_due_though_a_step_kept_it_from_being_sent(boundaries, monkeypatch):
+    now, step_s = [0.0], 10.0
+
+    def pass_by(seconds):
+        now[0] += seconds + 1e-9
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] + 1, sleep=pass_by)
+    monkeypatch.setattr(benchmark, "time", clock)
+    runner = CountingRunner()
+    runner.before_step = lambda batch: pass_by(step_s)
+    items = [DatasetItem(i, [5], 1, None) for i in range(3)]
+    load = Load(4, 64, 100, "MAX_UTILIZATION", (), request_rate=1.0)
+    run = run_variant(Variant("full", make_config("off")), runner, boundaries, items, load, lambda *_: False)
+    due = np.cumsum(np.random.default_rng(load.seed).exponential(1 / load.request_rate, len(items)))
+    assert due[-1] < step_s  # so the other two come while the first one's step runs
+    for result, its_due in zip(run.results[1:], due[1:], strict=True):
+        waited = due[0] + step_s - its_due
+        assert min(result.stats.latency_s, result.stats.ttft_s, result.stats.queue_s) >= waited
+    assert run.entry["request_latency_percentiles_ms"]["maximum"] >= (due[0] + step_s - due[1]) * 1e3
 
 
 def test_the_batch_takes_each_size_that_a_graph_is_captured_for(engine_dir, boundaries):

@@ -53,6 +53,32 @@ def test_no_setting_within_the_budget_is_said(session):
         calibrate(session, 1.0, RUNGS)
 
 
+def test_without_a_replay_savings_are_compared_on_the_answers_themselves(session):
+    found = calibrate(session, 0.999, RUNGS, replay_problems=0)
+    assert (found.name, len(found.tried)) == ("wild", 1)
+    assert "replay" not in found.entry
+    saved = f"saves {found.entry['free']['memory_saved']:.1%} of the KV memory per request over its own answers"
+    assert saved in describe(found, 0.999, 8)
+    with pytest.raises(UserError, match=r"--replay-problems must be between 0 and \d+, got -3"):
+        calibrate(session, 0.999, RUNGS, replay_problems=-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output-json", "."], "--output-json must name a file, got the directory ."),
+        (["--num-problems", "0"], "--num-problems must be positive, got 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_engine_is_changed(engine_dir, answered, tmp_path, options, message):
+    engine = Path(shutil.copytree(engine_dir, tmp_path / "engine"))
+    base = ["calibrate", "--engine-dir", str(engine), "--dataset", str(answered), "--device", "cpu"]
+    before = (engine / "memshare.json").read_text()
+    with pytest.raises(UserError, match=message):
+        main([*base, "--max-accuracy-drop", "0.99", *options])
+    assert (engine / "memshare.json").read_text() == before
+
+
 def test_the_command_writes_the_engine_s_settings(engine_dir, answered, tmp_path, capsys, monkeypatch):
     engine = Path(shutil.copytree(engine_dir, tmp_path / "engine"))
     report = tmp_path / "report.json"

@@ -29,6 +29,16 @@ def test_prompts_and_ids_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("written", "expected"),
+    [("193", "193"), ("193.0", "193"), ("-2e1", "-20"), ("0.5", "0.5"), ('"193.0"', "193.0"), ("null", None)],
+)
+def test_a_whole_number_is_the_same_answer_however_json_writes_it(tmp_path, written, expected):
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"task_id": 0, "prompt": "Q: 1", "output_tokens": 9, "answer": {written}}}')
+    assert read_dataset(path, TOKENIZER)[0].answer == expected
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{oops", r"d.jsonl line 2 is not JSON: .* \(one object per line\)"),
@@ -44,6 +54,7 @@ def test_prompts_and_ids_are_read(tmp_path):
         ),
         (json.dumps({**GOOD, "anwser": 3}), r"line 2 has an unknown key anwser \(did you mean answer\?\)"),
         (json.dumps({**GOOD, "output_tokens": True}), "output_tokens must be a positive integer, got True"),
+        (json.dumps({**GOOD, "answer": True}), "answer must be a text or a number, got True"),
         (json.dumps({**GOOD, "answer": ["3"]}), "answer must be a text or a number"),
         (json.dumps({**GOOD, "prompt": "\ud800"}), "line 2 is not usable: a text has half of a surrogate pair"),
         (json.dumps({**GOOD, "prompt": 5}), "line 2: a prompt must be a text"),

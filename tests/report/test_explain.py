@@ -242,6 +242,44 @@ def test_a_pool_that_is_given_is_taken_and_one_with_room_gives_nothing_up(engine
 
 
 @pytest.mark.parametrize(
+    ("blocks", "headline"),
+    [
+        (3, "Nothing could be given up, and the answer was cut: the pool could hold no more of it"),
+        (12, "of this answer's blocks were given up, and the answer was cut: the pool could hold no more of it"),
+    ],
+)
+def test_an_answer_that_the_pool_cut_says_so_and_claims_neither_room_nor_another_text(engine, blocks, headline):
+    config = make_config("pressure", retired_becomes="dropped", min_kept=0.9)
+    story = explain(engine, config, PROMPT, 2048, "cpu", blocks)
+    html = render(story, config, engine.bytes_per_block)
+    assert story.cut
+    assert (story.freed > 0) == (blocks > 3)
+    assert headline in html
+    assert "(cut: the pool could hold no more)" in html
+    assert "with the full cache, until the pool could hold no more of it" in html
+    assert "the answer was cut: the pool could hold no more of it" in describe_story(story)
+    for claim in ("had room", "fits the pool", "the model ended it", "the longest length"):
+        assert claim not in html
+    if blocks == 3:  # nothing went, so up to its end it is the full cache's
+        assert story.same_text
+        assert "<b>the same text</b>" in html
+
+
+def test_an_answer_that_ends_at_the_length_asked_for_was_not_cut_by_the_pool(engine):
+    config = make_config("pressure", retired_becomes="dropped")
+    story = explain(engine, config, PROMPT, 40, "cpu", 100)
+    assert (story.finish_reason, story.cut) == ("length", False)
+    assert "Nothing was given up: the pool had room" in render(story, config, engine.bytes_per_block)
+
+
+def test_a_gpu_that_is_not_there_is_named(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    base = ["explain", "--engine-dir", str(engine.engine_dir), "--prompt", PROMPT, "--device", "cuda"]
+    with pytest.raises(UserError, match="device cuda needs a CUDA GPU, torch finds none"):
+        main([*base, "--output", str(tmp_path / "page.html")])
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--prompt", "  "], "--prompt must be text that the tokenizer knows"),

@@ -98,6 +98,10 @@ def test_sampling_follows_tensorrt_llm_s_rules(arrays, temperature, top_k, top_p
         ({"seed": [[1, 2]]}, r"seed must be one value for each prompt, got shape \[1, 2\]"),
         ({"memshare_group": [[-2]]}, "memshare_group must be at least -1"),
         ({"memshare_min_kept": [[1.5]]}, "memshare_min_kept must be between 0 and 1, got 1.5"),
+        ({"request_output_len": [[10**10]]}, "the limit max_output_tokens 100, got 10000000000"),
+        ({"seed": [[2**64 - 1]]}, "seed must be at most 9223372036854775807, got 18446744073709551615"),
+        ({"seed": [[-1]]}, "seed must be at least 0, got -1"),
+        ({"runtime_top_k": [[2**31]]}, "runtime_top_k must be at most 2147483647, got 2147483648"),
         ({"end_id": [[80]]}, "end_id must be between -1 and 79, got 80"),
     ],
 )

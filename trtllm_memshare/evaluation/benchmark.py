@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ class Load:
 
     Attributes:
       concurrency: most requests outstanding at once, None = all of the data set.
-      request_rate: mean arrivals per second (Poisson), None = as soon as concurrency allows.
+      request_rate: mean arrivals per second (Poisson), None = as soon as concurrency allows. Times count from when a
+        request was due; with ``concurrency``, which holds requests back at the client, from when it was sent.
       max_batch_size, max_num_tokens, max_seq_len: the engine's limits.
       scheduler_policy: capacity policy of variants that do not insist on one.
       stop_token_ids: ids that end a request.
@@ -87,7 +88,7 @@ def run_variant(
     clock = ModelledClock(GpuModel())
     rng, count = np.random.default_rng(load.seed), len(items)
     gaps = rng.exponential(1 / load.request_rate, count) if load.request_rate else np.zeros(count)
-    due, handles = np.cumsum(gaps), list[RequestHandle]()
+    due, handles, late_s = np.cumsum(gaps), list[RequestHandle](), list[float]()
     outstanding = load.concurrency or count
     started, cpu_started = time.perf_counter(), time.process_time()
     with tqdm(total=count, desc=f"{variant.name:>15}", unit="req", leave=False) as bar:
@@ -104,6 +105,7 @@ def run_variant(
                     seed=item.seed,
                     stop_token_ids=() if load.replay else load.stop_token_ids,
                 )
+                late_s.append(time.perf_counter() - started - due[len(handles)])
                 handles.append(executor.submit(item.input_ids, params, item.group))
                 if replayed is not None and script is not None:
                     replayed.add_script(handles[-1].request_id, script)
@@ -120,6 +122,8 @@ def run_variant(
     if isinstance(executor, RankedExecutor):
         executor.close()
     results = [handle.result() for handle in handles]
+    if load.request_rate and load.concurrency is None:
+        results = [_since_due(result, late) for result, late in zip(results, late_s, strict=True)]
     right = [is_right(i, r.token_ids) for i, r in zip(items, results, strict=True) if i.answer is not None]
     entry = _entry(variant, executor, results, right, seconds)
     entry["requests_per_cpu_s"] = count / cpu_seconds
@@ -130,6 +134,13 @@ def run_variant(
         entry["loss_nats_per_token"] = float(np.mean(loss))
         entry["loss_by_request"] = [round(nats, 6) for nats in loss]
     return Measurement(entry, results, right, variant.config, loss)
+
+
+def _since_due(result: RequestResult, late_s: float) -> RequestResult:
+    """The result with times from when the request was due: a step that had to end first is the server's wait."""
+    stats = result.stats
+    times = {name: getattr(stats, name) + late_s for name in ("ttft_s", "latency_s", "queue_s")}
+    return replace(result, stats=replace(stats, **times))
 
 
 def follow_variant(variant: Variant, runner: Runner, boundaries: BoundaryTokens, load: Load, ranks: Ranks) -> None:

@@ -14,10 +14,11 @@ from trtllm_memshare.errors import UserError, quote, shorten
 from trtllm_memshare.serving.prompts import PromptFormat
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+MOST_REQUESTS = 2**31 - 1
 _MOST = {
     "kv_cache_blocks": 2**31 - 1,
-    "concurrency": 2**31 - 1,
-    "num_requests": 2**31 - 1,
+    "concurrency": MOST_REQUESTS,
+    "num_requests": MOST_REQUESTS,
     "repeat": 1000,
     "samples": 1000,
     "seed": 2**63 - 1,

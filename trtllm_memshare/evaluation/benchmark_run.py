@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine
@@ -25,7 +23,8 @@ from trtllm_memshare.evaluation.benchmark import (
 from trtllm_memshare.evaluation.benchmark_options import BenchmarkOptions
 from trtllm_memshare.evaluation.dataset import DatasetItem, DatasetLimits, draw_samples, final_answer, read_dataset
 from trtllm_memshare.evaluation.document import make_report, write_report
-from trtllm_memshare.evaluation.variants import Variant, default_variants, make_variant, parse_variant
+from trtllm_memshare.evaluation.rounds import merge_rounds
+from trtllm_memshare.evaluation.variants import Variant, default_variants, make_variant, parse_variants
 from trtllm_memshare.evaluation.warm_up import warm_up_items
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
@@ -36,21 +35,6 @@ from trtllm_memshare.serving.ranked_executor import Ranks
 from trtllm_memshare.serving.request import RequestResult
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 
-_TIMES = (
-    "total_latency_ms",
-    "request_throughput_req_s",
-    "system_output_throughput_tok_s",
-    "avg_request_latency_ms",
-    "avg_ttft_ms",
-    "avg_tpot_ms",
-    "correct_answers_per_s",
-    "block_seconds_per_request",
-    "search_time_fraction",
-    "mean_step_ms",
-    "requests_per_cpu_s",
-)
-"""Figures that depend on the clock: over several rounds the median is reported."""
-
 
 def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     """Runs everything, says on stdout what was chosen, and returns the report, which it also writes after each run.
@@ -58,9 +42,8 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     Of an engine on several GPUs rank 0 does; the others take part in its runs and return an empty report.
     """
     engine = load_engine(options.engine_dir)
-    overrides = dict(options.settings)
     names = options.variants or default_variants(engine.memshare)
-    variants = [parse_variant(text, engine.memshare, **overrides) for text in names]
+    variants = parse_variants(names, engine.memshare, **dict(options.settings))
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     device = announce_device(options.device)
     limits = DatasetLimits(engine.build.max_seq_len, engine.vocab_size)
@@ -120,10 +103,15 @@ def run_benchmark(options: BenchmarkOptions, command: str) -> dict[str, Any]:
     )
     if device.startswith("cuda"):
         bench.warm_up()
-    for entries in bench.run_all(variants, options.repeat):
-        report["variants"] = entries
-        if options.output_json is not None:  # an hour's run that is cut keeps the arms that have ended
-            write_report(report, options.output_json)
+    try:
+        for entries in bench.run_all(variants, options.repeat):
+            report["variants"] = entries
+            if options.output_json is not None:  # an hour's run that is cut keeps the arms that have ended
+                write_report(report, options.output_json)
+    except UserError as error:
+        if options.kv_cache_share is None or "--kv-cache-blocks" not in str(error):
+            raise
+        raise UserError(f"{error} in place of --kv-cache-share {options.kv_cache_share:g}") from error
     bench.dismiss()
     if options.output_texts is not None:
         bench.write_texts(options.output_texts)
@@ -215,7 +203,7 @@ class _Bench:
                     variant = Variant(variant.name, rounds[variant.name][0].config)
                 rounds[variant.name].append(self._run(variant))
                 full = rounds["full"][0] if rounds.get("full") else None
-                yield [_merge(rounds[v.name], full) for v in variants if rounds[v.name]]
+                yield [merge_rounds(rounds[v.name], full) for v in variants if rounds[v.name]]
         self._first = rounds[variants[0].name][0].results
 
     def write_texts(self, path: Path) -> None:
@@ -272,22 +260,3 @@ def _connect(engine: Engine) -> Ranks | None:
     from trtllm_memshare.ranks.torch_communicator import TorchCommunicator
 
     return Ranks(TorchCommunicator.from_environment(), engine.build.tp_size, engine.build.pp_size)
-
-
-def _merge(rounds: list[Measurement], full: Measurement | None) -> dict[str, Any]:
-    """One entry from several rounds: medians of times, the rest from the first; with agreement against `full`."""
-    entry = dict(rounds[0].entry)
-    for name in _TIMES:
-        values = [m.entry[name] for m in rounds]
-        if None not in values:
-            entry[name] = statistics.median(values)
-    entry["request_throughput_rounds_req_s"] = [m.entry["request_throughput_req_s"] for m in rounds]
-    if full is not None:
-        same = [a.token_ids == b.token_ids for a, b in zip(rounds[0].results, full.results, strict=True)]
-        entry["same_tokens_as_full"] = sum(same) / len(same)
-        pairs = list(zip(full.right, rounds[0].right, strict=True))
-        entry["answers_lost"] = sum(before and not after for before, after in pairs)
-        if full.loss:
-            entry["loss_change"] = float(np.mean(np.array(rounds[0].loss) - full.loss))
-        entry["answers_gained"] = sum(after and not before for before, after in pairs)
-    return entry

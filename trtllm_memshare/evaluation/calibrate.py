@@ -14,6 +14,7 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.arms import Arm
+from trtllm_memshare.evaluation.benchmark_options import check_output_file
 from trtllm_memshare.evaluation.curve import CurveOptions, FidelityCurve
 from trtllm_memshare.evaluation.document import make_report, publish
 from trtllm_memshare.evaluation.session import Session
@@ -56,7 +57,8 @@ def calibrate(
       ladder: settings by name, laid over ``aligned``; None = ``LADDER``.
       max_accuracy_drop: largest loss of accuracy against the full cache, in [0, 1).
       is_sure: hold the far end of the paired 95 % interval against the budget instead of the measured loss.
-      replay_problems: problems on which savings are compared.
+      replay_problems: problems on which savings are compared at equal text; 0 = on the answers of each setting, which
+        all of them then have to write.
 
     Raises:
       UserError: no answers, a budget out of range, or no setting within it.
@@ -68,10 +70,15 @@ def calibrate(
     curve = FidelityCurve(session, CurveOptions(replay_problems=replay_problems, against=("full",)))
     curve.measure(Arm("full", make_config("off")))
     arms = {name: Arm(name, make_config("aligned", **settings)) for name, settings in (ladder or LADDER).items()}
-    savings = {name: curve.read(arm)["memory_saved"] for name, arm in arms.items()}
+    answered: dict[str, dict[str, Any]] = {}
+    if replay_problems:
+        savings = {name: curve.read(arm)["memory_saved"] for name, arm in arms.items()}
+    else:
+        answered = {name: curve.measure(arm) for name, arm in arms.items()}
+        savings = {name: entry["free"]["memory_saved"] for name, entry in answered.items()}
     tried: list[dict[str, Any]] = []
     for name in sorted(arms, key=lambda n: -savings[n]):  # stable: of equals the one that stands first
-        entry = curve.measure(arms[name])
+        entry = answered.get(name) or curve.measure(arms[name])
         tried.append(entry)
         test = entry["paired"]["full"]
         loss = -(test["interval"][0] if is_sure else test["change"])
@@ -89,9 +96,12 @@ def describe(calibration: Calibration, max_accuracy_drop: float, num_problems: i
     """What was found and how sure it is, in plain sentences."""
     entry, test = calibration.entry, calibration.entry["paired"]["full"]
     low, high = test["interval"]
+    figures, texts = (
+        (entry["replay"], "at equal text") if "replay" in entry else (entry["free"], "over its own answers")
+    )
     lines = [
         f"chosen: {calibration.name}, {calibration.config.model_dump(exclude_defaults=True)}",
-        f"saves {entry['replay']['memory_saved']:.1%} of the KV memory per request at equal text and frees "
+        f"saves {figures['memory_saved']:.1%} of the KV memory per request {texts} and frees "
         f"{entry['free']['shared_block_fraction']:.1%} of the generated blocks",
         f"accuracy {entry['free']['accuracy']:.2%}, {test['change']:+.2%} against the full cache: {test['lost']} lost "
         f"and {test['gained']} gained of {num_problems}; 95 % interval of the change {low:+.2%} to {high:+.2%}",
@@ -123,12 +133,18 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--max-accuracy-drop", type=float, required=True, help="share of problems, 0.01 = 1 point")
     parser.add_argument("--sure", action="store_true", help="the whole 95 %% interval must lie within the budget")
     parser.add_argument("--num-problems", type=int, help="first lines of the data set only")
-    parser.add_argument("--replay-problems", type=int, default=100, help="problems on which savings are compared")
+    parser.add_argument(
+        "--replay-problems",
+        type=int,
+        default=100,
+        help="problems on which savings are compared, 0 = on the answers of each setting",
+    )
     parser.add_argument("--keep-dir", type=Path, help="folder in which results are kept for a later run")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dry-run", action="store_true", help="report, leave the engine as it is")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args(arguments)
+    check_output_file("--output-json", options.output_json)
     session = Session(options.engine_dir, options.dataset, options.num_problems, options.device, options.keep_dir)
     found = calibrate(session, options.max_accuracy_drop, is_sure=options.sure, replay_problems=options.replay_problems)
     print(describe(found, options.max_accuracy_drop, len(session.items)))

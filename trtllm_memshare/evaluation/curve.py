@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.arms import Arm
+from trtllm_memshare.evaluation.benchmark_options import MOST_REQUESTS, check_number
 from trtllm_memshare.evaluation.session import Generation, Session
 from trtllm_memshare.evaluation.statistics import mcnemar, paired_interval, wilson_interval
 from trtllm_memshare.search.config import make_config
@@ -31,6 +32,9 @@ class CurveOptions:
     free_running: bool = True
     match: str = "aligned"
     against: tuple[str, ...] = ("full", "aligned")
+
+    def __post_init__(self) -> None:
+        check_number("--replay-problems", self.replay_problems, 0, MOST_REQUESTS)
 
 
 def measure_curve(

@@ -101,8 +101,10 @@ def _parse(line: str, where: str, tokenizer: Any, limits: DatasetLimits, prompt_
     if not isinstance(task_id, int) or isinstance(task_id, bool):
         raise UserError(f"{where}: task_id must be an integer, got {quote(task_id)}")
     answer, output = row.get("answer"), row.get("output")
-    if not isinstance(answer, str | int | float | None):
+    if not isinstance(answer, str | int | float | None) or isinstance(answer, bool):
         raise UserError(f"{where}: answer must be a text or a number, got {quote(answer)} (leave it out if none)")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # JSON's writers add the .0, models do not
     if output is not None and (not isinstance(output, str) or not output):
         raise UserError(
             f"{where}: output must be text that continues the prompt, got {quote(output)} (leave it out if none)"

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from trtllm_memshare.engine.weights import weight_files
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.benchmark import blocks_without_waiting, run_variant
-from trtllm_memshare.evaluation.benchmark_options import check_temperature
+from trtllm_memshare.evaluation.benchmark_options import MOST_REQUESTS, check_number, check_temperature
 from trtllm_memshare.evaluation.benchmark_run import announce_device, load_of
 from trtllm_memshare.evaluation.controls import make_control
 from trtllm_memshare.evaluation.dataset import DatasetItem, draw_samples, final_answer, read_dataset
@@ -59,7 +59,7 @@ class Session:
       temperature: of the full cache and of every arm, 0 = greedy.
 
     Raises:
-      UserError: an unusable engine or data set, no samples, or no temperature.
+      UserError: an unusable engine or data set, no problems, no samples, or no temperature.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Session:
         temperature: float = 0.0,
     ) -> None:
         check_temperature(temperature)
+        check_number("--num-problems", num_problems, 1, MOST_REQUESTS)
         if samples < 1:
             raise UserError(f"--samples must be at least 1, got {samples} (1 = one answer to each problem)")
         self.engine = load_engine(engine_dir)

@@ -73,9 +73,10 @@ class Story:
 
     Attributes:
       memory: (tokens in the cache, blocks held, blocks the full cache would hold), one per decode step.
-      same_text: whether the full cache gave the same tokens.
+      same_text: whether the full cache gave the same tokens, as far as a cut answer goes.
       rejected, refused: pairs that stage 2, then the cache, turned down, by reason.
       pool_blocks: blocks that requests can hold in the pool that was short; None = the pool had room.
+      cut: whether the answer ended because that pool could hold no more of it.
     """
 
     prompt: str
@@ -89,6 +90,7 @@ class Story:
     rejected: dict[str, int]
     refused: dict[str, int]
     pool_blocks: int | None = None
+    cut: bool = False
 
     @property
     def filled(self) -> int:
@@ -182,6 +184,7 @@ def tell_story(
             held, logical = executor.manager.pool.num_used, executor.manager.logical_blocks(handle.request_id)
             memory.append((len(ids) + len(memory), held, logical))
     result = handle.result()
+    cut = result.finish_reason == "length" and len(result.token_ids) < max_new_tokens
     # The last token is never fed back, so it has no place in the cache.
     tokens = np.array([*ids, *result.token_ids][:-1], np.int32)
     return Story(
@@ -192,10 +195,11 @@ def tell_story(
         result.finish_reason,
         len(ids),
         len(result.token_ids),
-        full.token_ids == result.token_ids,
+        result.token_ids == (full.token_ids[: len(result.token_ids)] if cut else full.token_ids),
         executor.rejected,
         executor.manager.stats().refused,
         None if executor.pressure is None else executor.manager.pool.num_usable,
+        cut,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trtllm_memshare.errors import UserError, nearest
+from trtllm_memshare.errors import UserError, nearest, shorten
 from trtllm_memshare.evaluation.benchmark_options import parse_setting
 from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT
@@ -80,3 +81,17 @@ def parse_variant(text: str, engine: MemShareConfig, **overrides: Any) -> Varian
     name, _, rest = text.partition(":")
     settings = dict(parse_setting(part) for part in rest.split(",")) if rest else {}
     return replace(make_variant(name, engine, **{**overrides, **settings}), name=text)
+
+
+def parse_variants(texts: Sequence[str], engine: MemShareConfig, **overrides: Any) -> list[Variant]:
+    """Arms of one comparison, whose results are kept by name.
+
+    Raises:
+      UserError: see ``parse_variant``; or one that is named twice.
+    """
+    twice = next((text for text in texts if list(texts).count(text) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"--variants must name each variant once, got {shorten(twice)} twice (leave one out, or set --repeat)"
+        )
+    return [parse_variant(text, engine, **overrides) for text in texts]

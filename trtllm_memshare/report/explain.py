@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine
@@ -17,7 +16,7 @@ from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.report.explain_page import render
 from trtllm_memshare.report.explain_words import describe_story
 from trtllm_memshare.runners.engines import load_engine
-from trtllm_memshare.runners.open import check_pool
+from trtllm_memshare.runners.open import check_pool, choose_device
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import PRESETS, MemShareConfig
 
@@ -96,13 +95,11 @@ def explain(
             f"(shorten the prompt, or build with a larger --max-seq-len)"
         )
     length = min(engine.build.max_seq_len, num_prompt_tokens + max_new_tokens)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     size = engine.build.tokens_per_block
     null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
     # One request, the block of headroom that the scheduler keeps, and the null pages.
     roomy = -(-length // size) + 2 + (0 if null_pages is None else null_pages.num_bands)
-    model = load_model(engine.model_dir, device)
+    model = load_model(engine.model_dir, choose_device(device))
     runner = TorchRunner(model, max(roomy, num_blocks or 0), size, null_page_set=null_pages)
     room = length - num_prompt_tokens
     return tell_story(runner, config, tokenizer, prompt, room, length, engine.stop_token_ids, num_blocks)

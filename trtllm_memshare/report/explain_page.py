@@ -37,7 +37,7 @@ def render(story: Story, config: MemShareConfig, bytes_per_block: int) -> str:
         chart=_memory_chart(story, bytes_per_block),
         text=_text(story),
         table_summary=f"{len(gone)} blocks" if gone else "none",
-        table=_table(gone, story) if story.pool_blocks is None else _pressure_table(gone),
+        table=_table(gone, story) if story.pool_blocks is None else _pressure_table(gone, story.cut),
         settings=escape(_settings(story, config)),
     )
 
@@ -46,6 +46,7 @@ def _figures(story: Story, bytes_per_block: int) -> str:
     peak_with = max((m[1] for m in story.memory), default=0)
     peak_without = max((m[2] for m in story.memory), default=0)
     same = "the same text" if story.same_text else "another text"
+    until = ", until the pool could hold no more of it" if story.cut else ""
     how = "given back" if story.pool_blocks is None else f"given up: {describe_reasons(story)}"
     cells = [
         (f"{story.freed} of {story.filled}", f"blocks that the model wrote were {how}"),
@@ -54,7 +55,7 @@ def _figures(story: Story, bytes_per_block: int) -> str:
             f"blocks held at once at most: {_size(peak_with * bytes_per_block)} in place of "
             f"{_size(peak_without * bytes_per_block)}",
         ),
-        (same, f"came out {'as' if story.same_text else 'than'} with the full cache"),
+        (same, f"came out {'as' if story.same_text else 'than'} with the full cache{until}"),
     ]
     return "\n".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in cells)
 
@@ -213,9 +214,10 @@ def _table(shared: list[BlockStory], story: Story) -> str:
     return f"{note}<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _pressure_table(gone: list[BlockStory]) -> str:
+def _pressure_table(gone: list[BlockStory], cut: bool) -> str:
     if not gone:
-        return "<p>No block was given up: the answer fits the pool.</p>"
+        why = "none of those in the pool may go" if cut else "the answer fits the pool"
+        return f"<p>No block was given up: {why}.</p>"
     rows = [
         f'<tr><td class="number">{block.given_up_at}</td><td class="number">{block.index}</td>'
         f'<td>{block.reason}</td><td class="number">{block.need:.3g}</td>'
@@ -231,6 +233,7 @@ def _settings(story: Story, config: MemShareConfig) -> str:
     turned = ", ".join(f"{count} {reason}" for reason, count in {**story.rejected, **story.refused}.items())
     counts = f"{story.num_prompt_tokens} tokens of question, {story.num_output_tokens} of answer"
     ended = "the model ended it" if story.finish_reason == "stop" else "cut off at the longest length"
+    ended = "cut: the pool could hold no more" if story.cut else ended
     rest = (
         f"Pairs turned down: {turned or 'none'}" if story.pool_blocks is None else f"Pool: {story.pool_blocks} blocks"
     )

@@ -56,6 +56,7 @@ def describe_story(story: Story) -> str:
     if story.pool_blocks is None:
         return f"{counts} back ({share:.0%})"
     lines = [f"{counts} up ({share:.0%}; {describe_reasons(story)}) in a pool of {story.pool_blocks} blocks"]
+    lines += ["the answer was cut: the pool could hold no more of it"] * story.cut
     times = defaultdict[int, list[str]](list)
     for block in story.blocks:
         if block.given_up_at is not None:
@@ -67,8 +68,12 @@ def paragraphs(story: Story, config: MemShareConfig) -> dict[str, str]:
     """Headline and explanations of the page, by their names in the template; HTML."""
     share = f"{story.freed / story.filled if story.filled else 0.0:.0%} of this answer's blocks were given"
     if story.pool_blocks is not None:
+        headline = f"{share} up" if story.freed else "Nothing was given up: the pool had room"
+        if story.cut:
+            given = f"{share} up" if story.freed else "Nothing could be given up"
+            headline = f"{given}, and the answer was cut: the pool could hold no more of it"
         return {
-            "headline": f"{share} up" if story.freed else "Nothing was given up: the pool had room",
+            "headline": headline,
             "method": (
                 "When many answers are written at once, the memory runs short. MemShare then gives blocks up before "
                 "anybody has to wait: first those whose text the answer holds once more, word for word and later, then "

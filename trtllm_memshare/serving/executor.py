@@ -36,8 +36,7 @@ from trtllm_memshare.serving.validation import check_group, check_lengths, check
 class Executor(ExecutorLoop):
     """In-flight batching over one runner.
 
-    Call ``step`` until ``has_work`` is False, or use it as a context manager: a thread then runs the steps (see
-    ``ExecutorLoop``). ``submit`` is safe from any thread.
+    Call ``step`` until ``has_work`` is False, or use it as a context manager. ``submit`` is safe from any thread.
 
     Args:
       runner: computes steps and holds the pool.
@@ -98,7 +97,7 @@ class Executor(ExecutorLoop):
             getattr(runner, "chunk_unit_size", 1),
             self.pressure,
         )
-        control = make_control(self.manager, config, runner) if make_control is not None else None
+        control = None if make_control is None else make_control(self.manager, config, runner)
         self.sharing = Sharing(self.manager, config, agreement, control)
         # Set: stage 1 runs while the device computes the step, and its pairs are compared behind it.
         self._compare: Callable[[PairBatch], Distances] | None = (

@@ -62,5 +62,5 @@ class Call(Protocol):
         ...
 
     def cancel(self, sequence_index: int) -> None:
-        """Asks the executor to end one sequence at its next step."""
+        """Asks the executor to end one sequence, of which nothing more is wanted, at its next step."""
         ...

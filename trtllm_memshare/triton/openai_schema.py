@@ -140,6 +140,14 @@ class CompletionRequest(Common):
     def wants_log_probs(self) -> bool:
         return self.logprobs is not None
 
+    def check_extra(self) -> None:
+        super().check_extra()
+        if self.echo and self.wants_log_probs:
+            raise UserError(
+                "logprobs are those of the answer's tokens, which echo puts the prompt's in front of, got both "
+                "(leave one of them out)"
+            )
+
 
 class TextPart(BaseModel):
     """A piece of a message; only text is understood."""

@@ -93,9 +93,8 @@ class Outcome:
     def __init__(self, metrics: RequestMetrics) -> None:
         self._metrics, self._outcome = metrics, "failed"
 
-    def end(self, request: TokenRequest, results: list[RequestResult]) -> None:
-        """The request was answered to its end."""
-        cancelled = any(r.finish_reason == "cancelled" for r in results)
+    def end(self, request: TokenRequest, results: list[RequestResult], cancelled: bool) -> None:
+        """The request was answered to its end, or was ``cancelled`` before it."""
         self._outcome = "cancelled" if cancelled else "completed"
         self._metrics.observe(request, results)
 

@@ -44,7 +44,7 @@ class ExecutorService:
         self._executor, self.limits, self._metrics = executor, limits, metrics
         self._stop_token_ids, self._tokens_per_block, self._exclude_input = (
             stop_token_ids, tokens_per_block, exclude_input)  # fmt: skip
-        self._num_active = 0
+        self._num_active, self._satisfied = 0, set[RequestHandle]()
         self._by_label: defaultdict[str, set[RequestHandle]] = defaultdict(set)
         self._own_groups = itertools.count(MAX_GROUP + 1)
 
@@ -87,9 +87,11 @@ class ExecutorService:
                 self._submit(request, stream, handles, label)
                 async for event in self._events(request, stream, handles):
                     yield event
-                outcome.end(request, [h.result() for h in handles])
+                left = any(h.result().finish_reason == "cancelled" and h not in self._satisfied for h in handles)
+                outcome.end(request, [h.result() for h in handles], left)
             finally:
                 self._num_active -= len(handles)
+                self._satisfied.difference_update(handles)
                 for handle in handles:
                     self._by_label[label].discard(handle)
                     if not handle.future.done():
@@ -103,9 +105,13 @@ class ExecutorService:
             handle.cancel()
 
     def cancel(self, label: str, sequence_index: int) -> None:
-        """Ends one sequence of the one request that has this label; a request that ended is ignored."""
+        """Ends one sequence of the one request that has this label; a request that ended is ignored.
+
+        Its reader has all it wants, a text before a stop word: for the metrics that is no cancelled request.
+        """
         handles = self._by_label.get(label, ())
         if handle := next(iter(sorted(handles, key=lambda h: h.request_id)[sequence_index:]), None):
+            self._satisfied.add(handle)
             handle.cancel()
 
     def _submit(self, request: TokenRequest, stream: TokenStream, handles: list[RequestHandle], label: str) -> None:

@@ -69,15 +69,16 @@ class RequestTensors:
         """One number in ``[low, high]``, of the type of ``default``.
 
         Raises:
-          UserError: several numbers, or one out of range; the limit is named.
+          UserError: several numbers, or one out of range; the limit is named, a limit of the type only if it is passed.
         """
         value = self._one(name, type(default))
         if value is None:
             return default
         if not low <= value <= high:
-            bounds = f"at least {low:g}" if high >= _UNBOUNDED else f"between {low:g} and {high:g}"
-            shown = f"{value:g}" if isinstance(value, float) else quote(value)
-            raise UserError(f"{self.name(name)} must be {bounds}, got {shown}")
+            bounds = f"between {_shown(low)} and {_shown(high)}"
+            if high >= _UNBOUNDED:
+                bounds = f"at most {_shown(high)}" if value > high else f"at least {_shown(low)}"
+            raise UserError(f"{self.name(name)} must be {bounds}, got {_shown(value)}")
         return value
 
     def share(self, name: str) -> float | None:
@@ -181,3 +182,7 @@ class RequestTensors:
             return convert(value)
         except (ValueError, OverflowError, TypeError) as error:  # NaN where an integer is expected, say
             raise UserError(f"{self.name(name)} must be {convert.__name__}, got {quote(value)}") from error
+
+
+def _shown(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else quote(number)

@@ -102,8 +102,7 @@ class TextService:
                 async for event in events:
                     sequence = sequences.get(event.sequence_index)
                     if sequence is None:
-                        echoed = request.prompt if request.echo and isinstance(request.prompt, str) else ""
-                        sequence = Sequence(self.tokenizer, request.stop_words, echoed)
+                        sequence = Sequence(self.tokenizer, request.stop_words, self._echoed(request))
                         sequences[event.sequence_index] = sequence
                     if sequence.take(event):
                         call.cancel(event.sequence_index)
@@ -111,6 +110,14 @@ class TextService:
                         yield sequence.give(event)
         finally:
             self._num_active -= 1
+
+    def _echoed(self, request: TextRequest) -> str:
+        if not request.echo:
+            return ""
+        if isinstance(request.prompt, str):
+            return request.prompt
+        # With its special tokens, as a text prompt is echoed with those that its client wrote.
+        return str(self.tokenizer.decode(request.prompt, clean_up_tokenization_spaces=False))
 
     async def _inputs(self, request: TextRequest) -> dict[str, Any]:
         """Inputs of the token level, as lists and numbers."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton.tensors import RequestTensors
 
@@ -65,11 +66,11 @@ def parse_token_request(
     Raises:
       UserError: a limit is passed or a value makes no sense; the message names the limit.
     """
-    output_len = tensors.number("request_output_len", 0, -_MAX_INT, _MAX_INT)
+    output_len = tensors.number("request_output_len", 0, -math.inf, math.inf)
     if not 1 <= output_len <= limits.max_output_tokens:
         raise UserError(
             f"{tensors.name('request_output_len')} must be between 1 and the limit max_output_tokens "
-            f"{limits.max_output_tokens}, got {output_len}"
+            f"{limits.max_output_tokens}, got {quote(output_len)}"
         )
     group = tensors.number("memshare_group", -1, -1, MAX_GROUP)
     return TokenRequest(
