@@ -13,6 +13,7 @@ from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import V2_VARIABLE, commands
 from trtllm_memshare.vllm.commands import engine_arguments, main
+from trtllm_memshare.vllm.settings import CONFIG_VARIABLE
 
 
 def test_vllms_arguments_get_classes_and_settings(tmp_path):
@@ -62,11 +63,46 @@ def test_help_says_what_comes_out_without_vllm(arguments, monkeypatch, capsys):
         (["serve", "m", "--null-pages", "x", "--worker-cls=y"], "--worker-cls is set by MemShare"),
         (["serve", "m", "--null-pages", "x", "--additional-config", '{"memshare": {}}'], "has memshare already"),
         (["serve", "m", "--null-pages"], "--null-pages needs a value"),
+        (["serve", "m", "--null-pages", "--max-model-len", "512"], "--null-pages needs a value"),
+        (["serve", "m", "--null-pages", "/none"], "--null-pages must be a folder .* got /none"),
+        (["serve", "m", "--null-entries", "skip", "--scheduler_cls", "y"], "--scheduler-cls is set by MemShare"),
+        (
+            ["serve", "m", "--null-entries", "skip", "--additional_config.x", "1"],
+            "one JSON object .*got --additional-con",
+        ),
+        (["serve", "m", "--memshare-config", "/none"], "the file of --memshare-config"),
     ],
 )
 def test_conflicts_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         engine_arguments(arguments)
+
+
+def test_an_option_with_underscores_is_the_same_option():
+    line = engine_arguments(["serve", "m", "--null_entries=skip", "--additional_config", '{"x": 1}'])
+    assert json.loads(line[-1]) == {"x": 1, "memshare": {"null_entries": "skip"}}
+    assert line[:2] == ["serve", "m"]
+
+
+def test_the_variable_names_a_settings_file_too(tmp_path, monkeypatch):
+    (tmp_path / "m.json").write_text('{"min_kept": 0.9, "null_entries": "skip"}')
+    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "m.json"))
+    assert json.loads(engine_arguments(["serve", "m"])[-1])["memshare"]["min_kept"] == 0.9
+    (tmp_path / "n.json").write_text('{"min_kept": 0.7, "null_entries": "skip"}')
+    line = engine_arguments(["serve", "m", "--memshare-config", str(tmp_path / "n.json")])
+    assert json.loads(line[-1])["memshare"]["min_kept"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-model-len", "64", "--dtype", "auto"], "element type must be float32, .* got auto"),
+        (["--max-model-len", "0"], "must be at least 1, got 0"),
+    ],
+)
+def test_null_pages_of_no_type_or_no_positions_are_refused_before_the_model_is_read(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        main("vllm", ["calibrate", "no-such-model", "--output", str(tmp_path), *options])
 
 
 def test_an_unknown_command_names_the_nearest():
@@ -91,16 +127,18 @@ def run_program(tmp_path, text, *arguments):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "ours"), [(["serve", "m"], True), (["bench", "serve"], False)])
+@pytest.mark.parametrize(
+    ("command", "ours"), [(["serve", "m"], True), (["bench", "startup"], True), (["bench", "serve"], False)]
+)
 def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, ours):
     text = (
         '#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\necho "V2 $VLLM_USE_V2_MODEL_RUNNER"\nexit 3\n'
     )
-    ran = run_program(tmp_path, text, *command, *(["--null-pages", "x"] if ours else []))
+    ran = run_program(tmp_path, text, *command, *(["--null-pages", str(tmp_path)] if ours else []))
     out, problem = ran.communicate()
     assert ran.returncode == 3, problem
     assert ("--scheduler-cls" in out) == ours
-    assert ("metrics /" in out) == ours
+    assert ("metrics /" in out) == (command[0] == "serve")
     assert "V2 0" in out  # on a GPU vLLM would choose its runner V2
 
 

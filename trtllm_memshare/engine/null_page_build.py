@@ -9,6 +9,7 @@ import torch
 from trtllm_memshare.engine.load import load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_pages, save_refusal
+from trtllm_memshare.errors import UserError, shorten
 from trtllm_memshare.search.config import MemShareConfig
 
 _POOL_TYPES = {"fp8": torch.float8_e4m3fn}
@@ -50,14 +51,24 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
       kv_dtype: element type of the pool by its name in the build settings, e.g. "bfloat16" or "fp8".
 
     Raises:
+      UserError: no positions, or a type that torch does not have.
       NullPageRefused: see ``calibrate_null_pages``.
     """
     from transformers import AutoTokenizer
 
+    dtype = _POOL_TYPES.get(kv_dtype, getattr(torch, kv_dtype, None))
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(
+            f"the KV cache's element type must be float32, float16, bfloat16 or fp8, got {shorten(kv_dtype)} (name the "
+            f"one that the server will use)"
+        )
+    if max_seq_len < 1:
+        raise UserError(
+            f"positions that need a null page must be at least 1, got {max_seq_len} (raise --max-model-len)"
+        )
     model, _ = load_decoder(model_dir)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     longest = int(model.config.max_position_embeddings)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in calibration_texts(model_dir)]
-    dtype = _POOL_TYPES.get(kv_dtype) or getattr(torch, kv_dtype)
     return calibrate_null_pages(model, texts, max_seq_len, dtype)

@@ -27,7 +27,7 @@ from trtllm_memshare.json_input import parse_json
 from trtllm_memshare.vllm import SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
-_WITH_ENGINE = {"bench": ("throughput", "latency")}
+_WITH_ENGINE = {"bench": ("throughput", "latency", "startup", "mm-processor")}
 _OURS = {
     "--memshare-config": "JSON file with settings",
     "--null-pages": "folder that vllm calibrate wrote",
@@ -68,11 +68,18 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
       UserError: wrong settings, or an option of vLLM that MemShare needs is set otherwise.
     """
     rest, values = _take_options(arguments, (*_OURS, "--additional-config"))
+    given = {_option_name(argument) for argument in rest}
     for taken in _TAKEN:
-        if any(a.partition("=")[0] == taken for a in rest):
+        if taken in given:
             raise UserError(f"{taken} is set by MemShare (leave it out, or run vllm itself)")
-    path = values["--memshare-config"]
-    settings = read_settings(Path(path)) if path else {}
+    parts = sorted(name for name in given if name.startswith("--additional-config."))
+    if parts:  # vLLM would take them in place of the whole
+        raise UserError(
+            f"--additional-config must be one JSON object beside MemShare, got {parts[0]} (write it as JSON)"
+        )
+    option = "--memshare-config" if values["--memshare-config"] else CONFIG_VARIABLE
+    path = values["--memshare-config"] or os.environ.get(CONFIG_VARIABLE)
+    settings = read_settings(Path(path), option) if path else {}
     if values["--null-pages"]:
         settings["null_pages"] = str(Path(values["--null-pages"]).resolve())
     if values["--null-entries"]:
@@ -83,6 +90,11 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
         raise UserError(f"--additional-config must be a JSON object, got {type(user).__name__}")
     if ADDITIONAL_CONFIG_KEY in user:
         raise UserError(f"--additional-config has {ADDITIONAL_CONFIG_KEY} already (use --memshare-config FILE instead)")
+    if values["--null-pages"] and not Path(settings["null_pages"]).is_dir():
+        raise UserError(
+            f"--null-pages must be a folder that memshare vllm calibrate wrote, got {values['--null-pages']} (no such "
+            f"folder is there)"
+        )
     additional = json.dumps({**user, ADDITIONAL_CONFIG_KEY: settings})
     ours = ["--scheduler-cls", SCHEDULER_CLASS, "--worker-cls", WORKER_CLASS, "--additional-config", additional]
     return [*rest, *ours]
@@ -146,8 +158,10 @@ def _take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[
     values: dict[str, str | None] = dict.fromkeys(names)
     pending = None
     for argument in arguments:
-        name, equals, attached = argument.partition("=")
+        name, (_, equals, attached) = _option_name(argument), argument.partition("=")
         if pending is not None:
+            if argument.startswith("--"):
+                break
             values[pending], pending = argument, None
         elif name in names and equals:
             values[name] = attached
@@ -158,3 +172,9 @@ def _take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[
     if pending is not None:
         raise UserError(f"{pending} needs a value")
     return rest, values
+
+
+def _option_name(argument: str) -> str:
+    """An option as vLLM reads it: with dashes, however it was written."""
+    name = argument.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else name

@@ -70,7 +70,7 @@ def load_settings(additional_config: object, environment: Mapping[str, str]) -> 
             f'\'{{"{ADDITIONAL_CONFIG_KEY}": {{"null_pages": "FOLDER"}}}}\' or {CONFIG_VARIABLE}=FILE)'
         )
     where = path or f"--additional-config {ADDITIONAL_CONFIG_KEY}"
-    return parse_settings(part if path is None else read_settings(Path(path)), where)
+    return parse_settings(part if path is None else read_settings(Path(path), CONFIG_VARIABLE), where)
 
 
 def parse_settings(values: object, where: str) -> VllmSettings:
@@ -110,9 +110,9 @@ def parse_settings(values: object, where: str) -> VllmSettings:
     return VllmSettings(config, options)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """A settings file. Raises UserError if it is not one JSON object."""
-    values = parse_json(read_text(path, f"the file of {CONFIG_VARIABLE}"), shorten(str(path)))
+def read_settings(path: Path, named_by: str) -> dict[str, Any]:
+    """The settings file that an option or variable names. Raises UserError if it is not one JSON object."""
+    values = parse_json(read_text(path, f"the file of {named_by}"), shorten(str(path)))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values
