@@ -252,13 +252,6 @@ def test_what_the_torch_backend_cannot_do(values, message):
         BuildConfig(**values).check_backend("torch")
 
 
-def test_steps_of_a_tensorrt_engine_hold_a_block_of_a_context():
-    small = BuildConfig(max_batch_size=8, max_num_tokens=16, tokens_per_block=32)
-    small.check_backend("torch")
-    with pytest.raises(UserError, match=r"at least tokens_per_block 32 on the tensorrt backend, got 16 \(raise --max"):
-        small.check_backend("tensorrt")
-
-
 def test_new_settings_replace_the_old_ones_and_nothing_else(engine_dir):
     before = snapshot(engine_dir)
     changed = replace_memshare(engine_dir, make_config("lexical", max_aliases=3))

@@ -44,11 +44,6 @@ class BuildConfig(BaseModel):
     def check_backend(self, backend: str) -> None:
         """Raises UserError for a setting that ``backend`` cannot do."""
         if backend != "torch":
-            if self.max_num_tokens < self.tokens_per_block:  # its context chunks are whole blocks
-                raise UserError(
-                    f"max_num_tokens must be at least tokens_per_block {self.tokens_per_block} on the {backend} "
-                    f"backend, got {self.max_num_tokens} (raise --max-num-tokens)"
-                )
             return
         if self.kv_cache_dtype in ("fp8", "int8"):
             raise UserError(
