@@ -74,10 +74,7 @@ def wraps_another(words: list[str]) -> bool:
     name, *arguments = words
     if name == "vllm" and arguments[0] in ("serve", "bench"):
         if len(arguments) > 2:  # else the page only names it
-            # The folder that the page's own vllm calibrate writes is any that is there.
-            pairs = zip(["", *arguments], arguments, strict=False)
-            there = [str(ROOT) if before == "--null-pages" else word for before, word in pairs]
-            assert "--scheduler-cls" in vllm_commands.engine_arguments(there)
+            assert "--scheduler-cls" in vllm_commands.engine_arguments(arguments)
         return True
     if (name == "serve" and "--engine-dir" not in arguments) or (name == "bench" and {"-m", "--model"} & {*arguments}):
         assert "options.yaml" in wrap.place_option(name, arguments, "options.yaml")

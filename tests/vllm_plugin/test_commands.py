@@ -6,10 +6,18 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from trtllm_memshare.engine.null_page import NullPageRefused
+import trtllm_memshare
+from trtllm_memshare.engine import null_page_build
+from trtllm_memshare.engine.load import load_decoder
+from trtllm_memshare.engine.null_page import NullPageRefused, calibrate_null_pages
+from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import V2_VARIABLE, commands
 from trtllm_memshare.vllm.commands import engine_arguments, main
@@ -64,8 +72,8 @@ def test_help_says_what_comes_out_without_vllm(arguments, monkeypatch, capsys):
         (["serve", "m", "--null-pages", "x", "--additional-config", '{"memshare": {}}'], "has memshare already"),
         (["serve", "m", "--null-pages"], "--null-pages needs a value"),
         (["serve", "m", "--null-pages", "--max-model-len", "512"], "--null-pages needs a value"),
-        (["serve", "m", "--null-pages", "/none"], "--null-pages must be a folder .* got /none"),
         (["serve", "m", "--null-entries", "skip", "--scheduler_cls", "y"], "--scheduler-cls is set by MemShare"),
+        (["serve", "m", "--null-entries", "skip", "--scheduler-c", "y"], "--scheduler-cls is set by MemShare"),
         (
             ["serve", "m", "--null-entries", "skip", "--additional_config.x", "1"],
             "one JSON object .*got --additional-con",
@@ -84,6 +92,28 @@ def test_an_option_with_underscores_is_the_same_option():
     assert line[:2] == ["serve", "m"]
 
 
+def test_the_beginning_of_an_option_is_the_same_option():
+    line = engine_arguments(["serve", "m", "--null-entries=skip", "--additional-conf", '{"x": 1}'])
+    assert json.loads(line[-1]) == {"x": 1, "memshare": {"null_entries": "skip"}}
+
+
+def save_null_pages(folder, num_positions):
+    bands = torch.tensor([0, num_positions], dtype=torch.int32)
+    save_file({"keys": torch.zeros(1, 1, 1, 2), "bands": bands}, folder / "null_pages.safetensors")
+
+
+def test_null_pages_that_cannot_serve_are_refused_before_vllm_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "_program", lambda: pytest.fail("vLLM is about to start"))
+    with pytest.raises(UserError, match=r"must name a folder with null_pages.safetensors, got /none \(calibrate"):
+        main("vllm", ["serve", "m", "--null-pages", "/none"])
+    with pytest.raises(UserError, match=r"must name a folder with null_pages.safetensors, got .*calibrate the model"):
+        main("vllm", ["bench", "latency", "--null-pages", str(tmp_path)])
+    save_null_pages(tmp_path, 512)
+    (tmp_path / "m.json").write_text(json.dumps({"null_pages": str(tmp_path)}))
+    with pytest.raises(UserError, match="covers positions below 512, max_model_len is 513"):
+        main("vllm", ["serve", "m", "--memshare-config", str(tmp_path / "m.json"), "--max_model_len=513"])
+
+
 def test_the_variable_names_a_settings_file_too(tmp_path, monkeypatch):
     (tmp_path / "m.json").write_text('{"min_kept": 0.9, "null_entries": "skip"}')
     monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "m.json"))
@@ -96,13 +126,32 @@ def test_the_variable_names_a_settings_file_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-model-len", "64", "--dtype", "auto"], "element type must be float32, .* got auto"),
+        (["--max-model-len", "64", "--dtype", "blah"], "element type must be one of auto, .* got blah"),
+        (["--max-model-len", "64", "--dtype", "save"], "got save"),  # a name that torch has
         (["--max-model-len", "0"], "must be at least 1, got 0"),
+        (["--max-model-len", "-64"], "must be at least 1, got -64"),
     ],
 )
 def test_null_pages_of_no_type_or_no_positions_are_refused_before_the_model_is_read(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         main("vllm", ["calibrate", "no-such-model", "--output", str(tmp_path), *options])
+
+
+def test_null_pages_of_auto_have_the_checkpoints_type(monkeypatch):
+    model = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
+    types = []
+    monkeypatch.setattr(null_page_build, "calibrate_null_pages", lambda *arguments: types.append(arguments[-1]))
+    for name in ("auto", "bfloat16"):
+        calibrate_checkpoint(model, 64, name)
+    assert types == [load_decoder(model)[0].dtype, torch.bfloat16]
+    assert types[0] != torch.bfloat16
+
+
+@pytest.mark.parametrize("num_positions", [0, -1])
+def test_no_positions_are_not_all_positions(num_positions):
+    config = SimpleNamespace(max_position_embeddings=1024)
+    with pytest.raises(UserError, match=f"must be at least 1, got {num_positions}"):
+        calibrate_null_pages(SimpleNamespace(config=config), [range(64)] * 3, num_positions)
 
 
 def test_an_unknown_command_names_the_nearest():
@@ -128,16 +177,28 @@ def run_program(tmp_path, text, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("command", "ours"), [(["serve", "m"], True), (["bench", "startup"], True), (["bench", "serve"], False)]
+    ("command", "ours"),
+    [
+        (["serve", "m"], True),
+        (["bench", "startup"], True),
+        (["bench", "serve"], False),
+        (["bench", "sweep", "startup"], False),
+    ],
 )
-def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, command, ours):
+def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, monkeypatch, command, ours):
+    (tmp_path / "m.json").write_text('{"min_kept": 0.9}')
+    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "m.json"))
+    save_null_pages(tmp_path, 64)
     text = (
-        '#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\necho "V2 $VLLM_USE_V2_MODEL_RUNNER"\nexit 3\n'
+        '#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\necho "V2 $VLLM_USE_V2_MODEL_RUNNER"\n'
+        'echo "file $VLLM_MEMSHARE_CONFIG"\nexit 3\n'
     )
     ran = run_program(tmp_path, text, *command, *(["--null-pages", str(tmp_path)] if ours else []))
     out, problem = ran.communicate()
     assert ran.returncode == 3, problem
-    assert ("--scheduler-cls" in out) == ours
+    assert ("--scheduler-cls" in out) == ("min_kept" in out) == ours
+    assert ("file /" in out) != ours  # a sweep's servers read it
+    assert ("--middleware" in out) == (command[0] == "serve")
     assert ("metrics /" in out) == (command[0] == "serve")
     assert "V2 0" in out  # on a GPU vLLM would choose its runner V2
 

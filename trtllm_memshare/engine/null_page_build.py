@@ -12,8 +12,14 @@ from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_
 from trtllm_memshare.errors import UserError, shorten
 from trtllm_memshare.search.config import MemShareConfig
 
-_POOL_TYPES = {"fp8": torch.float8_e4m3fn}
-"""Names of pool types that torch calls otherwise."""
+_POOL_TYPES = {
+    "auto": None,  # the checkpoint's
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 
 def add_null_pages(
@@ -48,19 +54,19 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
     Runs on a GPU if there is one, in the checkpoint's own precision; products and sums are float32.
 
     Args:
-      kv_dtype: element type of the pool by its name in the build settings, e.g. "bfloat16" or "fp8".
+      kv_dtype: element type of the pool by its name in the build settings, e.g. "bfloat16" or "fp8"; "auto" is the
+        checkpoint's.
 
     Raises:
-      UserError: no positions, or a type that torch does not have.
+      UserError: no positions, or a type that no pool has.
       NullPageRefused: see ``calibrate_null_pages``.
     """
     from transformers import AutoTokenizer
 
-    dtype = _POOL_TYPES.get(kv_dtype, getattr(torch, kv_dtype, None))
-    if not isinstance(dtype, torch.dtype):
+    if kv_dtype not in _POOL_TYPES:
         raise UserError(
-            f"the KV cache's element type must be float32, float16, bfloat16 or fp8, got {shorten(kv_dtype)} (name the "
-            f"one that the server will use)"
+            f"the KV cache's element type must be one of {', '.join(_POOL_TYPES)}, got {shorten(kv_dtype)} "
+            f"(name the one that the server will use)"
         )
     if max_seq_len < 1:
         raise UserError(
@@ -71,4 +77,4 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     longest = int(model.config.max_position_embeddings)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in calibration_texts(model_dir)]
-    return calibrate_null_pages(model, texts, max_seq_len, dtype)
+    return calibrate_null_pages(model, texts, max_seq_len, _POOL_TYPES[kv_dtype] or model.dtype)

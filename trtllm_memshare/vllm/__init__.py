@@ -1,10 +1,11 @@
 """MemShare for vLLM: pressure instead of preemption, through vLLM's own extension points.
 
-Nothing in vLLM is changed. ``--scheduler-cls`` and ``--worker-cls`` name the two classes below; modules that import
-vLLM are only imported by vLLM itself.
+Nothing in vLLM is changed. ``--scheduler-cls``, ``--worker-cls`` and ``--middleware`` name the classes below; modules
+that import vLLM are only imported by vLLM itself.
 """
 
 SCHEDULER_CLASS = "trtllm_memshare.vllm.scheduler.MemShareScheduler"
 WORKER_CLASS = "trtllm_memshare.vllm.worker.MemShareWorker"
+REQUEST_CHECK = "trtllm_memshare.vllm.request_check.RequestCheck"
 V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 """vLLM's environment variable; 0 chooses model runner V1, whose parts tell what needs of pages read."""

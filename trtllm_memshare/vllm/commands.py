@@ -24,10 +24,11 @@ from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import save_null_pages
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import parse_json
-from trtllm_memshare.vllm import SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
+from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
+from trtllm_memshare.vllm.null_pages import load_bands
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
-_WITH_ENGINE = {"bench": ("throughput", "latency", "startup", "mm-processor")}
+_BENCHMARKS_WITH_ENGINE = ("throughput", "latency", "startup", "mm-processor")
 _OURS = {
     "--memshare-config": "JSON file with settings",
     "--null-pages": "folder that vllm calibrate wrote",
@@ -40,6 +41,7 @@ calibrate  a folder with a model's null pages, to be made once
 serve and bench take vLLM's own options, which vllm serve --help lists, and:
 """ + "\n".join(f"  {option:<18}  {what}" for option, what in _OURS.items())
 _TAKEN = ("--scheduler-cls", "--worker-cls")
+_ADDITIONAL, _MAX_LENGTH = "--additional-config", "--max-model-len"
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -67,16 +69,14 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
       UserError: wrong settings, or an option of vLLM that MemShare needs is set otherwise.
     """
-    rest, values = _take_options(arguments, (*_OURS, "--additional-config"))
+    rest, values = _take_options(arguments, (*_OURS, _ADDITIONAL))
     given = {_option_name(argument) for argument in rest}
     for taken in _TAKEN:
         if taken in given:
             raise UserError(f"{taken} is set by MemShare (leave it out, or run vllm itself)")
-    parts = sorted(name for name in given if name.startswith("--additional-config."))
+    parts = sorted(name for name in given if name.startswith(f"{_ADDITIONAL}."))
     if parts:  # vLLM would take them in place of the whole
-        raise UserError(
-            f"--additional-config must be one JSON object beside MemShare, got {parts[0]} (write it as JSON)"
-        )
+        raise UserError(f"{_ADDITIONAL} must be one JSON object beside MemShare, got {parts[0]} (write it as JSON)")
     option = "--memshare-config" if values["--memshare-config"] else CONFIG_VARIABLE
     path = values["--memshare-config"] or os.environ.get(CONFIG_VARIABLE)
     settings = read_settings(Path(path), option) if path else {}
@@ -85,27 +85,26 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
     if values["--null-entries"]:
         settings["null_entries"] = values["--null-entries"]
     parse_settings(settings, path or "the command line")
-    user: Any = parse_json(values["--additional-config"] or "{}", "--additional-config")
+    user: Any = parse_json(values[_ADDITIONAL] or "{}", _ADDITIONAL)
     if not isinstance(user, dict):
-        raise UserError(f"--additional-config must be a JSON object, got {type(user).__name__}")
+        raise UserError(f"{_ADDITIONAL} must be a JSON object, got {type(user).__name__}")
     if ADDITIONAL_CONFIG_KEY in user:
-        raise UserError(f"--additional-config has {ADDITIONAL_CONFIG_KEY} already (use --memshare-config FILE instead)")
-    if values["--null-pages"] and not Path(settings["null_pages"]).is_dir():
-        raise UserError(
-            f"--null-pages must be a folder that memshare vllm calibrate wrote, got {values['--null-pages']} (no such "
-            f"folder is there)"
-        )
+        raise UserError(f"{_ADDITIONAL} has {ADDITIONAL_CONFIG_KEY} already (use --memshare-config FILE instead)")
     additional = json.dumps({**user, ADDITIONAL_CONFIG_KEY: settings})
-    ours = ["--scheduler-cls", SCHEDULER_CLASS, "--worker-cls", WORKER_CLASS, "--additional-config", additional]
-    return [*rest, *ours]
+    check = ["--middleware", REQUEST_CHECK] if arguments[0] == "serve" else []
+    return [*rest, *check, "--scheduler-cls", SCHEDULER_CLASS, "--worker-cls", WORKER_CLASS, _ADDITIONAL, additional]
 
 
 def _wrap(arguments: list[str]) -> None:
-    runs_engine = arguments[0] not in _WITH_ENGINE or any(a in _WITH_ENGINE[arguments[0]] for a in arguments)
-    if not runs_engine:
+    environment = dict(os.environ)
+    if arguments[0] == "serve" or (arguments[1:2] and arguments[1] in _BENCHMARKS_WITH_ENGINE):
+        ours = engine_arguments(arguments)
+        _check_null_pages(ours)
+        line = [*_program(), *ours]
+        environment.pop(CONFIG_VARIABLE, None)  # what its file says is in the arguments now
+    else:  # a sweep starts servers, which may read the variable
         print("memshare: this benchmark is a client, the server has the settings")
-    line = [*_program(), *(engine_arguments(arguments) if runs_engine else arguments)]
-    environment = {k: v for k, v in os.environ.items() if k != CONFIG_VARIABLE}  # it is in the arguments now
+        line = [*_program(), *arguments]
     environment.setdefault(V2_VARIABLE, "0")  # on a GPU vLLM would take its runner V2, which tells nothing of pages
     with tempfile.TemporaryDirectory(prefix="memshare-metrics-") as folder:
         if arguments[0] == "serve":
@@ -114,6 +113,14 @@ def _wrap(arguments: list[str]) -> None:
         print(f"+ {shlex.join(line)}", flush=True)
         status = _run(line, environment)
     sys.exit(status if status >= 0 else 128 - status)
+
+
+def _check_null_pages(arguments: Sequence[str]) -> None:
+    """Raises UserError for null pages that the engine core would refuse half a minute later."""
+    _, values = _take_options(arguments, (_ADDITIONAL, _MAX_LENGTH))
+    settings, length = json.loads(values[_ADDITIONAL] or "")[ADDITIONAL_CONFIG_KEY], values[_MAX_LENGTH] or ""
+    # A length that is no plain number, as 8k or auto, is left to vLLM.
+    load_bands(settings.get("null_pages"), int(length) if length.isdecimal() else 1)
 
 
 def _run(line: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -175,6 +182,10 @@ def _take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[
 
 
 def _option_name(argument: str) -> str:
-    """An option as vLLM reads it: with dashes, however it was written."""
-    name = argument.partition("=")[0]
-    return name.replace("_", "-") if name.startswith("--") else name
+    """An option as vLLM reads it: with dashes, and whole where a beginning of it was written."""
+    name, dot, key = argument.partition("=")[0].partition(".")
+    if not name.startswith("--"):
+        return argument
+    name = name.replace("_", "-")
+    whole = (option for option in (*_TAKEN, _ADDITIONAL) if len(name) > 2 and option.startswith(name))
+    return next(whole, name) + dot + key
