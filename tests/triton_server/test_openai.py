@@ -80,9 +80,11 @@ def test_sampling_stop_and_several_prompts(client, own_text):
     cut = client.completions.create(prompt=[QUESTION, "Q: 1 + 1 = ?\n"], stop=["so 193", "never"], **greedy)
     assert cut.choices[0].text == own_text(QUESTION, SamplingParams(200, stop_token_ids=(1,))).partition("so 193")[0]
     assert [c.index for c in cut.choices] == [0, 1]
-    echoed = client.completions.create(prompt=QUESTION, echo=True, logprobs=1, **{**greedy, "max_tokens": 4})
-    assert echoed.choices[0].text.startswith(QUESTION)
-    assert len(echoed.choices[0].logprobs.token_logprobs) == 4
+    short = {**greedy, "max_tokens": 4}
+    assert client.completions.create(prompt=QUESTION, echo=True, **short).choices[0].text.startswith(QUESTION)
+    assert len(client.completions.create(prompt=QUESTION, logprobs=1, **short).choices[0].logprobs.token_logprobs) == 4
+    with pytest.raises(openai.BadRequestError, match="logprobs are those of the answer's tokens"):
+        client.completions.create(prompt=QUESTION, echo=True, logprobs=1, **short)
 
 
 def test_a_chat_s_thoughts_are_apart_from_its_answer(client, own_text):
