@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 import trtllm_memshare
 from trtllm_memshare.engine import null_page_build
 from trtllm_memshare.engine.load import load_decoder
-from trtllm_memshare.engine.null_page import NullPageRefused, calibrate_null_pages
+from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import V2_VARIABLE, commands
@@ -145,13 +144,6 @@ def test_null_pages_of_auto_have_the_checkpoints_type(monkeypatch):
         calibrate_checkpoint(model, 64, name)
     assert types == [load_decoder(model)[0].dtype, torch.bfloat16]
     assert types[0] != torch.bfloat16
-
-
-@pytest.mark.parametrize("num_positions", [0, -1])
-def test_no_positions_are_not_all_positions(num_positions):
-    config = SimpleNamespace(max_position_embeddings=1024)
-    with pytest.raises(UserError, match=f"must be at least 1, got {num_positions}"):
-        calibrate_null_pages(SimpleNamespace(config=config), [range(64)] * 3, num_positions)
 
 
 def test_an_unknown_command_names_the_nearest():

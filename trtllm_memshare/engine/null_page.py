@@ -121,7 +121,7 @@ def calibrate_null_pages(
         the texts. A larger scale makes a page's K longer.
 
     Raises:
-      UserError: too little text, or no positions.
+      UserError: too little text.
       NullPageRefused: a head without a direction, or whose key the pool cannot hold, named with its layer.
     """
     if len(texts) < 3 or min(len(t) for t in texts) < 4 * FIRST_POSITION:
@@ -130,8 +130,6 @@ def calibrate_null_pages(
             f"{[len(t) for t in texts]} tokens (give more or longer texts)"
         )
     last = int(model.config.max_position_embeddings) if max_positions is None else max_positions
-    if last < 1:
-        raise UserError(f"positions that need a null page must be at least 1, got {last} (give None for all)")
     fit = join_queries([observe_queries(model, list(t), _MAX_QUERIES) for t in texts[:-2]])
     measure, check = (observe_queries(model, list(t), _MAX_QUERIES) for t in texts[-2:])
     vocabulary = first_layer_queries(model, fit.log_sum_exp[0].amin(-1), _MAX_TOKENS)
