@@ -93,6 +93,26 @@ def test_given_up_pages_point_at_the_null_page_and_their_blocks_are_free():
     assert manager.num_free_blocks == manager.pool.num_usable == 38
 
 
+def test_what_could_go_is_looked_for_anew_once_a_request_has_a_page_more_or_less():
+    """Many requests are asked for at every turn, and most have no new page since the last one."""
+    manager = make_manager(null_pages=NullPages([3], [0, 24 * SIZE]), preset="pressure", protected_tokens=0)
+    assert manager.add_sequence(0, np.array([2] * SIZE + BODY, np.int32), SIZE)
+    manager.mark_computed(0, 7 * SIZE)
+    before = manager.givable_pages(0)
+    assert before.pages.tolist() == [1, 2, 3, 4, 5, 6]
+    for token in BODY[:SIZE]:
+        assert manager.append_tokens(0, [token])
+        assert manager.givable_pages(0) is before
+    manager.mark_computed(0, 8 * SIZE)
+    grown = manager.givable_pages(0)
+    assert (grown.pages.tolist(), grown.repeated.tolist()) == ([1, 2, 3, 4, 5, 6, 7], [True] + [False] * 6)
+    manager.retire(0, np.array([2]))
+    left = manager.givable_pages(0)
+    assert (left.pages.tolist(), left.num_retired, left.most(0), left.most(9)) == ([1, 3, 4, 5, 6, 7], 1, 1, 6)
+    manager.evict_blocks(0, np.array([3]))
+    assert manager.givable_pages(0).pages.tolist() == [1, 4, 5, 6, 7]
+
+
 def test_a_runner_that_skips_gets_no_entry():
     manager = make_manager(retired_becomes="dropped")
     add(manager, 0, [2] * SIZE + BODY, SIZE)

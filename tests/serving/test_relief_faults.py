@@ -101,8 +101,8 @@ def test_what_is_wrong_with_one_request_does_not_keep_the_others_pages(monkeypat
     handles, manager, gone = submit(executor, 6), executor.manager, set()
     works, wrong = manager.givable_pages, handles[3].request_id
 
-    def fail(request_id, find_repeats=True):
-        return 1 / 0 if request_id == wrong else works(request_id, find_repeats)
+    def fail(request_id, *how):
+        return 1 / 0 if request_id == wrong else works(request_id, *how)
 
     monkeypatch.setattr(manager, "givable_pages", fail)
     executor.pressure.watch = lambda retirement: gone.add(retirement.request_id)

@@ -1,33 +1,17 @@
-"""What a request could give up now: the cache's side of pressure, before anybody ranks anything."""
+"""What a request could give up now: the cache's side of pressure, before anybody ranks anything.
+
+A request that generates has a new page every ``tokens_per_block`` steps, and pressure asks far more often than that
+when many requests are in flight. So what was found is kept until the request has a page more, or one less.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from trtllm_memshare.cache.block_pool import BlockPool
 from trtllm_memshare.cache.offsets import NO_BLOCK
-from trtllm_memshare.cache.sequence import Sequence
+from trtllm_memshare.cache.sequence import GivablePages, Sequence
 from trtllm_memshare.search.repeats import stands_again
-
-
-@dataclass(frozen=True)
-class GivablePages:
-    """Pages of one request that may go, and the counts that its floor is worked out from.
-
-    Attributes:
-      pages: int32 ``[n]``, ascending logical pages: full, generated, not protected, referred to by no other request,
-        and not given up before.
-      repeated: bool ``[n]``, whether every token of the page stands once more, later, in what the request keeps.
-      num_generated: full pages of generated tokens, those given up included.
-      num_retired: how many of them were given up.
-    """
-
-    pages: np.ndarray
-    repeated: np.ndarray
-    num_generated: int
-    num_retired: int
 
 
 def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_repeats: bool) -> GivablePages:
@@ -43,7 +27,7 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
     full = max(first, sequence.num_computed // size)
     num_retired = int(np.count_nonzero(sequence.retired[first:full]))
     if sequence.matcher is None:  # memory-sharing is off for this request
-        return GivablePages(np.zeros(0, np.int32), np.zeros(0, bool), full - first, num_retired)
+        return GivablePages(np.zeros(0, np.int32), np.zeros(0, bool), 0, full - first, num_retired)
     ready = sequence.matcher.ready_blocks()  # asked first: it is what brings the protected steps up to date
     end = max(first, min(sequence.matcher.protected_from(), sequence.num_computed) // size)
     blocks = table[first:end]
@@ -60,4 +44,4 @@ def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_r
         for page in ready:
             if first <= page < end and may_go[page - first]:
                 repeated[page - first] = stands_again(matcher, page, size, num_computed, lambda t: rows[t] < 0)
-    return GivablePages(pages, repeated[places], full - first, num_retired)
+    return GivablePages(pages, repeated[places], int(np.count_nonzero(repeated)), full - first, num_retired)

@@ -8,14 +8,14 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from trtllm_memshare.cache.candidates import find_candidates
-from trtllm_memshare.cache.givable import GivablePages, givable_pages
+from trtllm_memshare.cache.givable import givable_pages
 from trtllm_memshare.cache.group_candidates import GroupCandidates
 from trtllm_memshare.cache.growth import take_blocks
 from trtllm_memshare.cache.null_pages import NullPages, follow_bands, forget_blocks, null_entry
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.cache.remap import OnRefusal, OnRemap, Remapper
 from trtllm_memshare.cache.resume import matcher_at_return, pages_to_retire, retired_pages
-from trtllm_memshare.cache.sequence import CacheStats, Parked, Sequence, SharingRecord
+from trtllm_memshare.cache.sequence import CacheStats, GivablePages, Parked, Sequence, SharingRecord
 from trtllm_memshare.cache.stand_ins import NO_DONORS, let_stand_in
 from trtllm_memshare.cache.state import CacheState
 from trtllm_memshare.search.config import MemShareConfig
@@ -129,10 +129,18 @@ class KVCacheManager(CacheState):
             self._retire_again(sequence)
 
     def givable_pages(self, request_id: int, find_repeats: bool = True) -> GivablePages:
-        """What a request could give up now, see ``GivablePages``; nothing while its context is computed."""
+        """What a request could give up, as of its last full page; nothing while its context is computed.
+
+        Args:
+          find_repeats: ask stage 1 which of them stand again.
+        """
         sequence = self._sequences[request_id]
-        sequence.feed_matcher()
-        return givable_pages(sequence, self._tables[sequence.slot], self.pool, find_repeats)
+        as_of = sequence.num_computed // self.tokens_per_block, find_repeats
+        if sequence.givable is None or sequence.givable[0] != as_of:
+            sequence.feed_matcher()
+            found = givable_pages(sequence, self._tables[sequence.slot], self.pool, find_repeats)
+            sequence.givable = as_of, found
+        return sequence.givable[1]
 
     def match(self, request_id: int) -> None:
         """Lets stage 1 look at a request's new tokens now, so that ``candidates`` finds less to do at once."""
@@ -165,6 +173,8 @@ class KVCacheManager(CacheState):
 
         A decision whose blocks or request have changed since the search is dropped and counted under ``stale``.
         """
+        for sequence in self._sequences.values() if decisions else ():
+            sequence.givable = None
         freed = self._remapper.apply(decisions, self._sequences)
         self._stats.shared += freed
         return freed
@@ -179,6 +189,7 @@ class KVCacheManager(CacheState):
           ValueError: a block with prompt tokens or one that is not full; or there are no null pages to point at.
         """
         sequence = self._sequences[request_id]
+        sequence.givable = None
         table, become = self._tables[sequence.slot], null_entry(sequence, self.null_pages, self.config)
         shared = let_stand_in(sequence, table, logical_blocks, donors, self.pool)
         forgotten = forget_blocks(sequence, table, logical_blocks, self.pool, become)
@@ -222,6 +233,7 @@ class KVCacheManager(CacheState):
     def evict_blocks(self, request_id: int, logical_blocks: np.ndarray) -> None:
         """Drops blocks with nothing in their place: for the controls that evict."""
         sequence = self._sequences[request_id]
+        sequence.givable = None
         blocks = self._tables[sequence.slot, logical_blocks]
         self.pool.release(blocks[blocks != NO_BLOCK])
         self._tables[sequence.slot, logical_blocks] = NO_BLOCK

@@ -91,22 +91,28 @@ def forget_blocks(
             f"request {sequence.request_id} can give up its full generated blocks {first} to {full - 1}, got "
             f"{np.unique(logical_blocks[outside]).tolist()}"
         )
-    blocks = table[logical_blocks[~sequence.retired[logical_blocks]]]
-    blocks = blocks[~is_null(blocks, pool)]
-    if not len(blocks):
-        return 0
     row = table[: sequence.num_blocks]
-    goes = np.zeros(pool.num_blocks + 1, bool)  # the last one is for entries without a block, NO_BLOCK
-    goes[blocks] = True
-    entries = goes[row]
+    rows = sequence.token_rows[: sequence.num_blocks * size]
+    goes = np.zeros(sequence.num_blocks, bool)
+    goes[logical_blocks] = True
+    goes &= ~sequence.retired[: sequence.num_blocks]
+    entries = goes.nonzero()[0]
+    entries = entries[~is_null(row[entries], pool)]
+    if not len(entries):
+        return 0
+    if sequence.has_stand_ins:
+        named = np.zeros(pool.num_blocks + 1, bool)  # the last one is for entries without a block, NO_BLOCK
+        named[row[entries]] = True
+        entries = named[row].nonzero()[0]
+        rows[named[rows // size]] = -1  # of a row that is -1 already it does not matter what is read
+    else:  # only a page's own entry names its block, and only its own tokens rest there
+        rows.reshape(-1, size)[entries] = -1
     freed = pool.release(row[entries])
     row[entries] = become
-    sequence.retired[: sequence.num_blocks] |= entries
+    sequence.retired[entries] = True
     if sequence.donors:
-        for page in np.flatnonzero(entries).tolist():
+        for page in entries.tolist():
             sequence.donors.pop(page, None)
-    rows = sequence.token_rows[: sequence.num_blocks * size]
-    rows[goes[rows // size]] = -1  # of a row that is -1 already it does not matter what is read
     sequence.num_retired += freed
     return freed
 

@@ -145,6 +145,7 @@ class Remapper:
         table = self._tables[sequence.slot, : sequence.num_blocks]
         # A block that another sample wrote stands in as if it were the request's own, which may repeat itself later.
         sequence.retired[candidate.logical] = bool((table == candidate.donor).any())
+        sequence.has_stand_ins = True
         entries = table == block
         become = self._become(candidate.donor, table, sequence)
         table[entries] = become

@@ -9,6 +9,30 @@ import numpy as np
 from trtllm_memshare.search.types import Matcher
 
 
+@dataclass(frozen=True)
+class GivablePages:
+    """Pages of one request that may go, and the counts that its floor is worked out from.
+
+    Attributes:
+      pages: int32 ``[n]``, ascending logical pages: full, generated, not protected, referred to by no other request,
+        and not given up before.
+      repeated: bool ``[n]``, whether every token of the page stands once more, later, in what the request keeps.
+      num_repeated: how many do.
+      num_generated: full pages of generated tokens, those given up included.
+      num_retired: how many of them were given up.
+    """
+
+    pages: np.ndarray
+    repeated: np.ndarray
+    num_repeated: int
+    num_generated: int
+    num_retired: int
+
+    def most(self, room: int) -> int:
+        """How many may go: all that stand again, and others while there is room, see ``floor_room``."""
+        return max(self.num_repeated, min(room, len(self.pages)))
+
+
 @dataclass
 class Sequence:
     """Host-side state of one request in the cache.
@@ -33,11 +57,13 @@ class Sequence:
       comes_back: it was paused with blocks given up.
       donors: of blocks given up under pressure, those before a pause included: the logical block that is read in place
         of each; one that is not named is forgotten.
+      has_stand_ins: some entry names, or some token rests on, a block that another page was written into.
       num_context_tokens: tokens that came as context in this life; all have room at once unless it came back.
       num_retired: blocks that were freed when the request gave up its references.
       peak_blocks: most blocks that it held at once, those given up left out.
       num_offered_to_group: first logical blocks that the samples of its group have been shown.
       unmatched: tokens that stage 1 has not been given yet.
+      givable: what could go when it was last looked for, and as of what; None = something has gone since.
     """
 
     request_id: int
@@ -51,6 +77,7 @@ class Sequence:
     matcher: Matcher | None
     epoch: int = 0
     comes_back: bool = False
+    has_stand_ins: bool = False
     num_context_tokens: int = 0
     num_tokens: int = 0
     num_computed: int = 0
@@ -60,6 +87,7 @@ class Sequence:
     num_offered_to_group: int = 0
     unmatched: list[int] = field(default_factory=list)
     donors: dict[int, int] = field(default_factory=dict)
+    givable: tuple[tuple[int, bool], GivablePages] | None = None
 
     @property
     def is_generating(self) -> bool:

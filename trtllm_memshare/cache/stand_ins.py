@@ -52,6 +52,7 @@ def let_stand_in(
         rows[moved] = kept * size + rows[moved] % size
         entries = row == block
         row[entries] = kept
+        sequence.has_stand_ins = True
         freed += pool.move_references(block, kept, int(entries.sum()))
         sequence.retired[page] = True
         sequence.donors.update({p: donor for p, d in sequence.donors.items() if d == page})

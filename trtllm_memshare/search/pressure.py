@@ -48,12 +48,7 @@ class PressureView:
     @property
     def most(self) -> int:
         """How many pages may go: all repeats, and others while there is room."""
-        return num_givable(self.repeated, self.room)
-
-
-def num_givable(repeated: np.ndarray, room: int) -> int:
-    """How many of a request's pages may go, bool ``[n]`` whether each stands again: all that do, others while room."""
-    return max(int(np.count_nonzero(repeated)), min(room, len(repeated)))
+        return max(int(np.count_nonzero(self.repeated)), min(self.room, len(self.repeated)))
 
 
 def floor_room(num_generated_pages: int, num_retired: int, min_kept: float) -> int:

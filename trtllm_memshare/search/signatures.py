@@ -114,12 +114,16 @@ def page_signatures(
     blocks = block_ids.to(device, torch.int64)
     if len(blocks) and (int(blocks.min()) < 0 or int(blocks.max()) >= num_blocks):
         raise ValueError(f"blocks must lie in [0, {num_blocks}), got {int(blocks.min())} to {int(blocks.max())}")
-    rows = torch.stack([field[blocks] for field in fields], 1).float()  # [blocks, layers, heads, tokens, head_dim]
-    rows = rows.permute(0, 3, 1, 2, 4)
+    chosen = [field.index_select(0, blocks).transpose(1, 2) for field in fields]
+    rows = torch.stack(chosen, 2).float()  # [blocks, tokens, layers, heads, head_dim]
     if projection.field == K and len(inv_freq):
         written = positions.to(device)[:, None] + torch.arange(size, device=device)
         rows = rotate(rows, -written, inv_freq.to(device))
-    unit = torch.nn.functional.normalize(rows, dim=-1)
     # One product over layers, heads and dimensions: half the time of an einsum of the same.
-    sums = unit.flatten(0, 1).flatten(1) @ projection.matrix.to(device).flatten(0, 2)
-    return torch.nn.functional.normalize(sums.view(len(blocks), size, projection.width), dim=-1)
+    sums = _to_length_1(rows).flatten(0, 1).flatten(1) @ projection.matrix.to(device).flatten(0, 2)
+    return _to_length_1(sums).view(len(blocks), size, projection.width)
+
+
+def _to_length_1(vectors: torch.Tensor) -> torch.Tensor:
+    """Divides ``[..., n]`` by their lengths, in place: a copy of this size costs a CPU more than the division."""
+    return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))

@@ -19,38 +19,17 @@ def share_kept(params: SamplingParams, config: MemShareConfig) -> float:
     return config.min_kept if params.min_kept is None else params.min_kept
 
 
-class RepeatCounts:
-    """How many pages of each request stand again; looked for anew once it has a page more, or one less."""
-
-    def __init__(self, manager: KVCacheManager) -> None:
-        self._manager = manager
-        self._found: dict[int, tuple[tuple[int, int], int]] = {}
-
-    def of(self, request_id: int) -> int:
-        """Pages that may go now whatever the floor of the request is; 0 for one in its context."""
-        counts = self._manager.page_counts(request_id)
-        if counts == (0, 0):
-            return 0
-        known = self._found.get(request_id)
-        if known is None or known[0] != counts:
-            known = self._found[request_id] = counts, int(self._manager.givable_pages(request_id).repeated.sum())
-        return known[1]
-
-    def forget(self, request_id: int) -> None:
-        self._found.pop(request_id, None)
-
-
 class FloorAdmission:
     """Counts what requests hold when they have given up all that they may.
 
     Args:
       manager: the cache.
       config: floor, protection, how far ahead.
-      repeats: of requests; None = what is given up need not stand again.
+      finds_repeats: whether pages that stand again may go below the floor.
     """
 
-    def __init__(self, manager: KVCacheManager, config: MemShareConfig, repeats: RepeatCounts | None) -> None:
-        self._manager, self._config, self._repeats = manager, config, repeats
+    def __init__(self, manager: KVCacheManager, config: MemShareConfig, finds_repeats: bool) -> None:
+        self._manager, self._config, self._finds_repeats = manager, config, finds_repeats
         self._protected = most_protected(config)
         self._refused: tuple[int, int] | None = None  # who was refused last, and how many ran then
         self._asked_again = 0  # times since
@@ -86,9 +65,9 @@ class FloorAdmission:
     def _free_to_go(self, state: RequestState) -> int:
         """Pages that a request has given up, and those that stand again."""
         gone = self._manager.num_given_up_for_good(state.request_id)
-        if self._repeats is None or not state.params.memshare:
+        if not self._finds_repeats or not state.params.memshare or state.phase is not Phase.GENERATION:
             return gone
-        return gone + self._repeats.of(state.request_id)
+        return gone + self._manager.givable_pages(state.request_id).num_repeated
 
     def _soon(self, states: Sequence[RequestState]) -> int:
         """Blocks that requests hold at their floors once each has written ``lookahead_tokens`` more."""

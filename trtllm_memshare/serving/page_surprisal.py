@@ -13,10 +13,13 @@ from trtllm_memshare.serving.request import RequestState
 
 _MOST_STEPS = 64
 """Steps that are kept before they are added up."""
+_NOBODY = 0  # the slot of requests that have ended
 
 
 class PageSurprisal:
     """Sums of ``-log p`` over the tokens of each page, in nats, of all requests in flight.
+
+    Memory: 8 bytes a page of the longest request, for as many requests as were in flight together, or twice of both.
 
     Args:
       tokens_per_block: tokens of a page.
@@ -24,9 +27,12 @@ class PageSurprisal:
 
     def __init__(self, tokens_per_block: int) -> None:
         self._size = tokens_per_block
-        self._sums: dict[int, np.ndarray] = {}  # by request: float64, by page; the last number stays 0
-        # A row: whose tokens it is, the position of each one's first and of the next, the steps.
+        self._sums = np.zeros((2, 2))  # by slot and page; the last column stays 0
+        self._slots: dict[int, int] = {}  # by request
+        self._free = [1]
+        # A row: whose tokens it is, their slots, the position of each one's first and of the next, the steps.
         self._states: list[RequestState] = []
+        self._owners: list[int] = []
         self._starts: list[int] = []
         self._next: list[int] = []
         self._steps: list[torch.Tensor] = []
@@ -63,9 +69,8 @@ class PageSurprisal:
             width = int(pages.max()) + 1
             places = pages + width * np.arange(len(starts))[:, None]
             by_page = np.bincount(places.ravel(), surprisal.ravel(), width * len(starts)).reshape(-1, width)
-            rooms = [self._room(s, page, width) for s, page in zip(self._states, first_pages.tolist(), strict=True)]
-            for room, added in zip(rooms, by_page, strict=True):  # nothing here takes memory
-                room += added
+            self._reach(int(first_pages.max()) + width)
+            self._sums[np.array(self._owners)[:, None], first_pages[:, None] + np.arange(width)] += by_page
         self._drop()
 
     def of(self, request_id: int, pages: np.ndarray) -> np.ndarray:
@@ -73,42 +78,55 @@ class PageSurprisal:
 
         What nobody generated surprised nobody; NaN = it was lost with an error.
         """
-        sums = self._sums.get(request_id)
-        return np.zeros(len(pages), np.float32) if sums is None else sums.take(pages, mode="clip").astype(np.float32)
+        slot = self._slots.get(request_id)
+        if slot is None:
+            return np.zeros(len(pages), np.float32)
+        return self._sums[slot].take(pages, mode="clip").astype(np.float32)
 
     def forget(self, request_id: int) -> None:
         """Drops what is known of a request that ended."""
-        self._sums.pop(request_id, None)
-        if not self._sums:
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            self._owners = [_NOBODY if owner == slot else owner for owner in self._owners]
+            self._sums[slot] = 0.0
+            self._free.append(slot)
+        if not self._slots:
             self._drop()
 
     def _begin(self, states: list[RequestState], positions: list[int]) -> None:
         """A new row; an error loses the one before and the first step of this one, whose pages are then unknown."""
-        for state in states:
-            self._sums.setdefault(state.request_id, np.zeros(1))
+        owners = [self._slot(state.request_id) for state in states]
         try:
             self.catch_up()
         except Exception:
-            self._lose(self._states, self._starts, len(self._steps))
-            self._lose(states, positions, 1)
+            self._lose(self._owners, self._starts, len(self._steps))
+            self._lose(owners, positions, 1)
             raise
         finally:
             self._drop()
-        self._states, self._starts, self._next = states, positions, positions
+        self._states, self._owners, self._starts, self._next = states, owners, positions, positions
 
-    def _lose(self, states: list[RequestState], starts: list[int], num_steps: int) -> None:
-        for state, start in zip(states, starts, strict=True):
-            page = start // self._size
-            self._room(state, page, (start + num_steps - 1) // self._size + 1 - page)[:] = np.nan
+    def _lose(self, owners: list[int], starts: list[int], num_steps: int) -> None:
+        self._reach((max(starts, default=0) + num_steps) // self._size + 1)
+        for slot, start in zip(owners, starts, strict=True):
+            self._sums[slot, start // self._size : (start + num_steps - 1) // self._size + 1] = np.nan
 
-    def _room(self, state: RequestState, page: int, width: int) -> np.ndarray:
-        """The sums of some pages, to be changed, float64 ``[width]``; of a request that has ended nobody's."""
-        sums = self._sums.get(state.request_id)
-        if sums is None:
-            return np.zeros(width)
-        if page + width >= len(sums):
-            sums = self._sums[state.request_id] = np.append(sums, np.zeros(page + width + 1))
-        return sums[page : page + width]
+    def _slot(self, request_id: int) -> int:
+        slot = self._slots.get(request_id)
+        if slot is None:
+            if not self._free:
+                count = len(self._sums)
+                self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)])
+                self._free = list(range(2 * count - 1, count - 1, -1))
+            slot = self._slots[request_id] = self._free.pop()
+        return slot
+
+    def _reach(self, num_pages: int) -> None:
+        """Makes room for so many pages of each request, and a last column that stays 0."""
+        if num_pages >= self._sums.shape[1]:
+            grown = np.zeros((len(self._sums), 2 * num_pages))
+            grown[:, : self._sums.shape[1]] = self._sums
+            self._sums = grown
 
     def _drop(self) -> None:
-        self._states, self._starts, self._next, self._steps = [], [], [], []
+        self._states, self._owners, self._starts, self._next, self._steps = [], [], [], [], []

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from trtllm_memshare.cache.givable import GivablePages
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.cache.sequence import GivablePages
 from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
@@ -23,9 +23,9 @@ from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig, refuse_shadow
 from trtllm_memshare.search.episodes import Episodes
 from trtllm_memshare.search.need import find_need, page_need
-from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room, num_givable
+from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
 from trtllm_memshare.search.relief_faults import ReliefFaults
-from trtllm_memshare.serving.floor_admission import FloorAdmission, RepeatCounts, share_kept
+from trtllm_memshare.serving.floor_admission import FloorAdmission, share_kept
 from trtllm_memshare.serving.page_facts import PageLedger
 from trtllm_memshare.serving.redundancy_source import open_source
 from trtllm_memshare.serving.request import Phase, RequestState, SamplingParams
@@ -99,8 +99,7 @@ class Pressure:
         self._is_exhausted = False  # the last relief did not reach the low watermark
         self._faults_before = 0  # those before this step
         self._unknown: set[int] = set()  # requests whose facts stopped half-way: they give nothing up any more
-        self._repeats = RepeatCounts(manager)
-        self._admission = FloorAdmission(manager, config, self._repeats if self._finds_repeats else None)
+        self._admission = FloorAdmission(manager, config, self._finds_repeats)
 
     def blocks_at_floor(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Blocks that one request holds at its longest end, with all given up that may go."""
@@ -180,7 +179,6 @@ class Pressure:
     def forget(self, request_id: int, is_last: bool = False) -> None:
         """Drops what is known of a request that ended; ``is_last``: nobody else runs or waits."""
         self._ledger.forget(request_id)
-        self._repeats.forget(request_id)
         self._unknown.discard(request_id)
         if is_last:  # no step follows that could say so
             self.episodes.end(self._manager.pool.num_used, self._num_retired())
@@ -224,33 +222,32 @@ class Pressure:
         self, num_blocks: int, running: Sequence[RequestState], is_urgent: bool, all_or_none: bool
     ) -> dict[int, PressureView]:
         """What each request could give up, by request; empty if that is nothing, or ``all_or_none`` and not enough."""
-        manager = self._manager
-        givable: dict[int, GivablePages] = {}
-        rooms: dict[int, int] = {}
+        givable = self._givable(running)
+        if not givable or (all_or_none and sum(most for *_, most in givable.values()) < num_blocks):
+            return {}
+        self._ledger.catch_up(list(givable))
+        views = {}
+        for request_id, (pages, room, most) in givable.items():
+            with self.faults.caught():
+                blocks = self._manager.block_table(request_id)[pages.pages]
+                facts = self._ledger.facts(request_id, pages.pages, blocks, min(most, num_blocks))
+                need = page_need(self._config.need, facts)
+                room = room if is_urgent else min(room, int((~np.isposinf(need)).sum()))
+                views[request_id] = PressureView(request_id, pages.pages, need, pages.repeated, room)
+        return {} if all_or_none and sum(view.most for view in views.values()) < num_blocks else views
+
+    def _givable(self, running: Sequence[RequestState]) -> dict[int, tuple[GivablePages, int, int]]:
+        """Requests that could give anything up: what, their room above the floor, how many may go."""
+        found = dict[int, tuple[GivablePages, int, int]]()
         for state in running:
             if state.phase is not Phase.GENERATION or not state.params.memshare or state.request_id in self._unknown:
                 continue
-            room = floor_room(*manager.page_counts(state.request_id), share_kept(state.params, self._config))
             with self.faults.caught():  # one by one: what is wrong with one request does not keep the others' pages
-                # Before somebody is paused, repeats are looked for that have come since the last page was completed.
-                if not room and not (self._finds_repeats and (is_urgent or self._repeats.of(state.request_id))):
-                    continue  # most, once all are near their floors
-                pages = manager.givable_pages(state.request_id, self._finds_repeats)
-                if num_givable(pages.repeated, room):
-                    givable[state.request_id], rooms[state.request_id] = pages, room
-        most = {i: num_givable(pages.repeated, rooms[i]) for i, pages in givable.items()}
-        if not rooms or (all_or_none and sum(most.values()) < num_blocks):
-            return {}
-        self._ledger.catch_up(list(rooms))
-        views = {}
-        for request_id, pages in givable.items():
-            with self.faults.caught():
-                blocks = manager.block_table(request_id)[pages.pages]
-                facts = self._ledger.facts(request_id, pages.pages, blocks, min(most[request_id], num_blocks))
-                need = page_need(self._config.need, facts)
-                room = rooms[request_id] if is_urgent else min(rooms[request_id], int((~np.isposinf(need)).sum()))
-                views[request_id] = PressureView(request_id, pages.pages, need, pages.repeated, room)
-        return {} if all_or_none and sum(view.most for view in views.values()) < num_blocks else views
+                pages = self._manager.givable_pages(state.request_id, self._finds_repeats)
+                room = floor_room(pages.num_generated, pages.num_retired, share_kept(state.params, self._config))
+                if most := pages.most(room):
+                    found[state.request_id] = pages, room, most
+        return found
 
     def _carry_out(self, choice: Choice, views: dict[int, PressureView], donors: dict[int, Mapping[int, int]]) -> int:
         freed = 0

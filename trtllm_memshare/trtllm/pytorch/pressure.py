@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_memshare.cache.givable import GivablePages
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
+from trtllm_memshare.cache.sequence import GivablePages
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.floors import blocks_at_floors, most_protected
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
-from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room, num_givable
+from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
 from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.pressure_stats import PressureStats
@@ -209,7 +209,7 @@ class Pressure:
                 continue
             givable = self._manager.givable_pages(known.request_id)
             room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
-            if num_givable(givable.repeated, room):
+            if givable.most(room):
                 found.append((known, givable, room))
         if self._redundancy is not None:
             self._redundancy.catch_up([self._where(known) for known, *_ in found])
