@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import re
 import signal
 import sys
@@ -23,6 +22,7 @@ from benchmarks.gpu.needs import KIT, ROOT, WORK
 from benchmarks.gpu.software import describe_software, gpu_name, list_steps
 from benchmarks.gpu.step_runner import Step, Suite
 from benchmarks.gpu.steps import HELD_BACK_S, PARTS, SECONDS_A_PART, make_steps
+from trtllm_memshare.evaluation.machine import commit
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "device": gpu,
         "software": software,
-        "commit": os.environ.get("TRTLLM_MEMSHARE_COMMIT"),
+        "commit": commit(),
         "kit": sorted(path.name for path in KIT.iterdir()) if KIT.is_dir() else None,
     }
     device = re.sub(r"[^a-z0-9]+", "_", gpu.lower().removeprefix("nvidia ")).strip("_")

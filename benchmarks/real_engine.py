@@ -33,6 +33,7 @@ def main() -> None:
     narrow = options.output_dir.with_name(f"{options.output_dir.name}_checkpoint")
     shutil.rmtree(narrow, ignore_errors=True)
     shutil.copytree(source, narrow, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
+    narrow.chmod(0o755)  # a folder that is read only is copied as one
     AutoModelForCausalLM.from_pretrained(
         source, dtype=getattr(torch, options.dtype), local_files_only=True
     ).save_pretrained(narrow)

@@ -17,7 +17,8 @@ shift $(($# < 3 ? $# : 3))
 python=${PYTHON:-python} limit=${STEP_LIMIT:-600}
 end=$(($(date +%s) + ${TIME_LIMIT:-3600} - 120)) longest=0 # seconds; two minutes are for the summary
 mkdir -p "$out"
-failed=() ran=() left_out=()
+failed=() alone=() ran=() left_out=()
+rm -f "$out/summary.json" # nothing of an earlier run is reported as this one's
 eos=${EOS_ID:-$("$python" -c '
 import sys
 from transformers import GenerationConfig
@@ -29,11 +30,15 @@ step() { # name, command...
   local name=$1
   shift
   echo "== $name: $*"
-  timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 || { failed+=("$name"); tail -n 5 "$out/$name.log"; }
+  timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 && return
+  failed+=("$name")
+  tail -n 5 "$out/$name.log"
+  return 1
 }
 arm() { # name, command...: a step that is begun only if the longest so far could still end in time
   local began
   began=$(date +%s)
+  rm -f "$out/$1.json" "$out/$1.tokens.json"
   local left=$((end - began))
   if ((left < longest || left <= 0)); then
     left_out+=("$1")
@@ -41,8 +46,9 @@ arm() { # name, command...: a step that is begun only if the longest so far coul
     return
   fi
   limit=$((left < limit ? left : limit))
-  step "$@" --report_json "$out/$1.json" --output_json "$out/$1.tokens.json"
-  ran+=("$1")
+  if step "$@" --report_json "$out/$1.json" --output_json "$out/$1.tokens.json"; then
+    case $1 in alone*) alone+=("$1") ;; *) ran+=("$1") ;; esac
+  fi
   local took=$(($(date +%s) - began))
   longest=$((took > longest ? took : longest))
 }
@@ -66,9 +72,10 @@ done
 for name in "${arms[@]}"; do
   arm "$name" "$python" -m trtllm_memshare bench --memshare-config "$out/$name.settings.json" "${options[@]}"
 done
-[ ${#ran[@]} -gt 2 ] || { echo "nothing to report, no arm of ours ran (raise TIME_LIMIT)"; exit 1; }
+[ "${alone[0]:-}" = alone ] || { echo "nothing to report, TensorRT-LLM alone did not run to its end (see $out)"; exit 1; }
+[ ${#ran[@]} -gt 0 ] || { echo "nothing to report, no arm of ours ran to its end (raise TIME_LIMIT, or see $out)"; exit 1; }
 limit=110
-step summary "$python" benchmarks/trtllm_summary.py "$out" --arms "${ran[@]:2}" --dataset "$dataset" --model "$model"
+step summary "$python" benchmarks/trtllm_summary.py "$out" --arms "${alone[@]:1}" "${ran[@]}" --dataset "$dataset" --model "$model"
 cat "$out/summary.log"
 [ ${#left_out[@]} -eq 0 ] || echo "left out for want of time: ${left_out[*]}"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]} (see $out)"; exit 1; }

@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what trtllm_suite.sh wrote")
-    parser.add_argument("--arms", nargs="+", default=["shadow", "aligned", "lexical"])
+    parser.add_argument("--arms", nargs="+", default=["alone_again", "shadow", "aligned", "lexical"])
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--model", required=True)
     options = parser.parse_args()

@@ -48,7 +48,8 @@ def profile_headline(report: Report) -> str:
     for watched, name, rows in (("host", "function", "functions"), ("gpu", "kernel", "kernels")):
         if watched not in report:
             continue
-        first += f"; {watched} at work {report[watched]['ms_a_step']:.2f} ms, watched"
+        if watched == "gpu":  # the host's functions add up to the step, with all waits in it
+            first += f"; GPU at work {report[watched]['ms_a_step']:.2f} ms, watched"
         for row in report[watched][rows][:_TOP]:
             lines.append(f"{watched} {row['ms_a_step']:.3f} ms, {row['calls_a_step']:.0f} calls: {row[name][:90]}")
     return "\n".join([first, *lines])

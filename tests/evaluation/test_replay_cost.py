@@ -31,6 +31,7 @@ def test_a_cost_is_the_median_of_rounds_and_absent_where_nothing_was_compared():
     assert rows["full-searches"]["over_off_range"] == pytest.approx([0.01, 0.1])
     assert rows["full-searches"]["step_ms_mean"] == 11
     assert rows["off"]["over_off"] is None
+    assert summarize(rounds[:2])["off"]["step_ms_mean"] == 15  # not the slower one of two
     assert [line.split()[2] for line in replay_cost_table(rows).splitlines()[1:]] == ["-", "-", "+5.0%"]
 
 

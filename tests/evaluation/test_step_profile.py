@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from trtllm_memshare.evaluation import replay_cost
 from trtllm_memshare.evaluation.graph_clock import GraphClock
 from trtllm_memshare.evaluation.random_model import SHAPES, make_model
 from trtllm_memshare.evaluation.replay_cost import ReplaySetup, replay_setup
-from trtllm_memshare.evaluation.step_profile import SKIPPED_STEPS, HostProfile, summarize_kernels
+from trtllm_memshare.evaluation.step_profile import SKIPPED_STEPS, HostProfile, gpu_spans, summarize_kernels
 from trtllm_memshare.runners.torch.runner import TorchRunner
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,20 @@ def test_kernels_of_one_name_are_one_row_the_longest_first():
             {"kernel": "copy", "calls_a_step": 1.0, "ms_a_step": 0.5},
         ],
     }
+
+
+def test_calls_of_the_driver_are_not_work_of_the_gpu():
+    """A profile of the GPU alone has them too (torch 2.11, CUDA 13): waiting for a step would count as one more."""
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [
+        SimpleNamespace(name=name, device_type=where, time_range=SimpleNamespace(elapsed_us=lambda us=us: us))
+        for name, where, us in (
+            ("gemm", cuda, 4000),
+            ("cudaStreamSynchronize", cpu, 9500),
+            ("cudaGraphLaunch", cpu, 900),
+        )
+    ]
+    assert gpu_spans(events) == [("gemm", 4000)]
 
 
 class Stream:

@@ -25,6 +25,8 @@ arm = os.path.basename(value("--report_json")).removesuffix(".json")
 assert (os.environ.get("TRTLLM_MEMSHARE_ENABLE") == "1") == (not arm.startswith("alone")), arm
 assert value("--eos_id") == "2"
 assert "max_utilization" in arguments and "TRTLLM" in open(value("--extra_llm_api_options")).read()
+if arm in os.environ.get("BROKEN", "").split():
+    sys.exit(f"{arm} does not run")
 speed = float(os.environ.get("SPEED", "2.0")) if arm == "aligned" else 1.0
 json.dump({"performance": {"request_throughput_req_s": speed, "system_output_throughput_tok_s": 100.0},
            "request_info": {"avg_num_concurrent_requests": 8.0}}, open(value("--report_json"), "w"))
@@ -71,6 +73,17 @@ def test_all_arms_run_and_are_summed_up(run_suite, tmp_path):
     assert settings == {"preset": "pressure", "null_pages": str(tmp_path / "engine")}
 
 
+def test_an_arm_that_fails_leaves_the_others_their_summary_and_no_old_report_stands_in_for_it(run_suite, tmp_path):
+    assert run_suite().returncode == 0
+    done = run_suite(BROKEN="aligned alone_again")
+    assert done.returncode == 1
+    assert "failed: alone_again aligned (see" in done.stdout
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["arms"]) == ["alone", "shadow", "lexical"]
+    done = run_suite(BROKEN="alone")
+    assert "nothing to report, TensorRT-LLM alone did not run to its end" in done.stdout
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
 CLOCKED = """#!/bin/sh
 case "$*" in
 *report_json*) echo $(($(cat CLOCK) + ARM_SECONDS)) >CLOCK ;;
@@ -105,10 +118,10 @@ def test_an_hour_is_not_passed_and_what_is_left_out_is_said(tmp_path, run_suite,
     assert int(clock.read_text()) - 1000 <= 3600 - 120
     if summed_up is None:
         assert done.returncode == 1
-        assert "nothing to report, no arm of ours ran (raise TIME_LIMIT)" in done.stdout
+        assert "nothing to report, no arm of ours ran to its end (raise TIME_LIMIT, or see" in done.stdout
         return
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"--arms {summed_up} --dataset" in done.stdout
+    assert f"--arms alone_again {summed_up} --dataset" in done.stdout
     left_out = [arm for arm in ("pressure", "lexical") if arm not in summed_up]
     assert [arm for arm in ("pressure", "lexical") if f"== {arm}: left out, " in done.stdout] == left_out
     assert (f"left out for want of time: {' '.join(left_out)}" in done.stdout) == bool(left_out)
@@ -155,10 +168,26 @@ def test_accuracy_may_fall_by_two_points(tmp_path):
     write_arms(tmp_path, aligned={"tokens": {**right, "2": {"output_tokens": [7]}}}, **{
         arm: {"tokens": right} for arm in ("alone", "alone_again", "shadow", "lexical")
     })  # fmt: skip
-    rows = read_arms(tmp_path, ["shadow", "aligned", "lexical"], Answers(["7", "8"], lambda ids: f"so it is {ids[0]}"))
+    answers = Answers(["7", "8"], lambda ids: f"so it is {ids[0]}.")
+    rows = read_arms(tmp_path, ["alone_again", "shadow", "aligned", "lexical"], answers)
     assert [row["right"] for row in rows.values()] == [1.0, 1.0, 1.0, 0.5, 1.0]
     assert failed_gates(rows) == ["aligned has 50.0% right, TensorRT-LLM alone 100.0%"]
     assert "  aligned        50.0% right      1 answers differ" in suite_table(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [("it is 5.", True), ("so $5$", True), ("is 15", False), ("is 51", False), ("is 5.2", False), ("is 0.5", False)],
+)
+def test_a_right_answer_is_a_word_of_its_own(text, is_right):
+    assert Answers(["5"], lambda _: text).share_right([[1]]) == is_right
+
+
+def test_where_shadow_did_not_run_its_gate_is_not_passed(tmp_path):
+    write_arms(tmp_path)
+    assert failed_gates(read_arms(tmp_path, ["aligned"], None)) == [
+        "shadow did not run to its end, so nothing says that our search alone changes no token"
+    ]
 
 
 def test_an_arm_that_did_not_finish_is_named(tmp_path):

@@ -21,7 +21,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "numpy")},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -66,7 +66,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that ``TRTLLM_MEMSHARE_COMMIT`` names, for copies without ``.git``; else git's."""
     if named := os.environ.get("TRTLLM_MEMSHARE_COMMIT"):
         return named

@@ -21,6 +21,14 @@ from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 
 _WARM_UP_TOKENS = 16
+_TIMES = (
+    "graph_ms_mean",
+    "rest_ms_mean",
+    "step_ms_mean",
+    "step_ms_median",
+    "step_ms_last_tenth",
+    "search_time_fraction",
+)
 
 
 @dataclass(frozen=True)
@@ -163,14 +171,15 @@ def replay_rounds(
 
 
 def summarize(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Each variant's figures of its median round, and its cost over ``off`` as the median of all rounds' ratios.
+    """Each variant's figures as medians of all rounds, its cost over ``off`` as the median of the rounds' ratios.
 
     ``over_off`` is None, with the reason, where no pair was compared: such a run measures no search.
     """
     rows = {}
     for name in rounds[0]:
-        entries = sorted((r[name] for r in rounds), key=lambda e: e["step_ms_mean"])
-        row = dict(entries[len(entries) // 2])
+        entries = [r[name] for r in rounds]
+        times = [key for key in _TIMES if entries[0].get(key) is not None]
+        row = {**entries[0], **{key: statistics.median(entry[key] for entry in entries) for key in times}}
         row["over_off"] = None
         if "off" in rounds[0] and name != "off":
             ratios = [r[name]["step_ms_mean"] / r["off"]["step_ms_mean"] - 1 for r in rounds]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import cProfile
 import pstats
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class HostProfile:
             self._profile.runcall(step)
 
     def summary(self) -> dict[str, Any]:
-        """Watched steps, and what of one took longest by itself: its callees are not in it.
+        """Watched steps, and what of one took longest by itself: its callees are not in it, waits for the GPU are.
 
         Raises:
           ValueError: there were no more steps than are skipped.
@@ -71,7 +71,15 @@ class KernelProfile:
         count = _watched(self._num_steps)
         torch.cuda.synchronize()
         self._profile.stop()
-        return summarize_kernels([(e.name, e.time_range.elapsed_us()) for e in self._profile.events()], count)
+        return summarize_kernels(gpu_spans(self._profile.events()), count)
+
+
+def gpu_spans(events: Iterable[Any]) -> list[tuple[str, float]]:
+    """Names and microseconds of what the GPU did, of the events of a profile.
+
+    Calls of the driver are among the events too, and would count the host's waiting as work.
+    """
+    return [(e.name, e.time_range.elapsed_us()) for e in events if e.device_type is torch.autograd.DeviceType.CUDA]
 
 
 def summarize_kernels(spans: list[tuple[str, float]], num_steps: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -33,10 +34,10 @@ class Answers:
         return cls([str(line["answer"]) for line in lines], AutoTokenizer.from_pretrained(model).decode)
 
     def share_right(self, outputs: Any) -> float:
-        """How many outputs end with their answer (last 200 characters)."""
+        """How many outputs have their answer at their end, in the last 200 characters, as a word of its own."""
         tokens = outputs.values() if isinstance(outputs, dict) else outputs
         texts = [self.decode(t["output_tokens"] if isinstance(t, dict) else t) for t in tokens]
-        return sum(a in t[-200:] for a, t in zip(self.right, texts, strict=True)) / len(self.right)
+        return sum(_stands_in(a, t[-200:]) for a, t in zip(self.right, texts, strict=True)) / len(self.right)
 
 
 def count_different(first: Any, second: Any) -> int:
@@ -47,10 +48,14 @@ def count_different(first: Any, second: Any) -> int:
 
 
 def read_arms(folder: Path, arms: list[str], answers: Answers | None) -> dict[str, dict[str, Any]]:
-    """Figures of TensorRT-LLM alone, twice, and of each arm, in this order. Raises UserError if one has no report."""
+    """Figures of TensorRT-LLM alone, and of each arm, in this order. Raises UserError if one has no report.
+
+    Args:
+      arms: those that ran to their ends; ``alone_again`` is TensorRT-LLM alone once more.
+    """
     rows: dict[str, dict[str, Any]] = {}
     alone = _read(folder / "alone.tokens.json")
-    for arm in (*ALONE, *arms):
+    for arm in ("alone", *arms):
         report, outputs = _read(folder / f"{arm}.json"), _read(folder / f"{arm}.tokens.json")
         speed, ours = report["performance"], report.get("memshare", {})
         rows[arm] = {
@@ -93,10 +98,18 @@ def failed_gates(rows: dict[str, dict[str, Any]]) -> list[str]:
             )
         if row["right"] is not None and row["right"] < alone["right"] - MAX_ACCURACY_LOSS:
             failures.append(f"{arm} has {row['right']:.1%} right, TensorRT-LLM alone {alone['right']:.1%}")
+    if "shadow" not in rows:
+        failures.append("shadow did not run to its end, so nothing says that our search alone changes no token")
+        return failures
     differ = rows["shadow"]["different_answers"]
-    if differ and not rows["alone_again"]["different_answers"]:
+    if differ and not rows.get("alone_again", {}).get("different_answers"):
         failures.append(f"shadow must not change a token, but {differ} answers differ (see *.tokens.json)")
     return failures
+
+
+def _stands_in(answer: str, text: str) -> bool:
+    """5 stands in "is 5." and not in "is 15", "is 5.2" or "is 0.5"."""
+    return re.search(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text) is not None
 
 
 def _read(path: Path) -> Any:
