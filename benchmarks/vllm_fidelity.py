@@ -11,12 +11,11 @@ import argparse
 import json
 import os
 import sys
-from datetime import date
 from pathlib import Path
 
 try:
     from trtllm_memshare.errors import run_command_line
-    from trtllm_memshare.evaluation.machine import describe_machine
+    from trtllm_memshare.evaluation.document import make_report, publish
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
     from trtllm_memshare.evaluation.vllm_fidelity import BLOCK_SIZE, compare_with_replay, through_vllm
     from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT
@@ -42,16 +41,13 @@ def main() -> None:
         options.model_dir, options.null_pages, problems, options.answer_tokens,
         min_kept=options.min_kept, need=options.need, null_entries=options.null_entries,
     )  # fmt: skip
-    result = {
+    result = make_report({
         "model": options.model_dir.name, "requests": len(texts), "answer_tokens": options.answer_tokens,
         "min_kept": options.min_kept, "need": options.need, "null_entries": options.null_entries,
         "block_size": BLOCK_SIZE,
         **compare_with_replay(texts, MaskedReplay(options.model_dir)),
-        "date": str(date.today()), "machine": describe_machine(),
-    }  # fmt: skip
-    if options.output_json:
-        options.output_json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    })  # fmt: skip
+    publish(result, options.output_json)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ import json
 import os
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 try:
     from trtllm_memshare.errors import UserError, run_command_line
-    from trtllm_memshare.evaluation.machine import describe_machine
+    from trtllm_memshare.evaluation.document import make_report, write_report
     from trtllm_memshare.evaluation.vllm_run import run_engine
     from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
 except ModuleNotFoundError as error:
@@ -43,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=["vllm", "admission", "0.75", "0.5", "0.25", "random"])
     parser.add_argument("--admission", default="lookahead", choices=["vllm", "lookahead", "max-tokens"])
-    parser.add_argument("--output-json", type=Path, help="runs are added to those in it")
+    parser.add_argument("--output-json", type=Path, help="runs are added to those of the same workload in it")
     answers = parser.add_mutually_exclusive_group()
     answers.add_argument("--free", action="store_true", help="answers as long as the model makes them")
     answers.add_argument("--replay", action="store_true", help="answers are the traces' texts, the same in all arms")
@@ -57,19 +56,25 @@ def main() -> None:
         run = run_engine(work, options.run_arm[0], options.admission, int(options.run_arm[1]))
         print(json.dumps({name: value for name, value in run.items() if name != "answers"}))
         return
-    document: dict[str, Any] = {
-        "workload": {**work.describe(options.admission), "free": work.free, "replay": work.replay},
-        "machine": describe_machine(), "runs": [],
-    }  # fmt: skip
+    report = make_report({})
+    workload = {**work.describe(options.admission), "free": work.free, "replay": work.replay}
+    document: dict[str, Any] = {"workload": workload, "runs": []}
     if options.output_json and options.output_json.is_file():
-        document = {**document, "runs": json.loads(options.output_json.read_text())["runs"]}
+        earlier = json.loads(options.output_json.read_text())
+        differs = [name for name, value in workload.items() if earlier["workload"].get(name) != value]
+        if differs:
+            raise UserError(
+                f"{options.output_json} has runs of another workload: {differs[0]} was "
+                f"{earlier['workload'].get(differs[0])}, got {workload[differs[0]]} (name another file)"
+            )
+        document = earlier
     for part in options.parts:
         for arm in options.arms:
-            run = {"part": part, "arm": arm, "date": str(date.today()), **_in_process(arm, work.pool_blocks(part))}
+            run = {"part": part, "arm": arm, **report, **_in_process(arm, work.pool_blocks(part))}
             document["runs"].append(run)
             print(_line(run), flush=True)
             if options.output_json:
-                options.output_json.write_text(json.dumps(document, indent=1) + "\n")
+                write_report(document, options.output_json)
 
 
 def _in_process(arm: str, blocks: int) -> dict[str, Any]:

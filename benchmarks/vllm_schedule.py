@@ -8,15 +8,14 @@ Steps have times too, by the model of a GPU's in ``trtllm_memshare/evaluation/st
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 try:
     from trtllm_memshare.errors import run_command_line
+    from trtllm_memshare.evaluation.document import make_report, write_report
     from trtllm_memshare.evaluation.vllm_run import run_scheduler
     from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
 except ModuleNotFoundError as error:
@@ -41,9 +40,8 @@ def main() -> None:
                 run = {"part": part, "arm": arm, "admission": admission}
                 runs.append(run | run_scheduler(work, arm, admission, work.pool_blocks(part)))
                 print(_line(runs[-1]), flush=True)
-    document = {"workload": work.describe(admission=None), "date": str(date.today()), "runs": runs}
     if options.output_json:
-        options.output_json.write_text(json.dumps(document, indent=1) + "\n")
+        write_report(make_report({"workload": work.describe(admission=None), "runs": runs}), options.output_json)
 
 
 def _line(run: dict[str, Any]) -> str:

@@ -15,14 +15,22 @@ from trtllm_memshare.search.repeats import stands_again
 
 
 def givable_pages(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_repeats: bool) -> GivablePages:
-    """Looks at a request that is past its context.
+    """What a request that is past its context could give up, as of its last full page.
 
     Args:
-      sequence: its matcher has seen all of its tokens.
+      sequence: its stage 1 gets the tokens that it has not seen, and what was found is noted.
       table: int32 ``[max_blocks_per_seq]``, its row of the block table; read only.
       pool: read only.
       find_repeats: ask stage 1 for exact repeats; it must match runs of tokens then.
     """
+    as_of = sequence.num_computed // pool.tokens_per_block, find_repeats
+    if sequence.givable is None or sequence.givable[0] != as_of:
+        sequence.feed_matcher()
+        sequence.givable = as_of, _look(sequence, table, pool, find_repeats)
+    return sequence.givable[1]
+
+
+def _look(sequence: Sequence, table: np.ndarray, pool: BlockPool, find_repeats: bool) -> GivablePages:
     size, first = pool.tokens_per_block, sequence.first_generated_block
     full = max(first, sequence.num_computed // size)
     num_retired = int(np.count_nonzero(sequence.retired[first:full]))

@@ -129,18 +129,9 @@ class KVCacheManager(CacheState):
             self._retire_again(sequence)
 
     def givable_pages(self, request_id: int, find_repeats: bool = True) -> GivablePages:
-        """What a request could give up, as of its last full page; nothing while its context is computed.
-
-        Args:
-          find_repeats: ask stage 1 which of them stand again.
-        """
+        """What a request could give up, see ``cache.givable``; nothing while its context is computed."""
         sequence = self._sequences[request_id]
-        as_of = sequence.num_computed // self.tokens_per_block, find_repeats
-        if sequence.givable is None or sequence.givable[0] != as_of:
-            sequence.feed_matcher()
-            found = givable_pages(sequence, self._tables[sequence.slot], self.pool, find_repeats)
-            sequence.givable = as_of, found
-        return sequence.givable[1]
+        return givable_pages(sequence, self._tables[sequence.slot], self.pool, find_repeats)
 
     def match(self, request_id: int) -> None:
         """Lets stage 1 look at a request's new tokens now, so that ``candidates`` finds less to do at once."""
@@ -173,8 +164,6 @@ class KVCacheManager(CacheState):
 
         A decision whose blocks or request have changed since the search is dropped and counted under ``stale``.
         """
-        for sequence in self._sequences.values() if decisions else ():
-            sequence.givable = None
         freed = self._remapper.apply(decisions, self._sequences)
         self._stats.shared += freed
         return freed

@@ -63,6 +63,8 @@ class Remapper:
     def apply(self, decisions: list[Decision], sequences: Mapping[int, Sequence]) -> int:
         """Applies decisions in order of distance; returns the number of blocks freed."""
         freed, donors = 0, set[int]()
+        for holder in sequences.values() if decisions else ():
+            holder.givable = None  # of those too that hold the same blocks
         for decision in sorted(decisions, key=lambda d: d.distance):
             candidate = decision.candidate
             sequence = sequences.get(candidate.request_id)
