@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import get_args
 
 import numpy as np
@@ -85,11 +86,27 @@ def test_surprisal_of_a_page_adds_up_over_its_tokens():
 
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
     for token in (0, 1, 1):
-        ledger.observe_tokens([State], token_log_probs(logits, [token]))
+        ledger.observe_tokens([State], lambda token=token: token_log_probs(logits, [token]))
         State.tokens = [*State.tokens, token]
     ledger.catch_up([3])
     facts = ledger.facts(3, np.array([1, 2]), np.array([0, 0]), 2)
     np.testing.assert_allclose(facts.surprisal, [-np.log(0.5 * 0.25), -np.log(0.25)], rtol=1e-5)
+
+
+def test_a_page_whose_token_an_error_lost_is_unknown():
+    ledger = PageLedger(find_need("surprisal"), 4, 8, 0, None)
+
+    class State:
+        request_id, tokens = 3, [0] * 3
+
+    for step in (lambda: torch.tensor([-1.0]), lambda: 1 / 0, lambda: torch.tensor([-2.0])):
+        with suppress(ZeroDivisionError):
+            ledger.observe_tokens([State], step)
+        State.tokens = [*State.tokens, 1]
+    ledger.catch_up([3])
+    facts = ledger.facts(3, np.arange(2), np.zeros(2, int), 2)
+    assert facts.surprisal[0] == 1.0
+    assert np.isnan(facts.surprisal[1])  # the page of the second token and the third
 
 
 def test_a_need_that_serving_cannot_follow_is_refused_with_those_that_it_can():

@@ -64,10 +64,10 @@ class FloorAdmission:
 
     def _free_to_go(self, state: RequestState) -> int:
         """Pages that a request has given up, and those that stand again."""
-        gone = self._manager.num_given_up_for_good(state.request_id)
-        if not self._finds_repeats or not state.params.memshare or state.phase is not Phase.GENERATION:
-            return gone
-        return gone + self._manager.givable_pages(state.request_id).num_repeated
+        if self._finds_repeats and state.params.memshare and state.phase is Phase.GENERATION:
+            pages = self._manager.givable_pages(state.request_id)
+            return pages.num_retired + pages.num_repeated
+        return self._manager.num_given_up_for_good(state.request_id)
 
     def _soon(self, states: Sequence[RequestState]) -> int:
         """Blocks that requests hold at their floors once each has written ``lookahead_tokens`` more."""

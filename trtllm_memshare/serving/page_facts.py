@@ -6,7 +6,7 @@ that a pool with room costs nothing; surprisal and attention have to be taken wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -75,9 +75,14 @@ class PageLedger:
         self._queries = np.zeros(num_blocks, np.int64)
         self._generation = np.zeros(num_blocks, np.int32)
 
-    def observe_tokens(self, states: list[RequestState], log_probs: torch.Tensor) -> None:
-        """Takes the tokens that were just chosen, see ``PageSurprisal.note``."""
-        self._surprisal.note(states, log_probs)
+    def observe_tokens(self, states: list[RequestState], log_probs: Callable[[], torch.Tensor]) -> None:
+        """Takes the tokens that were just chosen, see ``PageSurprisal.note``; an error that loses them is noted."""
+        try:
+            found = log_probs()
+        except Exception:
+            self._surprisal.lose(states)
+            raise
+        self._surprisal.note(states, found)
 
     def observe_attention(self, attention: np.ndarray | None, generations: np.ndarray, in_use: np.ndarray) -> None:
         """Takes one step's attention.

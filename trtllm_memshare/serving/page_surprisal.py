@@ -58,6 +58,10 @@ class PageSurprisal:
         self._steps.append(log_probs)
         self._next = [position + 1 for position in positions]
 
+    def lose(self, states: list[RequestState]) -> None:
+        """An error has lost the tokens that were just chosen: nothing is known of their pages any more."""
+        self._lose([self._slot(s.request_id) for s in states], [len(s.tokens) for s in states], 1)
+
     def catch_up(self) -> None:
         """Adds up what was noted; an error leaves it for the next call."""
         steps = self._steps

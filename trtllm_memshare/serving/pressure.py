@@ -142,7 +142,7 @@ class Pressure:
     def observe_tokens(self, states: list[RequestState], log_probs: Callable[[], torch.Tensor]) -> None:
         """Takes what was just chosen, see ``PageSurprisal.note``; ``log_probs`` works them out."""
         with self._watch, self.faults.caught():
-            self._ledger.observe_tokens(states, log_probs())
+            self._ledger.observe_tokens(states, log_probs)
 
     def observe_attention(self, attention: np.ndarray | None) -> None:
         """Takes one step's attention per block, float32 ``[num_blocks]``, or None."""

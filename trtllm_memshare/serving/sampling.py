@@ -151,4 +151,4 @@ def token_log_probs(logits: torch.Tensor, tokens: list[int] | torch.Tensor) -> t
     """
     if not isinstance(tokens, torch.Tensor):
         tokens = torch.tensor([max(0, token) for token in tokens], dtype=torch.long, device=logits.device)
-    return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return -torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
