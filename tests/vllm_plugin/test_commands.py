@@ -85,6 +85,23 @@ def test_conflicts_are_refused(arguments, message):
         engine_arguments(arguments)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scheduler_cls: mine.Scheduler", "sets scheduler_cls, which is set by MemShare"),
+        ("port: 1\nadditional-config: {x: 1}", r"sets additional-config, .*\(give it as --additional-config JSON\)"),
+    ],
+)
+def test_what_vllms_file_of_options_sets_is_not_replaced_without_a_word(tmp_path, text, message):
+    path = tmp_path / "vllm.yaml"
+    path.write_text("port: 1\n")
+    line = ["serve", "m", "--null-entries=skip", "--config", str(path)]
+    assert engine_arguments(line)[:4] == ["serve", "m", "--config", str(path)]
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        engine_arguments(line)
+
+
 def test_an_option_with_underscores_is_the_same_option():
     line = engine_arguments(["serve", "m", "--null_entries=skip", "--additional_config", '{"x": 1}'])
     assert json.loads(line[-1]) == {"x": 1, "memshare": {"null_entries": "skip"}}

@@ -41,7 +41,7 @@ calibrate  a folder with a model's null pages, to be made once
 serve and bench take vLLM's own options, which vllm serve --help lists, and:
 """ + "\n".join(f"  {option:<18}  {what}" for option, what in _OURS.items())
 _TAKEN = ("--scheduler-cls", "--worker-cls")
-_ADDITIONAL, _MAX_LENGTH = "--additional-config", "--max-model-len"
+_ADDITIONAL, _MAX_LENGTH, _CONFIG = "--additional-config", "--max-model-len", "--config"
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -77,6 +77,7 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
     parts = sorted(name for name in given if name.startswith(f"{_ADDITIONAL}."))
     if parts:  # vLLM would take them in place of the whole
         raise UserError(f"{_ADDITIONAL} must be one JSON object beside MemShare, got {parts[0]} (write it as JSON)")
+    _check_config_file(rest)
     option = "--memshare-config" if values["--memshare-config"] else CONFIG_VARIABLE
     path = values["--memshare-config"] or os.environ.get(CONFIG_VARIABLE)
     settings = read_settings(Path(path), option) if path else {}
@@ -93,6 +94,25 @@ def engine_arguments(arguments: Sequence[str]) -> list[str]:
     additional = json.dumps({**user, ADDITIONAL_CONFIG_KEY: settings})
     check = ["--middleware", REQUEST_CHECK] if arguments[0] == "serve" else []
     return [*rest, *check, "--scheduler-cls", SCHEDULER_CLASS, "--worker-cls", WORKER_CLASS, _ADDITIONAL, additional]
+
+
+def _check_config_file(arguments: Sequence[str]) -> None:
+    """Raises UserError if the file of vLLM's ``--config`` sets what ours would replace without a word."""
+    path = _take_options(arguments, (_CONFIG,))[1][_CONFIG]
+    if path is None or not Path(path).is_file():
+        return  # a file that is not there is vLLM's to name
+    import yaml  # vLLM brings it
+
+    try:
+        settings: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # as is one that is no YAML
+    for key in settings if isinstance(settings, dict) else ():
+        option = f"--{str(key).replace('_', '-')}"
+        if option in _TAKEN:
+            raise UserError(f"{path} sets {key}, which is set by MemShare (leave it out, or run vllm itself)")
+        if option == _ADDITIONAL:
+            raise UserError(f"{path} sets {key}, which MemShare would replace (give it as {_ADDITIONAL} JSON)")
 
 
 def _wrap(arguments: list[str]) -> None:
