@@ -17,6 +17,7 @@ from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.test_pressure import PRESSURE
 from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_SCHEDULES, check_contents, check_pages, drive, run
 
+from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
 
@@ -121,6 +122,45 @@ def test_a_list_that_changed_behind_our_back_ends_its_request_alone(monkeypatch,
     assert "dropped from the end, but the KV cache manager now lists" in caplog.text
     assert "Please report this line with: FakeKVCacheManager of TensorRT-LLM" in caplog.text
     assert f"request {ended[0].py_request_id} is ended alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "num_blocks"),
+    [
+        ({"preset": "aligned", "undo_rope": False, "max_distance": 0.8}, 200),
+        ({**PRESSURE, "need": "redundancy"}, 60),
+    ],
+)
+def test_a_list_that_a_search_finds_wrong_ends_its_request_alone(null_pages, monkeypatch, caplog, config, num_blocks):
+    """Its row was rearranged for the list of before, so that it would write into pages of others."""
+    handing_back: list[bool] = []
+
+    def hand_back(self, choice, step, original=GivingUp.hand_back):
+        handing_back.append(bool(choice))
+        original(self, choice, step)
+        handing_back.append(False)
+
+    monkeypatch.setattr(GivingUp, "hand_back", hand_back)
+    make = make_sharing_class(null_pages=null_pages, **config)
+    executor = FakeExecutor(make_manager(make, num_blocks, 8), True)
+    shared, text = executor.manager.memshare, repetitive_text(random.Random(1), 180)
+    for request_id in range(4):
+        executor.submit(request_id, text[: 5 + request_id], text)
+    synchronise = shared.tail.synchronise
+
+    def cut_first(known):
+        if not shared.failures.is_off and shared.shares(0) and known.request_id == 0 and not any(handing_back[-1:]):
+            executor.manager.impl.rewind_kv_cache(0, 3 * executor.manager.tokens_per_block)
+        return synchronise(known)
+
+    monkeypatch.setattr(shared.tail, "synchronise", cut_first)
+    while executor.active:
+        executor.step()
+        check_contents(executor)
+    ended = [r.py_request_id for r in executor.requests if r.finish_reason is FinishReason.CANCELLED]
+    assert ended == [0]
+    assert shared.failures.num_errors == shared.failures.num_failed_requests == 1
+    assert "request 0 of" in caplog.text
 
 
 def test_a_request_that_cannot_cross_its_band_is_lost_and_the_others_cross(monkeypatch):

@@ -78,7 +78,7 @@ def test_pages_of_any_element_type_are_copied_whole(dtype):
     width = 4 * torch.empty(0, dtype=dtype).element_size()
     content = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 2, 2, 3, 8, width)).astype(np.uint8))
     pool = content.clone().view(dtype)
-    tail = TailSwap(SimpleNamespace(pool=pool), 4, lambda: None)
+    tail = TailSwap(SimpleNamespace(pool=pool), 4, lambda: None, lambda request_id: None)
     moves = [(14 + i, i) for i in range(0, 10)]
     tail._copy(moves)
     tail._copy([])

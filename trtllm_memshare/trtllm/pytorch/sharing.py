@@ -105,7 +105,7 @@ class Sharing:
         self.requests = KnownRequests(
             self.manager, tokens_at_once, backend.max_batch_size, backend.protects_prompt_only, say
         )
-        self.tail = TailSwap(backend, tokens_at_once, self._stream.wait_for_table)
+        self.tail = TailSwap(backend, tokens_at_once, self._stream.wait_for_table, self._lose)
         self._rows = TableRows(backend, self.manager, self.requests, null_rows)
         self.giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self._lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)

@@ -26,13 +26,20 @@ class TailSwap:
       backend: of the manager.
       tokens_at_once: tokens that may gather before a request is read again.
       wait_for_table: returns when the device has read the manager's pinned rows for the last table.
+      lose: told of a request whose list is not what its tokens imply.
 
     Attributes:
       num_copies: pages moved into the place of one that was given up.
     """
 
-    def __init__(self, backend: CacheBackend, tokens_at_once: int, wait_for_table: Callable[[], None]) -> None:
-        self._backend, self._wait_for_table = backend, wait_for_table
+    def __init__(
+        self,
+        backend: CacheBackend,
+        tokens_at_once: int,
+        wait_for_table: Callable[[], None],
+        lose: Callable[[int], None],
+    ) -> None:
+        self._backend, self._wait_for_table, self._lose = backend, wait_for_table, lose
         self._size = backend.pool.shape[4]
         # Eight bytes at a time, whatever the elements are; a view, or an error.
         self._pages = backend.pool.view(backend.pool.shape[0], -1).view(torch.int64)
@@ -43,13 +50,15 @@ class TailSwap:
         """The manager's list of a request, after pages that it appended since were taken over.
 
         Raises:
-          RuntimeError: it has not the length that the request's tokens imply.
+          RuntimeError: it has not the length that the request's tokens imply; the request is lost, whoever asked:
+            a row that was rearranged before names places of a list that is no more.
         """
         pages, page_list = self._backend.pages(known.request_id), known.pages
         logical = len(pages) + page_list.num_given_up
         fewest = -(-(known.num_tokens - 1) // self._size)
         most = -(-(known.num_tokens + self._slack) // self._size)
         if not max(fewest, page_list.num_blocks) <= logical <= most:
+            self._lose(known.request_id)
             raise RuntimeError(
                 f"request {known.request_id} of {known.num_tokens} tokens must have {fewest} to {most} blocks, got "
                 f"{len(pages)} pages and {page_list.num_given_up} given up, {page_list.num_blocks} known before"
