@@ -11,14 +11,13 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.child_process import run_to_end
 from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import save_null_pages
@@ -131,8 +130,8 @@ def _wrap(arguments: list[str]) -> None:
             # The scheduler's process and the API server's write their metrics into one folder.
             environment.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
         print(f"+ {shlex.join(line)}", flush=True)
-        status = _run(line, environment)
-    sys.exit(status if status >= 0 else 128 - status)
+        status = run_to_end(line, environment)
+    sys.exit(status)
 
 
 def _check_null_pages(arguments: Sequence[str]) -> None:
@@ -141,14 +140,6 @@ def _check_null_pages(arguments: Sequence[str]) -> None:
     settings, length = json.loads(values[_ADDITIONAL] or "")[ADDITIONAL_CONFIG_KEY], values[_MAX_LENGTH] or ""
     # A length that is no plain number, as 8k or auto, is left to vLLM.
     load_bands(settings.get("null_pages"), int(length) if length.isdecimal() else 1)
-
-
-def _run(line: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs vLLM to its end: who stops this process stops vLLM, which then ends in its own order."""
-    with subprocess.Popen(line, env=environment) as vllm:
-        for number in (signal.SIGTERM, signal.SIGINT):  # a terminal sends the latter to both: vLLM minds the first one
-            signal.signal(number, lambda sent, _: vllm.send_signal(sent))
-        return vllm.wait()
 
 
 def _program() -> list[str]:

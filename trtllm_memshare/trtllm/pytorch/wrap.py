@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from trtllm_memshare.child_process import run_to_end
 from trtllm_memshare.errors import UserError, read_text
 from trtllm_memshare.trtllm.pytorch.guards import host_tier_reason
 from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings
@@ -67,7 +67,7 @@ def main(command: str, arguments: list[str]) -> None:
         print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
         print(f"LLM options: {json.dumps(llm_options, default=str)}")
         print(f"+ {ENABLE}=1 {shlex.join(line)}", flush=True)
-        status = subprocess.run(line, env=environment, check=False).returncode
+        status = run_to_end(line, environment)
         if command == "bench" and status == 0:
             _merge_report(arguments, Path(environment[PREFIX + "STATS_FILE"]))
     sys.exit(status)
