@@ -51,6 +51,11 @@ def main(command: str, arguments: list[str]) -> None:
     environment = {**os.environ, ENABLE: "1", **({PREFIX + "CONFIG": str(Path(config).resolve())} if config else {})}
     is_enabled(environment)
     settings = load_settings(environment)
+    _, backend = _take_option(arguments, ("--backend",))
+    if backend not in (None, "pytorch"):
+        raise UserError(
+            f"--backend must be pytorch to share, got {backend} (leave it out, or run {_PROGRAMS[command]} itself)"
+        )
     arguments, user_file = _take_option(arguments, _FILE_OPTIONS)
     llm_options = merge_options(read_yaml(Path(user_file)) if user_file else {})
     program = shutil.which(_PROGRAMS[command])
@@ -61,15 +66,17 @@ def main(command: str, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options_file = Path(folder) / "llm_options.yaml"
         options_file.write_text(yaml.safe_dump(llm_options))
+        stats_file = settings.stats_file or Path(folder) / "totals.json"
         if command == "bench":
-            environment[PREFIX + "STATS_FILE"] = str(Path(folder) / "totals.json")
+            environment[PREFIX + "STATS_FILE"] = str(stats_file)
+            _remove_earlier(stats_file)
         line = [program, *place_option(command, arguments, str(options_file))]
         print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
         print(f"LLM options: {json.dumps(llm_options, default=str)}")
         print(f"+ {ENABLE}=1 {shlex.join(line)}", flush=True)
         status = run_to_end(line, environment)
         if command == "bench" and status == 0:
-            _merge_report(arguments, Path(environment[PREFIX + "STATS_FILE"]))
+            _merge_report(arguments, stats_file)
     sys.exit(status)
 
 
@@ -141,7 +148,7 @@ def _take_option(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[s
         else:
             rest.append(argument)
     if pending:
-        raise UserError(f"{arguments[-1]} needs a file")
+        raise UserError(f"{arguments[-1]} needs a value")
     return rest, value
 
 
@@ -154,6 +161,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold a mapping of LLM options, got {type(document).__name__}")
     return document
+
+
+def _remove_earlier(stats_file: Path) -> None:
+    """Removes the totals that an earlier run left: they would be taken for this one's."""
+    try:
+        stats_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{PREFIX}STATS_FILE must be a file that can be replaced, got {stats_file}: {error.strerror}"
+        ) from error
 
 
 def _merge_report(arguments: Sequence[str], stats_file: Path) -> None:
