@@ -235,7 +235,7 @@ class FakeExecutor:
         assert page in self._own_pages(request_id), f"request {request_id} writes page {page}, which is not its own"
         shared = getattr(self.manager, "memshare", None)
         if self.request(request_id).state is LlmRequestState.GENERATION_COMPLETE or (
-            shared is not None and request_id in shared._lost
+            shared is not None and request_id in shared.lost
         ):
             return  # failed alone, or about to: what it computes is thrown away, but must not harm anybody
         assert entries.count(page) == 1, f"page {page} of request {request_id} is written while shared: {entries}"

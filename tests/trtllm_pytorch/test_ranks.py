@@ -12,7 +12,7 @@ import torch
 from fakes.rank_threads import FakeMpi, on_ranks
 from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
-from trtllm_pytorch.fake_requests import FinishReason
+from trtllm_pytorch.fake_requests import FakeLlmRequest, FinishReason
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.test_pressure import PRESSURE
 from trtllm_pytorch.test_tail_swap import check_contents
@@ -20,6 +20,8 @@ from trtllm_pytorch.test_tail_swap import check_contents
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.trtllm.pytorch.attach import make_agreement
+from trtllm_memshare.trtllm.pytorch.failures import Failures
+from trtllm_memshare.trtllm.pytorch.lost_requests import LostRequests
 from trtllm_memshare.trtllm.pytorch.rank_meetings import RankMeetings
 
 
@@ -102,6 +104,33 @@ def test_an_error_on_one_rank_stops_sharing_on_all_and_hangs_none(place, failing
     for executor in (first, second):
         assert executor.manager.memshare.failures.is_off
         assert not executor.active
+
+
+def test_a_request_that_this_rank_does_not_know_ends_with_the_others():
+    """The rank failed before it took request 7 in; another one gave pages of it up at its return."""
+    requests = {3: SimpleNamespace(request=FakeLlmRequest(3, [1]))}
+    seven, eight = FakeLlmRequest(7, [1]), FakeLlmRequest(8, [1])
+
+    class Known(dict):
+        def __iter__(self):
+            return iter(())
+
+    own_pages, failures = [], Failures("made up")
+    lost = LostRequests(Known(requests), SimpleNamespace(set_own_page=own_pages.append), failures)
+    lost.meet(SimpleNamespace(switched_off=lambda *arguments: {3, 7}), 1, False, [seven, eight])
+    assert own_pages == [3]
+    assert [r.finish_reason.name for r in (requests[3].request, seven, eight)] == ["CANCELLED"] * 2 + ["NOT_FINISHED"]
+    assert failures.num_failed_requests == 2
+
+
+@pytest.mark.parametrize("views", [[{}, {7: 5}], [{7: 5}, {}], [{7: 4, 8: 1}, {7: 5, 8: 1}]])
+def test_ranks_end_the_same_requests_whatever_each_of_them_knows(views):
+    def meet(agreement, rank):
+        meetings = RankMeetings(agreement, 2)
+        meetings._all_are_off = True
+        return meetings.switched_off(1, False, [9] * rank, views[rank])
+
+    assert on_ranks(2, meet) == [{7, 9}, {7, 9}]
 
 
 def test_two_ranks_hold_identical_tables():

@@ -64,7 +64,7 @@ class RankMeetings:
           step: number of this iteration.
           disagreed: this iteration's decision ended with a disagreement, on every rank.
           lost: requests whose rows this rank cannot vouch for.
-          given_up: pages that each request of this rank has given up.
+          given_up: pages that each request of this rank has given up; none of a request that it does not know.
 
         Returns:
           Requests to end now, on every rank alike; None if this is no meeting, or one that the others hold as usual.
@@ -80,8 +80,7 @@ class RankMeetings:
                 return None  # something failed after a decision that went well: the others learn at the next one
         self._all_are_off = True
         views = self.ranks.exchange((list(lost), dict(given_up)))
-        return {
-            request_id
-            for their_lost, pages in views
-            for request_id in (*their_lost, *(i for i in pages if pages[i] != given_up.get(i)))
-        }
+        # From what all have said alone, so that all end the same: a rank that failed early knows fewer requests.
+        named = {request_id for their_lost, pages in views for request_id in (*their_lost, *pages)}
+        lost = {request_id for their_lost, _ in views for request_id in their_lost}
+        return {i for i in named if i in lost or len({pages.get(i, 0) for _, pages in views}) > 1}

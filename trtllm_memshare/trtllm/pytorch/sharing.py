@@ -36,6 +36,7 @@ from trtllm_memshare.trtllm.pytorch.failures import Failures
 from trtllm_memshare.trtllm.pytorch.forward_stream import ForwardStream
 from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
+from trtllm_memshare.trtllm.pytorch.lost_requests import LostRequests
 from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
 from trtllm_memshare.trtllm.pytorch.pauses import Pauses
 from trtllm_memshare.trtllm.pytorch.pressure import Choice, Pressure
@@ -66,6 +67,7 @@ class Sharing:
       manager: this project's, over virtual blocks. ``policy``, ``pressure``: decide.
       pauses: those that TensorRT-LLM made. ``giving_up``: carries decisions out.
       failures: errors that were caught; ``failures.is_off``: nothing new is shared any more.
+      lost: requests whose rows cannot be vouched for, not ended yet.
       seconds: host time spent so far, waits for distances included. ``search_seconds``: of the comparisons.
       num_tables: block tables that were rearranged or looked at.
     """
@@ -105,9 +107,10 @@ class Sharing:
         self.requests = KnownRequests(
             self.manager, tokens_at_once, backend.max_batch_size, backend.protects_prompt_only, say
         )
-        self.tail = TailSwap(backend, tokens_at_once, self._stream.wait_for_table, self._lose)
         self._rows = TableRows(backend, self.manager, self.requests, null_rows)
-        self.giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self._lose)
+        self.lost = LostRequests(self.requests, self._rows, failures)
+        self.tail = TailSwap(backend, tokens_at_once, self._stream.wait_for_table, self.lost.lose)
+        self.giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self.lost.lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)
         self.pressure = (
             Pressure(backend, self.manager, self.requests, self.tail, config, reserved, reserve)
@@ -118,7 +121,6 @@ class Sharing:
         self.pauses = Pauses(backend.is_suspended)
         self._pending: Pending | None = None
         self._batch = ActiveRequests()
-        self._lost: dict[int, Any] = {}  # requests whose rows cannot be vouched for, not ended yet
         self._step = 0
         self.num_tables = 0
         self.seconds = self.search_seconds = 0.0
@@ -139,7 +141,7 @@ class Sharing:
         try:
             active = self._batch.by_id(generation_requests)
             self.pauses.look(active)
-            self._rows.cross(self._step, self._lose)
+            self._rows.cross(self._step, self.lost.lose)
             if not self.failures.is_off and self._is_ready(generation_requests):
                 self._advance(active)
                 if self.pressure is not None and self._config.shares and not self._switch.is_off(self._step):
@@ -148,7 +150,7 @@ class Sharing:
             disagreed = isinstance(error, RankDisagreementError)
             self._fail("a step of sharing", error)
         if self.failures.is_off and self._meetings is not None:
-            self._meet_switched_off(self._meetings, disagreed)
+            self.lost.meet(self._meetings, self._step, disagreed, generation_requests)
         self._step += 1
         self.seconds += time.perf_counter() - started
 
@@ -166,7 +168,7 @@ class Sharing:
         except Exception as error:  # every active request would fail with it
             for row, request_id in enumerate(request_ids):
                 if request_id in self._rows:
-                    self._lose(request_id)
+                    self.lost.lose(request_id)
                     self._rows.overwrite(table, row, request_id)
             self._fail("the rearrangement of rows", error)
         self._stream.table_written(table)
@@ -191,7 +193,7 @@ class Sharing:
         except Exception as error:
             self._fail("the end of a request", error)
         self._rows.forget(request_id)
-        self._lost.pop(request_id, None)
+        self.lost.forget(request_id)
 
     def _is_ready(self, generation_requests: Sequence[Any]) -> bool:
         """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
@@ -268,11 +270,6 @@ class Sharing:
             return []
         return self.pressure.choose(1 if self._meetings is None else self._config.search_interval)
 
-    def _lose(self, request_id: int) -> None:
-        """Marks a request whose row cannot be vouched for; until it ends, it reads and writes its own last page."""
-        self._lost[request_id] = self.requests[request_id].request
-        self._rows.set_own_page(request_id)
-
     def _fail(self, where: str, error: Exception) -> None:
         """Stops new sharing; on one rank, ends what cannot be vouched for. Several ranks do that where they meet."""
         self.failures.stop(where, error)
@@ -281,20 +278,4 @@ class Sharing:
             with suppress(Exception):  # what is held only keeps requests waiting
                 self.pressure.release()
         if self._meetings is None:
-            self._end_lost(str(error))
-
-    def _end_lost(self, why: str) -> None:
-        lost, self._lost = self._lost, {}
-        self.failures.end_requests(lost.values(), why)
-
-    def _meet_switched_off(self, meetings: RankMeetings, disagreed: bool) -> None:
-        try:
-            given_up = {k.request_id: k.pages.num_given_up for k in self.requests}
-            ending = meetings.switched_off(self._step, disagreed, self._lost, given_up)
-            if ending is not None:
-                for request_id in ending:
-                    if self.requests.get(request_id) is not None:
-                        self._lose(request_id)
-                self._end_lost("a rank could not vouch for it")
-        except Exception as error:
-            self.failures.stop("the exchange between ranks", error)
+            self.lost.end(str(error))
