@@ -341,3 +341,19 @@ def test_retired_counts_are_left_on_a_finished_request():
     stats = executor.manager.memshare.manager.stats()
     assert sum(retired) == stats.retired_at_end > 0
     assert sum(generated) == stats.generated
+
+
+def test_a_request_that_asks_for_its_cache_whole_shares_nothing_through_its_pauses():
+    """Beside requests with the same text that ask for nothing."""
+    manager = make_manager(make_sharing_class(), 45, 8)
+    executor, text = FakeExecutor(manager, True), repetitive_text(random.Random(1), 180)
+    for request_id in range(4):
+        executor.submit(request_id, text[: 5 + request_id], text).py_memshare = None if request_id < 3 else False
+    while executor.active:
+        executor.step()
+        check_contents(executor)
+        check_pages(executor)
+    retired = [r.py_memshare_retired_blocks for r in executor.requests]
+    assert min(retired[:3]) > 0
+    assert retired[3] == 0
+    assert executor.requests[3].num_lives > 1

@@ -25,7 +25,6 @@ from trtllm_memshare.trtllm.pytorch.pressure_stats import PressureStats
 from trtllm_memshare.trtllm.pytorch.redundancy import Redundancy
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequest, KnownRequests
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
-from trtllm_memshare.trtllm.pytorch.wishes import Wishes
 
 _FEWEST = 4  # pages that are worth looking for while nobody would be paused
 _length = attrgetter("max_beam_num_tokens")
@@ -63,7 +62,7 @@ class Pressure:
         self._backend, self._manager, self._requests, self._tail = backend, manager, requests, tail
         self._config, self._num_pages, self._reserve = config, backend.pool.shape[0] - num_reserved, reserve
         self._paused: dict[int, int] = {}  # pages that paused requests need to come back
-        self._marks, self._wishes = Watermarks(config.high_watermark, config.low_watermark), Wishes(config.min_kept)
+        self._marks, self._wishes = Watermarks(config.high_watermark, config.low_watermark), requests.wishes
         self._need = find_need(config.need)
         self._redundancy = Redundancy(backend.pool) if "redundancy" in self._need.facts else None
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)

@@ -13,6 +13,7 @@ from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.guards import disaggregated_kind
 from trtllm_memshare.trtllm.pytorch.page_list import PageList
+from trtllm_memshare.trtllm.pytorch.wishes import Wishes
 
 _BEAM = 0
 
@@ -62,6 +63,7 @@ class KnownRequests:
       protects_prompt_only: after a pause TensorRT-LLM counts old generated tokens as prompt; True = they may be shared
         again, False = their pages may belong to the reuse tree, so they may not.
       complain: told of a request that cannot be served with sharing and runs unshared.
+      wishes: what requests ask for themselves.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class KnownRequests:
         max_parked: int,
         protects_prompt_only: bool,
         complain: Callable[[str], None],
+        wishes: Wishes,
     ) -> None:
+        self.wishes = wishes
         self._manager, self._tokens_at_once, self._max_parked = manager, tokens_at_once, max_parked
         self._protects_prompt_only, self._complain = protects_prompt_only, complain
         self._known: dict[int, KnownRequest] = {}
@@ -167,7 +171,8 @@ class KnownRequests:
             self._manager.forget_paused(request_id)
             seen = None
         prompt = request.orig_prompt_len if self._protects_prompt_only else request.prompt_len
-        if not self._manager.add_sequence(request_id, np.array(token_ids, np.int32), prompt):
+        shares = not self.wishes.keeps_whole(request)
+        if not self._manager.add_sequence(request_id, np.array(token_ids, np.int32), prompt, shares=shares):
             self._manager.forget_paused(request_id)
             return None
         known = KnownRequest(request, request_id, len(token_ids))

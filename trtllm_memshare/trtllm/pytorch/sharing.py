@@ -45,6 +45,7 @@ from trtllm_memshare.trtllm.pytorch.requests import ActiveRequests, KnownRequest
 from trtllm_memshare.trtllm.pytorch.searcher import Pending, Searcher
 from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
+from trtllm_memshare.trtllm.pytorch.wishes import Wishes
 
 
 class Sharing:
@@ -105,7 +106,12 @@ class Sharing:
         self.policy = SharingPolicy(config)
         tokens_at_once = max(config.search_interval, size // 2)
         self.requests = KnownRequests(
-            self.manager, tokens_at_once, backend.max_batch_size, backend.protects_prompt_only, say
+            self.manager,
+            tokens_at_once,
+            backend.max_batch_size,
+            backend.protects_prompt_only,
+            say,
+            Wishes(config.min_kept),
         )
         self._rows = TableRows(backend, self.manager, self.requests, null_rows)
         self.lost = LostRequests(self.requests, self._rows, failures)
