@@ -234,3 +234,42 @@ def test_a_file_stops_new_sharing_for_as_long_as_it_exists(tmp_path, caplog):
         assert shared_after(False) > stopped
     assert f"shares nothing new: {switch} exists" in caplog.text
     assert f"shares again: {switch} is gone" in caplog.text
+
+
+def test_while_the_file_exists_nobody_gives_up_again_and_no_page_is_held_back(null_pages, tmp_path):
+    """Requests that come back keep what they computed; the pages that kept others out are the scheduler's."""
+    switch, rng = tmp_path / "off", random.Random(3)
+    make = make_sharing_class(null_pages=null_pages, off_file=switch, **{**PRESSURE, "min_kept": 0.5})
+    executor = FakeExecutor(make_manager(make, 67, 8), True)
+    shared, held = executor.manager.memshare, []
+    for request_id in range(10):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+
+    def step(count):
+        for _ in range(count):
+            executor.step()
+            check_contents(executor)
+            check_pages(executor)
+            held.append(shared.pressure._reserve.num_held)
+
+    def gone():
+        return shared.giving_up.num_resumed, shared.manager.stats().forgotten
+
+    step(80)
+    assert max(held) > 0
+    switch.touch()
+    step(17)
+    held.clear()
+    before, pauses = gone(), executor.num_pauses
+    step(400)
+    assert executor.num_pauses > pauses
+    assert gone() == before
+    assert max(held) == 0
+    switch.unlink()
+    step(17)
+    for request_id in range(20, 26):
+        executor.submit(request_id, repetitive_text(rng, request_id), repetitive_text(rng, 180))
+    while executor.active:
+        step(1)
+    assert gone()[1] > before[1]
+    assert not shared.failures.num_errors

@@ -191,6 +191,35 @@ def test_two_ranks_give_up_the_same_pages(null_pages, failing_rank, caplog):
     assert [e.manager.memshare.failures.is_off for e in (first, second)] == [failing_rank == 0] * 2
 
 
+@pytest.mark.parametrize("switched_rank", [0, 1])
+def test_the_first_ranks_file_stops_giving_up_on_both_and_another_ones_nothing(null_pages, tmp_path, switched_rank):
+    """Pages given up again at a return included: ranks that differed there would hold different tables."""
+
+    def serve(agreement, rank):
+        switch, rng = tmp_path / f"off{rank}", random.Random(3)
+        make = make_sharing_class(null_pages=null_pages, off_file=switch, **{**PRESSURE, "min_kept": 0.5})
+        manager = make_manager(make, 67, 8)
+        manager.memshare.pressure._reserve = None  # as attach leaves it with ranks
+        manager.memshare._meetings = RankMeetings(agreement, 2)
+        executor = FakeExecutor(manager, True)
+        for request_id in range(10):
+            executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+        counts = []
+        for step in range(400):
+            if step == 100 and rank == switched_rank:
+                switch.touch()
+            executor.step()
+            check_contents(executor)
+            counts.append((manager.memshare.giving_up.num_resumed, manager.memshare.manager.stats().forgotten))
+        assert not manager.memshare.failures.num_errors
+        return counts
+
+    first, second = on_ranks(2, serve)
+    assert first == second
+    assert (first[120] == first[-1]) == (switched_rank == 0)
+    assert (first[-1][0] > 0) == (switched_rank == 1)
+
+
 def test_several_ranks_need_mpi(monkeypatch):
     utils = ModuleType("tensorrt_llm._utils")
     utils.mpi_comm, utils.mpi_disabled = lambda: SimpleNamespace(Dup=lambda: FakeMpi(0, [None] * 2, None)), lambda: True

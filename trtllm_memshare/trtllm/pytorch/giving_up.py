@@ -92,6 +92,8 @@ class GivingUp:
             pages = self._again.pop(request_id)
             first, full, _ = self._manager.generated_pages(request_id)
             pages = pages[(pages >= first) & (pages < full)]
+            table = self._manager.block_table(request_id)
+            pages = pages[~self._manager.pool.is_null[table[pages]]]  # some have gone since, if sharing was off
             if len(pages):
                 self.retire([(request_id, pages.tolist())], step)
                 self.num_resumed += len(pages)

@@ -126,6 +126,7 @@ class Sharing:
         self._meetings = None if agreement is None else RankMeetings(agreement, config.search_interval)
         self.pauses = Pauses(backend.is_suspended)
         self._pending: Pending | None = None
+        self._first_is_off = False  # the first rank's switch, as of the last meeting: ranks act on one and the same
         self._batch = ActiveRequests()
         self._step = 0
         self.num_tables = 0
@@ -150,7 +151,9 @@ class Sharing:
             self._rows.cross(self._step, self.lost.lose)
             if not self.failures.is_off and self._is_ready(generation_requests):
                 self._advance(active)
-                if self.pressure is not None and self._config.shares and not self._switch.is_off(self._step):
+                if self.pressure is not None and self._switch.is_off(self._step):
+                    self.pressure.release()  # nothing goes for those that it keeps out
+                elif self.pressure is not None and self._config.shares:
                     self.pressure.admit(num_incoming)
         except Exception as error:  # TensorRT-LLM's loop would end with it
             disagreed = isinstance(error, RankDisagreementError)
@@ -224,7 +227,8 @@ class Sharing:
             self.pressure.begin(active)
         meets = self._meetings is not None and self._meetings.is_meeting(self._step)
         with self._stream.enter():
-            self.giving_up.retire_again(self._step)
+            if not (self._switch.is_off(self._step) if self._meetings is None else self._first_is_off):
+                self.giving_up.retire_again(self._step)
             if meets if self._meetings is not None else self._pending is not None or self.pressure is not None:
                 self._decide_and_apply(active)
             if searches:
@@ -245,7 +249,7 @@ class Sharing:
             state = self.manager.pool.generation.tobytes()
             self._meetings.begin(self._step)
             decisions = self._meetings.ranks.decide(candidates, sums, state, self._decide)
-            choice = self._meetings.choose(self._choose)
+            choice, self._first_is_off = self._meetings.choose(self._choose_and_look)
         self._apply(decisions, active)
         self.giving_up.retire(choice, self._step)
 
@@ -275,6 +279,10 @@ class Sharing:
         if self.pressure is None or self._switch.is_off(self._step):
             return []
         return self.pressure.choose(1 if self._meetings is None else self._config.search_interval)
+
+    def _choose_and_look(self) -> tuple[Choice, bool]:
+        """What the first rank says to all: its choice, and whether a person has switched new sharing off."""
+        return self._choose(), self._switch.is_off(self._step)
 
     def _fail(self, where: str, error: Exception) -> None:
         """Stops new sharing; on one rank, ends what cannot be vouched for. Several ranks do that where they meet."""
