@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from trtllm_pytorch.conftest import make_sharing_class
-from trtllm_pytorch.fake_executor import FakeExecutor, make_manager
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, repetitive_text
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeMainKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_pressure import PRESSURE, serve
@@ -51,6 +53,28 @@ def test_what_is_protected_is_counted_at_the_floors(null_pages, protected):
             assert held[-1] <= pressure._floors()
     assert not executor.manager.memshare.failures.num_errors
     assert max(held) == 3 * (1 + 9)
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_unshared_requests_count_whole_and_alone_keep_nobody_out(null_pages, num_shared):
+    """The last request to end may be one of them: what is held then would be held until the next one comes."""
+    make = make_sharing_class(null_pages=null_pages, on_unsupported="warn", **{**PRESSURE, "min_kept": 0.5})
+    executor, rng = FakeExecutor(make_manager(make, 107, 8), True), random.Random(3)
+    pressure, held = executor.manager.memshare.pressure, {True: 0, False: 0}
+    for request_id in range(4):
+        request = executor.submit(request_id, repetitive_text(rng, 150), repetitive_text(rng, 20 + 9 * request_id))
+        if request_id >= num_shared:
+            request.llm_request_type = "LLMREQUEST_TYPE_GENERATION_ONLY"
+    while executor.active:
+        executor.step()
+        is_shared_one_there = any(True for _ in executor.manager.memshare.requests)
+        held[is_shared_one_there] = max(held[is_shared_one_there], pressure._reserve.num_held)
+        unshared = [r for i, r in pressure._active.items() if i >= num_shared and i in executor.processed]
+        assert pressure._floors() >= sum(-(-r.max_beam_num_tokens // 8) for r in unshared)
+    assert held[False] == pressure._reserve.num_held == 0
+    assert (held[True] > 0) == (num_shared == 1)
+    assert executor.manager.get_num_free_blocks() >= 100
+    assert not executor.manager.memshare.failures.num_errors
 
 
 def test_v2_and_several_ranks_hold_nothing(null_pages):

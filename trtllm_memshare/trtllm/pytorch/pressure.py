@@ -68,7 +68,7 @@ class Pressure:
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)
         self._size = manager.tokens_per_block
         self.stats = PressureStats(self._num_pages, config.low_watermark)
-        # Of this iteration's requests, in their order: tokens, prompt tokens, share of its pages that each keeps.
+        # Of this iteration's requests, unshared ones too: tokens, prompt tokens, share of its pages that each keeps.
         self._active: Mapping[int, Any] = {}
         self._lengths = self._prompts = np.zeros(0, np.int64)
         self._kept = np.zeros(0)
@@ -86,7 +86,7 @@ class Pressure:
         if active is not self._active:
             count, self._active = len(active), active
             self._prompts = np.fromiter((r.orig_prompt_len for r in active.values()), np.int64, count)
-            self._kept = np.fromiter(map(self._wishes.min_kept, active.values()), np.float64, count)
+            self._kept = np.fromiter(map(self._min_kept, active.values()), np.float64, count)
             for request_id in active if self._paused else ():
                 self._paused.pop(request_id, None)
 
@@ -133,7 +133,9 @@ class Pressure:
             return
         free = self._backend.num_free_pages() + self._reserve.num_held
         allowed = self._allowed() - num_incoming
-        self._reserve.hold(free - num_incoming - self._num_wanted(2) - max(0, allowed) if self._active else 0)
+        # Without a request that could give pages up nobody would ever come in by them.
+        is_needed = any(True for _ in self._requests)
+        self._reserve.hold(free - num_incoming - self._num_wanted(2) - max(0, allowed) if is_needed else 0)
 
     def num_at_floor(self) -> int:
         """Requests that gave pages up and may give up no more at present."""
@@ -147,6 +149,10 @@ class Pressure:
         """Holds nothing any more."""
         if self._reserve is not None:
             self._reserve.hold(0)
+
+    def _min_kept(self, request: Any) -> float:
+        """Share of its pages that a request keeps; all where it runs unshared."""
+        return 1.0 if self._requests.get(request.py_request_id) is None else self._wishes.min_kept(request)
 
     def _num_wanted(self, num_tokens: int) -> int:
         """Requests that open a page with one of their next tokens."""
