@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class
+import transformers
+from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class
 from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_util import FakeKvCacheCreator, make_util_module
@@ -297,11 +298,41 @@ def test_model_facts_come_from_the_checkpoint(model_config, bundled_model, tmp_p
         ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window in some layers"),
         ({"sliding_window": 4096, "use_sliding_window": False}, None),
         ({"layer_types": ["full_attention"]}, None),
+        ({"attention_chunk_size": 8192}, "chunked attention, got chunks of 8192 tokens"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked attention in some layers"),
+        ({"attention_chunk_size": None}, None),
     ],
 )
 def test_models_whose_attention_depends_on_more_than_the_position(values, reason):
     found = ModelFacts(SimpleNamespace(**values)).reasons()
     assert (reason in found[0]) if reason else not found
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("SmolLM3Config", {}, "models whose layers are not all rotated"),
+        ("SmolLM3Config", {"no_rope_layers": [1] * 36}, None),
+        ("CohereConfig", {}, "rotated in neighbouring pairs, got a model of type cohere (take preset lexical"),
+        ("Glm4Config", {}, "rotated in neighbouring pairs, got a model of type glm4"),
+        ("Qwen3Config", {}, None),
+    ],
+)
+def test_keys_are_compared_only_where_stage_2_turns_them_as_the_model_does(name, changes, reason, caplog):
+    config = getattr(transformers, name)(**changes)
+    found = ModelFacts(config).comparison_reasons()
+    assert (reason in found[0]) if reason else not found
+    assert not ModelFacts(config).reasons()
+
+    class Facts(TextlessFacts):
+        def reasons(self):
+            return ModelFacts.reasons(self)
+
+    for preset, compares in (("aligned", True), ("lexical", False), ("paper", False)):
+        settings = make_settings(preset=preset, on_unsupported="warn", count_aliases=True)
+        manager = make_manager(sharing_class(FakeKVCacheManager, Facts(config), settings), 40, 8)
+        assert (manager.memshare is None) == (compares and reason is not None)
+    assert reason is None or reason in caplog.text
 
 
 def test_something_unexpected_leaves_tensorrt_llm_as_it_is(monkeypatch, caplog):

@@ -57,7 +57,10 @@ def attach(
         agreement = make_agreement(manager.mapping)
         reasons = unsupported_features(manager, kv_cache_config, arguments)
         facts = None if reasons else find_model(arguments)
-        reasons = reasons if facts is None else facts.reasons()
+        if facts is not None:
+            config = settings.memshare
+            compares = config.searches and config.undo_rope and not config.accept_all
+            reasons = [*facts.reasons(), *(facts.comparison_reasons() if compares else ())]
         if reasons or facts is None:
             raise UserError(reasons[0])
         backend = V2Backend(manager) if hasattr(manager, "kv_cache_map") else V1Backend(manager)

@@ -9,7 +9,7 @@ import torch
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.steps import BoundaryTokens
-from trtllm_memshare.trtllm.pytorch.guards import model_reasons, window_reasons
+from trtllm_memshare.trtllm.pytorch.guards import comparison_reasons, model_reasons, window_reasons
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class ModelFacts:
     def reasons(self) -> list[str]:
         """Why this model cannot be served with sharing."""
         return model_reasons(self.config)
+
+    def comparison_reasons(self) -> list[str]:
+        """Why keys of this model cannot be compared after undoing their rotation."""
+        return comparison_reasons(self.config)
 
     def window_reasons(self) -> list[str]:
         """Those of ``reasons`` that hold where nothing is compared."""

@@ -7,6 +7,11 @@ from typing import Any
 _NO_SEQUENCE = 2**62
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone, so that one copy of a key can be turned to the place of another."""
+_INTERLEAVED = (
+    *("chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium"),
+    "llama4_text",
+)
+"""Model types that turn neighbouring elements of a key together; stage 2 turns element i with i + head_dim / 2."""
 
 
 def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str, Any]) -> list[str]:
@@ -102,7 +107,21 @@ def window_reasons(config: Any) -> list[str]:
         found.append(f"models with a sliding window, got one of {config.sliding_window} tokens")
     elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         found.append("models with a sliding window in some layers")
+    if getattr(config, "attention_chunk_size", None):
+        found.append(f"models with chunked attention, got chunks of {config.attention_chunk_size} tokens")
+    elif "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        found.append("models with chunked attention in some layers")
     return [f"sharing excludes {reason}" for reason in found]
+
+
+def comparison_reasons(config: Any) -> list[str]:
+    """Those that hold where keys of two positions are compared: turned the wrong way, their distance means nothing."""
+    found, kind = [], getattr(config, "model_type", None)
+    if 0 in (getattr(config, "no_rope_layers", None) or ()):
+        found.append("comparing keys of models whose layers are not all rotated")
+    if kind in _INTERLEAVED:
+        found.append(f"comparing keys that are rotated in neighbouring pairs, got a model of type {kind}")
+    return [f"sharing excludes {reason} (take preset lexical, which compares none)" for reason in found]
 
 
 def rope_type(config: Any) -> str:
