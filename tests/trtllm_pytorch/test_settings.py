@@ -20,6 +20,10 @@ from trtllm_memshare.trtllm.pytorch.settings import load_settings
         ({"control": "random"}, "control must be none"),
         ({"preset": "drop-duplicate"}, "preset drop-duplicate counts an alias once, which needs attention of our own"),
         (
+            {"retired_becomes": "null", "null_pages": "here"},
+            "retired_becomes must be alias with preset aligned on TensorRT-LLM's PyTorch backend, got null",
+        ),
+        (
             {"preset": "pressure", "route": "framework", "protected_steps": 2},
             "route framework protects tokens and knows no steps, got protected_steps 2",
         ),

@@ -101,6 +101,11 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
             "retired_becomes must be null or alias with TensorRT-LLM's PyTorch backend, got dropped (its attention "
             "reads every entry of a block table)"
         )
+    if memshare.retired_becomes == "null" and memshare.searches:
+        raise UserError(
+            f"retired_becomes must be alias with preset {memshare.preset} on TensorRT-LLM's PyTorch backend, got null "
+            f"(leave it out, or take preset pressure, which reads null pages)"
+        )
     if memshare.control != "none":
         raise UserError(f"control must be none when serving, got {memshare.control} (controls run in benchmarks/)")
     try:
