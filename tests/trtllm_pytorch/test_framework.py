@@ -164,11 +164,24 @@ def refuse_a_cut(dropper, requests):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("break_it", [fail_a_copy, refuse_a_cut])
-def test_a_drop_that_fails_half_way_ends_its_request_alone_and_the_others_drop_theirs(break_it, overlap, caplog):
-    executor = serve(3, overlap, prepare=break_it, num_errors=1)
+def test_a_drop_that_fails_half_way_ends_its_request_alone_and_no_other_drops_more(break_it, overlap, caplog):
+    dropped_when_off = []
+
+    def prepare(dropper, requests):
+        break_it(dropper, requests)
+        drop = dropper._drop
+
+        def dropping(request, pages):
+            dropped_when_off.append(dropper.failures.is_off)
+            drop(request, pages)
+
+        dropper._drop = dropping
+
+    executor = serve(3, overlap, prepare=prepare, num_errors=1)
+    assert dropped_when_off
+    assert not any(dropped_when_off)
     ended = [r for r in executor.requests if r.finish_reason is FinishReason.CANCELLED]
     assert len(ended) == executor.dropper.failures.num_failed_requests == 1
-    assert executor.dropper.num_dropped > 0
     assert f"request {ended[0].py_request_id} is ended alone" in caplog.text
     assert caplog.text.count("shares nothing new from now on") == 1
     for request in executor.requests:

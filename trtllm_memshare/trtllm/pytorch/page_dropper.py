@@ -153,6 +153,7 @@ class PageDropper:
             except Exception as error:  # its rows are moved in part, or its length is not what the manager holds
                 self.failures.stop(f"dropping pages of request {request_id}", error)
                 self.failures.end_requests([by_id[request_id]], str(error))
+                return  # nothing of the others has changed yet
 
     def _span(self, request: Any) -> tuple[int, int, int]:
         """Generated pages as they lie now: the first, the end of the full ones, and how many were dropped before."""
