@@ -178,6 +178,15 @@ def test_disaggregated_serving_is_refused(arguments, release, model_config):
         module.get_kv_cache_manager_cls(model_config, make_cache_config(40, 8), **arguments)
 
 
+def test_disaggregated_serving_runs_unshared_where_the_start_goes_on(release, model_config, caplog):
+    module = release("main V1")
+    install(module, make_settings(on_unsupported="warn"))
+    creator = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8))
+    module.get_kv_cache_manager_cls(model_config, make_cache_config(40, 8), cache_transceiver_config=object())
+    assert creator.create().memshare is None
+    assert caplog.text.count("MemShare is off, requests run unshared: sharing excludes disaggregated serving") == 1
+
+
 @pytest.mark.parametrize("on_unsupported", ["stop", "warn"])
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),

@@ -41,7 +41,8 @@ def attach(
     Args:
       manager: constructed, V1 or V2.
       kv_cache_config: TensorRT-LLM's ``KvCacheConfig``.
-      arguments: keyword arguments of the manager's constructor, and ``is_compressed``: TensorRT-LLM compresses it.
+      arguments: keyword arguments of the manager's constructor, and ``is_compressed``: TensorRT-LLM compresses it,
+        ``is_disaggregated``: it serves prompt and generation apart.
       find_model: the model that a manager of these arguments serves; may raise UserError.
       settings: what the user set.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+DISAGGREGATED = "disaggregated serving (serve prompt and generation in one)"
 _NO_SEQUENCE = 2**62
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotations that depend on the position alone, so that one copy of a key can be turned to the place of another."""
@@ -34,6 +35,7 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
         f"a sliding window, got max_attention_window {windows} (remove it, or serve a model without one)": windows,
         f"{host_tier}": host_tier,
         "KV cache compression (remove kv_cache_compression_config)": arguments.get("is_compressed"),
+        DISAGGREGATED: arguments.get("is_disaggregated"),
         "a KV cache connector (remove kv_connector_config)": arguments.get("kv_connector_manager") is not None,
         "attention data parallelism (set enable_attention_dp to false)": mapping.enable_attention_dp,
         f"pipeline parallelism, got pp_size {mapping.pp_size} (set it to 1, use tp_size)": mapping.pp_size > 1,

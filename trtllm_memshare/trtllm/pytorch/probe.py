@@ -25,13 +25,13 @@ from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, look_up
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints
 from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, make_compression_manager, note_arguments
+from trtllm_memshare.trtllm.pytorch.guards import DISAGGREGATED
 from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 
 log = logging.getLogger("trtllm_memshare")
 
 _FACTORY = "create_kv_cache_compression_manager"
-_DISAGGREGATED = "sharing excludes disaggregated serving (serve prompt and generation in one)"
 
 
 class Models:
@@ -117,7 +117,9 @@ def _install_framework(util_module: Any, settings: Settings) -> bool:
 
     def model_reasons(arguments: dict[str, Any]) -> list[str]:
         """The rotation of keys does not matter on this route: they stay as they were written."""
-        return [_DISAGGREGATED] if models.is_disaggregated else models.of(arguments).window_reasons()
+        if models.is_disaggregated:
+            return [f"sharing excludes {DISAGGREGATED}"]
+        return models.of(arguments).window_reasons()
 
     @functools.wraps(original)
     def create(config: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -172,7 +174,8 @@ def wrap_init(manager_class: type, models: Models, settings: Settings) -> None:
     def __init__(self: Any, kv_cache_config: Any, *arguments: Any, **keywords: Any) -> None:
         original(self, kv_cache_config, *arguments, **keywords)
         if type(self) is manager_class and not (keywords.get("is_draft") or keywords.get("is_estimating_kv_cache")):
-            attach(self, kv_cache_config, {**keywords, "is_compressed": models.is_compressed}, models.of, settings)
+            noticed = {"is_compressed": models.is_compressed, "is_disaggregated": models.is_disaggregated}
+            attach(self, kv_cache_config, {**keywords, **noticed}, models.of, settings)
 
     manager_class.__init__ = __init__  # type: ignore[misc]
 
@@ -184,8 +187,8 @@ def _check_manager(chosen: type, known: list[type], models: Models, settings: Se
             f"sharing excludes the KV cache manager {chosen.__name__} (serve a model with plain attention, without "
             f"sparse_attention_config)"
         )
-    elif models.is_disaggregated:
-        complain(_DISAGGREGATED)
+    elif models.is_disaggregated and settings.options.on_unsupported == "stop":  # else said when the manager is made
+        complain(f"sharing excludes {DISAGGREGATED}")
 
 
 def _watch_factory(util_module: Any, models: Models) -> None:
