@@ -198,6 +198,35 @@ def test_on_is_installed_when_tensorrt_llm_is_imported(installed):
     assert "MemShare found the KV cache manager in its form V1" in done.stderr
 
 
+TRY_AGAIN = """
+    import sys
+    try:
+        from tensorrt_llm._torch.pyexecutor import _util
+    except Exception as error:
+        print(type(error).__name__)
+    repair()
+    from tensorrt_llm._torch.pyexecutor import _util
+    left = [finder for finder in sys.meta_path if "memshare" in type(finder).__module__]
+    print(_util.get_kv_cache_manager_cls.__module__, len(left))
+    """
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_import_that_failed_and_is_tried_again_shares(installed, is_ours):
+    """It may have failed for want of another library, or for a wrong setting."""
+    (installed / "ready").write_text("")
+    module = installed / "tensorrt_llm" / "_torch" / "pyexecutor" / "_util.py"
+    ready = installed / ("none" if not is_ours else "ready")
+    module.write_text(f"import os\nif not os.path.exists({str(ready)!r}): raise OSError\n" + module.read_text())
+    settings = installed / "settings.json"
+    settings.write_text('{"preset": "none"}' if is_ours else "{}")
+    repair = f"def repair():\n    open({str(settings)!r}, 'w').write('{{}}')\n    open({str(ready)!r}, 'w').close()\n"
+    variables = {"TRTLLM_MEMSHARE_ENABLE": "1", "TRTLLM_MEMSHARE_CONFIG": str(settings)}
+    done = run_python(installed, repair + textwrap.dedent(TRY_AGAIN), **variables)
+    failed = "UserError" if is_ours else "OSError"
+    assert done.stdout.split() == [failed, "trtllm_memshare.trtllm.pytorch.probe", "0"], done.stderr
+
+
 def test_a_program_without_tensorrt_llm_is_left_alone(installed):
     done = run_python(installed, "import sys; print('torch' in sys.modules)", TRTLLM_MEMSHARE_ENABLE="1")
     assert done.stdout.split() == ["False"], done.stderr

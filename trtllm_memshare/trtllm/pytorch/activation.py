@@ -20,23 +20,35 @@ TARGET = "tensorrt_llm._torch.pyexecutor._util"
 
 
 class PostImportHook(importlib.abc.MetaPathFinder):
-    """Calls a function with a module right after it was imported. Finds nothing itself."""
+    """Calls a function with a module right after it was imported. Finds nothing itself.
+
+    It stays until both have gone well: an import that failed may be tried again.
+    """
 
     def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
         self._name, self._action = name, action
+        self._is_asking = False  # the other finders
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec that the other finders have, with a loader that runs the action; None for any other module."""
-        if fullname != self._name:
+        if fullname != self._name or self._is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_asking = False
         if spec is None or spec.loader is None:
             return spec
-        spec.loader = _Loader(spec.loader, self._action)
+        spec.loader = _Loader(spec.loader, self._act)
         return spec
+
+    def _act(self, module: ModuleType) -> None:
+        self._action(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 class _Loader(importlib.abc.Loader):
