@@ -41,7 +41,7 @@ class GivingUp:
         self._manager, self._requests, self._tail, self._rows = manager, requests, tail, rows
         self._shares, self._lose = shares, lose
         self._again: dict[int, np.ndarray] = {}  # pages that paused requests had given up
-        self._counted: set[tuple[int, int]] = set()
+        self._counted: dict[int, set[int]] = {}  # by request: pages that shadow has counted
         self.num_resumed = 0
 
     def retire(self, choice: Choice, step: int) -> None:
@@ -51,9 +51,10 @@ class GivingUp:
           Exception: the first problem of any request, after all of them were carried out.
         """
         if not self._shares:
-            new = {(request_id, page) for request_id, pages in choice for page in pages} - self._counted
-            self._counted |= new
-            self._manager.count_shadow(list(new))
+            for request_id, pages in choice:
+                counted = self._counted.setdefault(request_id, set())
+                self._manager.count_shadow(list(set(pages) - counted))
+                counted.update(pages)
             return
         retired: Choice = []
         try:
@@ -81,6 +82,7 @@ class GivingUp:
         request_id = request.py_request_id
         if getattr(request.state, "name", "") == "GENERATION_COMPLETE":
             self._again.pop(request_id, None)
+            self._counted.pop(request_id, None)
         elif self._requests.get(request_id) is not None:
             null = self._manager.pool.is_null[self._manager.block_table(request_id)]
             if null.any():
