@@ -104,6 +104,22 @@ def test_nobody_is_paused_where_floors_allow_it(manager_class, config, null_page
     assert not shared.failures.num_errors
 
 
+def test_suspended_requests_leave_our_tables_room_for_those_that_run(null_pages, caplog):
+    """V2 keeps what they hold on the host, twenty requests of 24 pages each over a pool of 60."""
+    make = make_sharing_class(FakeMainKVCacheManagerV2, null_pages=null_pages, **{**PRESSURE, "min_kept": 0.75})
+    manager = make_manager(make, 60, 8, max_batch_size=24, config={"host_cache_size": 1 << 30})
+    executor, rng, behind = FakeExecutor(manager, True), random.Random(3), 0
+    for request_id in range(20):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    while executor.active:
+        executor.step()
+        behind += sum(known.is_behind for known in manager.memshare.requests)
+        check_contents(executor)
+    assert executor.num_pauses > 20
+    assert behind == 0
+    assert "have no room for request" not in caplog.text
+
+
 def test_before_somebody_is_paused_even_a_page_here_and_there_goes(null_pages):
     """While nobody would be, so few are not worth a look at all requests in every iteration."""
     make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "min_kept": 0.5, "min_run_tokens": 500})

@@ -203,9 +203,11 @@ def test_reused_prefixes_stay_and_shared_text_never_enters_the_tree(overlap, see
     assert sum(executor.manager.impl.ref_count) == 0
 
 
-def test_requests_that_outgrow_our_tables_wait_and_stop_nothing(monkeypatch):
+def test_requests_that_outgrow_our_tables_wait_and_stop_nothing(monkeypatch, caplog):
     """Long prompts held once by TensorRT-LLM need a virtual block for each request that reads them."""
     monkeypatch.setattr(KVCacheManager, "append_tokens", refusing_now_and_then(KVCacheManager.append_tokens))
+    run("V1", 5, overlap=True)
+    assert caplog.text.count("have no room for request") == 1
     behind = [run("V1", seed, overlap=True).manager.memshare.manager.stats().shared for seed in range(3)]
     assert sum(behind) > 0
 

@@ -18,12 +18,14 @@ class CacheBackend(Protocol):
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``, the live pool.
       max_blocks_per_seq: entries of a row of the block table.
       max_batch_size: most requests at once.
+      max_held_blocks: most blocks that requests hold at once, each counted for whoever reads it, wherever it lies.
       protects_prompt_only: False when pages of a resumed request's old tokens may be known to the reuse tree.
     """
 
     pool: torch.Tensor
     max_blocks_per_seq: int
     max_batch_size: int
+    max_held_blocks: int
     protects_prompt_only: bool
 
     def pages(self, request_id: int) -> list[int]:
@@ -57,6 +59,10 @@ class _Backend:
         self.max_batch_size = int(manager.max_batch_size)
         self.protects_prompt_only = not manager.enable_block_reuse
 
+    def _max_held(self, pools: int) -> int:
+        """What so many pools would hold, and no more than all requests at their full length."""
+        return min(pools * self.pool.shape[0], self.max_batch_size * self.max_blocks_per_seq)
+
     def _shape(self, num_blocks: int) -> tuple[int, ...]:
         m = self._manager
         return (num_blocks, m.num_local_layers, 2, m.num_kv_heads_per_layer[0], m.tokens_per_block, m.head_dim)
@@ -76,6 +82,8 @@ class V1Backend(_Backend):
                 f"head_dim] = {list(shape)}, got {list(pool.shape)} (this TensorRT-LLM lays its pool out differently)"
             )
         self.pool = _typed(pool, manager.dtype).view(shape)
+        # A page of the reuse tree is read by several requests.
+        self.max_held_blocks = self._max_held(1 if self.protects_prompt_only else 4)
 
     def pages(self, request_id: int) -> list[int]:
         """See ``CacheBackend.pages``. A vector of C++ until 1.2: it equals no list, so it is copied into one."""
@@ -118,6 +126,9 @@ class V2Backend(_Backend):
             raise UserError(f"the pool must hold {layers} layers a page, got {first.shape[0]} pages of one layer")
         self._layers = layers
         self.pool = _typed(first, manager.dtype).view(self._shape(first.shape[0] // layers))
+        # Suspended requests keep blocks on the host, whose tier is as large as the pool unless it was set. One costs
+        # our tables 22 bytes, and 4 more a token: there is room for a larger tier.
+        self.max_held_blocks = self._max_held(4)
 
     def pages(self, request_id: int) -> list[int]:
         """See ``CacheBackend.pages``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -14,6 +15,8 @@ from trtllm_memshare.trtllm.pytorch.agenda import Agenda
 from trtllm_memshare.trtllm.pytorch.guards import disaggregated_kind
 from trtllm_memshare.trtllm.pytorch.page_list import PageList
 from trtllm_memshare.trtllm.pytorch.wishes import Wishes
+
+log = logging.getLogger("trtllm_memshare")
 
 _BEAM = 0
 
@@ -85,6 +88,7 @@ class KnownRequests:
         self._late: set[int] = set()  # requests that were due in an iteration without them
         self._active: Mapping[int, Any] = {}
         self._order: dict[int, int] = {}
+        self._has_said_full = False
 
     def __getitem__(self, request_id: int) -> KnownRequest:
         return self._known[request_id]
@@ -174,6 +178,7 @@ class KnownRequests:
         shares = not self.wishes.keeps_whole(request)
         if not self._manager.add_sequence(request_id, np.array(token_ids, np.int32), prompt, shares=shares):
             self._manager.forget_paused(request_id)
+            self._say_full(request_id)
             return None
         known = KnownRequest(request, request_id, len(token_ids))
         self._manager.mark_computed(request_id, len(token_ids) - 1)
@@ -183,11 +188,23 @@ class KnownRequests:
     def _append(self, known: KnownRequest, token_ids: list[int]) -> None:
         known.is_behind = not self._manager.append_tokens(known.request_id, token_ids)
         if known.is_behind:
+            self._say_full(known.request_id)
             return
         known.num_tokens += len(token_ids)
         # Without the overlap scheduler the newest token's K and V are written by the coming forward pass.
         self._manager.mark_computed(known.request_id, known.num_tokens - 1)
         self._manager.match(known.request_id)
+
+    def _say_full(self, request_id: int) -> None:
+        if not self._has_said_full:
+            self._has_said_full = True
+            log.warning(
+                "MemShare's tables of %d blocks and %d requests have no room for request %s, so that requests like it "
+                "share nothing new for now (suspended ones may fill them: lower max_batch_size; said once)",
+                self._manager.pool.num_usable,
+                self._max_parked,
+                request_id,
+            )
 
 
 def _tokens_from(request: Any, first: int, count: int) -> list[int]:

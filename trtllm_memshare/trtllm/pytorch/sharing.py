@@ -90,10 +90,7 @@ class Sharing:
         self.failures, self._stream = failures, ForwardStream()
         size, reserved = backend.pool.shape[4], 0 if null_rows is None else len(null_rows.pages.blocks)
         self.manager = KVCacheManager(
-            # Pages of the reuse tree belong to several requests, virtual blocks to one each.
-            num_blocks=backend.pool.shape[0] * (1 if backend.protects_prompt_only else 4)
-            + backend.max_batch_size
-            + reserved,
+            num_blocks=backend.max_held_blocks + backend.max_batch_size + reserved,
             num_layers=backend.pool.shape[1],
             tokens_per_block=size,
             max_blocks_per_seq=backend.max_blocks_per_seq,
