@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 
 import pytest
@@ -96,6 +97,70 @@ def test_a_template_gets_the_tools_and_documents_of_a_request():
     assert asyncio.run(service.render(CHAT["messages"], options)) == "add a page hi"
     with pytest.raises(UserError, match="the chat template cannot be applied"):
         asyncio.run(service.render(CHAT["messages"], {"tools": 5}))
+
+
+def counted_app(tokenizer, max_requests):
+    """The application, and how many requests ended in one way or another."""
+    registry = CollectorRegistry()
+    metrics = RequestMetrics(registry)
+
+    async def submit(inputs):
+        raise AssertionError("nothing reaches the executor")
+
+    texts = TextService(tokenizer, TextLimits(50, 1000, max_requests), submit, metrics)
+    app = make_app(Endpoint(texts, "tiny", 100, 400, lambda: True, registry))
+    return app, lambda outcome: registry.get_sample_value("memshare_requests_total", {"outcome": outcome})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "5", "logit_bias": {"1": 1}},
+        {"prompt": ""},
+        {"prompt": "5", "stop": ["x"] * 1025},
+        {"prompt": "5" * 900},
+        {**CHAT, "logit_bias": {"1": 1}},
+        {**CHAT, "stop": ["x"] * 1025},
+        {"messages": [{"role": "user", "content": "5" * 900}]},
+        {"messages": [{"role": "user", "content": "5" * 2000}]},
+        {**CHAT, "chat_template_kwargs": {"tokenize": True}},
+    ],
+)
+def test_what_a_route_refuses_is_counted_once(body):
+    app, count = counted_app(service_targets._Templated(), 8)
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    status, _ = asyncio.run(ask(app, "POST", path, json.dumps(body).encode()))
+    assert (status, count("refused")) == (400, 1)
+    assert count("failed") == count("queue_full") == 0
+
+
+def test_chats_that_find_the_queue_full_are_not_rendered():
+    """Templates take long over long chats: what waits for them counts like any other request."""
+    may_go, num_rendered = threading.Event(), []
+
+    class Slow(service_targets._Templated):
+        def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False, **options):
+            num_rendered.append(1)
+            assert may_go.wait(WAIT)
+            raise ValueError("made up")
+
+    app, count = counted_app(Slow(), 8)
+
+    async def ask_often():
+        body, statuses = json.dumps(CHAT).encode(), []
+        try:
+            asked = [ask(app, "POST", "/v1/chat/completions", body) for _ in range(12)]
+            for answered in asyncio.as_completed(asked, timeout=WAIT):
+                statuses.append((await answered)[0])
+                if len(statuses) == 4:
+                    may_go.set()
+        finally:
+            may_go.set()
+        return statuses
+
+    assert asyncio.run(ask_often()) == [503] * 4 + [400] * 8
+    assert len(num_rendered) == 8
+    assert (count("queue_full"), count("refused")) == (4, 8)
 
 
 def test_a_route_that_is_not_there_says_so_in_the_same_form():

@@ -113,9 +113,10 @@ def make_app(endpoint: Endpoint) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         if body.model not in ("", endpoint.model):
             return _no_model(body.model, endpoint)
-        body.check_extra()
-        inputs = token_inputs(body, body.max_tokens or _DEFAULT_COMPLETION_TOKENS, body.wants_log_probs)
-        prompts = [TextRequest(p, inputs, body.stop_words, [], body.stream, body.echo) for p in body.prompts]
+        with endpoint.service.arriving():
+            body.check_extra()
+            inputs = token_inputs(body, body.max_tokens or _DEFAULT_COMPLETION_TOKENS, body.wants_log_probs)
+            prompts = [TextRequest(p, inputs, body.stop_words, [], body.stream, body.echo) for p in body.prompts]
         replies = Replies(endpoint.model, endpoint.service.tokenizer, body.n, False, body.wants_log_probs)
         return await _answer(endpoint, body, prompts, replies, request)
 
@@ -123,19 +124,19 @@ def make_app(endpoint: Endpoint) -> FastAPI:
     async def chat(body: ChatRequest, request: Request) -> Response:
         if body.model not in ("", endpoint.model):
             return _no_model(body.model, endpoint)
-        body.check_extra()
-        messages = [m.for_template() for m in body.messages]
-        text = await endpoint.service.render(messages, body.chat_template_kwargs)
-        # The template writes the special tokens itself.
-        ids = await endpoint.service.tokenize(text, add_special_tokens=False)
-        room = max(1, min(endpoint.max_output_tokens, endpoint.max_seq_len - len(ids)))
-        inputs = token_inputs(body, body.max_completion_tokens or body.max_tokens or room, body.wants_log_probs)
+        with endpoint.service.arriving():
+            body.check_extra()
+            messages = [m.for_template() for m in body.messages]
+            text = await endpoint.service.render(messages, body.chat_template_kwargs)
+            # The template writes the special tokens itself.
+            ids = await endpoint.service.tokenize(text, add_special_tokens=False)
+            room = max(1, min(endpoint.max_output_tokens, endpoint.max_seq_len - len(ids)))
+            inputs = token_inputs(body, body.max_completion_tokens or body.max_tokens or room, body.wants_log_probs)
+            prompts = [TextRequest(ids, inputs, body.stop_words, streams=body.stream)]
         replies = Replies(
             endpoint.model, endpoint.service.tokenizer, body.n, True, body.wants_log_probs, ends_inside(text)
         )
-        return await _answer(
-            endpoint, body, [TextRequest(ids, inputs, body.stop_words, streams=body.stream)], replies, request
-        )
+        return await _answer(endpoint, body, prompts, replies, request)
 
     return app
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,23 @@ class TextService:
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="memshare-tokenizer")
         self._num_active = 0
 
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """What is done to a request before ``answer`` has its prompt: it counts as a request, and so do its errors.
+
+        Raises:
+          QueueFullError: there is no room for it, so that nothing is done for it.
+        """
+        self._num_active += 1
+        try:
+            self._check_room()
+            yield
+        except BaseException as error:
+            self._outcomes.count_error(error)
+            raise
+        finally:
+            self._num_active -= 1
+
     async def answer(self, request: TextRequest) -> AsyncGenerator[TextEvent, None]:
         """Events of one prompt. Leaving early cancels it.
 
@@ -121,10 +138,7 @@ class TextService:
 
     async def _inputs(self, request: TextRequest) -> dict[str, Any]:
         """Inputs of the token level, as lists and numbers."""
-        if self._num_active > self._limits.max_requests:
-            raise QueueFullError(
-                f"the queue is full: {self._limits.max_requests} requests are in the system (try again later)"
-            )
+        self._check_room()
         ids = request.prompt if isinstance(request.prompt, list) else await self.tokenize(request.prompt)
         check_prompt_length(len(ids), self._limits.max_prompt_tokens)
         inputs = {
@@ -194,6 +208,12 @@ class TextService:
                 raise UserError(f"the chat template cannot be applied: {describe(error)}") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, apply)
+
+    def _check_room(self) -> None:
+        if self._num_active > self._limits.max_requests:
+            raise QueueFullError(
+                f"the queue is full: {self._limits.max_requests} requests are in the system (try again later)"
+            )
 
     def _check_size(self, text: str) -> None:
         # A character has at most four bytes: most prompts need no encoding to be measured.
