@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
+from trtllm_memshare.engine.null_page import NullPageSet
+from trtllm_memshare.engine.null_page_files import save_null_pages
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.runners.engines import load_engine
+from trtllm_memshare.search.config import make_config
+from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
+from trtllm_memshare.triton.pool_size import check_one_fits, enough_blocks
 from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
+from trtllm_memshare.triton.token_model import make_executor
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,31 @@ def test_limits_that_cannot_hold_leave_nothing_behind(engine_dir, tmp_path, opti
     with pytest.raises(UserError, match=message):
         write_repository(RepositoryOptions(engine_dir, tmp_path / "repository", **options))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_null_pages_are_counted_beside_one_request(engine_dir, tmp_path):
+    """Else the server would start, and refuse every request of full length."""
+    folder = tmp_path / "engine"
+    shutil.copytree(engine_dir, folder)
+    engine = load_engine(folder)
+    c, bands = engine.checkpoint, torch.tensor([0, 50, 90, 128], dtype=torch.int32)
+    save_null_pages(
+        folder,
+        NullPageSet(
+            torch.ones(3, c.num_layers, c.num_kv_heads, c.head_dim),
+            bands.numpy(),
+            torch.ones(3, c.num_layers, c.num_attention_heads),
+        ),
+    )
+    sharing = dataclasses.replace(engine, memshare=make_config("aligned"))
+    assert enough_blocks(sharing, 4) == 4 * 8  # nothing is forgotten: the blocks are like any others
+    assert enough_blocks(engine, 4) == 4 * 8 + 3
+    check_one_fits(engine, 11)
+    message = r"must hold one request of max_seq_len 128: 8 blocks of 16 tokens and 3 null pages, got 10 .set it to 11"
+    with pytest.raises(UserError, match=message):
+        write_repository(RepositoryOptions(folder, tmp_path / "repository", kv_cache_blocks=10))
+    with pytest.raises(UserError, match=message):
+        make_executor(engine, 10, MAX_UTILIZATION)
 
 
 def test_a_folder_with_other_things_is_not_replaced(engine_dir, tmp_path):

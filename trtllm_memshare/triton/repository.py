@@ -14,6 +14,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 from trtllm_memshare.triton.model_configs import MODELS, write_model
+from trtllm_memshare.triton.pool_size import check_one_fits, enough_blocks
 
 _BYTES_PER_TOKEN = 16  # of the default limit in bytes; text of several languages has three to five
 _PERIODS_MS = (10, 60_000)
@@ -121,14 +122,10 @@ def deployment_limits(engine: Engine, options: RepositoryOptions) -> Deployment:
       UserError: limits that cannot hold, or a pool too small for one request.
     """
     build = engine.build
-    size, longest = build.tokens_per_block, build.max_seq_len
-    one_request = -(-longest // size)
-    blocks = one_request * build.max_batch_size if options.kv_cache_blocks is None else options.kv_cache_blocks
-    if blocks < one_request:
-        raise UserError(
-            f"--kv-cache-blocks must hold one request of max_seq_len {longest}: {one_request} blocks of {size} tokens, "
-            f"got {blocks}"
-        )
+    longest, blocks = build.max_seq_len, options.kv_cache_blocks
+    if blocks is None:
+        blocks = enough_blocks(engine, build.max_batch_size)
+    check_one_fits(engine, blocks)
     for name in ("max_prompt_tokens", "max_output_tokens"):
         value = getattr(options, name)
         if value is not None and not 1 <= value < longest:

@@ -15,7 +15,6 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from trtllm_memshare.engine.engine_dir import Engine
-from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.search.steps import BoundaryTokens
@@ -24,6 +23,7 @@ from trtllm_memshare.triton.events import TokenEvent
 from trtllm_memshare.triton.metrics import ExecutorCollector
 from trtllm_memshare.triton.model_base import ServingModel
 from trtllm_memshare.triton.model_configs import parameters_of
+from trtllm_memshare.triton.pool_size import check_one_fits
 from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.runtime import socket_path
 from trtllm_memshare.triton.service import ExecutorService
@@ -108,19 +108,14 @@ def make_executor(engine: Engine, num_blocks: int, policy: str) -> tuple[Executo
     Raises:
       UserError: a pool too small for the engine's longest request.
     """
-    size, longest = engine.build.tokens_per_block, engine.build.max_seq_len
-    if num_blocks < -(-longest // size):
-        raise UserError(
-            f"the KV pool must hold one request of max_seq_len {longest}: {-(-longest // size)} blocks, got "
-            f"{num_blocks} (raise --kv-cache-blocks)"
-        )
+    check_one_fits(engine, num_blocks)
     runner = open_runner(engine, num_blocks)
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     executor = Executor(
         runner,
         engine.memshare,
         BoundaryTokens.from_tokenizer(tokenizer, engine.vocab_size),
-        longest,
+        engine.build.max_seq_len,
         engine.build.max_batch_size,
         engine.build.max_num_tokens,
         policy,
