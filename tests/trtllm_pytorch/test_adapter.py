@@ -287,6 +287,16 @@ def test_a_pool_of_another_layout_is_refused(monkeypatch):
         make_manager(make_sharing_class(), 40, 8)
 
 
+def test_of_a_head_that_is_turned_in_part_only_that_part_is_turned_back():
+    """As of Phi-4-mini: 24 of 32 dimensions."""
+    facts = ModelFacts(
+        transformers.Phi3Config(
+            hidden_size=64, num_attention_heads=2, num_key_value_heads=1, partial_rotary_factor=0.75
+        )
+    )
+    assert facts.inv_freq().shape == (12,)
+
+
 def test_model_facts_come_from_the_checkpoint(model_config, bundled_model, tmp_path):
     facts = ModelFacts.of(model_config)
     from trtllm_memshare.runners.torch.runner import load_model

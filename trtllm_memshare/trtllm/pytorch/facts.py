@@ -67,6 +67,7 @@ class ModelFacts:
 
     def inv_freq(self) -> torch.Tensor:
         """float32 ``[rotary_dim / 2]``, radians per token."""
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+        # Of the classes that are alike for the other models, the one that minds partial_rotary_factor.
+        from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-        return LlamaRotaryEmbedding(config=self.config).inv_freq.float()
+        return Phi3RotaryEmbedding(config=self.config).inv_freq.float()
