@@ -8,8 +8,11 @@ import struct
 import subprocess
 import sys
 
+import gguf as gguf_file_format
+import numpy as np
 import pytest
 import torch
+from conftest import write_random_checkpoint
 from engine.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +67,8 @@ def test_the_folder_that_is_there_stays_until_the_new_one_is_whole(gguf_file, tm
     out.mkdir()
     (out / "mine").write_text("here")
 
-    def fail(_, folder):
+    def fail(*given):
+        folder = given[-1]
         folder.mkdir()
         assert (out / "mine").exists()
         raise MemoryError
@@ -116,6 +120,66 @@ def test_an_output_layer_that_is_left_out_is_the_embedding_as_in_llama_cpp(tmp_p
     folder = convert_gguf(write_tiny_gguf(tmp_path / "x.gguf", leave_out="output.weight"), tmp_path / "out")
     weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+
+
+def factors(writer):
+    writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, 8).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        ("llama", factors, r"has scaled rotations \(tensor rope_freqs.weight\), which is not read from GGUF files"),
+        ("phi3", lambda w: w.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)), "rope_factors_long"),
+        ("qwen2", lambda w: w.add_rope_scaling_type(gguf_file_format.RopeScalingType.YARN),
+         r"scaled rotations \(rope.scaling.type 'yarn', factor 1\)"),
+        ("llama", lambda w: w.add_rope_scaling_factor(4.0), r"rope.scaling.type 'linear', factor 4.0\)"),
+        ("llama", lambda w: w.add_float32("llama.rope.scale_linear", 2.0), r"'linear', factor 2.0\)"),
+        ("phi3", lambda w: w.add_sliding_window(32), r"a sliding window \(attention.sliding_window 32, context"),
+    ],
+)  # fmt: skip
+def test_rotations_and_windows_that_transformers_would_leave_out_are_refused(tmp_path, architecture, change, message):
+    file = write_tiny_gguf(tmp_path / "x.gguf", architecture, change=change)
+    with pytest.raises(UserError, match=message):
+        convert_gguf(file, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def plain_settings(writer):
+    """What llama.cpp's converter writes of a model whose rotations and windows are ordinary."""
+    writer.add_rope_scaling_type(gguf_file_format.RopeScalingType.NONE)
+    writer.add_rope_scaling_orig_ctx_len(128)
+    writer.add_sliding_window(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [plain_settings, lambda w: w.add_rope_scaling_factor(1.0), lambda w: w.add_sliding_window(128)],
+)
+def test_settings_that_change_nothing_are_no_reason_to_refuse(tmp_path, change):
+    check_gguf_header(write_tiny_gguf(tmp_path / "x.gguf", change=change))
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path):
+    """transformers' Llama has biases by a setting that its GGUF reader does not know: it passes over the tensors."""
+    file = write_tiny_gguf(tmp_path / "x.gguf", "llama")
+    with pytest.raises(
+        UserError, match=r"has the tensor blk.0.attn_q.bias, for which .* LlamaForCausalLM has no place"
+    ):
+        convert_gguf(file, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+    file = write_tiny_gguf(tmp_path / "y.gguf", "llama", leave_out=".bias")
+    assert read_checkpoint(convert_gguf(file, tmp_path / "out")).architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen2", "qwen3"])
+def test_every_tensor_of_a_supported_model_has_its_place_by_the_name_of_llama_cpp(tmp_path, family):
+    model = AutoModelForCausalLM.from_pretrained(write_random_checkpoint(tmp_path, family)).state_dict()
+    arch = {"phi3": gguf_file_format.MODEL_ARCH.PHI3, "qwen3": gguf_file_format.MODEL_ARCH.QWEN3}.get(family)
+    names = gguf_file_format.get_tensor_name_map(arch or gguf_file_format.MODEL_ARCH.QWEN2, 2)
+    theirs = {key: names.get_name(key, (".weight", ".bias")) for key in model}
+    assert None not in theirs.values()
+    assert [name for name in theirs.values() if not gguf._has_place(name, model)] == []
 
 
 def header(*pairs: bytes, tensors: tuple[str, ...] = ()) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -12,9 +13,20 @@ from tokenizers.pre_tokenizers import ByteLevel
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 2, 64, 96, 4, 2, 260
 
 
-def write_tiny_gguf(path: Path, architecture: str = "qwen2", leave_out: str = "") -> Path:
-    """Random weights, matrices in Q4_1, vectors in float32; ``leave_out``: a tensor that is not written."""
-    rng = np.random.default_rng(0)
+def write_tiny_gguf(
+    path: Path,
+    architecture: str = "qwen2",
+    leave_out: str = "",
+    change: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+    seed: int = 0,
+) -> Path:
+    """Random weights, matrices in Q4_1, vectors in float32.
+
+    Args:
+      leave_out: a tensor that is not written; ".bias" leaves out all of that ending.
+      change: adds what else the file is to hold.
+    """
+    rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_block_count(LAYERS)
@@ -38,7 +50,7 @@ def write_tiny_gguf(path: Path, architecture: str = "qwen2", leave_out: str = ""
 
     def add(name: str, *shape: int) -> None:
         values = rng.normal(0, 0.2, shape).astype(np.float32)
-        if name == leave_out:
+        if name == leave_out or (leave_out == ".bias" and name.endswith(leave_out)):
             return
         if len(shape) == 1:
             writer.add_tensor(name, values)
@@ -60,6 +72,7 @@ def write_tiny_gguf(path: Path, architecture: str = "qwen2", leave_out: str = ""
             ("ffn_gate.weight", INNER, HIDDEN), ("ffn_up.weight", INNER, HIDDEN), ("ffn_down.weight", HIDDEN, INNER),
         ):  # fmt: skip
             add(f"blk.{layer}.{name}", *shape)
+    change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -14,6 +15,25 @@ from trtllm_memshare.engine.gguf_header import check_gguf_header
 from trtllm_memshare.errors import UserError, shorten
 
 _NEEDS = ("gguf", "accelerate")
+_PLACES = {
+    "token_embd": ("model.embed_tokens",),
+    "output": ("lm_head",),
+    "output_norm": ("model.norm",),
+    "attn_norm": ("input_layernorm",),
+    "attn_q": ("self_attn.q_proj",),
+    "attn_k": ("self_attn.k_proj",),
+    "attn_v": ("self_attn.v_proj",),
+    "attn_qkv": ("self_attn.qkv_proj",),
+    "attn_q_norm": ("self_attn.q_norm",),
+    "attn_k_norm": ("self_attn.k_norm",),
+    "attn_output": ("self_attn.o_proj",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "ffn_gate": ("mlp.gate_proj",),
+    "ffn_up": ("mlp.up_proj", "mlp.gate_up_proj"),
+    "ffn_down": ("mlp.down_proj",),
+}
+"""llama.cpp's names of tensors, and those that transformers has in the architectures of ``SUPPORTED``."""
+_TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 
 
 def is_gguf(path: Path) -> bool:
@@ -51,7 +71,7 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     Raises:
       UserError: no GGUF file, another architecture, packages that are missing, or a folder that is there already.
     """
-    check_gguf_header(gguf_file)
+    tensors = check_gguf_header(gguf_file)
     if output_dir.exists() and not force:
         raise UserError(f"{output_dir} exists already (add --force to replace it, or name another --output-dir)")
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
@@ -63,7 +83,7 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     part = output_dir.with_name(f".{output_dir.name}.{secrets.token_hex(4)}")  # nobody else's, whoever converts beside
     old = part.with_name(f"{part.name}.old")
     try:
-        _save_plain(gguf_file, part)
+        _save_plain(gguf_file, tensors, part)
         if output_dir.exists():
             output_dir.rename(old)
         try:
@@ -79,8 +99,12 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     return output_dir
 
 
-def _save_plain(gguf_file: Path, folder: Path) -> None:
-    """transformers refuses to save what it read from a GGUF file as quantized, so a plain model takes the weights."""
+def _save_plain(gguf_file: Path, tensors: list[str], folder: Path) -> None:
+    """transformers refuses to save what it read from a GGUF file as quantized, so a plain model takes the weights.
+
+    Args:
+      tensors: names of all that the file holds: transformers passes over those that it has no place for.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
@@ -114,9 +138,24 @@ def _save_plain(gguf_file: Path, folder: Path) -> None:
     lost = [key for key in missing if not (plain.tie_word_embeddings and key == "lm_head.weight")]
     if lost or unknown:
         raise UserError(f"{gguf_file} does not hold the weights of a {name}: {(lost + list(unknown))[0]} does not fit")
+    if left := [tensor for tensor in tensors if not _has_place(tensor, model.state_dict())]:
+        raise UserError(
+            f"{gguf_file} has the tensor {shorten(left[0])}, for which transformers' {name} has no place: the model "
+            f"would compute something else (take its Hugging Face checkpoint)"
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _make_portable(folder)
+
+
+def _has_place(tensor: str, model: dict[str, Any]) -> bool:
+    """Whether a tensor of a GGUF file is one of a model's ``state_dict``: blk.0.attn_q.bias, if its q_proj has one."""
+    found = _TENSOR.fullmatch(tensor)
+    if found is None:
+        return False
+    layer, stem, kind = found.groups()
+    before = "" if layer is None else f"model.layers.{layer}."
+    return any(f"{before}{place}.{kind}" in model for place in _PLACES.get(stem, ()))
 
 
 def _make_portable(folder: Path) -> None:

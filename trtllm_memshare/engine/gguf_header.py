@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 from trtllm_memshare.errors import UserError, quote
 
@@ -34,10 +35,25 @@ _NUM_PARTS = b"split.count"
 _BLOCK_COUNT = re.compile(rb"[^.]*\.block_count")
 """Of any architecture: transformers takes that of another one too. ``x.vision.block_count`` is an image tower's."""
 _BLOCK = re.compile(rb"blk\.(\d{1,4})\.")
+_ATTENTION = re.compile(rb"[^.]*\.(rope\.scaling\.type|rope\.scaling\.factor|rope\.scale_linear"
+                        rb"|attention\.sliding_window|context_length)")  # fmt: skip
+"""Keys of any architecture that say what a token attends to and how it is rotated."""
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_ROTATIONS = re.compile(rb"rope_(freqs|factors_long|factors_short)\b")
 
 
-def check_gguf_header(path: Path) -> None:
-    """Raises UserError if a file is no GGUF file, or its header announces more than there is."""
+def check_gguf_header(path: Path) -> list[str]:
+    """Checks the header of a GGUF file, and that transformers leaves out nothing that attention depends on.
+
+    transformers reads the weights and the base of the rotation, but neither scaled rotations nor sliding windows: a
+    model with one would come out as one without.
+
+    Returns:
+      The names of the file's tensors.
+
+    Raises:
+      UserError: no GGUF file, a header that announces more than there is, or a rotation or window that would be lost.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_HEADER_BYTES)
@@ -47,7 +63,8 @@ def check_gguf_header(path: Path) -> None:
     if data[:4] != MAGIC:
         raise UserError(f"{path} is no GGUF file: it must start with {MAGIC!r}, got {data[:4]!r} (download it again)")
     try:
-        num_parts = _Header(data, size).walk()
+        header = _Header(data, size)
+        num_parts = header.walk()
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error} (download it again)") from error
     if num_parts > 1:
@@ -55,6 +72,12 @@ def check_gguf_header(path: Path) -> None:
             f"{path} is one of {num_parts} files that hold a model together, expected one file with all of it (merge "
             f"them with gguf-split --merge)"
         )
+    if lost := header.lost_in_reading():
+        raise UserError(
+            f"{path} has {lost}, which is not read from GGUF files: the model would compute something else (take its "
+            f"Hugging Face checkpoint)"
+        )
+    return [name.decode("utf-8", "replace") for name in header.tensors]
 
 
 class _Header:
@@ -63,6 +86,8 @@ class _Header:
     def __init__(self, data: bytes, file_size: int) -> None:
         self._data, self._file_size, self._place = data, file_size, len(MAGIC)
         self._elements_left = MAX_ELEMENTS
+        self.tensors: list[bytes] = []
+        self._attention: dict[str, Any] = {}  # by the key without its architecture
 
     def walk(self) -> int:
         """Number of files that the model is split into; raises ValueError at the first thing that cannot be."""
@@ -76,6 +101,8 @@ class _Header:
             (kind,) = self._take("<I")
             start = self._place
             self._skip_values(kind, 1)
+            if found := _ATTENTION.fullmatch(key):
+                self._attention[found[1].decode()] = self._value(kind, start)
             if kind in _COUNTS and (key == _NUM_PARTS or _BLOCK_COUNT.fullmatch(key)):
                 value = int.from_bytes(self._data[start : self._place], "little")
                 if key == _NUM_PARTS:
@@ -83,7 +110,8 @@ class _Header:
                 else:
                     announced.add(value)
         for _ in range(num_tensors):
-            if found := _BLOCK.match(self._take_string()):
+            self.tensors.append(self._take_string())
+            if found := _BLOCK.match(self.tensors[-1]):
                 stored = max(stored, int(found[1]) + 1)
             (dimensions,) = self._take("<I")
             if dimensions > _MAX_DIMENSIONS:
@@ -96,6 +124,29 @@ class _Header:
             if num_parts < 2 and stored and count != stored:  # each is built before a weight is read
                 raise ValueError(f"its block_count is {count}, its tensors are of {stored} blocks")
         return num_parts
+
+    def lost_in_reading(self) -> str:
+        """What of the attention transformers would leave out, in words; empty if nothing."""
+        for name in self.tensors:
+            if _ROTATIONS.match(name):
+                return f"scaled rotations (tensor {name.decode('utf-8', 'replace')})"
+        said = self._attention
+        # As llama.cpp reads it: a factor without a type is linear, and a factor of 0 or none is 1.
+        kind = said.get("rope.scaling.type", "linear")
+        factor = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1
+        if kind != "none" and (kind != "linear" or factor != 1):
+            return f"scaled rotations (rope.scaling.type {quote(kind)}, factor {quote(factor)})"
+        window, length = said.get("attention.sliding_window") or 0, said.get("context_length") or 0
+        if window and (not isinstance(window, int) or not isinstance(length, int) or window < length):
+            return f"a sliding window (attention.sliding_window {quote(window)}, context_length {quote(length)})"
+        return ""
+
+    def _value(self, kind: int, start: int) -> Any:
+        """The text or number that was walked over from ``start`` on; of an array, that it is one."""
+        data = self._data[start : self._place]
+        if kind == _STRING:
+            return data[8:].decode("utf-8", "replace")
+        return struct.unpack(f"<{_NUMBERS[kind]}", data)[0] if kind in _NUMBERS else "an array"
 
     def _skip_values(self, kind: int, count: int) -> None:
         if kind in _SCALARS:
