@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf as gguf_file_format
 import numpy as np
@@ -62,10 +65,40 @@ def test_an_engine_is_built_from_the_file_and_the_folder_beside_it_is_used_again
     assert (tmp_path / "tiny" / "model.safetensors").stat().st_mtime_ns == written
 
 
+def test_another_file_under_the_name_is_not_served_as_the_one_before_whatever_its_date(tmp_path):
+    file = write_tiny_gguf(tmp_path / "x.gguf")
+    folder = checkpoint_of_gguf(file)
+    assert checkpoint_of_gguf(file) == folder
+    other = write_tiny_gguf(tmp_path / "y.gguf", seed=1)
+    os.utime(other, ns=(0, file.stat().st_mtime_ns - 10**9))  # as a download keeps its date
+    other.replace(file)
+    with pytest.raises(UserError, match=r"/x was made from another file than .*x.gguf \(remove the folder"):
+        checkpoint_of_gguf(file)
+    (folder / "gguf.source").unlink()  # a folder that was made before the note was
+    assert checkpoint_of_gguf(file) == folder
+    os.utime(file, ns=(0, (folder / "config.json").stat().st_mtime_ns + 10**9))
+    with pytest.raises(UserError, match="was made from another file"):
+        checkpoint_of_gguf(file)
+
+
+def test_force_replaces_no_folder_but_a_models(gguf_file, tmp_path):
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"thesis must be a model's folder or empty .* got no config.json with archit"):
+        convert_gguf(gguf_file, mine, force=True)
+    assert (mine / "thesis.tex").read_text() == "years"
+    (mine / "thesis.tex").unlink()
+    convert_gguf(gguf_file, mine, force=True)  # empty
+    convert_gguf(gguf_file, mine, force=True)  # a model's
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
+
+
 def test_the_folder_that_is_there_stays_until_the_new_one_is_whole(gguf_file, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("here")
+    (out / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
 
     def fail(*given):
         folder = given[-1]
@@ -78,7 +111,19 @@ def test_the_folder_that_is_there_stays_until_the_new_one_is_whole(gguf_file, tm
         convert_gguf(gguf_file, out, force=True)
     assert (out / "mine").read_text() == "here"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    monkeypatch.setattr(gguf, "_save_plain", lambda *_: None)  # what was written has gone
+    monkeypatch.setattr(gguf, "_save_plain", lambda *given: given[-1].mkdir())
+    with pytest.raises(UserError, match=r"tiny.gguf is not served: .*out/config.json .*\(nothing was written\)"):
+        convert_gguf(gguf_file, out, force=True)
+    assert (out / "mine").read_text() == "here"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def no_renaming(path, target):
+        if path.name.endswith(".old") or target.name.endswith(".old"):
+            return os.rename(path, target)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(gguf, "read_checkpoint", lambda _: None)
+    monkeypatch.setattr(Path, "rename", no_renaming)
     with pytest.raises(UserError, match=r"cannot write .*out: No such file or directory"):
         convert_gguf(gguf_file, out, force=True)
     assert (out / "mine").read_text() == "here"

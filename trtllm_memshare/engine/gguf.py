@@ -13,8 +13,10 @@ from typing import Any
 from trtllm_memshare.engine.checkpoint import SUPPORTED, portable_config, read_checkpoint
 from trtllm_memshare.engine.gguf_header import check_gguf_header
 from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.json_input import read_json
 
 _NEEDS = ("gguf", "accelerate")
+_SOURCE_FILE = "gguf.source"  # by its ending nothing that engines copy
 _PLACES = {
     "token_embd": ("model.embed_tokens",),
     "output": ("lm_head",),
@@ -45,14 +47,14 @@ def checkpoint_of_gguf(gguf_file: Path) -> Path:
     """The checkpoint folder beside a GGUF file, ``x.gguf`` -> ``x/``; dequantizes the file where there is none yet.
 
     Raises:
-      UserError: see ``convert_gguf``; or a folder there that is no checkpoint, or is older than the file.
+      UserError: see ``convert_gguf``; or a folder there that is no checkpoint, or was made from another file.
     """
     folder = gguf_file.with_suffix("")
     if not folder.exists():
         return convert_gguf(gguf_file, folder)
     read_checkpoint(folder)
-    if gguf_file.is_file() and (folder / "config.json").stat().st_mtime < gguf_file.stat().st_mtime:
-        raise UserError(f"{folder} is older than {gguf_file}, which it was made from (remove the folder, build again)")
+    if gguf_file.is_file() and not _is_made_from(folder, gguf_file):
+        raise UserError(f"{folder} was made from another file than {gguf_file} (remove the folder, build again)")
     return folder
 
 
@@ -63,17 +65,19 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
 
     Args:
       gguf_file: of an architecture in ``SUPPORTED``.
-      output_dir: must not exist, unless ``force``.
+      output_dir: must not exist, unless ``force``: then it may be a model's folder, or empty.
 
     Returns:
       ``output_dir``.
 
     Raises:
-      UserError: no GGUF file, another architecture, packages that are missing, or a folder that is there already.
+      UserError: no GGUF file, another architecture, packages that are missing, a folder that is there already or is no
+        model's, or a model that ``read_checkpoint`` refuses.
     """
     tensors = check_gguf_header(gguf_file)
-    if output_dir.exists() and not force:
-        raise UserError(f"{output_dir} exists already (add --force to replace it, or name another --output-dir)")
+    source = _source(gguf_file)  # before it is read: a file that changes meanwhile is another one
+    if output_dir.exists():
+        _check_replaceable(output_dir, force)
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -84,6 +88,13 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     old = part.with_name(f"{part.name}.old")
     try:
         _save_plain(gguf_file, tensors, part)
+        try:
+            read_checkpoint(part)
+        except UserError as error:
+            raise UserError(
+                f"{gguf_file} is not served: {str(error).replace(str(part), str(output_dir))} (nothing was written)"
+            ) from error
+        (part / _SOURCE_FILE).write_text(json.dumps(source) + "\n")
         if output_dir.exists():
             output_dir.rename(old)
         try:
@@ -95,8 +106,37 @@ def convert_gguf(gguf_file: Path, output_dir: Path, force: bool = False) -> Path
     finally:
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
-    read_checkpoint(output_dir)
     return output_dir
+
+
+def _source(gguf_file: Path) -> dict[str, int]:
+    """What tells a file from another one under its name: an older one may come, with the date of its own day."""
+    stat = gguf_file.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _is_made_from(folder: Path, gguf_file: Path) -> bool:
+    note = folder / _SOURCE_FILE
+    if note.is_file():
+        return bool(read_json(note, "the checkpoint", "remove the folder, build again") == _source(gguf_file))
+    # A folder of before, without the note.
+    return (folder / "config.json").stat().st_mtime >= gguf_file.stat().st_mtime
+
+
+def _check_replaceable(output_dir: Path, force: bool) -> None:
+    """Raises UserError unless what is there may go: by ``force``, and only what a model's folder is."""
+    if not force:
+        raise UserError(f"{output_dir} exists already (add --force to replace it, or name another --output-dir)")
+    config = output_dir / "config.json"
+    if config.is_file() and read_json(config, "the folder to replace", "name another --output-dir").get(
+        "architectures"
+    ):
+        return
+    if not output_dir.is_dir() or any(output_dir.iterdir()):
+        raise UserError(
+            f"{output_dir} must be a model's folder or empty to be replaced, got no config.json with architectures "
+            f"(move it away, or name another --output-dir)"
+        )
 
 
 def _save_plain(gguf_file: Path, tensors: list[str], folder: Path) -> None:

