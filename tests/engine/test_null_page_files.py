@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_random_checkpoint
 from engine.centred_model import write_centred_checkpoint
+from safetensors.torch import load_file, save_file
 
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build
 from trtllm_memshare.builder.summary import summarize
+from trtllm_memshare.engine import checkpoint
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
@@ -130,6 +133,43 @@ def test_a_damaged_file_is_named(saved, tmp_path):
     (tmp_path / "null_pages.safetensors").write_bytes(b"\x07half a file")
     with pytest.raises(UserError, match=r"null_pages\.safetensors is damaged"):
         load_null_pages(tmp_path, saved[0], 512)
+
+
+def without_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_weight, r"lacks weights of the model, such as model.layers.1.self_attn.q_proj.weight \(copy or"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "has rope_type dynamic, expected one of default"),
+        ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0, "layer_types": None},
+         "uses a sliding window"),
+    ],
+)  # fmt: skip
+def test_nothing_is_calibrated_for_a_model_that_is_not_what_it_would_be_served_as(
+    centred_dir, tmp_path, change, message
+):
+    """Weights that are missing are random numbers to transformers, and null pages of these are of no model."""
+    folder = shutil.copytree(centred_dir, tmp_path / "model")
+    if callable(change):
+        change(folder)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=message):
+        calibrate_checkpoint(folder, 512, "float32")
+
+
+def test_architectures_that_only_other_hosts_serve_are_calibrated(centred_dir, tmp_path, monkeypatch):
+    folder = shutil.copytree(centred_dir, tmp_path / "model")
+    monkeypatch.setattr(checkpoint, "SUPPORTED", ("LlamaForCausalLM",))
+    with pytest.raises(UserError, match="has architecture Qwen2ForCausalLM"):
+        read_checkpoint(folder)
+    assert calibrate_checkpoint(folder, 512, "float32").num_bands == 1
 
 
 def test_the_bundled_model_is_refused_by_name(bundled_model):

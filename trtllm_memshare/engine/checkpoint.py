@@ -79,8 +79,8 @@ def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
     config = read_json(model_dir / "config.json", "the checkpoint", "give --model-dir a Hugging Face checkpoint")
     path = model_dir / "config.json"
     num_layers = _positive(config, "num_hidden_layers", path, most=_MAX_LAYERS)
-    architecture = _check_architecture(config, num_layers, model_dir)
-    check_rope(config, path)
+    architecture = _check_architecture(config, model_dir)
+    check_attention(config, model_dir)
     theta = rope_theta(config, path)
     tensors = stored_tensors(model_dir) if with_weights else None
     if tensors is not None:
@@ -145,10 +145,29 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_architecture(config: dict[str, Any], num_layers: int, model_dir: Path) -> str:
-    """Refuses what paged attention with shared blocks would compute wrongly; returns the architecture's name."""
+def check_attention(config: dict[str, Any], model_dir: Path) -> None:
+    """Raises UserError for rotations and windows that neither sharing nor null pages can work with.
+
+    Args:
+      config: of a decoder of any architecture.
+    """
+    path = model_dir / "config.json"
+    if _slides(config, _architecture(config), _positive(config, "num_hidden_layers", path, most=_MAX_LAYERS), path):
+        raise UserError(
+            f"{model_dir} uses a sliding window, which rewrites cache slots that sharing relies on (take a model "
+            f"without one, or switch it off in config.json if the model was trained for full attention)"
+        )
+    check_rope(config, path)
+
+
+def _architecture(config: dict[str, Any]) -> str:
     names = config.get("architectures")
-    name = shorten(str(names[0])) if isinstance(names, list) and names else "none"
+    return shorten(str(names[0])) if isinstance(names, list) and names else "none"
+
+
+def _check_architecture(config: dict[str, Any], model_dir: Path) -> str:
+    """Refuses what paged attention with shared blocks would compute wrongly; returns the architecture's name."""
+    name = _architecture(config)
     if config.get("is_encoder_decoder"):
         raise UserError(f"{model_dir} is an encoder-decoder ({name}), expected one of {', '.join(SUPPORTED)}")
     if name not in SUPPORTED:
@@ -158,11 +177,6 @@ def _check_architecture(config: dict[str, Any], num_layers: int, model_dir: Path
         )
     if config.get("quantization_config"):
         raise UserError(f"{model_dir} holds quantized weights, expected plain ones (take the unquantized checkpoint)")
-    if _slides(config, name, num_layers, model_dir / "config.json"):
-        raise UserError(
-            f"{model_dir} uses a sliding window, which rewrites cache slots that sharing relies on (take a model "
-            f"without one, or switch it off in config.json if the model was trained for full attention)"
-        )
     return name
 
 

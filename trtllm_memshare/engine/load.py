@@ -34,6 +34,13 @@ def load_decoder(model_dir: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     return model, report
 
 
+def check_loaded(model_dir: Path, report: dict[str, Any], remedy: str) -> None:
+    """Raises UserError if ``load_decoder`` reports weights that transformers filled with random numbers."""
+    lost = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
+    if lost:
+        raise UserError(f"{model_dir} lacks weights of the model, such as {lost[0]} ({remedy})")
+
+
 def _load(model_dir: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import transformers
     from safetensors.torch import load_file

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from trtllm_memshare.engine.load import load_decoder
+from trtllm_memshare.engine.checkpoint import check_attention
+from trtllm_memshare.engine.load import check_loaded, load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_pages, save_refusal
 from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig
 
 _POOL_TYPES = {
@@ -58,7 +60,8 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
         checkpoint's.
 
     Raises:
-      UserError: no positions, or a type that no pool has.
+      UserError: no positions, a type that no pool has, a model whose rotations change or that has a sliding window, or
+        weights that are not all there.
       NullPageRefused: see ``calibrate_null_pages``.
     """
     from transformers import AutoTokenizer
@@ -72,7 +75,10 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
         raise UserError(
             f"positions that need a null page must be at least 1, got {max_seq_len} (raise --max-model-len)"
         )
-    model, _ = load_decoder(model_dir)
+    # Not ``read_checkpoint``: other hosts serve architectures and quantized weights that our executor does not.
+    check_attention(read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint"), model_dir)
+    model, report = load_decoder(model_dir)
+    check_loaded(model_dir, report, "copy or download the checkpoint again")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     longest = int(model.config.max_position_embeddings)

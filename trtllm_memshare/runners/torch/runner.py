@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface
 
 from trtllm_memshare.cache.offsets import hide_blocks
-from trtllm_memshare.engine.load import load_decoder
+from trtllm_memshare.engine.load import check_loaded, load_decoder
 from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.engine.rope import longest_sequence
 from trtllm_memshare.errors import UserError
@@ -54,9 +54,7 @@ def load_model(model_dir: Path, device: str = "cpu", dtype: torch.dtype | None =
     """
     model, report = load_decoder(model_dir, attn_implementation=IMPLEMENTATION)
     # The build has checked this; a folder that changed since would be served with random numbers.
-    lost = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
-    if lost:
-        raise UserError(f"{model_dir} lacks weights of the model, such as {lost[0]} (build the engine again)")
+    check_loaded(model_dir, report, "build the engine again")
     model = model.to(device, dtype).eval()
     pack_linears(model)
     return model
