@@ -114,6 +114,26 @@ def test_tokens_that_no_calibration_text_has_stay_away_in_the_first_layer(centre
     assert (logits - queries.log_sum_exp).max() <= TARGET_GAP
 
 
+def test_the_last_text_stays_away_at_every_position_of_a_band(tmp_path):
+    """At 48 positions of 2,048 this model's worst query seems 22 nats away; at the worst of all it is 13."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    write_centred_checkpoint(tmp_path, "qwen2", 1.5, max_position_embeddings=8192, rope_parameters=rope, rope_theta=1e4)
+    model, given = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), texts(4, seed=1)
+    pages = calibrate_null_pages(model, given)
+    queries, inv_freq = observe_queries(model, given[-1], 512), model.model.rotary_emb.inv_freq
+    width = int(pages.bands[1])
+    where = torch.arange(width).expand(2, width)
+    turned = [
+        rotate(queries.unrotated[:, head, None].expand(2, width, -1, -1)[:, :, None], where, inv_freq)[:, :, 0]
+        for head in range(4)
+    ]
+    for head, q in enumerate(turned):  # [layers, positions, n, head_dim]
+        logits = (q * pages.keys[0, :, None, None, head // 2]).sum(-1) * queries.scaling
+        gap = (logits - queries.log_sum_exp[:, None, head]).amax((1, 2))
+        torch.testing.assert_close(gap, pages.gaps[0, :, head], rtol=1e-4, atol=1e-2)
+        assert (gap <= TARGET_GAP).all()
+
+
 def test_a_small_rotary_base_takes_narrower_bands(tmp_path_factory):
     widths = []
     for base in BASES:
@@ -191,7 +211,7 @@ def test_gaps_are_those_of_the_key_that_the_pool_holds(centred, name):
         assert (stored == stored.to(dtype).float()).all()
     queries = observe_queries(centred, texts(4)[-1], 512)
     inv_freq = centred.model.rotary_emb.inv_freq.double()
-    logits = largest_logits(queries, pages.keys[0], 0, int(pages.bands[1]), inv_freq)
+    logits = largest_logits(queries, pages.keys[0], 0, int(pages.bands[1]), inv_freq, every=True)
     torch.testing.assert_close(pages.gaps[0], (logits - queries.log_sum_exp).amax(-1), rtol=1e-4, atol=1e-3)
 
 

@@ -64,7 +64,7 @@ class NullPageSet:
         of the page. V is 0.
       bands: int32 ``[num_bands + 1]``, where bands begin, and where the last one ends.
       gaps: float32 ``[num_bands, num_layers, num_heads]``, largest null logit less the log-sum-exp of the real keys,
-        over the queries of the text that nothing was fitted on, each at positions all over the band.
+        over the queries of the text that nothing was fitted on, each at every position of the band.
       num_queries: how many queries that were.
       num_turned: KV heads whose direction was turned away from single queries.
       num_lengthened: KV heads whose key had to be lengthened for the last text: their gaps are fitted ones.
@@ -198,11 +198,12 @@ class _Calibration:
         self._directions[:1] = turn_away(both, start, all_heads, width, self._inv_freq, _FITTED_GAP)
 
     def _lengths(self, width: int) -> None:
-        logits = [largest_logits(q, self._directions, 0, width, self._inv_freq) for q in (self._measure, self._check)]
-        length = needed_length(logits[0], self._measure, _FITTED_GAP, self._num_kv_heads)
+        measured = largest_logits(self._measure, self._directions, 0, width, self._inv_freq)
+        length = needed_length(measured, self._measure, _FITTED_GAP, self._num_kv_heads)
+        checked = largest_logits(self._check, self._directions, 0, width, self._inv_freq, every=True)
         # A check that fails by little makes the key longer; one that fails for any length leaves infinity.
-        self._short = needed_length(logits[1], self._check, TARGET_GAP, self._num_kv_heads) > length
-        longer = needed_length(logits[1], self._check, _FITTED_GAP, self._num_kv_heads)
+        self._short = needed_length(checked, self._check, TARGET_GAP, self._num_kv_heads) > length
+        longer = needed_length(checked, self._check, _FITTED_GAP, self._num_kv_heads)
         self.length = torch.where(self._short, longer, length)
         tokens = self._vocabulary
         found = largest_logits(tokens, self._directions[:1], 0, width, self._inv_freq)
@@ -237,7 +238,7 @@ class _Calibration:
             key = stored_keys(key, kv_dtype).float()
             if kv_dtype in _LARGEST:
                 key *= kv_scales[:, None, None]
-            logits = largest_logits(self._check, key, start, stop - start, self._inv_freq)
+            logits = largest_logits(self._check, key, start, stop - start, self._inv_freq, every=True)
             keys.append(key)
             gaps.append((logits - self._check.log_sum_exp).amax(-1))
         gap = torch.stack(gaps)
