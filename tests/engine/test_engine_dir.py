@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.engine import engine_dir as engine_dir_module
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
@@ -69,6 +70,30 @@ def test_the_files_have_the_documented_shape(engine_dir):
     document = json.loads((engine_dir / "memshare.json").read_text())
     assert list(document) == ["format_version", "backend", "memshare", "torch"]
     assert sorted(p.name for p in engine_dir.iterdir()) == ["config.json", "memshare.json", "model"]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_that_changed_under_the_engine_are_noticed(own_checkpoint, tmp_path, shards):
+    """A checkpoint that is copied over keeps its inode, and the engine's link shows what is in it."""
+    if shards:
+        model = AutoModelForCausalLM.from_pretrained(own_checkpoint)
+        (own_checkpoint / "model.safetensors").unlink()
+        model.save_pretrained(own_checkpoint, max_shard_size="20KB")
+    engine = write(own_checkpoint, tmp_path / "engine")
+    file = sorted(own_checkpoint.glob("*.safetensors"))[0]
+    before = file.read_bytes()
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name] += 1
+    save_file(tensors, tmp_path / "new")
+    file.write_bytes((tmp_path / "new").read_bytes())
+    with pytest.raises(UserError, match=r"engine .*/engine has other weights than it was built with: .* \(build it"):
+        load_engine(engine.engine_dir)
+    file.write_bytes(before)
+    assert load_engine(engine.engine_dir) == engine
+    file.write_bytes((tmp_path / "new").read_bytes())
+    edit_json(engine.engine_dir / "memshare.json", torch__weights=...)  # an engine of before
+    load_engine(engine.engine_dir)
 
 
 def test_weights_are_linked_and_the_rest_is_the_engine_s_own(engine_dir, own_checkpoint):

@@ -99,7 +99,7 @@ def saved(centred_dir, tmp_path):
     checkpoint = read_checkpoint(centred_dir)
     shape = (2, checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_dim)
     heads = checkpoint.num_attention_heads
-    pages = NullPageSet(torch.ones(shape), np.array([0, 256, 512], np.int32), torch.zeros(2, shape[1], heads))
+    pages = NullPageSet(torch.ones(shape), np.array([0, 256, 512], np.int32), torch.full((2, shape[1], heads), -25.0))
     return checkpoint, pages
 
 
@@ -118,6 +118,8 @@ def test_pages_come_back_as_they_were_written(saved, tmp_path):
     [
         ({"keys": torch.ones(2, 3, 2, 8)}, "should hold finite keys of shape"),
         ({"keys": torch.full((2, 2, 2, 8), torch.nan)}, "should hold finite keys of shape"),
+        ({"gaps": torch.full((2, 2, 4), -19.9)}, "has a page 19.9 nats below the real keys, expected at least 20"),
+        ({"gaps": torch.full((2, 2, 4), torch.nan)}, "has a page nan nats below"),
         ({"bands": np.array([0, 256, 500], np.int32)}, "covers positions .*500.*, expected 0 to 512"),
         ({"bands": np.array([0, 256, 256], np.int32)}, "covers positions"),
     ],

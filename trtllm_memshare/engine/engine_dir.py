@@ -5,7 +5,7 @@ Those of the TensorRT backend are TensorRT-LLM's own, with a memshare.json; see 
 The layout::
 
     config.json     TensorRT-LLM's shape: version, pretrained_config, build_config with plugin_config
-    memshare.json   format_version, backend, memshare (the settings), torch (what config.json has no place for)
+    memshare.json   format_version, backend, memshare (the settings), torch (the pool's type, a digest of weights)
     model/          the checkpoint: weights as hard links where the file system allows them, the rest copied
 """
 
@@ -23,7 +23,7 @@ from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
 from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint
 from trtllm_memshare.engine.replacement import find_retired, replace_engine
 from trtllm_memshare.engine.tensorrt_record import TensorRTRecord
-from trtllm_memshare.engine.weights import INDEX, SINGLE, weight_files
+from trtllm_memshare.engine.weights import INDEX, SINGLE, weight_files, weights_digest
 from trtllm_memshare.errors import UserError, nearest, quote
 from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig, parse_config
@@ -111,13 +111,21 @@ def read_torch_engine(engine_dir: Path) -> Engine:
         )
     if document["backend"] != "torch":
         raise UserError(f"{path} names backend {quote(document['backend'])}, expected torch or tensorrt ({REBUILD})")
-    check_keys(document["torch"], ("kv_cache_dtype",), f"{path}: torch", remedy)
+    facts, built_with = document["torch"], None
+    if isinstance(facts, dict) and "weights" in facts:  # engines of before have none
+        facts, built_with = {k: v for k, v in facts.items() if k != "weights"}, facts["weights"]
+    check_keys(facts, ("kv_cache_dtype",), f"{path}: torch", remedy)
     memshare = parse_config(document["memshare"], str(path))
     try:
         checkpoint = read_checkpoint(engine_dir / "model")
     except UserError as error:
         raise UserError(f"engine {engine_dir} is damaged, {REBUILD}: {error}") from error
-    build = read_build(config, document["torch"]["kv_cache_dtype"], engine_dir / "config.json", remedy)
+    if built_with is not None and built_with != weights_digest(engine_dir / "model"):
+        raise UserError(
+            f"engine {engine_dir} has other weights than it was built with: links to a checkpoint that was written "
+            f"over, and null pages are those of the old ones ({REBUILD})"
+        )
+    build = read_build(config, facts["kv_cache_dtype"], engine_dir / "config.json", remedy)
     build.check_backend("torch")
     # Runners take the model's facts from model/config.json: a config.json that says otherwise is no description of it.
     _check_same(trtllm_config(checkpoint, build), config, f"{engine_dir / 'config.json'}: ", remedy)
@@ -196,7 +204,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: Me
         "format_version": FORMAT_VERSION,
         "backend": "torch",
         "memshare": memshare.model_dump(),
-        "torch": {"kv_cache_dtype": build.kv_cache_dtype},
+        "torch": {"kv_cache_dtype": build.kv_cache_dtype, "weights": weights_digest(checkpoint.model_dir)},
     }
     write_json(folder / "memshare.json", document)
     copy_small_files(checkpoint.model_dir, folder / "model", checkpoint.dtype)

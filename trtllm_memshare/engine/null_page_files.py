@@ -92,7 +92,7 @@ def load_null_pages(engine_dir: Path, checkpoint: Checkpoint, max_seq_len: int) 
       max_seq_len: positions that they have to cover.
 
     Raises:
-      UserError: a damaged file, or pages of another model or for shorter texts.
+      UserError: a damaged file, pages of another model or for shorter texts, or nearer ones than are ever written.
     """
     path = engine_dir / KEYS_FILE
     if not path.is_file():
@@ -105,6 +105,11 @@ def load_null_pages(engine_dir: Path, checkpoint: Checkpoint, max_seq_len: int) 
     if gaps is None or tuple(gaps.shape) != expected:
         found = "none" if gaps is None else list(gaps.shape)
         raise UserError(f"{path} should hold gaps of shape {list(expected)}, got {found} ({_REBUILD})")
+    if not gaps.max() <= TARGET_GAP:
+        raise UserError(
+            f"{path} has a page {-float(gaps.max()):.1f} nats below the real keys, expected at least {-TARGET_GAP:.0f} "
+            f"({_REBUILD})"
+        )
     if bands[-1] < max_seq_len:
         raise UserError(f"{path} covers positions {bands.tolist()}, expected 0 to {max_seq_len} ({_REBUILD})")
     return NullPageSet(keys, bands, gaps)

@@ -5,6 +5,7 @@ Reads safetensors headers, nothing more. Whether the tensors are those of the mo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LONGEST_HEADER = 16 * 2**20  # bytes; about 100,000 tensors. The format allows 100 MB, which is slow to parse.
+_SAMPLED_BYTES = 256  # of each tensor
 _AGAIN = "copy or download the checkpoint again"
 _ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -123,6 +125,27 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     if expected != size:
         raise UserError(f"{path} is half-written or damaged: expected {quote(expected)} bytes, got {size} ({_AGAIN})")
     return header
+
+
+def weights_digest(model_dir: Path) -> str:
+    """Tells one checkpoint's weights from others of the same shapes: names, shapes, and some bytes of every tensor.
+
+    Reads little, so that it can be asked at every start: another training run leaves no tensor as it was.
+
+    Raises:
+      UserError: see ``stored_tensors``.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in weight_files(model_dir):
+        header = read_header(path)
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        with path.open("rb") as file:
+            data = 8 + int.from_bytes(file.read(8), "little")
+            for start, stop in sorted(entry["data_offsets"] for entry in header.values()):
+                first = max(start, (start + stop - _SAMPLED_BYTES) // 2)  # from the middle: padding lies at the ends
+                file.seek(data + first)
+                digest.update(file.read(min(_SAMPLED_BYTES, stop - first)))
+    return digest.hexdigest()
 
 
 def _is_consistent(entry: dict[str, Any]) -> bool:
