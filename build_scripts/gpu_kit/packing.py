@@ -46,13 +46,19 @@ def pack(kit: Kit, options: PackOptions) -> list[str]:
     """Makes the kit anew; returns what to tell.
 
     Raises:
-      KitError: headers, a model or a wheel that are not there, or modules that do not compile.
+      KitError: headers, a model or a wheel that are not there, or lie in the kit that is there; or modules that do not
+        compile.
     """
     root = options.tensorrt_root
     if root is not None and not (root / "include" / "NvInferRuntime.h").is_file():
         raise KitError(f"--tensorrt-root must hold include/NvInferRuntime.h, got {root}")
     if options.model is not None and not options.model.is_file():
         raise KitError(f"--model must be a GGUF file, got {options.model}")
+    for option, path in (("--tensorrt-root", root and root / "include"), ("--model", options.model)):
+        if path is not None and path.resolve().is_relative_to(kit.folder.resolve()):
+            raise KitError(
+                f"{option} must lie outside {kit.folder.name}/, which is made anew, got {path} (move it first)"
+            )
     shutil.rmtree(kit.folder, ignore_errors=True)
     kit.wheels.mkdir(parents=True)
     for name in (*WHEELS, *(FLASHINFER if options.flashinfer else ())):

@@ -16,7 +16,7 @@ def unpack(kit: Kit) -> list[str]:
     Parts of the model may come one after the other: until the last is there, it says which are missing.
 
     Raises:
-      KitError: no kit, a wheel that pip refuses, parts that do not make the file that was packed.
+      KitError: no kit, a wheel that pip refuses, a model or parts of it that are not the file that was packed.
     """
     if not kit.folder.is_dir():
         raise KitError(f"there is no {kit.folder.name}/: pack it on a machine with a package index and copy it here")
@@ -25,7 +25,7 @@ def unpack(kit: Kit) -> list[str]:
     if kit.modules.is_dir() and aot.parent.is_dir():
         shutil.copytree(kit.modules, aot, dirs_exist_ok=True)
         said.append(f"FlashInfer: {len(list(kit.modules.iterdir()))} modules compiled beforehand")
-    if kit.digest.is_file() and not kit.model.is_file():
+    if kit.digest.is_file():
         said.append(_join_model(kit))
     if kit.headers.is_dir():
         said.append(f"TensorRT's headers: {kit.headers.parent}")
@@ -57,6 +57,14 @@ def _install_wheels(kit: Kit) -> str:
 
 
 def _join_model(kit: Kit) -> str:
+    """Holds the model against its digest, made of its parts first where there are any; returns what to tell."""
+    wanted = kit.digest.read_text().split()[0]
+    if kit.model.is_file() and hashlib.sha256(kit.model.read_bytes()).hexdigest() == wanted:
+        return f"model: {kit.model}"
+    if not kit.parts.is_file():  # packed in one piece
+        if kit.model.is_file():
+            raise KitError(f"{kit.model.name} is not the file that was packed: copy it again")
+        return f"model: {kit.model.name} not here yet"
     parts = [kit.folder / name for name in kit.parts.read_text().split()]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
@@ -66,7 +74,7 @@ def _join_model(kit: Kit) -> str:
         for part in parts:
             whole.write(part.read_bytes())
             digest.update(part.read_bytes())
-    if digest.hexdigest() != kit.digest.read_text().split()[0]:
+    if digest.hexdigest() != wanted:
         partial.unlink()
         raise KitError("the parts of the model do not make the file that was packed: copy them again")
     partial.replace(kit.model)

@@ -116,6 +116,35 @@ def test_a_model_is_packed_in_parts_that_unpack_to_the_same_file(tmp_path, downl
     assert kit.model.read_bytes() == source.read_bytes()
 
 
+def test_a_kit_is_not_made_anew_out_of_what_lies_in_it(tmp_path, downloads):
+    """The old kit goes first: a model that lies in it would go with it."""
+    kit = Kit(tmp_path / "gpu_kit")
+    (kit.headers).mkdir(parents=True)
+    (kit.headers / "NvInferRuntime.h").write_text("")
+    kit.model.write_bytes(b"GGUF")
+    (tmp_path / "link.gguf").symlink_to(kit.model)
+    for options in (
+        PackOptions(model=kit.model), PackOptions(model=tmp_path / "link.gguf"),
+        PackOptions(tensorrt_root=kit.headers.parent),
+    ):  # fmt: skip
+        with pytest.raises(KitError, match=r"must lie outside gpu_kit/, which is made anew, got .* \(move it"):
+            pack(kit, options)
+    assert kit.model.read_bytes() == b"GGUF"
+    assert (kit.headers / "NvInferRuntime.h").exists()
+
+
+def test_a_model_in_one_piece_is_held_against_its_digest(tmp_path, downloads):
+    source, kit = tmp_path / "some.gguf", Kit(tmp_path / "gpu_kit")
+    source.write_bytes(b"GGUF and more")
+    pack(kit, PackOptions(model=source, part_mib=0))
+    assert unpacking._join_model(kit) == f"model: {kit.model}"
+    kit.model.write_bytes(b"GGUF and")
+    with pytest.raises(KitError, match="is not the file that was packed: copy it again"):
+        unpacking._join_model(kit)
+    kit.model.unlink()
+    assert unpacking._join_model(kit) == f"model: {kit.model.name} not here yet"
+
+
 def test_wheels_are_pinned_as_the_constraints_say(tmp_path, monkeypatch):
     from build_scripts.gpu_kit import wheels
 
