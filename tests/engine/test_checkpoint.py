@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trtllm_memshare.engine.checkpoint import portable_config, read_checkpoint
+from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.weights import INDEX, weight_files
 from trtllm_memshare.errors import UserError
 
@@ -39,6 +40,14 @@ def test_facts_of_the_tiny_checkpoint(tiny_checkpoint):
     assert (read.architecture, read.dtype, read.stop_token_ids) == ("Qwen2ForCausalLM", "float32", (1,))
     assert (read.num_layers, read.num_attention_heads, read.num_kv_heads, read.head_dim) == (2, 4, 2, 8)
     assert (read.hidden_size, read.vocab_size, read.max_position_embeddings, read.rope_theta) == (32, 80, 512, 10000.0)
+
+
+def test_an_adapter_beside_the_weights_is_refused_by_name(own_checkpoint):
+    """With peft installed transformers would look for the adapter's weights, and the engine would never start."""
+    (own_checkpoint / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for read in (read_checkpoint, lambda path: calibrate_checkpoint(path, 64, "auto")):
+        with pytest.raises(UserError, match=r"has an adapter_config.json beside its weights, .* \(remove it if"):
+            read(own_checkpoint)
 
 
 def test_every_family_is_read(family_checkpoint):

@@ -15,6 +15,7 @@ from trtllm_memshare.json_input import read_json
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_LAYERS = 1000  # the largest model served anywhere has 126
 _MAX_SIZE = 2**31 - 1
@@ -77,6 +78,7 @@ def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
             f"checkpoint; a name on the hub has to be downloaded first)"
         )
     config = read_json(model_dir / "config.json", "the checkpoint", "give --model-dir a Hugging Face checkpoint")
+    refuse_adapter(model_dir)
     path = model_dir / "config.json"
     num_layers = _positive(config, "num_hidden_layers", path, most=_MAX_LAYERS)
     architecture = _check_architecture(config, model_dir)
@@ -126,6 +128,15 @@ def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
         renamed_prefix=prefix.stored if prefix else "",
         notes=tuple(note for note in notes if note),
     )
+
+
+def refuse_adapter(model_dir: Path) -> None:
+    """Raises UserError if transformers would load something else than the weights of a checkpoint."""
+    if (model_dir / ADAPTER).exists():
+        raise UserError(
+            f"{model_dir} has an {ADAPTER} beside its weights, which transformers loads as an adapter wherever peft is "
+            f"installed (remove it if the weights are merged, else merge the adapter into them and save that)"
+        )
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.engine.build_config import BuildConfig, parse_build_config
-from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint
+from trtllm_memshare.engine.checkpoint import ADAPTER, ELEMENT_BYTES, Checkpoint, portable_config, read_checkpoint
 from trtllm_memshare.engine.replacement import find_retired, replace_engine
 from trtllm_memshare.engine.tensorrt_record import TensorRTRecord
 from trtllm_memshare.engine.weights import INDEX, SINGLE, weight_files, weights_digest
@@ -215,8 +215,10 @@ def _fill(folder: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: Me
 def copy_small_files(model_dir: Path, target: Path, dtype: str) -> None:
     """Copies a checkpoint's settings and tokenizer: an edit of the checkpoint must not change engines built from it."""
     for source in model_dir.iterdir():
-        is_unread = source.name.endswith(".bin.index.json") or (
-            source.name == INDEX and (model_dir / SINGLE).is_file()  # see ``weight_files``
+        is_unread = (
+            source.name == ADAPTER
+            or source.name.endswith(".bin.index.json")
+            or (source.name == INDEX and (model_dir / SINGLE).is_file())  # see ``weight_files``
         )
         if source.suffix in _COPIED and source.is_file() and not is_unread:
             shutil.copy2(source, target / source.name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from trtllm_memshare.engine.checkpoint import check_attention
+from trtllm_memshare.engine.checkpoint import check_attention, refuse_adapter
 from trtllm_memshare.engine.load import check_loaded, load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_pages, save_refusal
@@ -77,6 +77,7 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
         )
     # Not ``read_checkpoint``: other hosts serve architectures and quantized weights that our executor does not.
     check_attention(read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint"), model_dir)
+    refuse_adapter(model_dir)
     model, report = load_decoder(model_dir)
     check_loaded(model_dir, report, "copy or download the checkpoint again")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
