@@ -245,7 +245,9 @@ def test_every_preset_is_valid_and_described():
     assert "K compared without its rotation" in sentences["aligned"]
     assert "similar steps (cosine at least" in sentences["paper"]
     assert "the older copy stays" in sentences["paper"]
-    assert "K compared as stored" in sentences["paper"]
+    assert (
+        "K and V of all layers together within a relative distance of 0.9, K compared as stored" in sentences["paper"]
+    )
     assert "no KV comparison" in sentences["lexical"]
     assert "its last 128 tokens and 50% of its generated pages, below which only repeats go" in sentences["pressure"]
     assert "gives nothing up while the pool has room" in sentences["pressure"]

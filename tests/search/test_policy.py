@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.policy import SharingPolicy
 from trtllm_memshare.search.types import Candidate
@@ -62,3 +63,14 @@ def test_the_preset_without_a_comparison_needs_none():
     policy = SharingPolicy(make_config("lexical"))
     assert len(policy.decide(_candidates(3), None)) == 3
     assert not policy.rejected
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"compared": "k"}, "compared k"), ({"layer_vote": "mean"}, "layer_vote mean"),
+     ({"compared": "v", "layer_quorum": 0.5}, "compared v, layer_quorum 0.5")],
+)  # fmt: skip
+def test_votes_of_layers_are_refused_where_one_distance_is_taken_over_all(settings, named):
+    with pytest.raises(UserError, match=rf"pool_layers takes one distance .*, got {named} \(leave it out"):
+        make_config("paper", **settings)
+    assert make_config("paper", pool_layers=False, **settings).pool_layers is False

@@ -79,6 +79,11 @@ def describe_sharing(config: MemShareConfig) -> str:
         if config.layer_vote == "mean":
             layers = "the mean of the layers"
         check = f"{fields} within a relative distance of {config.max_distance:g} in {layers}, K compared {rotation}"
+        if config.pool_layers:
+            check = (
+                f"K and V of all layers together within a relative distance of {config.max_distance:g}, K compared "
+                f"{rotation}"
+            )
     if not config.count_aliases:
         kept += " and counts once in attention"
     return (
