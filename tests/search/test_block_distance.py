@@ -89,6 +89,15 @@ def test_a_row_outside_the_pool_makes_its_pair_nan_and_no_other(pool):
     assert torch.isnan(sums[1:]).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_there_read_nothing_of_the_block_that_stands_in_for_them(pool, value):
+    new, old = rows(1), rows(2)
+    new[0, :3] = old[0, :3] = -1
+    expected = block_distance(pool, new, old, torch.zeros_like(new), INV_FREQ)
+    pool[0] = value
+    assert torch.equal(block_distance(pool, new, old, torch.zeros_like(new), INV_FREQ), expected)
+
+
 @pytest.mark.parametrize("pairs", [0, 1, 7])
 def test_sizes_and_norms(pool, pairs):
     index = torch.arange(pairs) % BLOCKS

@@ -107,4 +107,5 @@ def _read(pool: torch.Tensor, rows: torch.Tensor, inside: torch.Tensor) -> torch
     safe = torch.where(inside, rows, 0).long()
     size = pool.shape[4]
     values = pool[safe // size, :, :, :, safe % size].float()
-    return values * inside[:, :, None, None, None, None]
+    # Chosen, not multiplied: row 0 stands in for rows that are not there, and NaN times 0 is NaN.
+    return torch.where(inside[:, :, None, None, None, None], values, 0.0)
