@@ -23,6 +23,7 @@ from trtllm_memshare.engine.plugin_build import (
     spilling,
 )
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.search import kernel_compiler
 from trtllm_memshare.search.kernel_compiler import KernelResources, import_cuda_core
 
 
@@ -79,6 +80,45 @@ def test_a_missing_tool_is_named(tools, missing):
     (tools / "bin" / missing).unlink()
     with pytest.raises(UserError, match=f"^{missing} is missing: it is not on PATH"):
         plan_plugin_build(tools / "trt", "release", tools / "out")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "message"),
+    [
+        ("#!/bin/sh\necho no such library >&2\nexit 127\n", "ends with status 127, got 'no such library' "),
+        ("#!/no/such/shell\n", "nvcc does not run: No such file or directory"),
+    ],
+)
+def test_an_nvcc_that_fails_is_one_sentence(tools, nvcc, message):
+    (tools / "bin" / "nvcc").write_text(nvcc)
+    with pytest.raises(UserError, match=rf"{message}.*\(reinstall the CUDA toolkit\)"):
+        plan_plugin_build(tools / "trt", "release", tools / "out")
+
+
+def test_a_kernel_is_compiled_without_a_cache_where_none_can_be_kept(tmp_path, monkeypatch, caplog):
+    class Program:
+        def __init__(self, *arguments):
+            pass
+
+        def compile(self, kind, logs, cache=None):
+            return kind, cache
+
+    class FileStreamProgramCache:
+        def __init__(self, folder):
+            folder.mkdir(parents=True)
+
+    core = types.SimpleNamespace(
+        Program=Program, ProgramOptions=lambda **_: None,
+        utils=types.SimpleNamespace(FileStreamProgramCache=FileStreamProgramCache),
+    )  # fmt: skip
+    monkeypatch.setattr(kernel_compiler, "import_cuda_core", lambda: core)
+    (tmp_path / "file").touch()
+    for _ in range(2):
+        assert kernel_compiler.compile_source("", "x", [], "sm_90", tmp_path / "file" / "cache") == ("cubin", None)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"kernels cannot be kept in {tmp_path / 'file' / 'cache'}: [Errno 20] Not a directory: "
+        f"'{tmp_path / 'file' / 'cache'}' (they are compiled at every start; make the folder writable)"
+    ]
 
 
 def test_missing_headers_an_old_nvcc_and_an_unknown_preset_are_named(tools):

@@ -66,7 +66,7 @@ def plan_plugin_build(tensorrt_root: Path | None, preset: str, output_dir: Path)
     for tool, hint in (("cmake", "install cmake 3.22 or newer"), ("nvcc", "install CUDA 12.8 to 13.x, add it to PATH")):
         if shutil.which(tool) is None:
             raise UserError(f"{tool} is missing: it is not on PATH ({hint})")
-    version = nvcc_version(subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout)
+    version = nvcc_version(_nvcc_says())
     if not _MIN_NVCC <= version <= _MAX_NVCC:
         raise UserError(f"nvcc must be 12.8 to 13.x, got {version[0]}.{version[1]} (install such a CUDA toolkit)")
     named = tensorrt_root or (Path(os.environ["TENSORRT_ROOT"]) if os.environ.get("TENSORRT_ROOT") else None)
@@ -75,6 +75,18 @@ def plan_plugin_build(tensorrt_root: Path | None, preset: str, output_dir: Path)
     if not (named / "include" / "NvInferRuntime.h").is_file():
         raise UserError(f"TENSORRT_ROOT must hold include/NvInferRuntime.h, got {named} ({_HEADERS})")
     return PluginBuild(named.resolve(), preset, output_dir.resolve())
+
+
+def _nvcc_says() -> str:
+    """What ``nvcc --version`` prints. Raises UserError if it does not run."""
+    try:
+        done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"nvcc does not run: {error.strerror} (reinstall the CUDA toolkit)") from error
+    if done.returncode:
+        said = quote((done.stderr or done.stdout).strip())
+        raise UserError(f"nvcc --version ends with status {done.returncode}, got {said} (reinstall the CUDA toolkit)")
+    return done.stdout
 
 
 def nvcc_version(text: str) -> tuple[int, int]:

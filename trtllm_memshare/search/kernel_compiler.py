@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant, kernel_source
+
+LOG = logging.getLogger(__name__)
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 """What ``build_plugins.py --check`` compiles for: A100, L40 and RTX 40, H100 and H200, B200, RTX 50."""
@@ -50,7 +54,8 @@ def compile_variant(variant: KernelVariant, arch: str, cache_dir: Path | None = 
     Args:
       variant: what to compile.
       arch: such as ``sm_90``.
-      cache_dir: where cubins are kept, keyed by source, options, architecture and NVRTC version; None = compile anew.
+      cache_dir: where cubins are kept, keyed by source, options, architecture and NVRTC version; None, or a folder that
+        cannot be written = compile anew.
       logs: object whose ``write`` receives ptxas' report; it stays silent when the cubin comes from the cache.
 
     Returns:
@@ -84,12 +89,25 @@ def compile_source(
     options = core.ProgramOptions(arch=arch, std="c++17", define_macro=macros, ptxas_options=["-v"], name=name)
     try:
         program = core.Program(source, "c++", options)
-        if cache_dir is None:
-            return program.compile("cubin", logs=logs)
-        with core.utils.FileStreamProgramCache(cache_dir) as cache:
-            return program.compile("cubin", logs=logs, cache=cache)
+        if cache_dir is not None:
+            try:
+                with core.utils.FileStreamProgramCache(cache_dir) as cache:
+                    return program.compile("cubin", logs=logs, cache=cache)
+            except OSError as error:  # a cache saves seconds of a start, and the kernel is none the worse without
+                _warn_of_cache(cache_dir, str(error))
+        return program.compile("cubin", logs=logs)
     except Exception as error:  # cuda.core raises several unrelated types
         raise RuntimeError(str(error)) from error
+
+
+@functools.cache
+def _warn_of_cache(cache_dir: Path, reason: str) -> None:
+    """Said once for each folder: a start compiles several kernels."""
+    LOG.warning(
+        "kernels cannot be kept in %s: %s (they are compiled at every start; make the folder writable)",
+        cache_dir,
+        reason,
+    )
 
 
 def kernel_resources(variant: KernelVariant, arch: str) -> KernelResources:
