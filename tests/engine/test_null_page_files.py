@@ -94,6 +94,12 @@ def test_texts_are_the_checkpoints_own_or_the_bundled_ones(centred_dir, bundled_
         assert min(map(len, texts)) > 300
 
 
+def test_a_text_that_is_no_utf_8_is_named(tmp_path):
+    (tmp_path / "calibration.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(UserError, match=r"calibration.txt must be text in UTF-8, got .*0xef in position 2.* \(save it"):
+        calibration_texts(tmp_path)
+
+
 @pytest.fixture
 def saved(centred_dir, tmp_path):
     checkpoint = read_checkpoint(centred_dir)

@@ -28,9 +28,16 @@ def calibration_texts(model_dir: Path) -> list[str]:
     """Texts to calibrate a checkpoint on: those of its own ``calibration.txt``, or neutral English ones.
 
     Texts are parted by lines that hold nothing but ``---``.
+
+    Raises:
+      UserError: a file that cannot be read as text.
     """
     own = model_dir / TEXT_FILE
-    text = (own if own.is_file() else _BUNDLED_TEXT).read_text(encoding="utf-8")
+    path = own if own.is_file() else _BUNDLED_TEXT
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} must be text in UTF-8, got {shorten(str(error))} (save it as UTF-8)") from error
     return [part.strip("\n") for part in text.split("\n---\n")]
 
 
