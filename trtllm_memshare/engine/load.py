@@ -12,11 +12,11 @@ from trtllm_memshare.errors import UserError
 
 
 def load_decoder(model_dir: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model in its own dtype, and what transformers reports of the loading.
+    """The model, in its own dtype unless ``options`` name one, and what transformers reports of the loading.
 
     Args:
       model_dir: a checkpoint that ``read_checkpoint`` accepts.
-      options: for ``from_pretrained``, such as ``attn_implementation``.
+      options: for ``from_pretrained``, such as ``attn_implementation`` or ``dtype``.
 
     Raises:
       UserError: transformers does not load it, which can be for a file that nothing else reads.
@@ -45,7 +45,7 @@ def _load(model_dir: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]
     import transformers
     from safetensors.torch import load_file
 
-    options = {**options, "dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
+    options = {"dtype": "auto", **options, "trust_remote_code": False, "output_loading_info": True}
     prefix = find_prefix(list(stored_tensors(model_dir)))
     if prefix is None:
         return transformers.AutoModelForCausalLM.from_pretrained(

@@ -52,10 +52,12 @@ def load_model(model_dir: Path, device: str = "cpu", dtype: torch.dtype | None =
     Raises:
       UserError: there are no weights, as in the directory of a TensorRT engine, or not all of the model's.
     """
-    model, report = load_decoder(model_dir, attn_implementation=IMPLEMENTATION)
+    # The dtype is transformers' business: a model that is cast afterwards has its rotary frequencies rounded too.
+    options = {} if dtype is None else {"dtype": dtype}
+    model, report = load_decoder(model_dir, attn_implementation=IMPLEMENTATION, **options)
     # The build has checked this; a folder that changed since would be served with random numbers.
     check_loaded(model_dir, report, "build the engine again")
-    model = model.to(device, dtype).eval()
+    model = model.to(device).eval()
     pack_linears(model)
     return model
 
