@@ -149,10 +149,12 @@ class CacheState:
         return encode_block_offsets(self._tables[slots, :width], self.num_layers)
 
     def state_digest(self) -> bytes:
-        """Digest of block tables, reference counts and generations: equal on ranks that did the same."""
+        """Digest of tables, what was given up, and the pool's blocks: equal on ranks that did the same."""
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self._tables, self.pool.ref_count, self.pool.generation):
+        for array in (self._tables, self.pool.ref_count, self.pool.generation, self.pool.is_full):
             digest.update(array.tobytes())
+        for sequence in self._sequences.values():
+            digest.update(sequence.retired.tobytes())
         return digest.digest()
 
     def check_integrity(self) -> None:
@@ -175,6 +177,7 @@ class CacheState:
                     f"with {references[unwritten].tolist()} references, null pages: "
                     f"{self.pool.is_null[unwritten].tolist()}"
                 )
+            self._check_pages(sequence)
             row = self._tables[sequence.slot]
             pairs = [(p, d) for p, d in sequence.donors.items() if sequence.retired[p]]
             if any(row[p] != row[d] or sequence.retired[d] for p, d in pairs):
@@ -191,3 +194,40 @@ class CacheState:
                         f"positions would name other tokens"
                     )
         self.pool.check_integrity(references)
+
+    def _check_pages(self, sequence: Sequence) -> None:
+        """What a request's entries, its pages given up and its rows say of one another::
+
+        pages      | prompt | generated, full        | being written |
+        retired      no       yes: forgotten, or read elsewhere in the table; no: its own     no
+        is_full      yes      yes                      no
+
+        Not which band's null page an entry names: entries follow before a step, and may lag behind between two.
+        """
+        size, count = self.tokens_per_block, sequence.num_blocks
+        first, full = sequence.first_generated_block, sequence.num_computed // size
+        row, retired = self._tables[sequence.slot, :count], sequence.retired[:count]
+        null = is_null(row, self.pool)
+        pages = np.arange(len(sequence.retired))
+        outside = pages[sequence.retired & ((pages < first) | (pages >= min(full, count)))]
+        kept, rows = row[~retired], sequence.token_rows[: count * size].reshape(count, size)
+        wrong = {
+            "given up, but no full generated pages": outside,
+            "without a block, but not given up": pages[:count][null & ~retired],
+            "given up, but held all the same": pages[:count][retired & ~null & ~np.isin(row, kept)],
+            "full by their block and not by what is computed": pages[:count][
+                ~null & (self.pool.is_full[row] != (pages[:count] < full))
+            ],
+            "not at the rows of their own block": pages[:count][~retired & (rows // size != row[:, None]).any(1)],
+            # An experiment's eviction leaves rows as they are: nothing reads those of an entry without a block.
+            "at rows of blocks that are not in the table": pages[:count][
+                (row != NO_BLOCK) & ~((rows == -1) | np.isin(rows // size, row[~null])).all(1)
+            ],
+        }
+        broken = {what: found.tolist() for what, found in wrong.items() if len(found)}
+        if broken:
+            raise RuntimeError(
+                f"pages of request {sequence.request_id} contradict one another: {broken}, {sequence.num_computed} "
+                f"of {sequence.num_tokens} tokens computed, first generated page {first}, table {row.tolist()}, given "
+                f"up {np.flatnonzero(sequence.retired).tolist()}"
+            )
