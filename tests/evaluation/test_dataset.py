@@ -9,7 +9,7 @@ import pytest
 from build_scripts.tiny_reasoner.tokenizer import build_tokenizer
 from trtllm_memshare import json_input
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.evaluation.dataset import DatasetLimits, read_dataset
+from trtllm_memshare.evaluation.dataset import DatasetItem, DatasetLimits, draw_samples, read_dataset
 from trtllm_memshare.serving.prompts import PromptFormat, encode_messages
 
 TOKENIZER = build_tokenizer(512)
@@ -170,3 +170,10 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no requests"):
         read_dataset(tmp_path / "empty.jsonl", TOKENIZER)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_sample_draws_from_a_seed_of_its_own(count):
+    """Problems that drew from one stream would not be independent, as standard errors take them to be."""
+    samples = draw_samples([DatasetItem(i, [5], 1, None) for i in range(3)], count)
+    assert [sample.seed for sample in samples] == list(range(3 * count))

@@ -26,7 +26,7 @@ def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=T
     options = RequestOptions(memshare, min_kept)
     pages = SimpleNamespace(num_retired=num_retired, options=options, num_full=lambda num_computed: 0)
     relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()))
-    blocks = SimpleNamespace(num_blocks=num_blocks, block_size=4)
+    blocks = SimpleNamespace(num_blocks=num_blocks, block_size=4, longest_request_tokens=4096)
     return FloorAdmission(relief, blocks, config, admission).admits(waiting, running)
 
 
@@ -65,6 +65,13 @@ def test_pages_that_went_below_a_floor_leave_room():
     assert not admits(waiting, running, 1.0, "max-tokens", settings(), 15, num_retired=4)
 
 
+def test_nobody_is_counted_beyond_the_longest_request_that_there_can_be():
+    """Offline vLLM lets a request ask for more tokens than the model can write."""
+    running, waiting = [request("a", 8, 10**9)], request("b", 8, 10**9)
+    assert admits(waiting, running, 1.0, "max-tokens", settings(), 2 * 1024)
+    assert not admits(waiting, running, 1.0, "max-tokens", settings(), 2 * 1024 - 1)
+
+
 def test_what_steps_may_protect_is_counted_as_recent_tokens_are():
     running, steps = [request("a", 8, 400)], {"protected_steps": 2, "max_protected_tokens": 16}
     by_steps = [joins(running, 0.0, blocks, **steps) for blocks in range(40)]
@@ -89,7 +96,7 @@ PHRASE = list(range(60, 72))  # three pages
 
 def in_a_loop(memshare=True, **config):
     """58 blocks, and request "a" that has said one phrase twelve times: 38 pages, of which it needs a handful."""
-    host = Host(60, longest=90, min_run_tokens=8, shingle_tokens=4, lookahead_tokens=4, **config)
+    host = Host(60, longest=232, min_run_tokens=8, shingle_tokens=4, lookahead_tokens=4, **config)
     running = host.add("a", 4, 8, RequestOptions(memshare, 1.0))
     running.max_tokens = 1000
     for _ in range(12):

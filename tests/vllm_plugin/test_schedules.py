@@ -226,11 +226,11 @@ def test_a_request_whose_options_cannot_be_used_ends_with_an_error(null_pages):
     arguments = make_engine_args(MODEL, null_pages, NUM_BLOCKS, False, need="age")
     scheduler = make_scheduler(arguments, NUM_BLOCKS, False)
     simulation = Simulation(scheduler, 0)
-    simulation.add("bad", [7] * 20, 50, {"min_kept": 7})
+    simulation.add("bad", [7] * 20, 1, {"min_kept": 7})  # its first token would be its last
     simulation.add("good", [7] * 20, 50, {"min_kept": 0.7})
     bad = scheduler.requests["bad"]
     simulation.step()
-    assert bad.status == RequestStatus.FINISHED_ERROR
+    assert (bad.status, bad.num_output_tokens) == (RequestStatus.FINISHED_ERROR, 0)
     assert "good" in scheduler.requests
     simulation.finish()
 

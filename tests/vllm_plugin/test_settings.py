@@ -45,12 +45,19 @@ def test_null_pages_may_be_missing_only_where_null_entries_are_skipped():
         ({"null_pages": "x", "null_entries": "drop"}, "null_entries"),
         ({"null_pages": "x", "read_null": False}, "null_entries says whether .*got read_null False"),
         ({"null_pages": "x", "need": "attention-redundancy"}, "need must be one that vLLM can tell"),
+        ({"null_pages": "x", "max_distance": 0.1}, "sets max_distance, which pressure on vLLM does not read"),
+        ({"null_pages": "x", "control": "streaming"}, "sets control, which pressure on vLLM does not read"),
         ([], "must hold a JSON object, got list"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused_by_name(values, message):
     with pytest.raises(UserError, match=message):
         parse_settings(values, "--additional-config memshare")
+
+
+def test_a_setting_that_is_not_read_may_stand_where_it_says_nothing_else():
+    """One file of settings for several ways to serve."""
+    assert parse_settings({"null_pages": "x", "preset": "pressure", "scope": "request"}, "m.json")
 
 
 def test_a_request_may_switch_off_or_choose_its_floor():

@@ -49,9 +49,9 @@ def final_answer(text: str) -> str:
 
 
 def draw_samples(items: list[DatasetItem], count: int) -> list[DatasetItem]:
-    """Each item ``count`` times, one after the other, as samples of one prompt with a seed each; 1 = as they are."""
+    """Each item ``count`` times, one after the other, as samples of one prompt, all with a seed of their own."""
     if count == 1:
-        return items
+        return [replace(item, seed=place) for place, item in enumerate(items)]
     return [
         replace(item, group=place, seed=place * count + number)
         for place, item in enumerate(items)

@@ -87,8 +87,10 @@ def compare_with_replay(texts: list[WrittenText], replay: MaskedReplay) -> dict[
         worst = max(worst, _distance(text, replay, text.retired))
         worst_unmasked = max(worst_unmasked, _distance(text, replay, nothing_retired(len(ids), BLOCK_SIZE)))
         change = replay.change(replay.read(ids, BLOCK_SIZE), text.retired)
-        loss, divergence = loss + float(change.loss.sum()), divergence + float(change.divergence.sum())
-        count += len(change.loss)
+        written = slice(len(text.prompt) - 1, None)  # of the prompt's tokens nothing can change
+        loss += float(change.loss[written].sum())
+        divergence += float(change.divergence[written].sum())
+        count += len(text.answer)
     return {
         "pages_retired": int(sum((t.retired.retired_at != NEVER).sum() for t in texts)),
         "largest_difference_from_masked_replay": worst, "largest_difference_if_nothing_were_masked": worst_unmasked,

@@ -83,7 +83,9 @@ class FloorAdmission:
     def _num_held(self, requests: Sequence[Any]) -> int:
         """Most blocks that all of them hold together, at their floors and as far ahead as the rule looks."""
         lengths = np.array([r.num_tokens for r in requests])
-        left = np.array([r.num_prompt_tokens + r.max_tokens for r in requests]) - lengths
+        # Offline a request may ask for more than the model can write, and ends there.
+        longest = self._blocks.longest_request_tokens
+        left = np.array([min(longest, r.num_prompt_tokens + r.max_tokens) for r in requests]) - lengths
         pages = [self._relief.pages(r.request_id) for r in requests]
         floors = (
             np.array([r.num_prompt_tokens for r in requests]),

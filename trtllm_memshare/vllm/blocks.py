@@ -46,6 +46,7 @@ class VllmBlocks:
         self._group = kv_cache_manager.coordinator.single_type_managers[0]
         self._pool = kv_cache_manager.block_pool
         self.block_size: int = self._group.block_size
+        self.longest_request_tokens = longest_request_tokens
         longest = -(-longest_request_tokens // self.block_size)
         usable = self._pool.num_gpu_blocks - 1 - num_null_pages
         if usable < longest:

@@ -107,6 +107,8 @@ class MemShareScheduler(Scheduler):
         self, request: Request, num_new_tokens: int, *arguments: Any, **keywords: Any
     ) -> KVCacheBlocks | None:
         """Takes the place of ``KVCacheManager.allocate_slots``; None makes vLLM wait or preempt, as before."""
+        if request.request_id in self.grammar_compile_error_reqs:
+            return None  # refused: it ends with this step, and takes no part in it
         waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         if waiting and not self._admits(request):
             return None

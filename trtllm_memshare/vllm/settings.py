@@ -17,7 +17,12 @@ from trtllm_memshare.search.need import find_need
 CONFIG_VARIABLE = "VLLM_MEMSHARE_CONFIG"
 """Environment variable with the path of a JSON file; vLLM hands variables that start with VLLM on to its workers."""
 ADDITIONAL_CONFIG_KEY = "memshare"
-
+_READ = (
+    "high_watermark", "low_watermark", "min_kept", "lookahead_tokens", "need", "spread", "retired_becomes",
+    "max_aliases", "protected_tokens", "protected_steps", "max_protected_tokens", "shingle_tokens", "min_run_tokens",
+    "control_seed",
+)  # fmt: skip
+"""Of the search's settings what pressure on vLLM reads; the others hold for other presets and runners."""
 
 Admission = Literal["vllm", "lookahead", "max-tokens"]
 NullEntries = Literal["read", "skip"]
@@ -90,6 +95,13 @@ def parse_settings(values: object, where: str) -> VllmSettings:
         raise UserError(
             "with vLLM retired_becomes must be null, or alias with need nearest-earlier, got dropped (keep null; "
             "with null_entries skip its kernels do not read those entries)"
+        )
+    plain = parse_config(PRESETS["pressure"], where)
+    unread = [key for key in search if key not in _READ and getattr(config, key) != getattr(plain, key)]
+    if unread:
+        raise UserError(
+            f"{where} sets {unread[0]}, which pressure on vLLM does not read (leave it out; it reads "
+            f"{', '.join(_READ)})"
         )
     facts = find_need(config.need).facts
     if {"attention", "recent_attention"} & set(facts):
