@@ -19,7 +19,14 @@ from trtllm_memshare.engine import checkpoint
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
-from trtllm_memshare.engine.null_page_files import calibration_texts, load_null_pages, save_null_pages
+from trtllm_memshare.engine.null_page_files import (
+    KEYS_FILE,
+    calibrated_on,
+    calibration_texts,
+    load_null_pages,
+    save_null_pages,
+)
+from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.serving.self_check import check_engine_runs
@@ -177,7 +184,10 @@ def test_architectures_that_only_other_hosts_serve_are_calibrated(centred_dir, t
     monkeypatch.setattr(checkpoint, "SUPPORTED", ("LlamaForCausalLM",))
     with pytest.raises(UserError, match="has architecture Qwen2ForCausalLM"):
         read_checkpoint(folder)
-    assert calibrate_checkpoint(folder, 512, "float32").num_bands == 1
+    pages = calibrate_checkpoint(folder, 512, "float32")
+    assert pages.num_bands == 1
+    save_null_pages(tmp_path, pages)  # the file names the weights, for hosts that are given it beside a model
+    assert calibrated_on(tmp_path / KEYS_FILE, "again") == weights_digest(folder)
 
 
 def test_the_bundled_model_is_refused_by_name(bundled_model):

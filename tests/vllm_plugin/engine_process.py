@@ -1,8 +1,9 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
-``python engine_process.py plain|memshare|ranks|skip|aliases MODEL NULL_PAGES``; ``ranks`` is two workers, each with
-half of the heads; ``skip`` leaves null entries out of attention, also where there are no null pages; ``aliases`` is the
-published method. A second engine in one process is not something vLLM promises, so each arm has its own.
+``python engine_process.py plain|memshare|ranks|skip|aliases|refused MODEL NULL_PAGES``; ``ranks`` is two workers, each
+with half of the heads; ``skip`` leaves null entries out of attention, also where there are no null pages; ``aliases`` is
+the published method; ``refused`` takes settings as JSON and tells how the start ends. A second engine in one process is
+not something vLLM promises, so each arm has its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm_plugin.masked_forward import log_probabilities
 from vllm_plugin.shadow import Shadow
+
+from trtllm_memshare.errors import UserError
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 
@@ -215,10 +218,21 @@ def _take(engine: Any, live: dict[str, list[int]], answers: list[list[int]]) -> 
             answers.append(live.pop(output.request_id) + list(output.outputs[0].token_ids))
 
 
+def refusal(model: str, null_pages: str, settings: dict[str, Any]) -> str | None:
+    """The error with which an engine's construction ends; None if it serves."""
+    try:
+        make_engine(model, null_pages, **settings)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def main() -> None:
     arm, model, null_pages = sys.argv[1:4]
     if arm == "plain":
         result: dict[str, Any] = {"with_room": with_room(make_engine(model, ""))}
+    elif arm == "refused":
+        result = {"refused": refusal(model, null_pages, json.loads(sys.argv[4]))}
     elif arm == "ranks":
         llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])
         result = {"pressure": under_pressure(llm, model, null_pages)}

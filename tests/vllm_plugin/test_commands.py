@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 import trtllm_memshare
 from trtllm_memshare.engine import null_page_build
 from trtllm_memshare.engine.load import load_decoder
-from trtllm_memshare.engine.null_page import NullPageRefused
+from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import V2_VARIABLE, commands
@@ -156,7 +157,10 @@ def test_null_pages_of_no_type_or_no_positions_are_refused_before_the_model_is_r
 def test_null_pages_of_auto_have_the_checkpoints_type(monkeypatch):
     model = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
     types = []
-    monkeypatch.setattr(null_page_build, "calibrate_null_pages", lambda *arguments: types.append(arguments[-1]))
+    found = NullPageSet(torch.ones(1, 4, 2, 32), np.array([0, 64], np.int32), torch.zeros(1, 4, 4))
+    monkeypatch.setattr(
+        null_page_build, "calibrate_null_pages", lambda *arguments: types.append(arguments[-1]) or found
+    )
     for name in ("auto", "bfloat16"):
         calibrate_checkpoint(model, 64, name)
     assert types == [load_decoder(model)[0].dtype, torch.bfloat16]

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import trtllm_memshare
+from trtllm_memshare.engine.weights import weights_digest
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
@@ -42,11 +43,14 @@ def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
     The bundled model has no null page (``engine.null_page`` refuses it: its rotary base is 10,000 and its heads have 32
     numbers), and needs none here: the reference reads the same keys.
     """
-    folder = tmp_path_factory.mktemp("null_pages")
-    keys = 2 * torch.randn(2, 4, 2, 32, generator=torch.Generator().manual_seed(0))
-    save_file(
-        {"keys": keys, "bands": torch.tensor([0, 256, 1024], dtype=torch.int32)}, folder / "null_pages.safetensors"
-    )
+    return save_null_pages(tmp_path_factory.mktemp("null_pages"))
+
+
+def save_null_pages(folder: Path, num_layers: int = 4, weights: str | None = None) -> str:
+    keys = 2 * torch.randn(2, num_layers, 2, 32, generator=torch.Generator().manual_seed(0))
+    bands = torch.tensor([0, 256, 1024], dtype=torch.int32)
+    calibrated_on = {"weights": weights or weights_digest(Path(MODEL))}
+    save_file({"keys": keys, "bands": bands}, folder / "null_pages.safetensors", calibrated_on)
     return str(folder)
 
 
@@ -126,6 +130,13 @@ def test_without_null_pages_nothing_reads_the_block_that_null_entries_name(null_
     assert poisoned["not_finite"] == 0
     assert poisoned["is_untouched"]
     assert poisoned["not_finite_if_read"] > 0
+
+
+def test_null_pages_of_other_weights_are_refused_at_the_start(tmp_path):
+    refused = run("refused", save_null_pages(tmp_path, weights="0" * 32), "{}")["refused"]
+    assert refused.startswith(
+        f"{tmp_path}/null_pages.safetensors must be calibrated on the weights of {MODEL}, got null"
+    )
 
 
 def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):

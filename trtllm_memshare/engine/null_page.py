@@ -70,6 +70,7 @@ class NullPageSet:
       num_lengthened: KV heads whose key had to be lengthened for the last text: their gaps are fitted ones.
       near_tokens: of ``num_tokens`` tokens of the vocabulary, how many come nearer than the target in some head of the
         first layer.
+      weights: digest of the weights that they were calibrated on, see ``weights.weights_digest``.
     """
 
     keys: torch.Tensor
@@ -80,6 +81,7 @@ class NullPageSet:
     num_lengthened: int = 0
     near_tokens: int = 0
     num_tokens: int = 0
+    weights: str | None = None
 
     @property
     def num_bands(self) -> int:

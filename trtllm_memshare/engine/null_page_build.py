@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from trtllm_memshare.engine.checkpoint import check_attention, refuse_adapter
 from trtllm_memshare.engine.load import check_loaded, load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_pages, save_refusal
+from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError, shorten
 from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig
@@ -84,4 +86,5 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     longest = int(model.config.max_position_embeddings)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:longest] for text in calibration_texts(model_dir)]
-    return calibrate_null_pages(model, texts, max_seq_len, _POOL_TYPES[kv_dtype] or model.dtype)
+    pages = calibrate_null_pages(model, texts, max_seq_len, _POOL_TYPES[kv_dtype] or model.dtype)
+    return replace(pages, weights=weights_digest(model_dir))

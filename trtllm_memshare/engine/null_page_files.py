@@ -22,6 +22,7 @@ TEXT_FILE = "calibration.txt"
 
 _BUNDLED_TEXT = Path(trtllm_memshare.__file__).parent / "assets" / TEXT_FILE
 _REBUILD = "build the engine again with --force"
+_WEIGHTS = "weights"  # in the keys' file, among the metadata
 
 
 def calibration_texts(model_dir: Path) -> list[str]:
@@ -46,7 +47,7 @@ def save_null_pages(folder: Path, pages: NullPageSet) -> None:
     from safetensors.torch import save_file
 
     tensors = {"keys": pages.keys.contiguous(), "gaps": pages.gaps.contiguous(), "bands": torch.from_numpy(pages.bands)}
-    save_file(tensors, folder / KEYS_FILE)
+    save_file(tensors, folder / KEYS_FILE, None if pages.weights is None else {_WEIGHTS: pages.weights})
     (folder / REPORT_FILE).write_text(json.dumps(report(pages), indent=1) + "\n", encoding="utf-8")
 
 
@@ -154,6 +155,21 @@ def read_null_pages(path: Path, remedy: str) -> tuple[torch.Tensor, np.ndarray, 
     if ends[0] != 0 or any(a >= b for a, b in itertools.pairwise(ends)) or ends[-1] >= 2**31:
         raise UserError(f"{path} covers positions {quote(ends)}, expected borders that ascend from 0 ({remedy})")
     return keys.float(), bands.numpy().astype(np.int32), None if gaps is None else gaps.float()
+
+
+def calibrated_on(path: Path, remedy: str) -> str | None:
+    """Digest of the weights that a file's null pages were calibrated on; None in files that are older than the digest.
+
+    Raises:
+      UserError: a damaged file; ``remedy`` says what to do about it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(_WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {shorten(str(error))} ({remedy})") from error
 
 
 def describe_null_pages(engine_dir: Path) -> str:

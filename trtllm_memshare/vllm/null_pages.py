@@ -1,15 +1,19 @@
-"""The model's null pages: loaded by band for the scheduler, written into the pool by each worker."""
+"""The model's null pages: loaded by band for the scheduler, held against the model and written by each worker."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, calibrated_on, read_null_pages
+from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _AGAIN = "calibrate the model again"
 
@@ -36,6 +40,55 @@ def load_bands(folder: str | None, max_tokens: int) -> np.ndarray:
             f"lower --max-model-len)"
         )
     return bands[: int(np.searchsorted(bands, max_tokens)) + 1]
+
+
+def check_weights(folder: str, model: str, model_dir: Path | None) -> None:
+    """Holds null pages against the weights that are served: of another model their shape may be right all the same.
+
+    Where one of the two is not known, a warning says so.
+
+    Args:
+      folder: where the calibration is.
+      model: as the user named it.
+      model_dir: its files, None if they are not known.
+
+    Raises:
+      UserError: they were calibrated on other weights, or the file is damaged.
+    """
+    path = _path(folder)
+    expected = calibrated_on(path, _AGAIN)
+    if expected is None:
+        reason = "it does not say on which it was calibrated"
+    elif model_dir is None:
+        reason = f"no folder with the weights of {model} is found"
+    else:
+        try:
+            found = weights_digest(model_dir)
+        except (UserError, OSError) as error:
+            reason = str(error)
+        else:
+            if found != expected:
+                raise UserError(
+                    f"{path} must be calibrated on the weights of {model}, got null pages of other weights (calibrate "
+                    f"this model, from the very files that are served)"
+                )
+            return
+    log.warning(
+        "%s is not held against the weights of %s, since %s; null pages of another model of this shape turn text to "
+        "garbage under pressure (calibrate again if in doubt)", path, model, reason,
+    )  # fmt: skip
+
+
+def find_weights(model: str, revision: str | None, cache_dir: str | None) -> Path | None:
+    """The folder of a served model: itself, or what vLLM has downloaded of a hub's; nothing is fetched."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError):  # not there, or no name of a hub's
+        return None
 
 
 def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: int, tp_size: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -21,7 +22,7 @@ from trtllm_memshare.vllm import V2_VARIABLE
 from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import open_signatures
 from trtllm_memshare.vllm.distance_reports import DistanceReports
-from trtllm_memshare.vllm.null_pages import attention_layers, write_null_pages
+from trtllm_memshare.vllm.null_pages import attention_layers, check_weights, find_weights, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import runner_form
 from trtllm_memshare.vllm.redundancy import PageReports
@@ -53,6 +54,23 @@ class MemShareWorker(PlatformWorker):
     _reports: PageReports | DistanceReports | None = None
     _answers: dict[str, Any] | None = None
     _skipped: SkippedEntries | None = None
+
+    def load_model(self, *arguments: Any, **keywords: Any) -> Any:
+        """vLLM's; null pages of other weights are refused before it, or after it where it is what downloads them."""
+        is_here = Path(self.model_config.model).is_dir()
+        if is_here:
+            self._check_weights()
+        loaded = super().load_model(*arguments, **keywords)
+        if not is_here:
+            self._check_weights()
+        return loaded
+
+    def _check_weights(self) -> None:
+        folder = load_settings(self.vllm_config.additional_config, os.environ).options.null_pages
+        if folder is None or self.rank != 0:  # one rank is enough to refuse, and to warn once
+            return
+        model, cache_dir = self.model_config, self.load_config.download_dir
+        check_weights(folder, model.model, find_weights(model.model, model.revision, cache_dir))
 
     def compile_or_warm_up_model(self, *arguments: Any, **keywords: Any) -> Any:
         """vLLM's; before it what cannot be served is refused, and not with the first request."""
