@@ -1,9 +1,9 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
 ``python engine_process.py plain|memshare|ranks|skip|aliases|refused MODEL NULL_PAGES``; ``ranks`` is two workers, each
-with half of the heads; ``skip`` leaves null entries out of attention, also where there are no null pages; ``aliases`` is
-the published method; ``refused`` takes settings as JSON and tells how the start ends. A second engine in one process is
-not something vLLM promises, so each arm has its own.
+with half of the heads; ``skip`` leaves null entries out of attention, also where there are no null pages; ``aliases``
+is the published method; ``refused`` takes settings as JSON and tells how the start ends. A second engine in one process
+is not something vLLM promises, so each arm has its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vllm_plugin.masked_forward import log_probabilities
 from vllm_plugin.shadow import Shadow
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm import cache_signatures
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 
@@ -232,6 +233,8 @@ def main() -> None:
     if arm == "plain":
         result: dict[str, Any] = {"with_room": with_room(make_engine(model, ""))}
     elif arm == "refused":
+        if len(sys.argv) > 5:
+            cache_signatures._ERROR = -1.0
         result = {"refused": refusal(model, null_pages, json.loads(sys.argv[4]))}
     elif arm == "ranks":
         llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])

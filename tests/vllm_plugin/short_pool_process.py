@@ -77,7 +77,6 @@ def poison(llm: LLM) -> list[torch.Tensor]:
 def without_null_pages(model: str, need: str) -> dict[str, Any]:
     llm = make_engine(model, "", num_blocks=NUM_BLOCKS - 1, **short_settings(need))
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    generate(llm, texts(9, 1, 20), [4])  # a need may try the block out with the first step
     block = poison(llm)
     not_finite, sample = 0, worker.model_runner.sampler.forward
 

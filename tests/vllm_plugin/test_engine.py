@@ -134,9 +134,17 @@ def test_without_null_pages_nothing_reads_the_block_that_null_entries_name(null_
 
 def test_null_pages_of_other_weights_are_refused_at_the_start(tmp_path):
     refused = run("refused", save_null_pages(tmp_path, weights="0" * 32), "{}")["refused"]
-    assert refused.startswith(
-        f"{tmp_path}/null_pages.safetensors must be calibrated on the weights of {MODEL}, got null"
-    )
+    assert refused.startswith(f"{tmp_path}/null_pages.safetensors must be calibrated on the weights of {MODEL}, got ")
+
+
+def test_null_pages_of_another_shape_are_refused_at_the_start_and_not_with_the_first_request(tmp_path):
+    refused = run("refused", save_null_pages(tmp_path, num_layers=3), "{}")["refused"]
+    assert "is of a model with 3 layers, 2 KV heads of 32, the served one has 4, 2 of 32 (calibrate" in refused
+
+
+def test_a_cache_in_which_v_is_not_found_is_refused_at_the_start(null_pages):
+    refused = run("refused", null_pages, "{}", "no signature is near enough")["refused"]
+    assert refused.startswith("KV redundancy cannot be read from vLLM's cache: V that was written is not what is read")
 
 
 def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):

@@ -89,7 +89,7 @@ def open_cache_pages(layers: list[Any], block_size: int, spare_block: int) -> Ca
 
     Args:
       layers: vLLM's attention layers, first to last, caches in place.
-      spare_block: nobody's yet; it is overwritten.
+      spare_block: for trials, see ``trial_block``; it is overwritten.
 
     Raises:
       UserError: distances of pages that were written are not those that are read.

@@ -69,7 +69,7 @@ class PlacedSignatures:
       layers: vLLM's attention layers, first to last, caches in place.
       block_size: tokens of the scheduler's blocks.
       num_blocks: of the scheduler's pool.
-      spare_block: nobody's yet; it is overwritten.
+      spare_block: for trials, see ``trial_block``; it is overwritten.
 
     Raises:
       ValueError: V is not found, see ``PlacedValues``.
@@ -96,7 +96,7 @@ def open_signatures(
     Args:
       device: the worker's.
       num_blocks, block_size: of the scheduler's pool.
-      spare_block: nobody's yet; it is overwritten.
+      spare_block: for trials, see ``trial_block``; it is overwritten.
 
     Raises:
       UserError: neither finds V.

@@ -91,20 +91,18 @@ def find_weights(model: str, revision: str | None, cache_dir: str | None) -> Pat
         return None
 
 
-def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: int, tp_size: int) -> None:
-    """Writes K and V of each band's null page into its block, through the attention backend's own operator.
+def load_keys(folder: str, layers: list[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    """K of each band's null page as this worker holds it, float32 ``[num_bands, num_layers, num_kv_heads, head_dim]``.
 
     Args:
-      runner: vLLM's model runner, KV cache in place; its cache is modified.
       folder: where the calibration is.
-      block_ids: a block for each band, from the scheduler.
+      layers: vLLM's attention layers, first to last.
       tp_rank, tp_size: this worker's share of the KV heads; with more ranks than KV heads each has a copy of one.
 
     Raises:
       UserError: the calibration is of a model of another shape.
     """
     keys, _, _ = read_null_pages(_path(folder), _AGAIN)
-    layers = attention_layers(runner)
     num_heads, head_dim = layers[0].num_kv_heads, layers[0].head_size
     total = keys.shape[2] if tp_size > keys.shape[2] else num_heads * tp_size
     if keys.shape[1:] != (len(layers), total, head_dim):
@@ -113,13 +111,24 @@ def write_null_pages(runner: Any, folder: str, block_ids: list[int], tp_rank: in
             f"the served one has {len(layers)}, {total} of {head_dim} (calibrate this model)"
         )
     first = tp_rank * num_heads if tp_size <= total else tp_rank * total // tp_size  # as vLLM deals heads out
+    return keys[:, :, first : first + num_heads]
+
+
+def write_null_pages(runner: Any, keys: torch.Tensor, block_ids: list[int]) -> None:
+    """Writes K and V of each band's null page into its block, through the attention backend's own operator.
+
+    Args:
+      runner: vLLM's model runner, KV cache in place; its cache is modified.
+      keys: see ``load_keys``.
+      block_ids: a block for each band, from the scheduler.
+    """
     block_size = runner.cache_config.block_size
     for band, block_id in enumerate(block_ids):
         slots = torch.arange(
             block_id * block_size, (block_id + 1) * block_size, dtype=torch.int64, device=runner.device
         )
-        for index, layer in enumerate(layers):
-            key = keys[band, index, first : first + num_heads].to(runner.device, runner.kv_cache_dtype)
+        for index, layer in enumerate(attention_layers(runner)):
+            key = keys[band, index].to(runner.device, runner.kv_cache_dtype)
             rows = key[None].expand(block_size, -1, -1).contiguous()
             layer.impl.do_kv_cache_update(layer, rows, torch.zeros_like(rows), layer.kv_cache, slots)
 

@@ -1,8 +1,8 @@
 """V of a page wherever a backend puts it: numbers that name their own places are written, and where they land is kept.
 
 The CPU backend packs what it keeps by instruction set; AMX interleaves rows, for one. A packing moves numbers and does
-not change them, and it is the same in every block. So one block that is nobody's yet is filled by the backend's own
-operator, K with zeros and V with the digits of an index, and read back as it lies in memory: where the index of a
+not change them, and it is the same in every block. So before anybody is served one block is filled by the backend's
+own operator, K with zeros and V with the digits of an index, and read back as it lies in memory: where the index of a
 number is found, that number is found in every other block.
 """
 
@@ -24,7 +24,7 @@ class PlacedValues:
       layer: vLLM's attention layer, its cache in place, whose first axis is blocks.
       block_size: tokens of the scheduler's blocks; a backend may have cut each into several of its own.
       num_blocks: of the scheduler's pool.
-      spare_block: nobody's yet; it is overwritten.
+      spare_block: for trials, see ``trial_block``; it is overwritten.
 
     Raises:
       ValueError: the cache is not one tensor of blocks, or V is not found whole and unchanged in it.

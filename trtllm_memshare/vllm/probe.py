@@ -53,8 +53,29 @@ def check_scheduler(scheduler: Any, version: str) -> None:
     Raises:
       UserError: a feature that MemShare excludes, or a part of the scheduler is missing.
     """
-    config = scheduler.vllm_config
-    groups = scheduler.kv_cache_config.kv_cache_groups
+    check_served(scheduler.vllm_config, scheduler.kv_cache_config.kv_cache_groups)
+    for feature, present in {
+        "KV transfer": scheduler.connector is not None,
+        "an encoder": scheduler.is_encoder_decoder,
+    }.items():
+        if present:
+            raise _excluded(feature)
+    group = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    for name in _GROUP_ATTRIBUTES:
+        if not hasattr(group, name):
+            raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
+
+
+def check_served(config: Any, groups: list[Any]) -> None:
+    """Looks at what is served; workers ask too, since they try the cache out before there is a scheduler.
+
+    Args:
+      config: vLLM's ``VllmConfig``.
+      groups: its KV cache groups.
+
+    Raises:
+      UserError: a model or a feature that MemShare excludes.
+    """
     if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ != "FullAttentionSpec":
         kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
         raise UserError(
@@ -68,22 +89,20 @@ def check_scheduler(scheduler: Any, version: str) -> None:
     parallel = config.parallel_config
     excluded = {
         "speculative decoding": config.speculative_config is not None,
-        "KV transfer": scheduler.connector is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "sleep mode": config.model_config.enable_sleep_mode,
-        "an encoder": scheduler.is_encoder_decoder,
         f"a KV cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
         not in ("auto", "float32", "float16", "bfloat16"),
     }
     for feature, present in excluded.items():
         if present:
-            raise UserError(f"MemShare excludes {feature} with vLLM (switch it off, or serve without MemShare)")
-    group = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
-    for name in _GROUP_ATTRIBUTES:
-        if not hasattr(group, name):
-            raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
+            raise _excluded(feature)
+
+
+def _excluded(feature: str) -> UserError:
+    return UserError(f"MemShare excludes {feature} with vLLM (switch it off, or serve without MemShare)")
 
 
 def check_runner(config: Any, need: str, null_entries: str) -> None:

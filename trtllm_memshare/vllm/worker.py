@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import vllm
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.platforms import current_platform
@@ -22,13 +23,14 @@ from trtllm_memshare.vllm import V2_VARIABLE
 from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import open_signatures
 from trtllm_memshare.vllm.distance_reports import DistanceReports
-from trtllm_memshare.vllm.null_pages import attention_layers, check_weights, find_weights, write_null_pages
+from trtllm_memshare.vllm.null_pages import attention_layers, check_weights, find_weights, load_keys, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
-from trtllm_memshare.vllm.probe import runner_form
+from trtllm_memshare.vllm.probe import check_served, runner_form
 from trtllm_memshare.vllm.redundancy import PageReports
-from trtllm_memshare.vllm.settings import load_settings
+from trtllm_memshare.vllm.settings import VllmSettings, load_settings
 from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
+from trtllm_memshare.vllm.trial_block import trial_block
 from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class MemShareWorker(PlatformWorker):
     _apply: Any = None
     _reports: PageReports | DistanceReports | None = None
     _answers: dict[str, Any] | None = None
+    _null_keys: torch.Tensor | None = None
+    _skips = False
     _skipped: SkippedEntries | None = None
 
     def load_model(self, *arguments: Any, **keywords: Any) -> Any:
@@ -73,10 +77,45 @@ class MemShareWorker(PlatformWorker):
         check_weights(folder, model.model, find_weights(model.model, model.revision, cache_dir))
 
     def compile_or_warm_up_model(self, *arguments: Any, **keywords: Any) -> Any:
-        """vLLM's; before it what cannot be served is refused, and not with the first request."""
-        if load_settings(self.vllm_config.additional_config, os.environ).options.null_entries == "skip":
+        """vLLM's; before it what cannot be served is refused, and not with the first request.
+
+        What trials compile belongs to the warm-up. The sampler is watched from its end on: its dummy runs sample too.
+        """
+        settings = load_settings(self.vllm_config.additional_config, os.environ)
+        runner, cache = self.model_runner, self.model_runner.kv_cache_config
+        check_served(self.vllm_config, cache.kv_cache_groups)
+        read = self._check_runner(settings)
+        layers, block_size = attention_layers(runner), cache.kv_cache_groups[0].kv_cache_spec.block_size
+        if settings.options.null_pages is not None:
+            rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            self._null_keys = load_keys(settings.options.null_pages, layers, rank, size)
+        signatures, surprisal = None, None
+        with trial_block(layers, cache.num_blocks) as block:
+            if "redundancy" in read:
+                signatures = open_signatures(runner.device, layers, cache.num_blocks, block_size, block)
+            if "distance" in read:  # no need reads both
+                self._reports = DistanceReports(open_cache_pages(layers, block_size, block))
+        result = super().compile_or_warm_up_model(*arguments, **keywords)
+        if "surprisal" in read:
+            surprisal = SampledSurprisal(runner, cache.num_blocks * block_size, block_size, vllm.__version__)
+        if read and self._reports is None:
+            self._reports = PageReports(signatures, surprisal, block_size)
+        return result
+
+    def _check_runner(self, settings: VllmSettings) -> frozenset[str]:
+        """Looks at the model runner; returns which facts of pages the need reads here. Raises UserError."""
+        form = runner_form(self.model_runner, vllm.__version__)
+        self._apply = apply_to_v1_runner if form == "V1" else apply_to_v2_runner
+        read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
+        if read and form != "V1":
+            raise UserError(
+                f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
+                f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
+            )
+        self._skips = settings.options.null_entries == "skip"
+        if self._skips:
             check_skipping(self.model_runner, attention_layers(self.model_runner))
-        return super().compile_or_warm_up_model(*arguments, **keywords)
+        return read
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's; before it the tables take over what changed. A step without our scheduler's update is an error."""
@@ -87,7 +126,7 @@ class MemShareWorker(PlatformWorker):
                 "--scheduler-cls and --worker-cls, or use memshare vllm)"
             )
         if update.null_blocks is not None:
-            self._prepare(update.null_blocks)
+            self._take_null_blocks(update.null_blocks)
         if self._reports is not None and (update.asked or update.null_entries or scheduler_output.finished_req_ids):
             self._answers = self._reports.answer(update, self._tables(update), scheduler_output.finished_req_ids)
         if update.null_entries:
@@ -115,33 +154,14 @@ class MemShareWorker(PlatformWorker):
         requests = self.model_runner.requests
         return {name: requests[name].block_ids[0] for name in update.asked if name in requests}
 
-    def _prepare(self, null_blocks: list[int]) -> None:
-        """With the first step: writes the null pages, if there are any, and starts to watch what the need reads."""
-        form = runner_form(self.model_runner, vllm.__version__)
-        self._apply = apply_to_v1_runner if form == "V1" else apply_to_v2_runner
-        settings = load_settings(self.vllm_config.additional_config, os.environ)
-        read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
-        if read and form != "V1":
-            raise UserError(
-                f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
-                f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
-            )
-        runner, cache = self.model_runner, self.model_runner.kv_cache_config
-        block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
-        layers, signatures, surprisal = attention_layers(runner), None, None
-        if "redundancy" in read:  # tries a block out that becomes a null page below
-            signatures = open_signatures(runner.device, layers, cache.num_blocks, block_size, null_blocks[0])
-        if "surprisal" in read:
-            surprisal = SampledSurprisal(runner, cache.num_blocks * block_size, block_size, vllm.__version__)
-        if "distance" in read:  # this too, and no need reads both
-            self._reports = DistanceReports(open_cache_pages(layers, block_size, null_blocks[0]))
-        elif read:
-            self._reports = PageReports(signatures, surprisal, block_size)
-        if settings.options.null_entries == "skip":
-            self._skipped = SkippedEntries(runner, null_blocks, block_size)
-        if settings.options.null_pages is not None:  # else nobody reads the block, whatever was tried out in it
-            rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-            write_null_pages(runner, settings.options.null_pages, null_blocks, rank, size)
+    def _take_null_blocks(self, null_blocks: list[int]) -> None:
+        """With the first step: writes the null pages, if there are any, or has attention leave their blocks out."""
+        if self._null_keys is not None:
+            write_null_pages(self.model_runner, self._null_keys, null_blocks)
+            self._null_keys = None
+        if self._skips:
+            block_size = self.model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            self._skipped = SkippedEntries(self.model_runner, null_blocks, block_size)
 
 
 class _Answered(AsyncModelRunnerOutput):
