@@ -2,8 +2,8 @@
 
 ``python engine_process.py plain|memshare|ranks|skip|aliases|refused MODEL NULL_PAGES``; ``ranks`` is two workers, each
 with half of the heads; ``skip`` leaves null entries out of attention, also where there are no null pages; ``aliases``
-is the published method; ``refused`` takes settings as JSON and tells how the start ends. A second engine in one process
-is not something vLLM promises, so each arm has its own.
+is the published method; ``refused`` takes settings as JSON, and what is not to work, and tells how the start ends. A
+second engine in one process is not something vLLM promises, so each arm has its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_plugin.masked_forward import log_probabilities
 from vllm_plugin.shadow import Shadow
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import cache_signatures
+from trtllm_memshare.vllm import cache_signatures, probe
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 
@@ -233,8 +233,10 @@ def main() -> None:
     if arm == "plain":
         result: dict[str, Any] = {"with_room": with_room(make_engine(model, ""))}
     elif arm == "refused":
-        if len(sys.argv) > 5:
+        if "signatures" in sys.argv[5:]:
             cache_signatures._ERROR = -1.0
+        if "aliases" in sys.argv[5:]:
+            probe._WALKERS = ("TRITON_ATTN",)
         result = {"refused": refusal(model, null_pages, json.loads(sys.argv[4]))}
     elif arm == "ranks":
         llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])

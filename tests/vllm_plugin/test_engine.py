@@ -143,8 +143,14 @@ def test_null_pages_of_another_shape_are_refused_at_the_start_and_not_with_the_f
 
 
 def test_a_cache_in_which_v_is_not_found_is_refused_at_the_start(null_pages):
-    refused = run("refused", null_pages, "{}", "no signature is near enough")["refused"]
+    refused = run("refused", null_pages, "{}", "signatures")["refused"]
     assert refused.startswith("KV redundancy cannot be read from vLLM's cache: V that was written is not what is read")
+
+
+def test_aliases_that_attention_would_not_read_are_refused_at_the_start(null_pages):
+    settings = json.dumps({"need": "nearest-earlier", "retired_becomes": "alias"})
+    refused = run("refused", null_pages, settings, "aliases")["refused"]
+    assert refused.startswith("retired_becomes alias works with vLLM's attention backends TRITON_ATTN, got CPU_ATTN (")
 
 
 def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
 from trtllm_memshare.vllm.plugin import choose_classes
-from trtllm_memshare.vllm.probe import check_classes, check_runner, check_scheduler, runner_form
+from trtllm_memshare.vllm.probe import check_aliases, check_classes, check_runner, check_scheduler, runner_form
 
 
 def scheduler_class(*missing):
@@ -110,3 +110,18 @@ def test_a_need_that_workers_of_runner_v2_cannot_serve_is_refused_before_anythin
         check_runner(v2, "age", "skip")
     check_runner(v2, "age", "read")
     check_runner(SimpleNamespace(use_v2_model_runner=False), "surprisal-led-redundancy", "skip")
+
+
+def a_runner(*backends):
+    groups = [SimpleNamespace(backend=SimpleNamespace(get_name=lambda name=name: name)) for name in backends]
+    return SimpleNamespace(attn_groups=[groups])
+
+
+def test_aliases_are_refused_where_attention_reads_a_block_once_for_all_entries_that_name_it():
+    check_aliases(a_runner("CPU_ATTN"))
+    check_aliases(a_runner("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"))
+    with pytest.raises(UserError, match=r"CPU_ATTN, FLASHINFER, FLASH_ATTN, TRITON_ATTN, got FLEX_ATTENTION \(choose"):
+        check_aliases(a_runner("FLASH_ATTN", "FLEX_ATTENTION"))
+    for runner in (a_runner(), SimpleNamespace()):
+        with pytest.raises(UserError, match="got none"):
+            check_aliases(runner)

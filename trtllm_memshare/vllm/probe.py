@@ -19,6 +19,11 @@ _SCHEDULER_METHODS = (
     "make_stats",
 )
 _POOL_METHODS = ("get_new_blocks", "free_blocks", "touch", "evict_blocks", "get_num_free_blocks")
+_WALKERS = ("CPU_ATTN", "FLASHINFER", "FLASH_ATTN", "TRITON_ATTN")
+"""VLLM's attention backends that read a block wherever a table names it.
+
+FlexAttention turns tables round: of entries that name one block, an alias and its donor, it reads the last one only.
+"""
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
 
 
@@ -127,6 +132,22 @@ def check_runner(config: Any, need: str, null_entries: str) -> None:
         raise UserError(
             f"need {need} reads {' and '.join(read)}, which MemShare tells with vLLM's model runner V1 only, got V2 "
             f"(set {V2_VARIABLE}=0, or need age)"
+        )
+
+
+def check_aliases(runner: Any) -> None:
+    """Looks at what reads the tables of vLLM's model runner V1.
+
+    Raises:
+      UserError: an attention backend that may read an alias or its donor and not both, or none that is known.
+    """
+    groups = getattr(runner, "attn_groups", None)
+    names = {group.backend.get_name() for group in groups[0]} if groups else set()
+    others = ", ".join(sorted(names.difference(_WALKERS)))
+    if others or not names:
+        raise UserError(
+            f"retired_becomes alias works with vLLM's attention backends {', '.join(_WALKERS)}, got "
+            f"{others or 'none'} (choose one by --attention-backend, or set retired_becomes to null)"
         )
 
 

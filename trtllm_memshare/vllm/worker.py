@@ -25,7 +25,7 @@ from trtllm_memshare.vllm.cache_signatures import open_signatures
 from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.null_pages import attention_layers, check_weights, find_weights, load_keys, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
-from trtllm_memshare.vllm.probe import check_served, runner_form
+from trtllm_memshare.vllm.probe import check_aliases, check_served, runner_form
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import VllmSettings, load_settings
 from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping
@@ -112,6 +112,8 @@ class MemShareWorker(PlatformWorker):
                 f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
                 f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
             )
+        if settings.memshare.retired_becomes == "alias":
+            check_aliases(self.model_runner)
         self._skips = settings.options.null_entries == "skip"
         if self._skips:
             check_skipping(self.model_runner, attention_layers(self.model_runner))
