@@ -23,6 +23,8 @@ from trtllm_memshare.vllm import V2_VARIABLE, commands
 from trtllm_memshare.vllm.commands import engine_arguments, main
 from trtllm_memshare.vllm.settings import CONFIG_VARIABLE
 
+MODEL = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
+
 
 def test_vllms_arguments_get_classes_and_settings(tmp_path):
     (tmp_path / "m.json").write_text('{"min_kept": 0.75}')
@@ -114,9 +116,9 @@ def test_the_beginning_of_an_option_is_the_same_option():
     assert json.loads(line[-1]) == {"x": 1, "memshare": {"null_entries": "skip"}}
 
 
-def save_null_pages(folder, num_positions):
+def save_null_pages(folder, num_positions, calibrated_on=None):
     bands = torch.tensor([0, num_positions], dtype=torch.int32)
-    save_file({"keys": torch.zeros(1, 1, 1, 2), "bands": bands}, folder / "null_pages.safetensors")
+    save_file({"keys": torch.zeros(1, 1, 1, 2), "bands": bands}, folder / "null_pages.safetensors", calibrated_on)
 
 
 def test_null_pages_that_cannot_serve_are_refused_before_vllm_starts(tmp_path, monkeypatch):
@@ -129,6 +131,14 @@ def test_null_pages_that_cannot_serve_are_refused_before_vllm_starts(tmp_path, m
     (tmp_path / "m.json").write_text(json.dumps({"null_pages": str(tmp_path)}))
     with pytest.raises(UserError, match="covers positions below 512, max_model_len is 513"):
         main("vllm", ["serve", "m", "--memshare-config", str(tmp_path / "m.json"), "--max_model_len=513"])
+
+
+@pytest.mark.parametrize("line", [["serve", str(MODEL)], ["bench", "latency", "--model", str(MODEL)]])
+def test_null_pages_of_another_model_are_refused_before_vllm_starts(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(commands, "_program", lambda: pytest.fail("vLLM is about to start"))
+    save_null_pages(tmp_path, 512, {"weights": "0" * 32})
+    with pytest.raises(UserError, match="must be calibrated on the weights of"):
+        main("vllm", [*line, "--null-pages", str(tmp_path)])
 
 
 def test_the_variable_names_a_settings_file_too(tmp_path, monkeypatch):

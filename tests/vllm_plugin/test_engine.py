@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 import trtllm_memshare
 from trtllm_memshare.engine.weights import weights_digest
+from trtllm_memshare.errors import UserError
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
@@ -151,6 +153,18 @@ def test_aliases_that_attention_would_not_read_are_refused_at_the_start(null_pag
     settings = json.dumps({"need": "nearest-earlier", "retired_becomes": "alias"})
     refused = run("refused", null_pages, settings, "aliases")["refused"]
     assert refused.startswith("retired_becomes alias works with vLLM's attention backends TRITON_ATTN, got CPU_ATTN (")
+
+
+def test_steps_of_vllms_own_warm_up_are_no_error(monkeypatch):
+    """Model runner V2 runs some on a GPU before anything is served."""
+    from trtllm_memshare.vllm.worker import MemShareWorker, PlatformWorker
+
+    monkeypatch.setattr(PlatformWorker, "execute_model", lambda self, step: "warm")
+    worker = object.__new__(MemShareWorker)
+    assert worker.execute_model(SimpleNamespace()) == "warm"
+    worker._is_warm = True
+    with pytest.raises(UserError, match="got a step of another scheduler"):
+        worker.execute_model(SimpleNamespace())
 
 
 def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):

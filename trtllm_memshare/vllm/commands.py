@@ -24,7 +24,7 @@ from trtllm_memshare.engine.null_page_files import save_null_pages
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import parse_json
 from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
-from trtllm_memshare.vllm.null_pages import load_bands
+from trtllm_memshare.vllm.null_pages import check_weights, load_bands
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
 _BENCHMARKS_WITH_ENGINE = ("throughput", "latency", "startup", "mm-processor")
@@ -40,7 +40,7 @@ calibrate  a folder with a model's null pages, to be made once
 serve and bench take vLLM's own options, which vllm serve --help lists, and:
 """ + "\n".join(f"  {option:<18}  {what}" for option, what in _OURS.items())
 _TAKEN = ("--scheduler-cls", "--worker-cls")
-_ADDITIONAL, _MAX_LENGTH, _CONFIG = "--additional-config", "--max-model-len", "--config"
+_ADDITIONAL, _MAX_LENGTH, _CONFIG, _MODEL = "--additional-config", "--max-model-len", "--config", "--model"
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -136,10 +136,14 @@ def _wrap(arguments: list[str]) -> None:
 
 def _check_null_pages(arguments: Sequence[str]) -> None:
     """Raises UserError for null pages that the engine core would refuse half a minute later."""
-    _, values = _take_options(arguments, (_ADDITIONAL, _MAX_LENGTH))
+    rest, values = _take_options(arguments, (_ADDITIONAL, _MAX_LENGTH, _MODEL))
     settings, length = json.loads(values[_ADDITIONAL] or "")[ADDITIONAL_CONFIG_KEY], values[_MAX_LENGTH] or ""
+    folder = settings.get("null_pages")
     # A length that is no plain number, as 8k or auto, is left to vLLM.
-    load_bands(settings.get("null_pages"), int(length) if length.isdecimal() else 1)
+    load_bands(folder, int(length) if length.isdecimal() else 1)
+    model = values[_MODEL] or (rest[1] if len(rest) > 1 else "")
+    if folder is not None and Path(model).is_dir():  # of a hub's name the worker knows the files
+        check_weights(folder, model, Path(model))
 
 
 def _program() -> list[str]:

@@ -57,6 +57,7 @@ class MemShareWorker(PlatformWorker):
     _answers: dict[str, Any] | None = None
     _null_keys: torch.Tensor | None = None
     _skips = False
+    _is_warm = False
     _skipped: SkippedEntries | None = None
 
     def load_model(self, *arguments: Any, **keywords: Any) -> Any:
@@ -100,6 +101,7 @@ class MemShareWorker(PlatformWorker):
             surprisal = SampledSurprisal(runner, cache.num_blocks * block_size, block_size, vllm.__version__)
         if read and self._reports is None:
             self._reports = PageReports(signatures, surprisal, block_size)
+        self._is_warm = True
         return result
 
     def _check_runner(self, settings: VllmSettings) -> frozenset[str]:
@@ -122,6 +124,8 @@ class MemShareWorker(PlatformWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's; before it the tables take over what changed. A step without our scheduler's update is an error."""
         update: MemShareUpdate | None = getattr(scheduler_output, ATTRIBUTE, None)
+        if update is None and not self._is_warm:
+            return super().execute_model(scheduler_output)  # model runner V2 warms up with steps of its own
         if update is None:
             raise UserError(
                 "MemShareWorker needs MemShareScheduler beside it, got a step of another scheduler (give both "
