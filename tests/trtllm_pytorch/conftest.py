@@ -64,11 +64,12 @@ def make_sharing_class(manager_class=FakeKVCacheManager, **settings):
     return sharing_class(manager_class, TextlessFacts(SimpleNamespace()), make_settings(**settings))
 
 
-def write_null_pages(folder, bands, num_layers=2, num_kv_heads=1, head_dim=2):
+def write_null_pages(folder, bands, num_layers=2, num_kv_heads=1, head_dim=2, weights=None):
     """Null pages as calibration writes them; keys that name their band, layer and head."""
     keys = torch.arange(1.0, 1 + (len(bands) - 1) * num_layers * num_kv_heads * head_dim)
     keys = -keys.view(len(bands) - 1, num_layers, num_kv_heads, head_dim)
-    save_file({"keys": keys, "bands": torch.tensor(bands, dtype=torch.int32)}, Path(folder) / "null_pages.safetensors")
+    tensors = {"keys": keys, "bands": torch.tensor(bands, dtype=torch.int32)}
+    save_file(tensors, Path(folder) / "null_pages.safetensors", {"weights": weights} if weights else None)
     return str(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fakes.reading_runner import patchwork_text
 from fakes.wrong_repeats import whether_or_not_copies_are_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trtllm_pytorch.conftest import make_sharing_class, write_null_pages
+from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class, write_null_pages
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
@@ -29,7 +30,9 @@ from trtllm_pytorch.test_tail_swap import (
     takes_null_pages,
 )
 
+import trtllm_memshare
 from trtllm_memshare.cache import givable
+from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch import pressure
 from trtllm_memshare.trtllm.pytorch.agenda import Agenda
@@ -317,6 +320,20 @@ def test_null_pages_are_written_on_each_rank_for_its_own_heads(tmp_path):
     with pytest.raises(UserError, match="no null pages in"):
         NullKeys.read(tmp_path / "none", shape, make_mapping(), 90)
     assert folder
+
+
+def test_null_pages_of_another_model_are_refused(tmp_path):
+    """Their shape may be right all the same."""
+    model_dir = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
+    facts = TextlessFacts(SimpleNamespace(_name_or_path=str(model_dir)))
+    for weights, is_right in ((weights_digest(model_dir), True), ("0" * 32, False)):
+        folder = write_null_pages(tmp_path, [0, 280], weights=weights)
+        make = sharing_class(FakeKVCacheManager, facts, make_settings(null_pages=folder, **PRESSURE))
+        if is_right:
+            assert make_manager(make, 40, 8).memshare is not None
+            continue
+        with pytest.raises(UserError, match="must be calibrated on the weights of"):
+            make_manager(make, 40, 8)
 
 
 @pytest.mark.parametrize("kind", ["V1", "V1 main", "V2", "V2 main"])

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.child_process import run_to_end
+from trtllm_memshare.engine.calibrated_weights import check_weights
 from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import save_null_pages
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import parse_json
 from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
-from trtllm_memshare.vllm.null_pages import check_weights, load_bands
+from trtllm_memshare.vllm.null_pages import load_bands, null_page_file
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
 _BENCHMARKS_WITH_ENGINE = ("throughput", "latency", "startup", "mm-processor")
@@ -143,7 +144,7 @@ def _check_null_pages(arguments: Sequence[str]) -> None:
     load_bands(folder, int(length) if length.isdecimal() else 1)
     model = values[_MODEL] or (rest[1] if len(rest) > 1 else "")
     if folder is not None and Path(model).is_dir():  # of a hub's name the worker knows the files
-        check_weights(folder, model, Path(model))
+        check_weights(null_page_file(folder), model, Path(model))
 
 
 def _program() -> list[str]:

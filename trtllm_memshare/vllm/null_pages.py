@@ -1,19 +1,15 @@
-"""The model's null pages: loaded by band for the scheduler, held against the model and written by each worker."""
+"""The model's null pages: loaded by band for the scheduler, and written by each worker."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from trtllm_memshare.engine.null_page_files import KEYS_FILE, calibrated_on, read_null_pages
-from trtllm_memshare.engine.weights import weights_digest
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
 from trtllm_memshare.errors import UserError
-
-log = logging.getLogger(__name__)
 
 _AGAIN = "calibrate the model again"
 
@@ -32,7 +28,7 @@ def load_bands(folder: str | None, max_tokens: int) -> np.ndarray:
     """
     if folder is None:
         return np.array([0, max_tokens], np.int32)
-    path = _path(folder)
+    path = null_page_file(folder)
     _, bands, _ = read_null_pages(path, _AGAIN)
     if bands[-1] < max_tokens:
         raise UserError(
@@ -40,55 +36,6 @@ def load_bands(folder: str | None, max_tokens: int) -> np.ndarray:
             f"lower --max-model-len)"
         )
     return bands[: int(np.searchsorted(bands, max_tokens)) + 1]
-
-
-def check_weights(folder: str, model: str, model_dir: Path | None) -> None:
-    """Holds null pages against the weights that are served: of another model their shape may be right all the same.
-
-    Where one of the two is not known, a warning says so.
-
-    Args:
-      folder: where the calibration is.
-      model: as the user named it.
-      model_dir: its files, None if they are not known.
-
-    Raises:
-      UserError: they were calibrated on other weights, or the file is damaged.
-    """
-    path = _path(folder)
-    expected = calibrated_on(path, _AGAIN)
-    if expected is None:
-        reason = "it does not say on which it was calibrated"
-    elif model_dir is None:
-        reason = f"no folder with the weights of {model} is found"
-    else:
-        try:
-            found = weights_digest(model_dir)
-        except (UserError, OSError) as error:
-            reason = str(error)
-        else:
-            if found != expected:
-                raise UserError(
-                    f"{path} must be calibrated on the weights of {model}, got null pages of other weights (calibrate "
-                    f"this model, from the very files that are served)"
-                )
-            return
-    log.warning(
-        "%s is not held against the weights of %s, since %s; null pages of another model of this shape turn text to "
-        "garbage under pressure (calibrate again if in doubt)", path, model, reason,
-    )  # fmt: skip
-
-
-def find_weights(model: str, revision: str | None, cache_dir: str | None) -> Path | None:
-    """The folder of a served model: itself, or what vLLM has downloaded of a hub's; nothing is fetched."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True))
-    except (OSError, ValueError):  # not there, or no name of a hub's
-        return None
 
 
 def load_keys(folder: str, layers: list[Any], tp_rank: int, tp_size: int) -> torch.Tensor:
@@ -102,13 +49,13 @@ def load_keys(folder: str, layers: list[Any], tp_rank: int, tp_size: int) -> tor
     Raises:
       UserError: the calibration is of a model of another shape.
     """
-    keys, _, _ = read_null_pages(_path(folder), _AGAIN)
+    keys, _, _ = read_null_pages(null_page_file(folder), _AGAIN)
     num_heads, head_dim = layers[0].num_kv_heads, layers[0].head_size
     total = keys.shape[2] if tp_size > keys.shape[2] else num_heads * tp_size
     if keys.shape[1:] != (len(layers), total, head_dim):
         raise UserError(
-            f"{_path(folder)} is of a model with {keys.shape[1]} layers, {keys.shape[2]} KV heads of {keys.shape[3]}, "
-            f"the served one has {len(layers)}, {total} of {head_dim} (calibrate this model)"
+            f"{null_page_file(folder)} is of a model with {keys.shape[1]} layers, {keys.shape[2]} KV heads of "
+            f"{keys.shape[3]}, the served one has {len(layers)}, {total} of {head_dim} (calibrate this model)"
         )
     first = tp_rank * num_heads if tp_size <= total else tp_rank * total // tp_size  # as vLLM deals heads out
     return keys[:, :, first : first + num_heads]
@@ -144,7 +91,8 @@ def _layer_index(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def _path(folder: str) -> Path:
+def null_page_file(folder: str) -> Path:
+    """The file in a folder that calibration wrote. Raises UserError if it is not there."""
     path = Path(folder) / KEYS_FILE
     if not path.is_file():
         raise UserError(f"null_pages must name a folder with {KEYS_FILE}, got {folder} (calibrate the model first)")

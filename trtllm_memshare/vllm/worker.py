@@ -17,13 +17,14 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
+from trtllm_memshare.engine.calibrated_weights import check_weights, find_weights
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.vllm import V2_VARIABLE
 from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import open_signatures
 from trtllm_memshare.vllm.distance_reports import DistanceReports
-from trtllm_memshare.vllm.null_pages import attention_layers, check_weights, find_weights, load_keys, write_null_pages
+from trtllm_memshare.vllm.null_pages import attention_layers, load_keys, null_page_file, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.probe import check_aliases, check_served, runner_form
 from trtllm_memshare.vllm.redundancy import PageReports
@@ -75,7 +76,7 @@ class MemShareWorker(PlatformWorker):
         if folder is None or self.rank != 0:  # one rank is enough to refuse, and to warn once
             return
         model, cache_dir = self.model_config, self.load_config.download_dir
-        check_weights(folder, model.model, find_weights(model.model, model.revision, cache_dir))
+        check_weights(null_page_file(folder), model.model, find_weights(model.model, model.revision, cache_dir))
 
     def compile_or_warm_up_model(self, *arguments: Any, **keywords: Any) -> Any:
         """vLLM's; before it what cannot be served is refused, and not with the first request.

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.engine.null_page_files import KEYS_FILE
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.search.block_search import make_block_search
@@ -72,6 +73,7 @@ def attach(
         if settings.memshare.pressure:
             folder = Path(settings.options.null_pages or "")
             null_keys = NullKeys.read(folder, backend.pool.shape, manager.mapping, manager.max_seq_len)
+            facts.check_null_pages(folder / KEYS_FILE)
             null_rows = NullRows(manager, backend, null_keys)
         shared = Sharing(
             backend,

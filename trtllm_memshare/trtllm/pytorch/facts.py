@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from trtllm_memshare.engine.calibrated_weights import check_weights, find_weights
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.trtllm.pytorch.guards import comparison_reasons, model_reasons, window_reasons
@@ -64,6 +66,11 @@ class ModelFacts:
     def window_reasons(self) -> list[str]:
         """Those of ``reasons`` that hold where nothing is compared."""
         return window_reasons(self.config)
+
+    def check_null_pages(self, path: Path) -> None:
+        """Raises UserError for null pages that were calibrated on another model; see ``check_weights``."""
+        name = getattr(self.config, "_name_or_path", "")
+        check_weights(path, name or "the model that is served", find_weights(name) if name else None)
 
     def inv_freq(self) -> torch.Tensor:
         """float32 ``[rotary_dim / 2]``, radians per token."""

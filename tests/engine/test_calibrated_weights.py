@@ -12,22 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trtllm_memshare
+from trtllm_memshare.engine.calibrated_weights import check_weights, find_weights
 from trtllm_memshare.engine.null_page import NullPageSet
-from trtllm_memshare.engine.null_page_files import save_null_pages
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, save_null_pages
 from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm.null_pages import check_weights, find_weights
 
 MODEL = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
 
 
-def save(folder: Path, weights: str | None) -> str:
+def save(folder: Path, weights: str | None) -> Path:
     folder.mkdir(exist_ok=True)
     pages = NullPageSet(
         torch.ones(1, 4, 2, 32), np.array([0, 512], np.int32), torch.zeros(1, 4, 4), num_tokens=1, weights=weights
     )
     save_null_pages(folder, pages)
-    return str(folder)
+    return folder / KEYS_FILE
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def turned(tmp_path: Path) -> Path:
 
 
 def test_null_pages_of_another_model_of_this_shape_are_refused(tmp_path, turned, caplog):
-    folder = save(tmp_path / "null", weights_digest(MODEL))
-    check_weights(folder, "a name", MODEL)
+    path = save(tmp_path / "null", weights_digest(MODEL))
+    check_weights(path, "a name", MODEL)
     assert not caplog.records
     with pytest.raises(UserError, match="must be calibrated on the weights of a name, got null pages of other weights"):
-        check_weights(folder, "a name", turned)
+        check_weights(path, "a name", turned)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,18 @@ def test_null_pages_of_another_model_of_this_shape_are_refused(tmp_path, turned,
         ("0" * 32, MODEL.parent, "found no weights"),
     ],
 )
-def test_what_cannot_be_compared_is_a_warning_with_the_folder(tmp_path, caplog, weights, model_dir, reason):
-    folder = save(tmp_path / "null", weights)
+def test_what_cannot_be_compared_is_a_warning_with_the_file(tmp_path, caplog, weights, model_dir, reason):
+    path = save(tmp_path / "null", weights)
     with caplog.at_level(logging.WARNING):
-        check_weights(folder, "a name", model_dir)
+        check_weights(path, "a name", model_dir)
     (record,) = caplog.records
-    assert folder in record.getMessage()
+    assert str(path) in record.getMessage()
     assert reason in record.getMessage()
 
 
 def test_weights_are_found_by_a_folder_or_by_what_a_hub_has_left_here(tmp_path):
     pytest.importorskip("huggingface_hub")
-    assert find_weights(str(MODEL), None, None) == MODEL
+    assert find_weights(str(MODEL)) == MODEL
     repository = tmp_path / "models--maker--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
