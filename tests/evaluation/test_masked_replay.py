@@ -212,6 +212,13 @@ def test_chains_of_aliases_add_up():
     assert (Retirements(16, retired_at, donor).forgotten().weights(np.array([300])) == 1).all()
 
 
+@pytest.mark.parametrize("donor", [[-1, 0, 1], [-1, 2, 0]])
+def test_a_chain_that_goes_at_one_position_hands_on_all_that_it_stands_for(donor):
+    retired_at = np.array([NEVER, 100, 100])
+    weights = Retirements(16, retired_at, np.array(donor, np.int32)).weights(np.array([100]))
+    assert weights[0, 0] == 3
+
+
 def test_the_floor_is_held_and_the_prompt_and_recent_pages_stay():
     retirements = hold_at_floor(20, 320, 16, 0.5, 64, ranking_of(ARMS["streaming"], _no_facts(20), 0))
     for page in range(2, 20):  # page - 1 pages are generated, at least half of them are there

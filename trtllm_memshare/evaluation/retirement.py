@@ -53,7 +53,8 @@ class Retirements:
         """
         current = np.ones(len(self.retired_at))
         weights = np.ones((len(queries), len(self.retired_at)))
-        for page in np.argsort(self.retired_at, kind="stable"):
+        # Of pages that go at one position those come first that others of them do not stand for yet.
+        for page in np.lexsort((-self._hops(), self.retired_at)):
             if self.retired_at[page] == NEVER:
                 break
             if self.donor[page] == NO_DONOR:
@@ -61,6 +62,14 @@ class Retirements:
             current[self.donor[page]] += current[page]
             weights[queries >= self.retired_at[page], self.donor[page]] = current[self.donor[page]]
         return weights
+
+    def _hops(self) -> np.ndarray:
+        """Of each page how many donors away the one is that stands for it in the end, int64 ``[pages]``."""
+        hops, at = np.zeros(len(self.donor), np.int64), self.donor
+        while (at != NO_DONOR).any():  # a donor is another page each time, so no chain is longer than there are pages
+            hops += at != NO_DONOR
+            at = np.where(at == NO_DONOR, NO_DONOR, self.donor[at])
+        return hops
 
     def memory_share(self, first_generated: int) -> float:
         """Generated pages held, as a share of those written, averaged over the steps at which a page is completed."""
