@@ -31,7 +31,7 @@ from typing import Any
 
 try:
     from trtllm_memshare.errors import UserError, run_command_line
-    from trtllm_memshare.evaluation.document import make_report, write_report
+    from trtllm_memshare.evaluation.document import document_of_runs, make_report, write_report
     from trtllm_memshare.evaluation.vllm_run import run_engine
     from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT, VllmWork
 except ModuleNotFoundError as error:
@@ -58,16 +58,7 @@ def main() -> None:
         return
     report = make_report({})
     workload = {**work.describe(options.admission), "free": work.free, "replay": work.replay}
-    document: dict[str, Any] = {"workload": workload, "runs": []}
-    if options.output_json and options.output_json.is_file():
-        earlier = json.loads(options.output_json.read_text())
-        differs = [name for name, value in workload.items() if earlier["workload"].get(name) != value]
-        if differs:
-            raise UserError(
-                f"{options.output_json} has runs of another workload: {differs[0]} was "
-                f"{earlier['workload'].get(differs[0])}, got {workload[differs[0]]} (name another file)"
-            )
-        document = earlier
+    document = document_of_runs(workload, options.output_json)
     for part in options.parts:
         for arm in options.arms:
             run = {"part": part, "arm": arm, **report, **_in_process(arm, work.pool_blocks(part))}

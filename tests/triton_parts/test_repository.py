@@ -73,7 +73,7 @@ def test_null_pages_are_counted_beside_one_request(engine_dir, tmp_path):
         NullPageSet(
             torch.ones(3, c.num_layers, c.num_kv_heads, c.head_dim),
             bands.numpy(),
-            torch.ones(3, c.num_layers, c.num_attention_heads),
+            torch.full((3, c.num_layers, c.num_attention_heads), -30.0),
         ),
     )
     sharing = dataclasses.replace(engine, memshare=make_config("aligned"))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.machine import describe_machine, one_line
 
 
@@ -19,6 +20,24 @@ def make_report(figures: dict[str, Any], command: str | None = None) -> dict[str
         "machine": describe_machine(),
         **figures,
     }
+
+
+def document_of_runs(workload: dict[str, Any], earlier: Path | None) -> dict[str, Any]:
+    """A document to which runs of one workload are added, those that a file has of it included.
+
+    Raises:
+      UserError: the file's runs are of another workload.
+    """
+    if earlier is None or not earlier.is_file():
+        return {"workload": workload, "runs": []}
+    document: dict[str, Any] = json.loads(earlier.read_text())
+    for name, value in workload.items():
+        if (other := document["workload"].get(name)) != value:
+            raise UserError(
+                f"{earlier} must have runs of the same workload, got {name} {other} in it and {value} now (name "
+                f"another file)"
+            )
+    return document
 
 
 def _program() -> list[str]:
