@@ -1,16 +1,12 @@
 """``vllm serve`` and ``vllm bench`` behind our options; the program itself is a stand-in that prints its arguments."""
 
 import json
-import os
-import signal
-import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from run_program import run_program
 from safetensors.torch import save_file
 
 import trtllm_memshare
@@ -19,7 +15,7 @@ from trtllm_memshare.engine.load import load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import V2_VARIABLE, commands
+from trtllm_memshare.vllm import commands
 from trtllm_memshare.vllm.commands import engine_arguments, main
 from trtllm_memshare.vllm.settings import CONFIG_VARIABLE
 
@@ -182,23 +178,6 @@ def test_an_unknown_command_names_the_nearest():
         main("vllm", ["server"])
 
 
-def run_program(tmp_path, text, *arguments):
-    """Our command in a process group of its own, where vLLM's program is a script."""
-    program = tmp_path / "vllm"
-    program.write_text(text)
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    path = {"PATH": f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin"}
-    code = (
-        "import importlib.util; importlib.util.find_spec = lambda name: None; "
-        "from trtllm_memshare.__main__ import main; main()"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "vllm", *arguments],
-        env={**{k: v for k, v in os.environ.items() if k != V2_VARIABLE}, **path},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("command", "ours"),
     [
@@ -216,7 +195,7 @@ def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, monkeypatc
         '#!/bin/sh\necho "$@"\necho "metrics $PROMETHEUS_MULTIPROC_DIR"\necho "V2 $VLLM_USE_V2_MODEL_RUNNER"\n'
         'echo "file $VLLM_MEMSHARE_CONFIG"\nexit 3\n'
     )
-    ran = run_program(tmp_path, text, *command, *(["--null-pages", str(tmp_path)] if ours else []))
+    ran = run_program(tmp_path, "vllm", text, "vllm", *command, *(["--null-pages", str(tmp_path)] if ours else []))
     out, problem = ran.communicate()
     assert ran.returncode == 3, problem
     assert ("--scheduler-cls" in out) == ("min_kept" in out) == ours
@@ -224,39 +203,3 @@ def test_the_program_gets_the_line_and_a_folder_for_metrics(tmp_path, monkeypatc
     assert ("--middleware" in out) == (command[0] == "serve")
     assert ("metrics /" in out) == (command[0] == "serve")
     assert "V2 0" in out  # on a GPU vLLM would choose its runner V2
-
-
-@pytest.mark.parametrize(
-    "send",
-    [
-        lambda ran: ran.terminate(),
-        lambda ran: ran.send_signal(signal.SIGINT),
-        lambda ran: os.killpg(ran.pid, signal.SIGINT),
-    ],
-)
-def test_who_stops_the_command_stops_the_program_which_ends_in_its_own_order(tmp_path, send):
-    """By a signal to the command alone, as a container's manager sends it, or Ctrl-C, which both get."""
-    text = """
-import signal, sys, time
-def end(number, _):
-    for again in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(again, signal.SIG_IGN)
-    print("in order", flush=True)
-    sys.exit(5)
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, end)
-print("ready", flush=True)
-time.sleep(60)
-"""
-    ran = run_program(tmp_path, f"#!{sys.executable}{text}", "serve", "m", "--null-entries", "skip")
-    assert ran.stdout.readline().startswith("+ ")
-    assert ran.stdout.readline() == "ready\n"
-    send(ran)
-    assert ran.communicate(timeout=30)[0] == "in order\n"
-    assert ran.returncode == 5
-
-
-def test_a_program_that_a_signal_ended_gives_the_status_of_a_shell(tmp_path):
-    ran = run_program(tmp_path, "#!/bin/sh\nkill -9 $$\n", "serve", "m", "--null-entries", "skip")
-    ran.communicate()
-    assert ran.returncode == 128 + signal.SIGKILL

@@ -1,0 +1,55 @@
+"""Who stops one of our wrappers stops the program, and its status is the wrapper's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+from run_program import run_program
+
+WRAPPERS = [
+    ("trtllm-serve", "serve", "some/model"),
+    ("vllm", "vllm", "serve", "m", "--null-entries", "skip"),
+]
+DRAINS = f"""#!{sys.executable}
+import signal, sys, time
+def end(number, _):
+    for again in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(again, signal.SIG_IGN)
+    print("in order", flush=True)
+    sys.exit(5)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda w: w[0])
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda ran: ran.terminate(),
+        lambda ran: ran.send_signal(signal.SIGINT),
+        lambda ran: os.killpg(ran.pid, signal.SIGINT),
+    ],
+)
+def test_who_stops_the_command_stops_the_program_which_ends_in_its_own_order(tmp_path, wrapper, send):
+    """By a signal to the command alone, as a container's manager sends it, or Ctrl-C, which both get."""
+    name, *arguments = wrapper
+    ran = run_program(tmp_path, name, DRAINS, *arguments)
+    while (line := ran.stdout.readline()) != "ready\n":
+        assert line, ran.stderr.read()
+    send(ran)
+    assert ran.communicate(timeout=30)[0] == "in order\n"
+    assert ran.returncode == 5
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda w: w[0])
+def test_a_program_that_a_signal_ended_gives_the_status_of_a_shell(tmp_path, wrapper):
+    name, *arguments = wrapper
+    ran = run_program(tmp_path, name, "#!/bin/sh\nkill -9 $$\n", *arguments)
+    ran.communicate()
+    assert ran.returncode == 128 + signal.SIGKILL
