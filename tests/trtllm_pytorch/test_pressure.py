@@ -1,22 +1,19 @@
-"""Pages given up before TensorRT-LLM pauses anybody: null pages in the rows, floors, pauses, every form of manager."""
+"""Pages given up before TensorRT-LLM pauses anybody: floors, wishes, pauses, every form of manager."""
 
 from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from fakes.later_copies import copies, stand_again
 from fakes.reading_runner import patchwork_text
 from fakes.wrong_repeats import whether_or_not_copies_are_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class, write_null_pages
-from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
+from trtllm_pytorch.conftest import make_sharing_class
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, repetitive_text
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_tail_swap import (
@@ -30,13 +27,11 @@ from trtllm_pytorch.test_tail_swap import (
     takes_null_pages,
 )
 
-import trtllm_memshare
 from trtllm_memshare.cache import givable
-from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch import pressure
 from trtllm_memshare.trtllm.pytorch.agenda import Agenda
-from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST, NullKeys
+from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST
 
 PRESSURE = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_watermark": 0.85, "low_watermark": 0.75}
 
@@ -58,13 +53,6 @@ def test_with_block_reuse_no_page_of_the_tree_is_given_up_or_written(null_pages,
     counts = executor.manager.impl.ref_count
     assert sum(counts) == len(held)
     assert all(counts[page] == 1 for page in held)
-
-
-def test_null_pages_are_taken_once_there_is_room_for_all_of_them(null_pages):
-    """V1 raises in the middle of its last pages, and keeps them: seen with this seed, where they were never freed."""
-    executor = run("V1 reuse", 644, True, reuse=True, null_pages=null_pages, **PRESSURE)
-    assert not executor.manager.memshare.failures.num_errors
-    assert sum(executor.manager.impl.ref_count) == len(resident_pages(executor.manager, NULL_REQUEST))
 
 
 def test_with_block_reuse_who_gave_pages_up_is_freed_unregistered(null_pages):
@@ -300,75 +288,6 @@ def test_shadow_counts_and_gives_nothing_up(null_pages):
     assert stats.forgotten == 0
     assert stats.shadowed > 0
     assert not executor.manager.memshare.giving_up._counted  # a server runs for months
-
-
-def test_null_pages_are_written_on_each_rank_for_its_own_heads(tmp_path):
-    folder = write_null_pages(tmp_path, [0, 100, 300], num_layers=2, num_kv_heads=4)
-    shape = torch.Size((10, 2, 2, 2, 8, 2))
-    parts = [NullKeys.read(tmp_path, shape, make_mapping(tp_size=2, rank=r), 256) for r in (0, 1)]
-    whole = NullKeys.read(tmp_path, torch.Size((10, 2, 2, 4, 8, 2)), make_mapping(), 256)
-    assert torch.equal(torch.cat([p.keys for p in parts], 2), whole.keys)
-    assert NullKeys.read(tmp_path, shape, make_mapping(tp_size=2), 90).bands == [0, 100]
-    # Eight ranks of one head each: every head is on two of them.
-    single = torch.Size((10, 2, 2, 1, 8, 2))
-    keys = [NullKeys.read(tmp_path, single, make_mapping(tp_size=8, rank=r), 90).keys for r in range(8)]
-    assert all(torch.equal(keys[r], whole.keys[:1, :, r // 2 : r // 2 + 1]) for r in range(8))
-    with pytest.raises(UserError, match="reach to position 300, got max_seq_len 512"):
-        NullKeys.read(tmp_path, shape, make_mapping(tp_size=2), 512)
-    with pytest.raises(UserError, match="4 KV heads on each of 2 ranks"):
-        NullKeys.read(tmp_path, torch.Size((10, 2, 2, 4, 8, 2)), make_mapping(tp_size=2), 90)
-    with pytest.raises(UserError, match="no null pages in"):
-        NullKeys.read(tmp_path / "none", shape, make_mapping(), 90)
-    assert folder
-
-
-def test_null_pages_of_another_model_are_refused(tmp_path):
-    """Their shape may be right all the same."""
-    model_dir = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
-    facts = TextlessFacts(SimpleNamespace(_name_or_path=str(model_dir)))
-    for weights, is_right in ((weights_digest(model_dir), True), ("0" * 32, False)):
-        folder = write_null_pages(tmp_path, [0, 280], weights=weights)
-        make = sharing_class(FakeKVCacheManager, facts, make_settings(null_pages=folder, **PRESSURE))
-        if is_right:
-            assert make_manager(make, 40, 8).memshare is not None
-            continue
-        with pytest.raises(UserError, match="must be calibrated on the weights of"):
-            make_manager(make, 40, 8)
-
-
-@pytest.mark.parametrize("kind", ["V1", "V1 main", "V2", "V2 main"])
-def test_the_pool_holds_what_was_calibrated_and_the_entries_are_the_managers_own(kind, null_pages):
-    executor = run(kind, 5, True, null_pages=null_pages, **PRESSURE)
-    manager = executor.manager
-    pages = resident_pages(manager, NULL_REQUEST)
-    keys = NullKeys.read(Path(null_pages), executor.pool.shape, make_mapping(), 256).keys
-    for page, expected in zip(pages, keys, strict=True):
-        assert torch.equal(executor.pool[page, :, 0], expected[:, :, None].expand_as(executor.pool[page, :, 0]))
-        assert (executor.pool[page, :, 1] == 0).all()
-    table = torch.zeros(1, 1, 2, manager.max_blocks_per_seq, dtype=torch.int32)
-    manager.copy_batch_block_offsets(table, [NULL_REQUEST], 1, 0, 1)
-    assert torch.equal(manager.memshare._rows._map.null_entries, table[:, 0, :, : len(pages)])
-
-
-def test_warm_up_finds_its_manager_empty_and_a_full_pool_is_tried_again(null_pages):
-    manager = make_manager(make_sharing_class(null_pages=null_pages, **PRESSURE), 40, 8)
-    executor = FakeExecutor(manager, True)
-    dummy = manager.add_dummy_requests([99], [9], is_gen=True)[0]
-    manager.memshare.begin_step([dummy])
-    assert NULL_REQUEST not in manager.impl.sequences
-    manager.free_resources(dummy)
-    text = repetitive_text(random.Random(1), 150)
-    executor.submit(0, text[:5], text)
-    add = manager.add_dummy_requests
-    manager.add_dummy_requests = lambda *arguments, **keywords: None
-    for _ in range(4):
-        executor.step()
-    assert not manager.memshare.requests._known
-    manager.add_dummy_requests = add
-    for _ in range(4):
-        executor.step()
-    assert len(manager.impl.sequences[NULL_REQUEST].blocks) == 7
-    assert 0 in manager.memshare.requests._known
 
 
 def test_settings_that_cannot_work_here_are_named(tmp_path, monkeypatch):

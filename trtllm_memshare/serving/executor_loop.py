@@ -6,6 +6,7 @@ import contextlib
 import gc
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 
@@ -35,7 +36,7 @@ def uncollected(num_results: int) -> Iterator[None]:
             gc.enable()
 
 
-class ExecutorLoop:
+class ExecutorLoop(ABC):
     """What an ``Executor`` is made of beside its steps.
 
     Args:
@@ -61,9 +62,9 @@ class ExecutorLoop:
         self._stopping = self._aborting = self._has_cancelled = False
         self._step_since: float | None = None  # time.monotonic, while the thread is in a step
 
+    @abstractmethod
     def step(self) -> None:
         """One iteration."""
-        raise NotImplementedError
 
     @property
     def has_work(self) -> bool:
