@@ -177,7 +177,10 @@ def test_accuracy_may_fall_by_two_points(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "is_right"),
-    [("it is 5.", True), ("so $5$", True), ("is 15", False), ("is 51", False), ("is 5.2", False), ("is 0.5", False)],
+    [
+        *((text, True) for text in ("it is 5.", "so $5$", "5, as said")),
+        *((text, False) for text in ("is 15", "is 51", "is 5.2", "is 0.5", "is -5", "is 5,000")),
+    ],
 )
 def test_a_right_answer_is_a_word_of_its_own(text, is_right):
     assert Answers(["5"], lambda _: text).share_right([[1]]) == is_right

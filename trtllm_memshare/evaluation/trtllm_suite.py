@@ -108,8 +108,8 @@ def failed_gates(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _stands_in(answer: str, text: str) -> bool:
-    """5 stands in "is 5." and not in "is 15", "is 5.2" or "is 0.5"."""
-    return re.search(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text) is not None
+    """5 stands in "is 5." and not in "is 15", "is 5.2", "is 0.5", "is -5" or "is 5,000"."""
+    return re.search(rf"(?<![\w.-]){re.escape(answer)}(?!\w|[.,]\d)", text) is not None
 
 
 def _read(path: Path) -> Any:
