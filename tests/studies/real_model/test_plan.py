@@ -52,7 +52,8 @@ def test_what_no_command_makes_is_named_on_the_page():
     made = {path.name for path, _ in parts(SCRIPT)}
     others = {path.name for path in (ROOT / RESULTS).iterdir() if path.is_file()} - made - {"row_times.json"}
     page = (ROOT / "docs/real_model.md").read_text(encoding="utf-8")
-    assert others == {"groups.jsonl", "recall_peak.jsonl"}
+    learned = {"learned_attention.jsonl", "learned_recall.jsonl", "learned_correlation.json"}
+    assert others == {"groups.jsonl", "recall_peak.jsonl"} | learned
     assert all(f"`{name}`" in page for name in others)
 
 
