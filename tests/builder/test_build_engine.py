@@ -89,8 +89,8 @@ def test_options_win_over_the_config_file(tiny_checkpoint, tmp_path):
     )
     assert (plan.engine.build.tokens_per_block, plan.engine.build.max_batch_size) == (8, 4)
     assert plan.engine.memshare == make_config("paper", max_distance=0.25)
-    plan = plan_build(BuildOptions(tiny_checkpoint, tmp_path / "e", memshare=True, preset="lexical", config_file=file))
-    assert plan.engine.memshare == make_config("lexical", max_distance=0.25)
+    plan = plan_build(BuildOptions(tiny_checkpoint, tmp_path / "e", memshare=True, preset="aligned", config_file=file))
+    assert plan.engine.memshare == make_config("aligned", max_distance=0.25)
 
 
 def test_a_build_that_is_there_needs_force(tiny_checkpoint, tmp_path):

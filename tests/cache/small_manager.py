@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from effective_settings import make_effective
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
-from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.matchers import make_matcher_factory
 from trtllm_memshare.search.steps import BoundaryTokens
 
@@ -19,6 +19,6 @@ _OPEN = {"protected_tokens": 4, "protected_steps": 0, "min_run_tokens": 8, "shin
 def make_manager(
     direction="keep-latest", num_blocks=40, null_pages=None, preset="aligned", **changes
 ) -> KVCacheManager:
-    config = make_config(preset, direction=direction, **{**_OPEN, **changes})
+    config = make_effective(preset, direction=direction, **{**_OPEN, **changes})
     factory = make_matcher_factory(config, SIZE, _BOUNDARIES)
     return KVCacheManager(num_blocks, 2, SIZE, 24, 6, config, factory, null_pages)

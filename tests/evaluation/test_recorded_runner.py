@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from effective_settings import make_effective
 from evaluation.step_by_step import Recorder
 
 from trtllm_memshare.evaluation.masked_replay import MaskedReplay
@@ -23,7 +24,7 @@ SETTINGS = {"protected_tokens": 8, "protected_steps": 0, "search_interval": 1, "
 
 @pytest.mark.parametrize("preset", ["lexical", "aligned"])
 def test_decisions_and_logits_are_those_of_the_executor(tiny_checkpoint, preset):
-    config = make_config(preset, **SETTINGS, max_distance=5.0)
+    config = make_effective(preset, **SETTINGS, max_distance=5.0)
     replay = MaskedReplay(tiny_checkpoint)
     plain = BoundaryTokens.from_texts([f"t{i}" for i in range(replay.model.config.vocab_size)])
     masked = retire_by_preset(config, replay.read(IDS, SIZE), PROMPT, replay.model, plain)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from effective_settings import make_effective
 from engine.centred_model import write_centred_checkpoint
 from runners import fake_flashinfer
 from runners.test_torch_runner import SIZE, batch_of
@@ -228,7 +229,7 @@ def test_who_needs_no_null_page_has_the_whole_pool_and_the_next_one_finds_them_a
     runner = TorchRunner(model, 8, SIZE, null_page_set=pages)
     written = runner.pool[:2].clone()
     boundaries = BoundaryTokens.from_texts([f"w{i}" for i in range(80)])
-    executor = Executor(runner, make_config(preset, retired_becomes=becomes, need="age"), boundaries, 64, 4)
+    executor = Executor(runner, make_effective(preset, retired_becomes=becomes, need="age"), boundaries, 64, 4)
     assert executor.manager.pool.num_usable == 8
     handle = executor.submit([5] * 40, SamplingParams(max_new_tokens=20))
     executor.run_until_idle()

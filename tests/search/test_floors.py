@@ -31,12 +31,11 @@ def test_protected_tokens_and_min_kept():
 
 
 def test_steps_count_as_the_most_that_they_may_protect():
-    def most(tokens, steps):
-        return most_protected(
-            make_config("pressure", protected_tokens=tokens, protected_steps=steps, max_protected_tokens=100)
-        )
+    def most(tokens, **steps):
+        return most_protected(make_config("pressure", protected_tokens=tokens, **steps))
 
-    assert [most(64, 0), most(64, 1), most(128, 1)] == [64, 100, 128]
+    one_step = {"protected_steps": 1, "max_protected_tokens": 100}
+    assert [most(64, protected_steps=0), most(64, **one_step), most(128, **one_step)] == [64, 100, 128]
 
 
 def test_requests_add_up():

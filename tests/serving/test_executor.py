@@ -161,9 +161,12 @@ def test_paused_requests_share_again_and_all_end(runner, boundaries, short):
     assert executor.manager.stats().shared > 0
 
 
-@pytest.mark.parametrize("settings", [{"count_aliases": False}, {"control": "random"}, {"control": "streaming"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"count_aliases": False}, {"control": "random"}, {"control": "streaming", "streaming_window_tokens": 64}],
+)
 def test_controls_run_and_change_memory(runner, boundaries, short, settings):
-    config = make_config("aligned", streaming_window_tokens=64, **settings)
+    config = make_config("aligned", **settings)
     _, executor = run(runner, boundaries, short[:4], config, max_new_tokens=350, make_control=make_control)
     assert executor.manager.stats().shared_block_fraction > 0
 

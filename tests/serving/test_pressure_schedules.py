@@ -17,6 +17,7 @@ from unittest import mock
 import hypothesis
 import numpy as np
 import pytest
+from effective_settings import make_effective
 from fakes.later_copies import copies, stand_again
 from fakes.reading_runner import MAX_TOKENS, RARE, VOCAB_SIZE, ReadingRunner, patchwork_text
 from fakes.schedule_record import ScheduleRecord, counts_of
@@ -28,7 +29,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from trtllm_memshare.cache import givable
 from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving import pressure
 from trtllm_memshare.serving.executor import Executor
@@ -61,7 +61,7 @@ class PressureMachine(RuleBasedStateMachine):
         need = draw(*self.needs)
         self.becomes = draw("null", "dropped") if need != "nearest-earlier" else draw("alias", "alias", "null")
         high = draw(0.7, 0.9, 1.0, 1.0)
-        self.config = make_config(
+        self.config = make_effective(
             "pressure",
             retired_becomes=self.becomes,
             need=need,

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from effective_settings import make_effective
 from fakes.reading_runner import PHRASES, VOCAB_SIZE, ReadingRunner, repeating_text
 from fakes.schedule_record import ScheduleRecord, counts_of
 from hypothesis import HealthCheck, settings
@@ -107,7 +108,7 @@ class SharingMachine(RuleBasedStateMachine):
             "scope": draw("request", "group"),
             "min_pool_use": draw(0.0, 0.0, 0.5),
         }
-        self.config = make_config(preset) if preset == "off" else make_config(preset, **chosen)
+        self.config = make_config(preset) if preset == "off" else make_effective(preset, **chosen)
         self.tokens_are_equal = preset != STEPS_OF_TOKENS and not self.config.max_gap_tokens
         unit, most = draw(1, 1, SIZE), data.draw(st.integers(1, 6))
         make = draw(BatchRunner, ComparingRunner)

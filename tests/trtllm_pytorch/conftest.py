@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from effective_settings import make_effective
 from safetensors.torch import save_file
 from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
-from trtllm_memshare.search.config import HOST_NEED, make_config
+from trtllm_memshare.search.config import HOST_NEED
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.trtllm.pytorch import failures
 from trtllm_memshare.trtllm.pytorch.attach import attach
@@ -40,7 +41,7 @@ def make_settings(
 ):
     values = {"shingle_tokens": 4, "min_run_tokens": 8, "protected_tokens": 8, "protected_steps": 0}
     values |= {"need": HOST_NEED} if preset == "pressure" else {}
-    memshare = make_config(preset, **{**values, "search_interval": 2, **config})
+    memshare = make_effective(preset, **{**values, "search_interval": 2, **config})
     return Settings(
         memshare,
         AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000, null_pages=null_pages, route=route),

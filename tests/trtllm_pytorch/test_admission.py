@@ -36,10 +36,16 @@ def test_requests_wait_instead_of_being_let_in_and_paused_again_and_again(null_p
     assert executor.manager.memshare.pressure._reserve.num_held == 0
 
 
-@pytest.mark.parametrize("protected", [{"protected_tokens": 64}, {"protected_tokens": 0, "protected_steps": 2}])
+@pytest.mark.parametrize(
+    "protected",
+    [
+        {"protected_tokens": 64},
+        {"protected_tokens": 0, "protected_steps": 2, "max_protected_tokens": 64},
+    ],
+)
 def test_what_is_protected_is_counted_at_the_floors(null_pages, protected):
     """All goes that may. Nothing ends a step in this text, so steps protect as much as they may, 64 tokens."""
-    everything = {"min_kept": 0.0, "high_watermark": 0.05, "low_watermark": 0.01, "max_protected_tokens": 64}
+    everything = {"min_kept": 0.0, "high_watermark": 0.05, "low_watermark": 0.01}
     make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, **everything, **protected})
     executor = FakeExecutor(make_manager(make, 87, 8), True)
     pressure, held = executor.manager.memshare.pressure, []

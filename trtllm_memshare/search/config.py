@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, quote, shorten
 from trtllm_memshare.json_input import check_known_keys
 from trtllm_memshare.search.pressure import Spread
+from trtllm_memshare.search.unread import find_unread
 
 MAX_PAIRS = 4096
 """Most pairs that buffers are made for."""
@@ -150,6 +151,12 @@ class MemShareConfig(BaseModel):
             raise ValueError(
                 f"under pressure pages go below a floor if their text stands again, word for word and later, which "
                 f"needs matcher runs, max_gap_tokens 0 and direction keep-latest, got {', '.join(other)} (leave it out)"
+            )
+        if (unread := find_unread(self)) is not None:
+            name, reader = unread
+            raise ValueError(
+                f"{name} {getattr(self, name)} has no effect beside the other settings, got it with preset "
+                f"{self.preset}: {reader} (leave it out)"
             )
         return self
 
