@@ -8,7 +8,8 @@ Sources of what is enforced:
 - addresses: NvInferRuntime.h 10.14, IExecutionContext::setTensorAddress (256 bytes); plugins read ``host_*`` on the
   CPU, in enqueue (gptAttentionPlugin.cpp).
 - a plugin's creator must be registered before an engine is deserialized; loadLibrary fails for a registered one
-  (NvInferRuntimeCommon.h 10.14).
+  (NvInferRuntimeCommon.h 10.14). Each call for the registry may give another Python object for the one registry
+  (python/src/infer/pyPlugin.cpp, return_value_policy::reference).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from fakes.contract import ContractError, require
@@ -84,7 +86,9 @@ class FakeTensorRT:
             self.severity = severity
 
     def get_plugin_registry(self):
-        return self.registry
+        return SimpleNamespace(
+            get_creator=self.registry.get_creator, load_library=lambda path: self.registry.load_library(path)
+        )
 
     def Runtime(self, logger):
         require(isinstance(logger, FakeTensorRT.Logger), "a Runtime needs a Logger")

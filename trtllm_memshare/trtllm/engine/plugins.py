@@ -13,8 +13,8 @@ PLUGIN = ("MemShareBlockSearch", "1", "trtllm_memshare")
 ATTENTION = ("GPTAttention", "1", "tensorrt_llm")
 """Name, version and namespace of a plugin's creator."""
 
-_loaded: dict[int, str] = {}
-"""Hash of the library that was loaded, by registry: TensorRT's registry, too, lives as long as the process."""
+_loaded: list[str] = []
+"""Hash of the library that was loaded. TensorRT has one registry a process, though each call may wrap it anew."""
 
 
 def load_memshare_plugin(trt: Any, library: Path) -> None:
@@ -25,8 +25,7 @@ def load_memshare_plugin(trt: Any, library: Path) -> None:
     """
     registry, found = trt.get_plugin_registry(), file_sha256(library)
     if registry.get_creator(*PLUGIN) is not None:
-        before = _loaded.get(id(registry))
-        if before != found:
+        if _loaded[-1:] != [found]:
             raise UserError(
                 f"another build of the plugin library is loaded already, got {library} with SHA-256 {found[:12]}... "
                 f"(run each engine in a process of its own)"
@@ -37,7 +36,7 @@ def load_memshare_plugin(trt: Any, library: Path) -> None:
             f"TensorRT could not load the plugin library {library}; its log says why (build it with "
             f"build_scripts/build_plugins.py against the headers of TensorRT {trt.__version__})"
         )
-    _loaded[id(registry)] = found
+    _loaded.append(found)
 
 
 def load_trtllm_plugins(trt: Any) -> None:
