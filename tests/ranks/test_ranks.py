@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -157,6 +158,32 @@ def test_an_error_of_the_policy_reaches_every_rank():
     agreement = RankAgreement(OneOf(0, 1, {}), 1)
     with pytest.raises(RankDisagreementError, match="rank 0 could not decide: ZeroDivisionError: no layers"):
         agreement.decide([make_candidate(2)], np.ones((1, 1, 4), np.float32), b"", fail)
+
+
+def test_a_policy_that_names_no_candidate_of_its_own_leaves_nobody_waiting():
+    def copied(candidates, sums):
+        return [Decision(replace(candidates[0]), 0.1)]
+
+    shared = {}
+    agreement = RankAgreement(OneOf(0, 1, shared), 1)
+    with pytest.raises(RankDisagreementError, match="rank 0 could not decide: KeyError"):
+        agreement.decide([make_candidate(2)], np.ones((1, 1, 4), np.float32), b"", copied)
+    assert "could not decide" in shared["answer"].error
+
+
+def test_a_port_that_another_program_has_is_no_lost_rank():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"must listen on tcp://127.0.0.1:{port}, got a port .*set MASTER_PORT"):
+            TorchCommunicator(0, 2, f"tcp://127.0.0.1:{port}", max_wait_s=5.0)
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", ""])
+def test_a_port_that_is_none(monkeypatch, port):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"MASTER_PORT must be a port from 1 to 65535, got .*\(set it to the same"):
+        TorchCommunicator.from_environment()
 
 
 def test_tokens_come_from_the_rank_that_has_the_logits():

@@ -152,9 +152,9 @@ class RankAgreement:
         try:
             sums = None if first.sums is None else combine_distances([r.sums for r in reports], self._tp_size)
             decisions = decide(candidates, sums) if candidates else []
+            chosen = [(places[id(d.candidate)], float(d.distance)) for d in decisions]
         except Exception as error:  # the others wait for an answer, whatever happened here
             return _Verdict(first.sequence, b"", [], f"rank 0 could not decide: {type(error).__name__}: {error}")
-        chosen = [(places[id(d.candidate)], float(d.distance)) for d in decisions]
         return _Verdict(first.sequence, _sign(first.sequence, first.state, chosen), chosen)
 
 

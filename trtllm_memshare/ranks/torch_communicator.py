@@ -30,6 +30,7 @@ class TorchCommunicator:
 
     Raises:
       RankLostError: the other processes did not come within ``max_wait_s``.
+      UserError: somebody else listens on rank 0's port.
     """
 
     def __init__(self, rank: int, size: int, init_method: str, max_wait_s: float = MAX_WAIT_S) -> None:
@@ -37,7 +38,8 @@ class TorchCommunicator:
         limit = datetime.timedelta(seconds=max_wait_s)
         with self._waiting():
             if not dist.is_initialized():
-                dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=limit)
+                with _refusing_a_port_in_use(init_method):
+                    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=limit)
             self._group = dist.new_group(backend="gloo", timeout=limit)
 
     @classmethod
@@ -45,12 +47,17 @@ class TorchCommunicator:
         """Connects the processes that mpirun or torchrun started, through ``MASTER_ADDR`` and ``MASTER_PORT``.
 
         Raises:
-          UserError: the process was not started by one of them.
+          UserError: the process was not started by one of them, or the port is none.
         """
         for rank, size in _LAUNCHERS:
             if rank in os.environ and size in os.environ:
                 address = os.environ.get("MASTER_ADDR", "127.0.0.1")
                 port = os.environ.get("MASTER_PORT", "29511")
+                if not (port.isdecimal() and 0 < int(port) < 2**16):
+                    raise UserError(
+                        f"MASTER_PORT must be a port from 1 to 65535, got {shorten(port)} (set it to the same free "
+                        f"port for all ranks)"
+                    )
                 return cls(int(os.environ[rank]), int(os.environ[size]), f"tcp://{address}:{port}")
         names = ", ".join(rank for rank, _ in _LAUNCHERS)
         raise UserError(f"several ranks need mpirun or torchrun, got none of {names} (start with mpirun -n RANKS)")
@@ -79,3 +86,16 @@ class TorchCommunicator:
                 f"rank {self.rank} of {self.size} has lost another one: it has ended, or did not answer for "
                 f"{self._max_wait_s:g} s (see the other ranks' logs, start all of them again): {cause}"
             ) from error
+
+
+@contextlib.contextmanager
+def _refusing_a_port_in_use(init_method: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
+            raise
+        raise UserError(
+            f"rank 0 must listen on {init_method}, got a port that another program has, perhaps the ranks of another "
+            f"engine (set MASTER_PORT to the same free port for all ranks)"
+        ) from error
