@@ -95,6 +95,17 @@ def test_inputs_of_two_stages_of_two_ranks(bundled_model, rank, inputs, output):
         assert result.logits.shape == (1, 80)
 
 
+def test_each_rank_needs_a_gpu_of_its_own(tmp_path, bundled_model, fake_tensorrt, monkeypatch):
+    engine_dir = write_engine_dir(tmp_path / "engine", bundled_model, tp_size=2)
+    (engine_dir / "rank1.engine").write_bytes((engine_dir / "rank0.engine").read_bytes())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    second = type("Second", (), {"rank": 1, "size": 2})()
+    with pytest.raises(UserError, match=r"a GPU of its own, got 2 ranks and 1 GPUs on this machine \(start fewer"):
+        open_runner(load_engine(engine_dir), 20, communicator=second)
+
+
 def test_an_engine_for_several_ranks_needs_as_many_processes(tmp_path, bundled_model, fake_tensorrt):
     engine_dir = write_engine_dir(tmp_path / "engine", bundled_model, tp_size=2)
     with pytest.raises(UserError, match=r"is missing rank1.engine"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine.test_engine_dir import edit_json
 from fakes import fake_tensorrt_llm
-from fakes.fake_tensorrt import FakeTensorRT, write_engine
+from fakes.fake_tensorrt import FakeEngine, FakeTensorRT, write_engine
 from fakes.host_device import HostDevice
 from trtllm_engine.conftest import SIZES, write_engine_dir
 
@@ -127,6 +127,23 @@ def test_a_library_that_does_not_load_and_a_second_one(tmp_path, fake_tensorrt, 
         UserError, match=r"TensorRT could not load the plugin library .*build_plugins.py against the head"
     ):
         load_memshare_plugin(other, first)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2**31])
+def test_a_pool_that_no_table_addresses(folder, fake_tensorrt, num_blocks):
+    with pytest.raises(UserError, match=rf"the KV pool must have between 1 and .*, got {num_blocks} \(set --kv-cache"):
+        open_runner(load_engine(folder), num_blocks)
+
+
+@pytest.mark.parametrize("search_engine", ["embedded", "separate"])
+def test_a_pool_that_leaves_no_room_for_a_context(tmp_path, bundled_model, fake_tensorrt, monkeypatch, search_engine):
+    """TensorRT gives None in place of a context where memory is short."""
+    folder = write_engine_dir(tmp_path / "short", bundled_model, search_engine)
+    made = FakeEngine.create_execution_context
+    kind = "search" if search_engine == "separate" else "decoder"
+    monkeypatch.setattr(FakeEngine, "create_execution_context", lambda e: None if e.plan["kind"] == kind else made(e))
+    with pytest.raises(UserError, match=r"a KV pool of 40 blocks needs .* which the GPU does not have \(lower --kv-c"):
+        open_runner(load_engine(folder), 40)
 
 
 def test_an_engine_without_the_plugin(folder, bundled_model, fake_tensorrt):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,13 +38,15 @@ def open_runner(
     Raises:
       UserError: the engine cannot run on that device or this machine.
     """
+    check_pool(engine, num_blocks)
     if engine.backend == "tensorrt":
         if device == "cpu":
             raise UserError("an engine of the TensorRT backend runs on cuda, got --device cpu (leave out --device)")
         if communicator is not None:
             from trtllm_memshare.runners.tensorrt.parallel import open_ranked_runner
 
-            return open_ranked_runner(engine, num_blocks, communicator)
+            with pool_that_fits(engine, num_blocks, "the GPU"):
+                return open_ranked_runner(engine, num_blocks, communicator)
         if num_ranks(engine) > 1:
             raise UserError(
                 f"engine {engine.engine_dir} is for {num_ranks(engine)} ranks, got one process (start it with mpirun "
@@ -50,20 +54,27 @@ def open_runner(
             )
         from trtllm_memshare.runners.tensorrt.open import open_tensorrt_runner
 
-        return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs)
+        with pool_that_fits(engine, num_blocks, "the GPU"):
+            return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs)
     from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
-    check_pool(engine, num_blocks)
     null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
     model = load_model(engine.model_dir, choose_device(device))
     kv_dtype = getattr(torch, engine.kv_dtype)
-    try:
+    with pool_that_fits(engine, num_blocks, model.device.type):
         return TorchRunner(model, num_blocks, engine.build.tokens_per_block, kv_dtype, fold_aliases, null_pages)
+
+
+@contextmanager
+def pool_that_fits(engine: Engine, num_blocks: int, owner: str) -> Iterator[None]:
+    """Turns running out of memory in here into a UserError; ``owner``: of the memory."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
             raise
         raise UserError(
-            f"a KV pool of {num_blocks:,} blocks needs {num_blocks * engine.bytes_per_block:,} bytes, which {device} "
+            f"a KV pool of {num_blocks:,} blocks needs {num_blocks * engine.bytes_per_block:,} bytes, which {owner} "
             f"does not have (lower --kv-cache-blocks)"
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from trtllm_memshare.runners.tensorrt.runner import TensorRTRunner
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt_llm
 from trtllm_memshare.trtllm.engine.signatures import PARALLEL, check_signatures
 
+_RANKS_HERE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE")
+"""Variables that say how many ranks this machine has: Open MPI's, MPICH's, torchrun's."""
+
 
 def open_ranked_runner(engine: Engine, num_blocks: int, communicator: Communicator) -> TensorRTRunner:
     """This process's runner, on the GPU that its rank has on this machine.
@@ -24,7 +28,7 @@ def open_ranked_runner(engine: Engine, num_blocks: int, communicator: Communicat
       num_blocks: blocks of each rank's pool; the same number on all.
 
     Raises:
-      UserError: another number of processes, and see ``open_tensorrt_runner``.
+      UserError: another number of processes, more of them here than GPUs, and see ``open_tensorrt_runner``.
     """
     build, ranks = engine.build, engine.build.tp_size * engine.build.pp_size
     if communicator.size != ranks:
@@ -33,7 +37,14 @@ def open_ranked_runner(engine: Engine, num_blocks: int, communicator: Communicat
             f"-n {ranks})"
         )
     if torch.cuda.is_available():
-        torch.cuda.set_device(communicator.rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        here = next((int(os.environ[name]) for name in _RANKS_HERE if name in os.environ), 1)
+        if here > count:
+            raise UserError(
+                f"each rank needs a GPU of its own, got {here} ranks and {count} GPUs on this machine (start fewer "
+                f"ranks here, or build for fewer)"
+            )
+        torch.cuda.set_device(communicator.rank % count)
     workspace, buffers = None, None
     if build.tp_size > 1:
         workspace, buffers = _all_reduce_workspace(engine, communicator.rank)

@@ -45,6 +45,8 @@ class SeparateEngineSearch:
         self._device, self._plan, self._table = device, plan, memshare_io(spec)
         self.max_pairs, self.description = spec.max_pairs, "MemShareBlockSearch in memshare.engine"
         self._context = plan.create_execution_context()
+        if self._context is None:
+            raise RuntimeError("TensorRT made no execution context for memshare.engine: not enough device memory")
         self._staging = Staging(device, 3 * spec.max_pairs * spec.tokens_per_block, num_arrays=3)
         values = {
             "memshare_hidden": torch.zeros(1),
