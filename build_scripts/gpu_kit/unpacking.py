@@ -34,6 +34,8 @@ def unpack(kit: Kit) -> list[str]:
 
 def _install_wheels(kit: Kit) -> str:
     wheels = sorted(map(str, kit.wheels.glob("*.whl")))
+    if not wheels:
+        raise KitError(f"{kit.wheels} must hold the kit's wheels, got none (copy all of gpu_kit/ again)")
     command = [
         sys.executable,
         "-m",

