@@ -243,8 +243,12 @@ def test_model_classes_for_trtllm_build(trtllm, plan, monkeypatch, tmp_path):
     from importlib.machinery import SourceFileLoader
 
     monkeypatch.setenv("TRTLLM_MEMSHARE_PLUGIN", str(plan().tensorrt.plugin_library))
-    monkeypatch.setenv("TRTLLM_MEMSHARE_MAX_PAIRS", "32")
     path = ROOT / "trtllm_memshare" / "trtllm" / "engine" / "model_cls.py"
+    for pairs in ("many", "0", "4097"):
+        monkeypatch.setenv("TRTLLM_MEMSHARE_MAX_PAIRS", pairs)
+        with pytest.raises(UserError, match=rf"TRTLLM_MEMSHARE_MAX_PAIRS must be from 1 to 4096, got {pairs}"):
+            SourceFileLoader("models", str(path)).load_module()
+    monkeypatch.setenv("TRTLLM_MEMSHARE_MAX_PAIRS", "32")
     module = SourceFileLoader("models", str(path)).load_module()
     for name, base in (
         ("MemShareQWenForCausalLM", "QWenForCausalLM"),

@@ -63,6 +63,11 @@ def refused(folder, message):
             {"pretrained_config__quantization__kv_cache_quant_algo": "NVFP4"},
             r"kv_cache_quant_algo 'NVFP4', expected none",
         ),
+        # Damaged files.
+        ({"pretrained_config__sliding_window": "many"}, r"an attention window 'many', expected tokens"),
+        ({"pretrained_config__dtype": ["float16"]}, r"has dtype \['float16'\], expected one of float32"),
+        ({"pretrained_config__quantization__kv_cache_quant_algo": ["FP8"]}, r"algo \['FP8'\], expected none"),
+        ({"pretrained_config__quantization": "FP8"}, r"kv_cache_quant_algo 'FP8', expected none"),
     ],
 )
 def test_engines_that_sharing_cannot_work_with(folder, fake_tensorrt, changes, message):

@@ -64,7 +64,7 @@ def read_tensorrt_engine(engine_dir: Path) -> Engine:
                 f"{where}: pretrained_config.{theirs} is {quote(model.get(theirs))}, expected "
                 f"{quote(getattr(checkpoint, ours))} for the model in the engine ({remedy})"
             )
-    if model.get("dtype") not in ELEMENT_BYTES:
+    if not (isinstance(model.get("dtype"), str) and model["dtype"] in ELEMENT_BYTES):
         raise UserError(f"{where} has dtype {quote(model.get('dtype'))}, expected one of {', '.join(ELEMENT_BYTES)}")
     checkpoint = replace(checkpoint, dtype=model["dtype"])
     for rank in range(build.tp_size * build.pp_size):
@@ -88,8 +88,8 @@ def engine_dtype(checkpoint: Checkpoint) -> str:
 
 def _kv_cache_dtype(config: dict[str, Any], where: Path) -> str:
     quantization = (config.get("pretrained_config") or {}).get("quantization") or {}
-    algorithm = quantization.get("kv_cache_quant_algo")
-    if algorithm not in _KV_ALGORITHMS:
+    algorithm = quantization.get("kv_cache_quant_algo") if isinstance(quantization, dict) else quantization
+    if isinstance(algorithm, (dict, list)) or algorithm not in _KV_ALGORITHMS or not isinstance(quantization, dict):
         raise UserError(
             f"{where} has kv_cache_quant_algo {quote(algorithm)}, expected none, FP8 or INT8: other caches keep scales "
             f"per block that sharing does not move (build with another --kv-cache-dtype)"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trtllm_memshare.errors import UserError
-from trtllm_memshare.search.config import make_config
+from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.search.config import MAX_PAIRS, make_config
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt
 from trtllm_memshare.trtllm.engine.plugins import load_memshare_plugin, load_trtllm_plugins
 from trtllm_memshare.trtllm.engine.search_layer import allow_plugin_v3_layers, memshare_model_class
@@ -28,6 +28,9 @@ allow_plugin_v3_layers()
 
 from tensorrt_llm.models import MODEL_MAP  # noqa: E402  needs the checks above
 
-_PAIRS = int(os.environ.get("TRTLLM_MEMSHARE_MAX_PAIRS", make_config("aligned").max_pairs))
+_ASKED = os.environ.get("TRTLLM_MEMSHARE_MAX_PAIRS", str(make_config("aligned").max_pairs))
+if not (_ASKED.isdecimal() and 1 <= int(_ASKED) <= MAX_PAIRS):
+    raise UserError(f"TRTLLM_MEMSHARE_MAX_PAIRS must be from 1 to {MAX_PAIRS}, got {shorten(_ASKED)} (or leave it out)")
+_PAIRS = int(_ASKED)
 MemShareLLaMAForCausalLM = memshare_model_class(MODEL_MAP["LlamaForCausalLM"], _PAIRS)
 MemShareQWenForCausalLM = memshare_model_class(MODEL_MAP["Qwen2ForCausalLM"], _PAIRS)

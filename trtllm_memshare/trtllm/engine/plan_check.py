@@ -74,9 +74,10 @@ def _check_profiles(plan: Any, spec: EngineSpec, path: Path) -> None:
         if tensor.name not in names:
             continue  # check_engine_io names it
         high = tuple(plan.get_tensor_profile_shape(tensor.name, last)[2])
-        if any(h < n for h, n in zip(high, tensor.shape(largest), strict=True)):
+        wanted = tensor.shape(largest)
+        if len(high) != len(wanted) or any(h < n for h, n in zip(high, wanted, strict=True)):
             raise UserError(
-                f"{path}: {tensor.name} takes at most {list(high)}, expected {list(tensor.shape(largest))} from "
+                f"{path}: {tensor.name} takes at most {list(high)}, expected {list(wanted)} from "
                 f"config.json ({REBUILD})"
             )
 

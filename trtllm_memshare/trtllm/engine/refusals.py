@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 
 _REUSE = ("enable_block_reuse", "enable_kv_cache_reuse")  # of KvCacheConfig, and of Triton's backend
 
@@ -29,7 +29,10 @@ def check_engine_config(config: dict[str, Any], where: str) -> None:
            "no speculative decoding", "rejected drafts rewrite blocks: build without it")  # fmt: skip
     window = _find(model, ("sliding_window", "max_attention_window", "max_attention_window_size"))
     length = build.get("max_seq_len") or 0
-    slides = [w for w in (window if isinstance(window, list) else [window]) if w and int(w) < length]
+    windows = [w for w in (window if isinstance(window, list) else [window]) if w]
+    _check(all(isinstance(w, int) for w in windows), where, f"an attention window {quote(window)}", "tokens",
+           "the engine directory is damaged: build the engine again")  # fmt: skip
+    slides = [w for w in windows if w < length]
     used = model.get("use_sliding_window", True)
     _check(not (slides and used), where, f"an attention window of {slides} tokens", f"max_seq_len {length}",
            "a window rewrites blocks that sharing relies on: build without it")  # fmt: skip
