@@ -75,6 +75,19 @@ def test_only_on_a_gpu_a_run_comes_before_the_clock_and_the_report_does_not_show
             assert before[figure] == after[figure]
 
 
+def test_every_streaming_arm_gets_the_memory_of_aligned_unless_it_has_a_window(options, runs, monkeypatch):
+    monkeypatch.setattr(benchmark_run, "streaming_window", lambda spans, held, sink, size: 5 + sink)
+    arms = (
+        "streaming:streaming_window_tokens=9",
+        "streaming:streaming_sink_tokens=1",
+        "streaming:streaming_sink_tokens=2",
+    )
+    report = benchmark_run.run_benchmark(replace(options, variants=(*arms, "aligned", "full")), "command")
+    windows = [row["settings"]["streaming_window_tokens"] for row in report["variants"]]
+    assert windows[:3] == [9, 6, 7]
+    assert runs == [arms[0], "aligned", "full", *arms[1:]]  # windows come from what has run
+
+
 def test_every_figure_of_the_clock_is_the_median_of_the_rounds(options, monkeypatch):
     clocked = ("mean_requests_in_flight", "mean_resident_blocks_per_request", "avg_ttft_ms")
     rounds = iter([1.0, 9.0, 4.0])

@@ -6,7 +6,7 @@ import pytest
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.step_model import GpuModel, ModelledClock
-from trtllm_memshare.evaluation.variants import default_variants, parse_variant
+from trtllm_memshare.evaluation.variants import default_variants, parse_variant, parse_variants
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.request import RequestHandle, RequestResult, RequestStats
 
@@ -40,6 +40,29 @@ def test_a_comparison_shows_what_the_engine_is_set_to(preset, names):
 def test_unusable_arms_are_refused(text):
     with pytest.raises(UserError):
         parse_variant(text, make_config("aligned"))
+
+
+@pytest.mark.parametrize("texts", [["full"], ["full", "full-guaranteed"], ["full:max_distance=0.3", "aligned"]])
+def test_settings_that_no_arm_takes_are_refused(texts):
+    overrides = {} if ":" in texts[0] else {"max_distance": 0.3}
+    with pytest.raises(UserError, match=r"max_distance.*\((add a sharing variant|write full alone)"):
+        parse_variants(texts, make_config("aligned"), **overrides)
+    full, aligned = parse_variants(["full", "aligned"], make_config("aligned"), max_distance=0.3)
+    assert (full.config, aligned.config.max_distance) == (make_config("off"), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "takes_window"),
+    [
+        ("streaming", {}, True),
+        ("streaming:streaming_sink_tokens=0", {}, True),
+        ("streaming:streaming_window_tokens=64", {}, False),
+        ("streaming", {"streaming_window_tokens": 64}, False),
+        ("snapkv", {}, False),
+    ],
+)
+def test_streaming_takes_a_window_unless_one_is_given(text, overrides, takes_window):
+    assert parse_variant(text, make_config("aligned"), **overrides).takes_window == takes_window
 
 
 def test_modelled_time_is_that_of_reading_weights_and_pool_or_of_computing():

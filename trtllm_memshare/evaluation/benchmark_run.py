@@ -196,10 +196,10 @@ class _Bench:
         rounds: dict[str, list[Measurement]] = {v.name: [] for v in variants}
         for index in range(repeat):
             # The window of `streaming` comes from `full` and `aligned` of the same run.
-            for variant in sorted(variants, key=lambda v: v.name == "streaming"):
-                if variant.name == "streaming" and index == 0:
+            for variant in sorted(variants, key=lambda v: v.takes_window):
+                if variant.takes_window and index == 0:
                     variant = self._with_window(variant, rounds)
-                elif variant.name == "streaming":
+                elif variant.takes_window:
                     variant = Variant(variant.name, rounds[variant.name][0].config)
                 rounds[variant.name].append(self._run(variant))
                 full = rounds["full"][0] if rounds.get("full") else None
@@ -240,7 +240,7 @@ class _Bench:
         if not rounds.get("full") or not rounds.get("aligned"):
             raise UserError(
                 "variant streaming takes its window from the memory of full and aligned, got a run without one of "
-                "them (add both to --variants)"
+                "them (add both to --variants, or give one: streaming:streaming_window_tokens=512)"
             )
         config, size = variant.config, self._engine.build.tokens_per_block
         held = rounds["aligned"][0].entry["block_steps_per_request"]

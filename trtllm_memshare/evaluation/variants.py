@@ -12,9 +12,9 @@ from trtllm_memshare.search.config import PRESETS, MemShareConfig, make_config
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT
 
 _CONTROLS = ("random", "streaming", "snapkv", "rkv")
+_FULL = ("full", "full-guaranteed")
 VARIANTS = (
-    "full",
-    "full-guaranteed",
+    *_FULL,
     "pressure",
     "pressure-guaranteed",
     "paper",
@@ -29,11 +29,17 @@ _GUARANTEED = "-guaranteed"
 
 @dataclass(frozen=True)
 class Variant:
-    """``policy``: the capacity policy this arm insists on, None = the benchmark's."""
+    """An arm.
+
+    Attributes:
+      policy: the capacity policy this arm insists on, None = the benchmark's.
+      takes_window: the control ``streaming`` whose window nobody gave: it gets one at the memory of ``aligned``.
+    """
 
     name: str
     config: MemShareConfig
     policy: str | None = None
+    takes_window: bool = False
 
 
 def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant:
@@ -51,7 +57,7 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
     """
     if name not in VARIANTS:
         raise UserError(f"unknown variant {name} ({nearest(name, VARIANTS)})")
-    if name.startswith("full"):
+    if name in _FULL:
         return Variant(name, make_config("off"), GUARANTEED_NO_EVICT if name == "full-guaranteed" else None)
     preset = name.removesuffix(_GUARANTEED)
     preset = preset if preset in PRESETS else "aligned"
@@ -63,7 +69,8 @@ def make_variant(name: str, engine: MemShareConfig, **overrides: Any) -> Variant
     if name in _CONTROLS:
         settings["control"] = name
     settings.pop("preset")
-    return Variant(name, make_config(preset, **settings), GUARANTEED_NO_EVICT if name.endswith(_GUARANTEED) else None)
+    config, policy = make_config(preset, **settings), GUARANTEED_NO_EVICT if name.endswith(_GUARANTEED) else None
+    return Variant(name, config, policy, config.control == "streaming" and "streaming_window_tokens" not in overrides)
 
 
 def default_variants(engine: MemShareConfig) -> tuple[str, ...]:
@@ -80,6 +87,8 @@ def parse_variant(text: str, engine: MemShareConfig, **overrides: Any) -> Varian
     """
     name, _, rest = text.partition(":")
     settings = dict(parse_setting(part) for part in rest.split(",")) if rest else {}
+    if settings and name in _FULL:
+        raise UserError(f"{name} shares nothing and takes no settings, got {shorten(text)} (write {name} alone)")
     return replace(make_variant(name, engine, **{**overrides, **settings}), name=text)
 
 
@@ -87,11 +96,16 @@ def parse_variants(texts: Sequence[str], engine: MemShareConfig, **overrides: An
     """Arms of one comparison, whose results are kept by name.
 
     Raises:
-      UserError: see ``parse_variant``; or one that is named twice.
+      UserError: see ``parse_variant``; one that is named twice; or settings and no arm that takes them.
     """
     twice = next((text for text in texts if list(texts).count(text) > 1), None)
     if twice is not None:
         raise UserError(
             f"--variants must name each variant once, got {shorten(twice)} twice (leave one out, or set --repeat)"
+        )
+    if overrides and all(text in _FULL for text in texts):
+        raise UserError(
+            f"settings are laid over sharing variants, got {shorten(', '.join(overrides))} with {' and '.join(texts)} "
+            f"alone (add a sharing variant, or leave the settings out)"
         )
     return [parse_variant(text, engine, **overrides) for text in texts]
