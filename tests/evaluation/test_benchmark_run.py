@@ -108,6 +108,16 @@ def test_every_figure_of_the_clock_is_the_median_of_the_rounds(options, monkeypa
     assert row["correct_answers_per_s"] is None  # there are no answers
 
 
+@pytest.mark.parametrize(("answers", "is_rate"), [(["7", "7"], True), (["7", None], False), ([None, None], False)])
+def test_right_answers_per_second_are_told_only_where_every_line_has_one(boundaries, answers, is_rate):
+    items = [DatasetItem(i, [5], 2, answer) for i, answer in enumerate(answers)]
+    load = Load(4, 64, 100, "MAX_UTILIZATION", ())
+    variant = Variant("full", make_config("off"))
+    entry = run_variant(variant, CountingRunner(), boundaries, items, load, lambda *_: True).entry
+    assert entry["accuracy"] == (1.0 if "7" in answers else None)
+    assert (entry["correct_answers_per_s"] is not None) == is_rate
+
+
 def test_a_request_waits_from_when_it_was_due_though_a_step_kept_it_from_being_sent(boundaries, monkeypatch):
     now, step_s = [0.0], 10.0
 

@@ -197,7 +197,8 @@ def _entry(
         "avg_ttft_ms": float(np.mean([r.stats.ttft_s for r in results]) * 1e3),
         "avg_tpot_ms": float(np.mean([r.stats.tpot_s for r in results]) * 1e3),
         "accuracy": sum(right) / len(right) if right else None,
-        "correct_answers_per_s": sum(right) / seconds if right else None,
+        # Over all requests, as the seconds are: of a data set that has answers in part it would count too few.
+        "correct_answers_per_s": sum(right) / seconds if len(right) == len(results) else None,
         "mean_output_tokens": tokens / len(results),
         "num_length_stops": sum(r.finish_reason == "length" for r in results),
         "peak_used_blocks": cache.peak_used_blocks,

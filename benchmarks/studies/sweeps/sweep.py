@@ -80,13 +80,17 @@ def measure_pools(options: BenchmarkOptions, shares: Sequence[float], repeat: in
     }
 
 
-def _ratios(variants: list[Report]) -> dict[str, float]:
-    """``aligned`` over the full cache: in throughput over the better of its two policies, else over ``full``."""
+def _ratios(variants: list[Report]) -> dict[str, float | None]:
+    """``aligned`` over the full cache: in throughput over the better of its two policies, else over ``full``.
+
+    None of right answers, where the problems do not all have one.
+    """
     by_name = {row["variant"]: row for row in variants}
     full, aligned = by_name["full"], by_name["aligned"]
 
-    def over_the_better(key: str) -> float:
-        return float(aligned[key] / max(by_name[name][key] for name in FULL_CACHES))
+    def over_the_better(key: str) -> float | None:
+        of_full = [by_name[name][key] for name in FULL_CACHES]
+        return None if None in (aligned[key], *of_full) else float(aligned[key] / max(of_full))
 
     return {
         "ratio": over_the_better("request_throughput_req_s"),

@@ -69,3 +69,11 @@ def test_pools_are_shares_of_the_demand_and_throughput_is_held_against_the_bette
     assert point["right_ratio"] == 1
     assert (point["in_flight_ratio"], point["step_time_ratio"]) == pytest.approx((1.5, 1.1))
     assert pools_table(report).splitlines()[1].split() == ["0.250", "25", "1.20", "1.50", "1.10"]
+
+
+def test_problems_without_answers_have_no_ratio_of_right_ones():
+    nobody = {"correct_answers_per_s": None}
+    report = measure_pools(BASE, [0.25], 1, Bench(full=nobody, full_guaranteed=nobody, aligned=nobody))
+    assert report["points"][0]["right_ratio"] is None
+    assert report["points"][0]["ratio"] == 1
+    assert len(pools_table(report).splitlines()) == 3
