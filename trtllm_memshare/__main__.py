@@ -28,10 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Module whose ``main(command, arguments)`` runs it, and what comes out; imported when it is asked for."""
 
-_EXTRAS = {"numpy": "", "prometheus_client": "", "pydantic": "", "tqdm": "", "filelock": "",
+_EXTRAS = {"numpy": "", "prometheus_client": "", "pydantic": "", "tqdm": "", "filelock": "", "yaml": "",
            "torch": "[torch]", "transformers": "[torch]", "safetensors": "[torch]", "tokenizers": "[torch]",
            "jinja2": "[torch]", "matplotlib": "[report]", "cuda": "[cuda]", "tritonclient": "[triton]",
-           "aiohttp": "[triton]", "psutil": "[triton]", "yaml": "[trtllm]", "fastapi": "[serve]",
+           "aiohttp": "[triton]", "psutil": "[triton]", "fastapi": "[serve]",
            "uvicorn": "[serve]", "gguf": "[real]"}  # fmt: skip
 """What of pyproject.toml brings a package: an extra, or nothing where every install has it."""
 

@@ -139,6 +139,17 @@ def test_an_unknown_surface_is_refused():
         main(["doctor", "--surface", "engines"])
 
 
+def test_it_runs_where_only_the_base_install_is():
+    """It says what of the rest is missing, so that it can need none of it."""
+    absent = ("torch", "transformers", "safetensors", "tokenizers", "tritonclient", "aiohttp", "psutil", "matplotlib",
+              "fastapi", "uvicorn", "jinja2", "gguf", "cuda", "tensorrt_llm", "vllm", "yaml")  # fmt: skip
+    block = f"import sys; sys.modules.update(dict.fromkeys({absent})); from trtllm_memshare.__main__ import console"
+    line = [sys.executable, "-c", f"{block}; sys.argv[1:] = ['doctor', '--strict', '--surface', 'gpu']; console()"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "--  gpu" in done.stdout
+
+
 def test_the_command_runs_on_this_machine():
     done = subprocess.run([sys.executable, "-m", "trtllm_memshare", "doctor", "--strict", "--surface", "torch"],
                           capture_output=True, text=True, check=False)  # fmt: skip

@@ -10,7 +10,7 @@ from fakes.counting_runner import CountingRunner
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
-from trtllm_memshare.triton.repository import MARKER, can_wait
+from trtllm_memshare.triton.repository_marker import MARKER, can_wait
 from trtllm_memshare.triton.runtime import give_sign_of_life, signs_of_life
 from trtllm_memshare.triton.token_model import TokenModel
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from trtllm_memshare.errors import UserError, run_command_line
-from trtllm_memshare.triton.repository import can_wait, flavour_of
+from trtllm_memshare.triton.repository_marker import can_wait, flavour_of
 from trtllm_memshare.triton.runtime import runtime_folder
 from trtllm_memshare.triton.server import (
     Ports,

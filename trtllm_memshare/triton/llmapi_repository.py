@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.repository import MARKER, check_target
+from trtllm_memshare.triton.repository import check_target
+from trtllm_memshare.triton.repository_marker import MARKER
 from trtllm_memshare.trtllm.pytorch.settings import PREFIX, load_settings
 from trtllm_memshare.trtllm.pytorch.wrap import merge_options, read_yaml
 

@@ -15,11 +15,10 @@ from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 from trtllm_memshare.triton.model_configs import MODELS, write_model
 from trtllm_memshare.triton.pool_size import check_one_fits, enough_blocks
+from trtllm_memshare.triton.repository_marker import MARKER
 
 _BYTES_PER_TOKEN = 16  # of the default limit in bytes; text of several languages has three to five
 _PERIODS_MS = (10, 60_000)
-MARKER = "memshare_repository.json"
-"""A file of every repository written here; it says which flavour it is."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +89,6 @@ def check_target(output_dir: Path, force: bool) -> None:
         raise UserError(f"{output_dir} is not empty and not a repository of this project (choose another --output-dir)")
     if (output_dir / MARKER).is_file() and not force:
         raise UserError(f"there is a model repository at {output_dir} already (add --force to replace it)")
-
-
-def flavour_of(repository: Path) -> str:
-    """``engine`` or ``llmapi``; a repository that somebody else wrote counts as ``engine``."""
-    marker = repository / MARKER
-    return json.loads(marker.read_text())["flavour"] if marker.is_file() else "engine"
-
-
-def can_wait(repository: Path) -> bool:
-    """Whether its models wait for their turn in a spare server; those of older versions and of others would load."""
-    marker = repository / MARKER
-    return marker.is_file() and bool(json.loads(marker.read_text()).get("can_wait"))
 
 
 @dataclass(frozen=True)

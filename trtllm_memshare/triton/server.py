@@ -13,8 +13,7 @@ from pathlib import Path
 
 import trtllm_memshare
 from trtllm_memshare.errors import UserError, quote, shorten
-from trtllm_memshare.triton.llmapi_repository import llmapi_environment
-from trtllm_memshare.triton.repository import flavour_of
+from trtllm_memshare.triton.repository_marker import flavour_of
 from trtllm_memshare.triton.runtime import (
     PACKAGE_VARIABLE,
     RUNTIME_VARIABLE,
@@ -162,6 +161,12 @@ def server_environment(server: Server, repository: Path, runtime: Path) -> dict[
     ``python3`` on PATH (seen with Triton 2.51), so this one goes to the front. A ``repository`` of the flavour llmapi
     adds the variables that switch sharing on. ``runtime``: the folder where model processes meet.
     """
+    sharing: dict[str, str] = {}
+    if flavour_of(repository) == "llmapi":
+        # Imported here: it needs what reads settings and YAML, and the doctor looks for a server without either.
+        from trtllm_memshare.triton.llmapi_repository import llmapi_environment
+
+        sharing = llmapi_environment(repository)
     libraries = [str(p) for p in server.library_dirs]
     inherited = os.environ.get("LD_LIBRARY_PATH")
     return {
@@ -171,7 +176,7 @@ def server_environment(server: Server, repository: Path, runtime: Path) -> dict[
         RUNTIME_VARIABLE: str(runtime),
         SERVER_VARIABLE: server.executable.resolve().name[:15],
         PACKAGE_VARIABLE: str(Path(trtllm_memshare.__file__).parents[1]),
-        **(llmapi_environment(repository) if flavour_of(repository) == "llmapi" else {}),
+        **sharing,
     }
 
 
