@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from trtllm_memshare.__main__ import main
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.machine import describe_machine
 from trtllm_memshare.report import components as components_module
 from trtllm_memshare.report import doctor
 from trtllm_memshare.report.components import Component, find_components
@@ -85,12 +87,81 @@ def test_tensorrt_is_asked_for_its_version(module, detail):
         ("520.61.05", "12.8 (torch)", False, "525 or newer for CUDA 12"),
         ("470.10", "torch is built for the CPU", True, ""),
         (None, "torch is built for the CPU", False, "580 or newer for CUDA 13"),
+        ("", "12.8 (torch)", False, "525 or newer for CUDA 12"),
+        ("[N/A]\n[N/A]", "13.0 (torch)", False, "580 or newer for CUDA 13"),
+        ("No devices were found", "torch is built for the CPU", False, "580 or newer for CUDA 13"),
     ],
 )
 def test_the_driver_must_be_new_enough_for_torch_s_cuda(version, cuda, found, phrase):
     driver = components_module._driver(version, cuda)
     assert (driver.found, phrase in driver.remedy) == (found, True)
     assert "\n" not in driver.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "found"),
+    [
+        ("torch", "2.13.0+cpu", True),
+        ("torch", "2.6.0", True),
+        ("torch", "2.5.1", False),
+        ("torch", "1.13.1", False),
+        ("torch", "unknown", False),
+        ("transformers", "4.57.3", True),
+        ("transformers", "4.40.0", False),
+        ("transformers", "6.0.0", False),
+        ("tensorrt_llm", "1.2.0rc4", True),
+        ("tensorrt_llm", "0.21.0", False),
+    ],
+)
+def test_a_package_must_be_of_a_version_that_the_project_takes(monkeypatch, name, version, found):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    component = components_module._package(name, "get it")
+    assert (component.found, bool(component.remedy)) == (found, not found)
+    assert version in component.detail
+
+
+def test_the_versions_are_those_of_the_project_file():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for name, (oldest, after) in components_module._VERSIONS.items():
+        bounds = f"{name.replace('_', '-')}>={oldest[0]}.{oldest[1]}" + (f",<{after}" if after else "")
+        assert f'"{bounds}"' in text
+
+
+def test_a_torch_without_its_libraries_is_told_of_not_raised(monkeypatch):
+    problem = OSError("libcudnn.so.9: cannot open shared object file")
+
+    def load(name):
+        raise problem
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "torch":
+                raise problem
+
+    for component in (components_module._torch(load), components_module._cuda(load)):
+        assert not component.found
+        assert "libcudnn.so.9" in component.detail
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert describe_machine()["gpu"] is None
+
+
+@pytest.mark.parametrize(
+    ("said", "found", "detail"),
+    [
+        ("Cuda compilation tools, release 13.0, V13.0.88", True, "nvcc 13.0"),
+        ("Cuda compilation tools, release 11.8, V11.8.89", False, "nvcc must be 12.8 to 13.x, got 11.8"),
+        ("something else", False, "should name a release"),
+    ],
+)
+def test_nvcc_must_be_one_that_builds(tmp_path, monkeypatch, said, found, detail):
+    for tool in ("nvcc", "cmake"):
+        (tmp_path / tool).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    component = components_module._nvcc()
+    assert (component.found, bool(component.remedy)) == (found, not found)
+    assert detail in component.detail
 
 
 def test_the_plugin_library_is_found_by_its_path(tmp_path):

@@ -66,15 +66,21 @@ def plan_plugin_build(tensorrt_root: Path | None, preset: str, output_dir: Path)
     for tool, hint in (("cmake", "install cmake 3.22 or newer"), ("nvcc", "install CUDA 12.8 to 13.x, add it to PATH")):
         if shutil.which(tool) is None:
             raise UserError(f"{tool} is missing: it is not on PATH ({hint})")
-    version = nvcc_version(_nvcc_says())
-    if not _MIN_NVCC <= version <= _MAX_NVCC:
-        raise UserError(f"nvcc must be 12.8 to 13.x, got {version[0]}.{version[1]} (install such a CUDA toolkit)")
+    check_nvcc()
     named = tensorrt_root or (Path(os.environ["TENSORRT_ROOT"]) if os.environ.get("TENSORRT_ROOT") else None)
     if named is None:
         raise UserError(f"TensorRT's headers are missing: set TENSORRT_ROOT or --tensorrt-root ({_HEADERS})")
     if not (named / "include" / "NvInferRuntime.h").is_file():
         raise UserError(f"TENSORRT_ROOT must hold include/NvInferRuntime.h, got {named} ({_HEADERS})")
     return PluginBuild(named.resolve(), preset, output_dir.resolve())
+
+
+def check_nvcc() -> tuple[int, int]:
+    """Major and minor release of the nvcc on PATH. Raises UserError if it does not run or is none that builds."""
+    version = nvcc_version(_nvcc_says())
+    if not _MIN_NVCC <= version <= _MAX_NVCC:
+        raise UserError(f"nvcc must be 12.8 to 13.x, got {version[0]}.{version[1]} (install such a CUDA toolkit)")
+    return version
 
 
 def _nvcc_says() -> str:

@@ -46,7 +46,7 @@ def _cpu_model() -> str:
 def _gpu_name() -> str | None:
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # a wheel that lacks a library, or has one of another version
         return None
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 

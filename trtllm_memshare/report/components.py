@@ -6,8 +6,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION
-from trtllm_memshare.engine.plugin_build import LIBRARY_NAME
+from trtllm_memshare.engine.plugin_build import LIBRARY_NAME, check_nvcc
 from trtllm_memshare.engine.tensorrt_record import file_sha256
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.evaluation.machine import describe_machine
 from trtllm_memshare.search.kernel_compiler import import_cuda_core
 from trtllm_memshare.triton.server import find_server
@@ -25,6 +25,11 @@ from trtllm_memshare.trtllm.engine.installed import INSTALL, check_tensorrt
 
 _OLDEST_DRIVER = {"12": 525, "13": 580}
 """By CUDA's major version; from NVIDIA's CUDA Compatibility, minor version compatibility."""
+
+_VERSIONS = {"torch": ((2, 6), None), "transformers": ((4, 57), 6), "tensorrt_llm": ((1, 1), 2)}
+"""By package: the oldest version that pyproject.toml takes, and the first major one that it does not."""
+_BROKEN = (ImportError, OSError, RuntimeError)
+"""What importing a wheel may raise: it is not there, its libraries are elsewhere, or it is a stub."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def find_components(plugin_library: Path, load: Callable[[str], Any] = importlib
     machine, cuda = describe_machine(), _cuda(load)
     return [
         _python(),
-        _package("torch", "pip install '.[torch]'"),
+        _torch(load),
         _package("transformers", "pip install '.[torch]'"),
         _gpu(machine["gpu"], load),
         _driver(machine["driver"], cuda.detail),
@@ -76,10 +81,29 @@ def _python() -> Component:
 
 
 def _package(name: str, remedy: str) -> Component:
+    """By its metadata, held against the versions that the project takes."""
     try:
-        return Component(name, True, importlib.metadata.version(name))
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Component(name, False, "not installed", remedy)
+    oldest, after = _VERSIONS[name]
+    release = re.match(r"(\d+)\.(\d+)", version)
+    got = (int(release[1]), int(release[2])) if release else (0, 0)
+    if got < oldest or (after is not None and got[0] >= after):
+        bounds = f"{'.'.join(map(str, oldest))} or newer{f', below {after}' if after else ''}"
+        return Component(name, False, f"{version} is none that works: it must be {bounds}", remedy)
+    return Component(name, True, version)
+
+
+def _torch(load: Callable[[str], Any]) -> Component:
+    """Its metadata says nothing of libraries that are missing."""
+    found = _package("torch", "pip install '.[torch]'")
+    try:
+        if found.found:
+            load("torch")
+    except _BROKEN as error:
+        return Component("torch", False, f"{found.detail} cannot be imported: {error}", "install torch again")
+    return found
 
 
 def _gpu(name: str | None, load: Callable[[str], Any]) -> Component:
@@ -96,15 +120,19 @@ def _driver(version: str | None, cuda: str) -> Component:
     remedy = f"install NVIDIA's driver, {oldest} or newer for CUDA {release if release in _OLDEST_DRIVER else 13}"
     if version is None:
         return Component("driver", False, "nvidia-smi does not answer", remedy)
-    if release in _OLDEST_DRIVER and int(version.partition(".")[0]) < oldest:
-        return Component("driver", False, f"{version} is too old for torch's CUDA {cuda}", remedy)
-    return Component("driver", True, version.partition("\n")[0])
+    first = version.partition("\n")[0]
+    number = re.match(r"\d+", first)
+    if number is None:  # nothing, "[N/A]" or "No devices were found"
+        return Component("driver", False, f"nvidia-smi names no version, got {quote(first)}", remedy)
+    if release in _OLDEST_DRIVER and int(number[0]) < oldest:
+        return Component("driver", False, f"{first} is too old for torch's CUDA {cuda}", remedy)
+    return Component("driver", True, first)
 
 
 def _cuda(load: Callable[[str], Any]) -> Component:
     try:
         version = load("torch").version.cuda
-    except ImportError as error:
+    except _BROKEN as error:
         return Component("CUDA", False, str(error), "pip install '.[torch]'")
     if version is None:
         return Component("CUDA", False, "torch is built for the CPU", "install a torch wheel that is built for CUDA")
@@ -124,11 +152,14 @@ def _nvrtc() -> Component:
 
 def _nvcc() -> Component:
     missing = [tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None]
+    remedy = "install the CUDA toolkit 12.8 to 13.x and cmake 3.22"
     if missing:
-        detail = f"{' and '.join(missing)} not on PATH"
-        return Component("nvcc, cmake", False, detail, "install the CUDA toolkit 12.8 to 13.x and cmake 3.22")
-    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
-    return Component("nvcc, cmake", True, text.strip().rpartition("\n")[2])
+        return Component("nvcc, cmake", False, f"{' and '.join(missing)} not on PATH", remedy)
+    try:
+        major, minor = check_nvcc()
+    except UserError as error:
+        return Component("nvcc, cmake", False, str(error), remedy)
+    return Component("nvcc, cmake", True, f"nvcc {major}.{minor}")
 
 
 def _headers() -> Component:
@@ -145,7 +176,7 @@ def _tensorrt(load: Callable[[str], Any]) -> Component:
     try:
         module = load("tensorrt")
         check_tensorrt(module)
-    except (ImportError, OSError, RuntimeError) as error:  # a wheel whose libraries are elsewhere, or a stub
+    except _BROKEN as error:
         return Component("TensorRT", False, str(error), INSTALL)
     except UserError as error:
         return Component("TensorRT", False, str(error), "pip install 'tensorrt~=10.14.1'")
