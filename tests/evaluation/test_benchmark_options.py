@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from run_script import run_script
 
+from trtllm_memshare.commands.bench import main
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.engine_dir import write_engine
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.benchmark_options import check_output_file
 from trtllm_memshare.search.config import make_config
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inflight_batching.py"
@@ -102,3 +106,28 @@ def test_an_overlong_last_line_is_found_before_anything_runs(folder):
     assert "long.jsonl line 2: prompt and output must fit max_seq_len 64, got 60 + 5 tokens" in done.stderr
     path.write_text(json.dumps({"task_id": 1, "input_ids": [80], "output_tokens": 5}))
     assert "input_ids[0] must be between 0 and 79, got 80" in bench(folder, "--dataset", path).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (["--output-json", "d.jsonl"], "--output-json must name another file than --dataset, got d.jsonl twice"),
+        (["--output-texts", "link"], "--output-texts must name another file than --dataset, got link twice"),
+        (["--output-json", "r", "--output-texts", "./r"], "--output-texts must name another file than --output-json"),
+    ],
+)
+def test_no_result_replaces_the_data_set_or_another_result(tmp_path, monkeypatch, options, phrase):
+    monkeypatch.chdir(tmp_path)
+    Path("d.jsonl").write_text("kept")
+    Path("link").symlink_to("d.jsonl")
+    with pytest.raises(UserError, match=re.escape(phrase)):
+        main("memshare bench", ["--dataset", "d.jsonl", *options])
+    assert Path("d.jsonl").read_text() == "kept"
+
+
+def test_the_folder_of_a_file_that_is_replaced_is_asked_for_its_right_too(tmp_path, monkeypatch):
+    (tmp_path / "r.json").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match=f"no right to write to {tmp_path}$"):
+        check_output_file("--output-json", tmp_path / "r.json")
+    check_output_file("--output-json", Path("/dev/null"))

@@ -79,6 +79,7 @@ class BenchmarkOptions:
         check_temperature(values["temperature"])
         for name in ("output_json", "plot", "output_texts"):
             check_output_file(f"--{name.replace('_', '-')}", values[name], PICTURES if name == "plot" else ())
+        _check_no_file_twice({name: values[name] for name in ("dataset", "output_json", "plot", "output_texts")})
         values["add_special_tokens"] = {"auto": None, "yes": True, "no": False}[values["add_special_tokens"]]
         share = values["kv_cache_share"]
         if share is not None and not 0 < share <= 1:
@@ -115,8 +116,24 @@ def check_output_file(option: str, path: Path | None, suffixes: tuple[str, ...] 
         raise UserError(f"{option} must name a file, got the directory {shown}")
     if there != path and not there.is_dir():
         raise UserError(f"{option} cannot be written: {shown}: {shorten(str(there))} is no directory")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{option} cannot be written: {shown}: no right to write to {shorten(str(there))}")
+    # A regular file is replaced by one that is written beside it, so that its folder must let that happen too.
+    folder = Path(os.path.realpath(path)).parent if there == path and path.is_file() else there
+    for needed in dict.fromkeys((there, folder)):
+        if not os.access(needed, os.W_OK):
+            raise UserError(f"{option} cannot be written: {shown}: no right to write to {shorten(str(needed))}")
+
+
+def _check_no_file_twice(files: dict[str, Path | None]) -> None:
+    """Raises UserError for one file behind two options: a result would replace the data set, or another result."""
+    options = dict[str, str]()
+    for name, path in files.items():
+        option = f"--{name.replace('_', '-')}"
+        if path is None or (path.exists() and not path.is_file()):
+            continue  # of a device, which keeps nothing
+        if (other := options.setdefault(os.path.realpath(path), option)) != option:
+            raise UserError(
+                f"{option} must name another file than {other}, got {shorten(str(path))} twice (choose another one)"
+            )
 
 
 def check_temperature(temperature: float) -> None:

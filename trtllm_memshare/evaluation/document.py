@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,15 @@ def publish(report: dict[str, Any], output_json: Path | None) -> None:
 
 
 def write_report(report: dict[str, Any], output_json: Path) -> None:
-    """Writes the report; at once or not at all, since a long benchmark writes it again after every row."""
-    output_json.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_json.with_name(output_json.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(output_json)
+    """Writes the report; at once or not at all, since a long benchmark writes it again after every row.
+
+    A link is followed. What is no regular file, as ``/dev/null`` or a pipe, is written to: it must not be replaced.
+    """
+    text, target = json.dumps(report, indent=1) + "\n", Path(os.path.realpath(output_json))
+    if target.exists() and not target.is_file():
+        target.write_text(text)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text)
+    partial.replace(target)
