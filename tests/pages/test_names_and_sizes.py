@@ -46,7 +46,8 @@ def test_the_container_files_are_well_formed_and_take_the_image_from_outside():
     container = deployment["spec"]["template"]["spec"]["containers"][0]
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
     pod = deployment["spec"]["template"]["spec"]
-    probes = [container["readinessProbe"], container["livenessProbe"]]
+    probes = [container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
+    assert container["startupProbe"]["exec"] == container["readinessProbe"]["exec"]
     probes += [{"exec": {"command": compose["services"]["triton"]["healthcheck"]["test"][1:]}}]
     for probe in probes:  # Triton's own endpoints stay green over a dead model process
         assert probe["exec"]["command"][:3] == ["python3", "-m", "trtllm_memshare.triton.probe"]

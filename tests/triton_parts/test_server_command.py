@@ -9,25 +9,49 @@ import pytest
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton import server as triton_server
-from trtllm_memshare.triton.server import Ports, find_server, server_command, server_environment
+from trtllm_memshare.triton.server import Ports, Server, find_server, server_command, server_environment
 
 
-def test_the_server_listens_on_loopback_unless_told_otherwise(tmp_path):
+@pytest.fixture
+def repository(tmp_path):
+    (tmp_path / "repository" / "model").mkdir(parents=True)
+    (tmp_path / "repository" / "model" / "config.pbtxt").touch()
+    return tmp_path / "repository"
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, repository):
+    server, runtime = Server(Path("tritonserver"), (), (), ""), tmp_path / "runtime"
+
+    def start(folder):
+        return server_command(server, folder, Ports(), "127.0.0.1", runtime, 90, [])
+
+    engine = tmp_path / "engine"
+    (engine / "model").mkdir(parents=True)
+    (engine / "config.json").touch()
+    for folder in (engine, engine / "model", tmp_path):
+        with pytest.raises(UserError, match=f"must hold at least one model, got {folder} with none"):
+            start(folder)
+    assert start(repository)[1].endswith("/repository")
+    (engine / "model" / "1").mkdir()  # Triton completes the configuration of some models itself
+    assert start(engine)
+
+
+def test_the_server_listens_on_loopback_unless_told_otherwise(tmp_path, repository):
     executable = tmp_path / "tritonserver"
     executable.touch()
     server = find_server(executable)
     runtime = tmp_path / "runtime"
-    command = server_command(server, tmp_path, Ports(1, 2, 3), "127.0.0.1", runtime, 90, ["--log-verbose=1"])
+    command = server_command(server, repository, Ports(1, 2, 3), "127.0.0.1", runtime, 90, ["--log-verbose=1"])
     assert [a for a in command if "address" in a] == [f"--{n}-address=127.0.0.1" for n in ("http", "grpc", "metrics")]
     assert command[-1] == "--log-verbose=1"
     assert "--exit-timeout-secs=90" in command
     assert not any("restricted" in a or "control-mode" in a for a in command)  # no key, and nothing to lock
-    environment = server_environment(server, tmp_path, runtime)
+    environment = server_environment(server, repository, runtime)
     assert environment["PATH"].split(":")[0] == str(Path(os.sys.executable).parent)
     with pytest.raises(UserError, match=r"no model repository at .*/nothing"):
         server_command(server, tmp_path / "nothing", Ports(), "127.0.0.1", runtime, 90, [])
     with pytest.raises(UserError, match="--model-control-mode belongs to the launcher"):
-        server_command(server, tmp_path, Ports(), "127.0.0.1", runtime, 90, ["--model-control-mode=explicit"])
+        server_command(server, repository, Ports(), "127.0.0.1", runtime, 90, ["--model-control-mode=explicit"])
 
 
 def test_a_missing_server_is_named(tmp_path, monkeypatch):

@@ -19,3 +19,9 @@ def can_wait(repository: Path) -> bool:
     """Whether its models wait for their turn in a spare server; those of older versions and of others would load."""
     marker = repository / MARKER
     return marker.is_file() and bool(json.loads(marker.read_text()).get("can_wait"))
+
+
+def holds_model(repository: Path) -> bool:
+    """Whether Triton would find a model: a folder with a ``config.pbtxt``, or with a version of a model alone."""
+    folders = (p for p in repository.iterdir() if p.is_dir())
+    return any((f / "config.pbtxt").is_file() or any(v.name.isdecimal() for v in f.iterdir()) for f in folders)

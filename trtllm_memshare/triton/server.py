@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trtllm_memshare
 from trtllm_memshare.errors import UserError, quote, shorten
-from trtllm_memshare.triton.repository_marker import flavour_of
+from trtllm_memshare.triton.repository_marker import flavour_of, holds_model
 from trtllm_memshare.triton.runtime import (
     PACKAGE_VARIABLE,
     RUNTIME_VARIABLE,
@@ -94,10 +94,15 @@ def server_command(
       number: of the server among the launcher's.
 
     Raises:
-      UserError: the repository is not a folder, or an option would blind the supervisor.
+      UserError: the repository is not a folder or holds no model, or an option would blind the supervisor.
     """
     if not repository.is_dir():
-        raise UserError(f"no model repository at {repository} (write one with build_scripts/build_triton_repo.py)")
+        raise UserError(f"no model repository at {repository} (write one with memshare triton repository)")
+    if not holds_model(repository):  # Triton would be ready at once, and know no model that a client asks for
+        raise UserError(
+            f"a model repository must hold at least one model, got {shorten(str(repository))} with none (write one "
+            f"with memshare triton repository, and name its --output-dir)"
+        )
     for option in extra:
         if option.startswith(("--allow-http", "--model-control-mode", "--exit-timeout-secs")):
             raise UserError(f"{option.partition('=')[0]} belongs to the launcher, got {option} (leave it out)")
