@@ -42,7 +42,7 @@ def test_the_container_files_are_well_formed_and_take_the_image_from_outside():
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
     assert compose["services"]["triton"]["image"].startswith("${TRITON_IMAGE")
     assert all(p.startswith("127.0.0.1:") for p in compose["services"]["triton"]["ports"])
-    deployment, service = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text())
+    deployment, service, policy = yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text())
     container = deployment["spec"]["template"]["spec"]["containers"][0]
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
     pod = deployment["spec"]["template"]["spec"]
@@ -53,6 +53,17 @@ def test_the_container_files_are_well_formed_and_take_the_image_from_outside():
         assert probe["exec"]["command"][:3] == ["python3", "-m", "trtllm_memshare.triton.probe"]
     drain = next(int(a.partition("=")[2]) for a in container["command"] if a.startswith("--drain-seconds"))
     assert drain + 10 < pod["terminationGracePeriodSeconds"]
+    start, live = (container[f"{kind}Probe"] for kind in ("startup", "liveness"))
+    # The launcher starts a server anew inside the container, which must not be ended meanwhile.
+    assert live["periodSeconds"] * live["failureThreshold"] >= start["periodSeconds"] * start["failureThreshold"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"]["podSelector"] == deployment["spec"]["selector"]
+    ports = {p["name"] for p in container["ports"]}
+    by_whom = {p["port"]: rule["from"] for rule in policy["spec"]["ingress"] for p in rule["ports"]}
+    assert set(by_whom) == ports
+    assert all("podSelector" in by_whom[name][0] for name in ports - {"metrics"})
     assert compose["services"]["triton"]["restart"]
     assert deployment["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == "8002"
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]

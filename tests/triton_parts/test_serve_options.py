@@ -61,6 +61,14 @@ def test_a_port_that_is_taken_is_named_before_the_engine_is_read(tmp_path):
             serve(tmp_path / "nowhere", "--port", port)
 
 
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_does_not_serve_everybody(engine_dir, monkeypatch, key):
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: pytest.fail("it serves"))
+    monkeypatch.setenv("MEMSHARE_API_KEY", key)
+    with pytest.raises(UserError, match=r"MEMSHARE_API_KEY must hold a key, got an empty one \(set it, or unset it"):
+        serve(engine_dir)
+
+
 def test_a_template_that_refuses_one_conversation_is_served(engine_dir, monkeypatch):
     served = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda self: served.append(self.config.port))

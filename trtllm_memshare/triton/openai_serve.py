@@ -48,6 +48,7 @@ def main(command: str, arguments: list[str]) -> None:
     check_port("--port", options.host, options.port)
     if not 0 <= options.drain_seconds <= _MAX_DRAIN_S:
         raise UserError(f"--drain-seconds must be between 0 and {_MAX_DRAIN_S}, got {quote(options.drain_seconds)}")
+    api_key = _api_key()
     engine = load_engine(options.engine_dir)
     deployment = deployment_limits(
         engine,
@@ -90,7 +91,7 @@ def main(command: str, arguments: list[str]) -> None:
         engine.build.max_seq_len,
         lambda: executor.is_alive,
         registry,
-        os.environ.get(API_KEY_VARIABLE, ""),
+        api_key,
     )
     print(f"{engine.engine_dir}: {deployment.num_blocks} KV blocks, {description}")
     print(f"OpenAI-compatible endpoint: http://{options.host}:{options.port}/v1, model {endpoint.model}", flush=True)
@@ -106,6 +107,14 @@ def main(command: str, arguments: list[str]) -> None:
         # uvicorn raises the signal once more after draining; it must not end the process before the executor is left.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run()
+
+
+def _api_key() -> str:
+    """What requests must carry; empty where the variable is not set. Raises UserError if it is set to nothing."""
+    key = os.environ.get(API_KEY_VARIABLE)
+    if key is not None and not key.strip():  # a secret that was not filled in would open the server to everybody
+        raise UserError(f"{API_KEY_VARIABLE} must hold a key, got an empty one (set it, or unset it to serve without)")
+    return key or ""
 
 
 def _check_template(tokenizer: Any, path: Path) -> None:
