@@ -1,10 +1,48 @@
-"""Another program that takes this process's place: who stops this one stops it, and its status is this one's."""
+"""Another program that takes this process's place: who stops this one stops it, and its status is this one's.
+
+Its command line is shown without what nobody may read in a log.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SECRET = re.compile(r"(^|[-_.])(api[-_]?key|key|token|secret|password)$", re.IGNORECASE)
+"""Names of what nobody may read in a log: ``--api-key``, ``--hf-token``. Counts are ``tokens``, in the plural."""
+_ABBREVIATED = ("--api-key", "--hf-token")  # vLLM's, which takes a beginning of a name for the whole
+_HIDDEN = "***"
+
+
+def shown_line(line: Sequence[str]) -> str:
+    """A command line as it may stand in a log: the values of keys, tokens and passwords are hidden."""
+    shown, hides = list[str](), False
+    for argument in line:
+        name, equals, _ = argument.partition("=")
+        is_option = argument.startswith("--")
+        if is_option and _is_secret(name):
+            hides = not equals  # vLLM takes several keys behind one option
+            shown.append(f"{name}={_HIDDEN}" if equals else argument)
+        else:
+            hides = hides and not argument.startswith("-")
+            shown.append(_HIDDEN if hides else argument)
+    return " ".join(word if _HIDDEN in word else shlex.quote(word) for word in shown)
+
+
+def _is_secret(option: str) -> bool:
+    beginning = option.replace("_", "-")
+    return bool(_SECRET.search(option)) or (len(option) > 5 and any(o.startswith(beginning) for o in _ABBREVIATED))
+
+
+def shown_options(value: Any) -> Any:
+    """Options of a file, as they may stand in a log; see ``shown_line``."""
+    if isinstance(value, dict):
+        return {k: _HIDDEN if v and _SECRET.search(str(k)) else shown_options(v) for k, v in value.items()}
+    return [shown_options(v) for v in value] if isinstance(value, list) else value
 
 
 def run_to_end(line: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -9,6 +9,8 @@ import sys
 import pytest
 from run_program import run_program
 
+from trtllm_memshare.child_process import shown_line
+
 WRAPPERS = [
     ("trtllm-serve", "serve", "some/model"),
     ("vllm", "vllm", "serve", "m", "--null-entries", "skip"),
@@ -53,3 +55,36 @@ def test_a_program_that_a_signal_ended_gives_the_status_of_a_shell(tmp_path, wra
     ran = run_program(tmp_path, name, "#!/bin/sh\nkill -9 $$\n", *arguments)
     ran.communicate()
     assert ran.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (
+            ["serve", "my model", "--api-key", "sk-1", "sk-2", "--port", "1"],
+            "serve 'my model' --api-key *** *** --port 1",
+        ),
+        (["--api_key=sk-1", "m"], "--api_key=*** m"),
+        (["--api-k", "sk-1"], "--api-k ***"),
+        (["--hf-token", "--port", "1"], "--hf-token --port 1"),
+        (["--hf-token", "hf-1", "-O3"], "--hf-token *** -O3"),
+        (["--kv.admin_password=p"], "--kv.admin_password=***"),
+        (["--max-num-batched-tokens", "8", "--tokenizer", "t"], "--max-num-batched-tokens 8 --tokenizer t"),
+    ],
+)
+def test_keys_and_tokens_are_hidden_in_what_is_shown(line, shown):
+    assert shown_line(line) == shown
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda w: w[0])
+def test_no_key_is_printed_and_the_program_gets_it(tmp_path, wrapper):
+    program, *arguments = wrapper
+    if program == "trtllm-serve":
+        (tmp_path / "options.yaml").write_text("hf_token: sk-3\ninner: {api_key: sk-3}\n")
+        arguments += ["--config", str(tmp_path / "options.yaml")]
+    script = '#!/bin/sh\ncase "$*" in *"--api-key sk-1 --hf_token=sk-2"*) exit 7;; esac\n'
+    ran = run_program(tmp_path, program, script, *arguments, "--api-key", "sk-1", "--hf_token=sk-2")
+    printed = "".join(ran.communicate())
+    assert ran.returncode == 7, printed
+    assert "--api-key *** --hf_token=***" in printed
+    assert "sk-" not in printed

@@ -9,7 +9,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.child_process import run_to_end
+from trtllm_memshare.child_process import run_to_end, shown_line
 from trtllm_memshare.engine.calibrated_weights import check_weights
 from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
@@ -130,7 +129,7 @@ def _wrap(arguments: list[str]) -> None:
         if arguments[0] == "serve":
             # The scheduler's process and the API server's write their metrics into one folder.
             environment.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
-        print(f"+ {shlex.join(line)}", flush=True)
+        print(f"+ {shown_line(line)}", flush=True)
         status = run_to_end(line, environment)
     sys.exit(status)
 

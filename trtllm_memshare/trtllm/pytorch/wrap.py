@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from trtllm_memshare.child_process import run_to_end
+from trtllm_memshare.child_process import run_to_end, shown_line, shown_options
 from trtllm_memshare.errors import UserError, read_text
 from trtllm_memshare.trtllm.pytorch.guards import host_tier_reason
 from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings
@@ -72,8 +71,8 @@ def main(command: str, arguments: list[str]) -> None:
             _remove_earlier(stats_file)
         line = [program, *place_option(command, arguments, str(options_file))]
         print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
-        print(f"LLM options: {json.dumps(llm_options, default=str)}")
-        print(f"+ {ENABLE}=1 {shlex.join(line)}", flush=True)
+        print(f"LLM options: {json.dumps(shown_options(llm_options), default=str)}")
+        print(f"+ {ENABLE}=1 {shown_line(line)}", flush=True)
         status = run_to_end(line, environment)
         if command == "bench" and status == 0:
             _merge_report(arguments, stats_file)
@@ -131,7 +130,7 @@ def place_option(command: str, arguments: Sequence[str], options_file: str) -> l
             policy = ["--scheduler_policy", "max_utilization"] if subcommand == "throughput" else []
             policy = [] if policy_asked else policy
             return [*arguments[:place], *option, *policy, *arguments[place:]]
-    raise UserError(f"bench needs the subcommand throughput or latency, got {shlex.join(arguments) or 'nothing'}")
+    raise UserError(f"bench needs the subcommand throughput or latency, got {shown_line(arguments) or 'nothing'}")
 
 
 def _take_option(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], str | None]:
