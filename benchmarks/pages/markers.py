@@ -26,6 +26,7 @@ The lines that a function makes of a file stand below a ``table`` marker::
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -187,13 +188,39 @@ def whole_table(found: re.Match[str]) -> str | None:
 
 
 def wrong_tables(text: str) -> Iterator[tuple[str, str]]:
-    """(marker, lines) of tables that are not what their functions make; of rows and words, those that are missing."""
+    """(marker, lines) of tables that are not what their functions make; of rows and words, the first that differs.
+
+    Rows of several markers in a row, with nothing between them, are all rows of the table below them.
+    """
+    rows: list[str] = []
     for found in TABLE.finditer(text):
-        whole, below = whole_table(found), text[found.end() :]
-        if whole is None:
-            lines = [line for line in call(load(found["path"]), found["call"]).splitlines() if line.strip()]
-            yield from ((found[0], line) for line in lines if line not in below)
-        else:
+        whole = whole_table(found)
+        if whole is not None:
             first, stop = table_lines(text, found.end())
             if text[first:stop] != whole:
                 yield found[0], whole
+            continue
+        made = [line for line in call(load(found["path"]), found["call"]).splitlines() if line.strip()]
+        if not made[0].startswith("|"):
+            yield from ((found[0], line) for line in _first_difference(made, _block_below(text[found.end() :])))
+            continue
+        rows += made
+        if not TABLE.match(text[found.end() :].lstrip()):
+            first, stop = table_lines(text, found.end())
+            there = [line.strip() for line in text[first:stop].splitlines()[2:]]
+            yield from ((found[0], line) for line in _first_difference(rows, there))
+            rows = []
+
+
+def _block_below(text: str) -> list[str]:
+    """The lines of the indented block that ``text`` begins with, without the indentation and without blank ones."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    indent = " " * (len(lines[0]) - len(lines[0].lstrip())) if lines else ""
+    assert len(indent) >= 4, (text[:80], "no indented block follows")
+    return [line.removeprefix(indent) for line in itertools.takewhile(lambda line: line.startswith(indent), lines)]
+
+
+def _first_difference(made: list[str], there: list[str]) -> list[str]:
+    """The first line that is made and not there, or there and not made; none where the two are the same."""
+    pairs = itertools.zip_longest(made, there)
+    return [is_made if is_made is not None else is_there for is_made, is_there in pairs if is_made != is_there][:1]

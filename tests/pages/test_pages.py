@@ -88,6 +88,27 @@ def test_the_markers_catch_a_wrong_cell():
         list(wrong_cells(f"{marker}{head}| vLLM | - | 2,902 / 5,782 |\n| half | 4,247 | - |"))
 
 
+TOY = (ROOT / "docs/toy.md").read_text(encoding="utf-8")
+REAL_TEXT = (ROOT / "benchmarks/studies/real_text/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "there", "instead", "wrong"),
+    [
+        (TOY, "      max_aliases=2 ", "      invented    0.0%\n      max_aliases=2 ", ["max_aliases=2"]),
+        (TOY, "21.2%   79.3%", "21.2%   79.4%", ["max_distance=1.2"]),
+        (TOY, "74.4% to 83.5%\n", "74.4% to 83.5%\n      invented    0.0%\n", ["invented"]),
+        (REAL_TEXT, "  | 8 | -0.04", "  | 4 | -0.04 |\n  | 8 | -0.04", ["| 8 |"]),
+        (REAL_TEXT, "+0.09 (0.07) |\n", "+0.09 (0.07) |\n  | 4 | 0 |\n", ["| 4 | 0 |"]),
+    ],
+)
+def test_the_markers_catch_a_line_that_nothing_made(text, there, instead, wrong):
+    assert not list(wrong_tables(text))
+    assert text.count(there) == 1
+    lines = [line for _, line in wrong_tables(text.replace(there, instead))]
+    assert [line[: len(start)] for line, start in zip(lines, wrong, strict=True)] == wrong
+
+
 # Figures without a marker, each with the reason why no result holds it.
 SETTINGS = "a setting, a default, a threshold or a step of it"
 GOAL = "a goal that was set"
@@ -138,6 +159,7 @@ UNREFERRED = {
         **dict.fromkeys(("1.5", "1.85", "2.2"), GOAL),
     },
 }
+UNITS = r"(?:x|[munµ]?s|[kKMG]i?B|h)"  # that stand right behind a figure; a B alone is the size of a model
 PRODUCTS = r"(?:Python|TensorRT|TensorRT-LLM|vLLM|nvcc|CUDA|arXiv) \d+\.[\dx.]+(?: (?:to|and|or) \d+\.[\dx]+)?"
 
 
@@ -149,12 +171,25 @@ def unreferred(text: str) -> set[str]:
     text = FIGURE.sub("", text)
     text = re.sub(r"^```.*?^```|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(rf"^ {{4}}.*$|`[^`]*`|\]\([^)]*\)|{PRODUCTS}", "", text, flags=re.MULTILINE)
-    return set(re.findall(r"(?<![\w.])\d+\.\d+(?:e-?\d+)?(?![\w.]*\w)|\d+ of \d+", text))
+    return set(re.findall(rf"(?<![\w.])\d+\.\d+(?:e-?\d+)?(?={UNITS}?(?![\w.]*\w))|\d+ of \d+", text))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_measured_figure_has_its_reference(page):
     assert unreferred(read(page)) == set(UNREFERRED.get(page, ()))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("takes 3.7x as long, 12.5ms, or 0.5 s", {"3.7", "12.5", "0.5"}),
+        ("1.5B parameters, release 2.3.4 and 10.14rc1", set()),
+        ("right in 9 of 10<!--= r.jsonl m:f --> and 3 of 4", {"3 of 4"}),
+        ("5.5 %.", {"5.5"}),
+    ],
+)
+def test_a_figure_is_one_with_its_unit_right_behind_it_too(text, found):
+    assert unreferred(text) == found
 
 
 def test_the_front_door_is_short():
