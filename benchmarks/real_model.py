@@ -72,7 +72,8 @@ def main() -> None:
         print(f"\n{kept:.0%} of the generated pages kept\n{main_table(rows.rows, Setting(kept, 16, arguments.tokens))}")
     if recalled.rows:
         print(f"\nfacts stated once, 50 % kept\n{recall_table(recalled.rows)}")
-    plot_curve(rows.rows, arguments.output_dir / "curve.png")
+    model = "SmolLM2-135M" if arguments.model_dir == DEFAULT_DIR else arguments.model_dir.resolve().name
+    plot_curve(rows.rows, arguments.output_dir / "curve.png", model)
     document = {**summary(rows.rows, recalled.rows), "seconds": round(time.monotonic() - started), **describe_machine()}
     print(json.dumps(document))
 

@@ -139,6 +139,17 @@ def test_a_request_waits_from_when_it_was_due_though_a_step_kept_it_from_being_s
     assert run.entry["request_latency_percentiles_ms"]["maximum"] >= (due[0] + step_s - due[1]) * 1e3
 
 
+def test_a_thinned_timeline_keeps_its_peak():
+    timeline = [(step / 100, 50 + step % 7, 3) for step in range(4100)]
+    timeline[1237] = (12.37, 99, 4)
+    thinned = benchmark._thinned(timeline)
+    assert 400 <= len(thinned) <= 420
+    assert max(used for _, used, _ in thinned) == 99
+    assert thinned == sorted(thinned)
+    assert (12.37, 99, 4) in thinned
+    assert benchmark._thinned(timeline[:3]) == timeline[:3]
+
+
 def test_the_batch_takes_each_size_that_a_graph_is_captured_for(engine_dir, boundaries):
     engine = load_engine(engine_dir)
     runner, sizes = open_runner(engine, 300, "cpu"), set[int]()

@@ -43,12 +43,15 @@ def test_pictures_have_every_arm_at_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", drawn.append)
     plot_loss_and_recall(ROWS, RECALL, tmp_path / "both.png")
     half = [row for row in ROWS if row.get("tokens_per_block") == 16 and row["arm"] in ("random", "redundancy-k")]
-    plot_curve(half, tmp_path / "curve.png")
+    longer = [{**row, "text": f"longer {row['text']}", "tokens": 10**5} for row in half if row["min_kept"] == 0.5][:6]
+    plot_curve([*half, *longer], tmp_path / "curve.png", "a model")
     both, curve = drawn
     asked = {row["arm"] for row in RECALL} - {"full", *PRESETS, ANEW}
     assert len(both.legends[0].texts) == len(asked)
     (random,) = [bars for bars in both.axes[0].containers if bars.get_label().startswith("random pages")]
     assert random.lines[0].get_xydata().tolist() == [[0.0, pytest.approx(173 / 329)]]
+    shown = len({row["text"] for row in longer})
+    assert curve.axes[0].get_title() == f"a model on {shown} reasoning texts of 100,000 tokens"
     assert {text.get_text() for text in curve.axes[0].get_legend().texts} == {"random pages", "redundancy of K"}
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("both.png", "curve.png"))
 

@@ -176,8 +176,7 @@ def _entry(
     cache, stats = executor.manager.stats(), executor.stats
     executor.manager.check_integrity()
     percentiles = {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 90, 95, 99)}
-    timeline = stats.timeline[:: max(1, len(stats.timeline) // _TIMELINE_POINTS)]
-    times, used, in_flight = zip(*timeline, strict=True)
+    times, used, in_flight = zip(*_thinned(stats.timeline), strict=True)
     return {
         "variant": variant.name,
         "settings": variant.config.model_dump(),
@@ -218,6 +217,12 @@ def _entry(
         "mean_step_ms": stats.busy_seconds / stats.num_steps * 1e3,
         "timeline": {"time_s": list(times), "used_blocks": list(used), "requests_in_flight": list(in_flight)},
     }
+
+
+def _thinned(timeline: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    """Some ``_TIMELINE_POINTS`` points: of each piece the one with most blocks in use, so that no peak is lost."""
+    piece = max(1, len(timeline) // _TIMELINE_POINTS)
+    return [max(timeline[i : i + piece], key=lambda point: point[1]) for i in range(0, len(timeline), piece)]
 
 
 def blocks_without_waiting(items: list[DatasetItem], load: Load, size: int) -> int:

@@ -53,22 +53,24 @@ def plot_loss_and_recall(rows: list[Row], recall_rows: list[Row], path: Path) ->
     plt.close(figure)
 
 
-def plot_curve(rows: list[Row], path: Path) -> None:
-    """Writes a PNG: change of the loss against the share kept, one line an arm."""
+def plot_curve(rows: list[Row], path: Path, model: str) -> None:
+    """Writes a PNG: change of the loss against the share kept, one line an arm, of the longest texts of ``model``."""
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
     lengths: list[int] = sorted({r["tokens"] for r in rows})
+    texts = set[str]()
     for i, arm in enumerate(dict.fromkeys(r["arm"] for r in rows if r["arm"] != "full")):
         points: list[tuple[float, float]] = [(1.0, 0.0)]
         for kept in sorted({r["min_kept"] for r in rows if r["arm"] == arm}):
-            found = select(rows, arm, Setting(kept, 16, lengths[-1])).values()
-            points.append((kept, float(np.mean([r["loss_change"] for r in found]))))
+            found = select(rows, arm, Setting(kept, 16, lengths[-1]))
+            if found:  # else this share was tried on shorter texts alone
+                points.append((kept, float(np.mean([r["loss_change"] for r in found.values()]))))
+            texts |= found.keys()
         points.sort()
         axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[i], label=LABELS[arm].replace("`", ""))
-    texts = len({r["text"] for r in rows})
     axis.set(
         xlabel="share of the generated pages kept",
         ylabel="nats a token above the full cache",
-        title=f"SmolLM2-135M on {texts} reasoning texts of {lengths[-1]:,} tokens",
+        title=f"{model} on {len(texts)} reasoning texts of {lengths[-1]:,} tokens",
     )
     axis.grid(alpha=0.3)
     axis.legend()
