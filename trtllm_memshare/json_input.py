@@ -84,7 +84,7 @@ def read_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
         with path.open("rb") as file:
             for number, raw in enumerate(_bounded(file, path), start=1):
                 try:
-                    line = raw.decode("utf-8")
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors begin a file with a mark
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{shorten(str(path))} line {number} is not UTF-8 text: {error.reason} at byte {error.start} "

@@ -37,11 +37,32 @@ def test_the_list_of_commands_says_what_comes_out(capsys):
     [
         (["biuld"], r"unknown command biuld \(did you mean build\?\)"),
         (["triton", "lunch"], r"unknown action lunch of memshare triton \(did you mean launch\?\)"),
+        (
+            ["serve", "--engine-di", "x"],
+            r"unknown option --engine-di of memshare serve \(did you mean --engine-dir\?\)",
+        ),
+        (["serve", "--engine_dir=x"], r"unknown option --engine_dir of memshare serve \(did you mean --engine-dir\?\)"),
+        (
+            ["triton", "repository", "--engine-dir", "e", "--flavour", "llmapi"],
+            r"--flavour llmapi needs --model, .*, in place of --engine-dir \(add --model\)",
+        ),
+        (["triton", "repository", "--llmapi-model-dir", "m"], "^--llmapi-model-dir is no option of --flavour engine"),
+        (
+            ["triton", "repository", "--flavour", "llmapi", "--model", "m", "--include-input-in-output"],
+            "^--include-input-in-output is no option of --flavour llmapi",
+        ),
     ],
 )
 def test_errors_of_users(arguments, message):
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_what_starts_a_repository_is_a_command_that_every_install_has(tmp_path, tiny_checkpoint, capsys):
+    engine, repository = str(tmp_path / "engine"), str(tmp_path / "my repository")
+    main(["build", "--model-dir", str(tiny_checkpoint), "--output-dir", engine])
+    main(["triton", "repository", "--engine-dir", engine, "--output-dir", repository])
+    assert capsys.readouterr().out.splitlines()[-1] == f"start it: memshare triton launch '{repository}'"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ def test_prompts_and_ids_are_read(tmp_path):
     assert first.output_ids is None
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n", encoding="utf-8-sig")
+    assert [item.task_id for item in read_dataset(tmp_path / "d.jsonl", TOKENIZER)] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [("193", "193"), ("193.0", "193"), ("-2e1", "-20"), ("0.5", "0.5"), ('"193.0"', "193.0"), ("null", None)],
@@ -53,6 +58,10 @@ def test_a_whole_number_is_the_same_answer_however_json_writes_it(tmp_path, writ
             r"line 2: input_ids\[0\] must be between 0",
         ),
         (json.dumps({**GOOD, "anwser": 3}), r"line 2 has an unknown key anwser \(did you mean answer\?\)"),
+        (
+            json.dumps({**GOOD, "output_tokens": 10**30}),
+            r"line 2: output_tokens must be at most 100, got 10{30} .lower it",
+        ),
         (json.dumps({**GOOD, "output_tokens": True}), "output_tokens must be a positive integer, got True"),
         (json.dumps({**GOOD, "answer": True}), "answer must be a text or a number, got True"),
         (json.dumps({**GOOD, "answer": ["3"]}), "answer must be a text or a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from trtllm_memshare.errors import UserError
@@ -55,12 +56,14 @@ def main(command: str, arguments: list[str]) -> None:
     given = vars(parser.parse_args(arguments))
     flavour = given.pop("flavour")
     known = RepositoryOptions if flavour == "engine" else LlmapiOptions
+    if flavour == "llmapi" and "model" not in given:
+        instead = ", in place of --engine-dir" if "engine_dir" in given else ""
+        raise UserError(f"--flavour llmapi needs --model, a checkpoint folder or hub name{instead} (add --model)")
+    spelled = {action.dest: action.option_strings[0] for action in parser._actions}
     for name in given:
         if name not in known.__dataclass_fields__:
-            raise UserError(f"--{name.replace('_', '-')} is no option of --flavour {flavour} (leave it out)")
+            raise UserError(f"{spelled[name]} is no option of --flavour {flavour} (leave it out)")
     if flavour == "llmapi":
-        if "model" not in given:
-            raise UserError("--flavour llmapi needs --model, a checkpoint folder or hub name")
         document = write_llmapi_repository(LlmapiOptions(**given))
         print(f"model repository: {given['output_dir']} (TensorRT-LLM's llmapi model over {document['model']})")
     else:
@@ -72,4 +75,4 @@ def main(command: str, arguments: list[str]) -> None:
             f"tokens, {parameters['max_requests']} requests in the system; KV pool of "
             f"{parameters['max_tokens_in_paged_kv_cache']} tokens"
         )
-    print(f"start it: python build_scripts/launch_triton.py {given['output_dir']}")
+    print(f"start it: memshare triton launch {shlex.quote(str(given['output_dir']))}")

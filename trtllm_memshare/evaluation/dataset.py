@@ -12,6 +12,7 @@ from trtllm_memshare.serving.prompts import PromptFormat, encode_messages, encod
 from trtllm_memshare.serving.validation import check_prompt
 
 _PROMPTS = ("prompt", "messages", "input_ids", "logits")
+_MAX_OUTPUT_TOKENS = 2**31 - 1  # what TensorRT-LLM's requests can say
 _KEYS = (*_PROMPTS, "task_id", "output_tokens", "answer", "output", "add_special_tokens")
 
 
@@ -95,8 +96,11 @@ def _parse(line: str, where: str, tokenizer: Any, limits: DatasetLimits, prompt_
     row = parse_json_line(line, where)
     check_known_keys(row, _KEYS, where)
     output_tokens = row.get("output_tokens")
-    if not isinstance(output_tokens, int) or isinstance(output_tokens, bool) or not 1 <= output_tokens < 2**31:
+    if not isinstance(output_tokens, int) or isinstance(output_tokens, bool) or output_tokens < 1:
         raise UserError(f"{where}: output_tokens must be a positive integer, got {quote(output_tokens)}")
+    if output_tokens > _MAX_OUTPUT_TOKENS:
+        most = f"at most {limits.max_seq_len or _MAX_OUTPUT_TOKENS:,}"
+        raise UserError(f"{where}: output_tokens must be {most}, got {quote(output_tokens)} (lower it)")
     task_id = row.get("task_id")
     if not isinstance(task_id, int) or isinstance(task_id, bool):
         raise UserError(f"{where}: task_id must be an integer, got {quote(task_id)}")
