@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test nightly lint demo real figures vllm test-vllm test-transformers-4 aiperf clean
+.PHONY: venv test nightly lint resolve demo real figures vllm test-vllm test-transformers-4 aiperf clean
 
 BIN := .venv/bin
 
@@ -25,6 +25,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# `make venv` on Python 3.10 and 3.12, as far as finding versions goes: a pin that needs a newer Python shows up here.
+resolve: venv
+	bash build_scripts/resolve.sh
 
 # One thread: the model is small, and two that wait for one another take many times as long once another program runs.
 demo: venv
