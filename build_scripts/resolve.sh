@@ -20,8 +20,12 @@ done
 status=0
 for started in ${waiting:-}; do
   wait "${started#*:}" && continue
-  status=1
-  echo "resolve: no versions for Python ${started%:*}:" >&2
+  if ! grep -qE "ResolutionImpossible|No matching distribution" "$log/${started%:*}.log"; then
+    echo "resolve: pip came to no end for Python ${started%:*}, which says nothing of the pins:" >&2
+  else
+    status=1
+    echo "resolve: no versions for Python ${started%:*}:" >&2
+  fi
   grep -v ^WARNING "$log/${started%:*}.log" | tail -n 15 >&2
 done
 exit $status
