@@ -45,10 +45,17 @@ def test_unusable_arms_are_refused(text):
 @pytest.mark.parametrize("texts", [["full"], ["full", "full-guaranteed"], ["full:max_distance=0.3", "aligned"]])
 def test_settings_that_no_arm_takes_are_refused(texts):
     overrides = {} if ":" in texts[0] else {"max_distance": 0.3}
-    with pytest.raises(UserError, match=r"max_distance.*\((add a sharing variant|write full alone)"):
+    with pytest.raises(UserError, match=r"max_distance.*\((add a variant that reads it|write full alone)"):
         parse_variants(texts, make_config("aligned"), **overrides)
-    full, aligned = parse_variants(["full", "aligned"], make_config("aligned"), max_distance=0.3)
+    full, aligned, lexical = parse_variants(["full", "aligned", "lexical"], make_config("aligned"), max_distance=0.3)
     assert (full.config, aligned.config.max_distance) == (make_config("off"), 0.3)
+    assert lexical.config == make_config("lexical")  # it compares nothing
+    with pytest.raises(UserError, match=r"max_distance 0\.3 has no effect"):
+        parse_variants(["aligned", "lexical:max_distance=0.3"], make_config("aligned"))
+    with pytest.raises(UserError, match="unknown key max_distanc"):
+        parse_variants(["aligned"], make_config("aligned"), max_distanc=0.3)
+    with pytest.raises(UserError, match="protected_steps"):
+        parse_variants(["pressure"], make_config("aligned"), protected_steps="many")
 
 
 @pytest.mark.parametrize(
