@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from fakes import fake_tensorrt_llm
 from fakes.fake_tensorrt import FakeTensorRT, write_engine
 from fakes.host_device import HostDevice
 
 import trtllm_memshare.runners.tensorrt.open as open_module
+import trtllm_memshare.trtllm.engine.adoption as adoption_module
+import trtllm_memshare.trtllm.engine.builder as builder_module
+from trtllm_memshare.builder.build_engine import BuildOptions, plan_build
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.engine_dir import copy_small_files, trtllm_config
@@ -20,6 +24,7 @@ from trtllm_memshare.search.rotary import rotary_inv_freq
 from trtllm_memshare.trtllm.engine.spec import engine_spec
 
 SIZES = {"tokens_per_block": 16, "max_batch_size": 8, "max_num_tokens": 256, "max_seq_len": 1024}
+BUILD_SIZES = {name: size for name, size in SIZES.items() if name != "tokens_per_block"}
 
 
 @pytest.fixture
@@ -77,3 +82,33 @@ def fake_tensorrt(monkeypatch) -> FakeTensorRT:
     monkeypatch.setattr(open_module, "_open_device", lambda _: module.device)
     monkeypatch.setattr(open_module, "load_trtllm_plugins", lambda _: None)
     return module
+
+
+@pytest.fixture
+def trtllm(monkeypatch, fake_tensorrt):
+    """Both stand-ins, and a GPU of compute capability 9.0."""
+    fake_tensorrt_llm.install(monkeypatch, fake_tensorrt)
+    for module in (builder_module, adoption_module):
+        monkeypatch.setattr(module, "gpu_capability", lambda: (9, 0))
+    return fake_tensorrt
+
+
+@pytest.fixture
+def plan(bundled_model, tmp_path):
+    """Plans a build of the bundled model; keyword arguments go to the options, ``build`` to the build settings."""
+    library = tmp_path / "plugin.so"
+    library.write_bytes(b"the plugin library")
+
+    def make(build=None, **options):
+        return plan_build(
+            BuildOptions(
+                bundled_model,
+                tmp_path / "engine",
+                backend="tensorrt",
+                plugin_library=library,
+                build={**BUILD_SIZES, **(build or {})},
+                **{"memshare": True, **options},
+            )
+        )
+
+    return make

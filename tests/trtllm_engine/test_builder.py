@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_random_checkpoint
-from engine.test_engine_dir import edit_json
 from fakes import fake_tensorrt_llm
 from fakes.fake_network import LayerType
 from run_script import run_script
@@ -35,36 +34,6 @@ from trtllm_memshare.trtllm.engine.io_table import DISTANCES
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL, check_signatures
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"max_batch_size": 8, "max_num_tokens": 256, "max_seq_len": 1024}
-
-
-@pytest.fixture
-def trtllm(monkeypatch, fake_tensorrt):
-    """Both stand-ins, and a GPU of compute capability 9.0."""
-    fake_tensorrt_llm.install(monkeypatch, fake_tensorrt)
-    monkeypatch.setattr(builder_module, "gpu_capability", lambda: (9, 0))
-    return fake_tensorrt
-
-
-@pytest.fixture
-def plan(bundled_model, tmp_path):
-    """Plans a build of the bundled model; keyword arguments go to the options, ``build`` to the build settings."""
-    library = tmp_path / "plugin.so"
-    library.write_bytes(b"the plugin library")
-
-    def make(build=None, **options):
-        return plan_build(
-            BuildOptions(
-                bundled_model,
-                tmp_path / "engine",
-                backend="tensorrt",
-                plugin_library=library,
-                build={**SIZES, **(build or {})},
-                **{"memshare": True, **options},
-            )
-        )
-
-    return make
 
 
 def serve(runner, boundaries, prompts):
@@ -263,25 +232,6 @@ def test_model_classes_for_trtllm_build(trtllm, plan, monkeypatch, tmp_path):
         assert json.loads(engine.engine)["max_pairs"] == 32
 
 
-@pytest.mark.parametrize("search_engine", [None, "separate"])
-def test_an_engine_of_trtllm_build_is_adopted(trtllm, plan, boundaries, prompts, search_engine):
-    """Without memshare.json and the rest, as TensorRT-LLM leaves it; a stock engine gets a search beside it."""
-    built = build_engine(plan(memshare=search_engine is None)).engine_dir
-    for name in ("memshare.json", "libtrtllm_memshare_plugin.so", "model/tokenizer.json"):
-        (built / name).unlink(missing_ok=True)
-    engine = build_engine(plan(adopt=True, search_engine=search_engine))
-    assert engine.record.search_engine == (search_engine or "embedded")
-    assert serve(open_runner(engine, 200), boundaries, prompts[:3])[1] > 0
-
-
-def test_an_engine_without_the_search_is_not_adopted_as_one_with_it(trtllm, plan):
-    built = build_engine(plan(memshare=False)).engine_dir
-    (built / "memshare.json").unlink()
-    with pytest.raises(UserError, match=r"rank0.engine was built without the plugin MemShareBlockSearch"):
-        build_engine(plan(adopt=True))
-    assert not (built / "memshare.json").exists()
-
-
 def test_a_converter_that_makes_its_own_class_is_noticed(trtllm, plan, monkeypatch):
     """As TensorRT-LLM's Qwen does when its unified converter is switched off."""
     own = fake_tensorrt_llm.QWenForCausalLM
@@ -304,19 +254,6 @@ def test_what_tensorrt_llm_raises_becomes_one_sentence(trtllm, plan, monkeypatch
     monkeypatch.setattr(sys.modules["tensorrt_llm.builder"], "build", functools.wraps(stock)(fails))
     with pytest.raises(UserError, match=f"built no engine for rank 0: {type(error).__name__}: {error}"):
         build_engine(plan())
-
-
-def test_what_cannot_be_adopted(trtllm, plan, bundled_model, tmp_path):
-    with pytest.raises(UserError, match=r"no engine to adopt at .*engine: it has no config.json"):
-        build_engine(plan(adopt=True))
-    built = build_engine(plan(memshare=False)).engine_dir
-    (built / "memshare.json").unlink()
-    edit_json(built / "config.json", build_config__max_beam_width=2)
-    with pytest.raises(UserError, match="max_beam_width 2, expected 1"):
-        build_engine(plan(adopt=True, search_engine="separate"))
-    assert not (built / "memshare.json").exists()
-    with pytest.raises(UserError, match=r"--adopt is for engines of TensorRT-LLM, got backend torch"):
-        plan_build(BuildOptions(bundled_model, tmp_path / "e", backend="torch", adopt=True))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ class BuildOptions:
     """What a command line asks for; ``None`` = not given.
 
     Attributes:
-      model_dir: a checkpoint directory, or a GGUF file: ``x.gguf`` is dequantized to a checkpoint ``x/`` beside it.
+      model_dir: a checkpoint directory, or a GGUF file: ``x.gguf`` is dequantized to a checkpoint ``x/`` beside it;
+        None = the bundled model.
       memshare: whether the engine shares; without it the preset is ``off``.
       preset: name in ``PRESETS``; if neither it nor the file gives one, ``pressure`` on the torch backend, and
         ``aligned`` on TensorRT or with ``shadow``.
@@ -43,7 +44,7 @@ class BuildOptions:
       adopt: add memshare.json to an engine that TensorRT-LLM left in ``output_dir`` instead of building one.
     """
 
-    model_dir: Path = DEFAULT_MODEL_DIR
+    model_dir: Path | None = None
     output_dir: Path = Path("engines/tiny_reasoner")
     memshare: bool = False
     preset: str | None = None
@@ -88,27 +89,26 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     asked = {**file["build"], **given}
     # What needs no model is checked before one is read, which takes seconds.
     parse_build_config(asked, "build settings").check_backend(backend)
-    if not options.adopt:
+    source = options.model_dir or DEFAULT_MODEL_DIR
+    if options.adopt:
+        _check_adoption(options, backend)
+    else:
         check_target(options.output_dir, options.force)
-    model_dir = checkpoint_of_gguf(options.model_dir) if is_gguf(options.model_dir) else options.model_dir
+    model_dir = checkpoint_of_gguf(source) if is_gguf(source) else source
     checkpoint = read_checkpoint(model_dir)
-    build = parse_build_config({"max_seq_len": checkpoint.max_position_embeddings, **asked}, "build settings")
-    if build.max_seq_len > checkpoint.longest_sequence:
-        is_scaled = checkpoint.longest_sequence > checkpoint.max_position_embeddings
-        limit = "longest sequence" if is_scaled else "max_position_embeddings"
-        raise UserError(
-            f"max_seq_len must be at most the model's {limit} {checkpoint.longest_sequence}, got {build.max_seq_len} "
-            f"(lower --max-seq-len)"
-        )
-    if options.adopt and backend != "tensorrt":
-        raise UserError(f"--adopt is for engines of TensorRT-LLM, got backend {backend} (add --backend tensorrt)")
+    if options.adopt:
+        from trtllm_memshare.trtllm.engine.adoption import read_adoptable
+
+        checkpoint, build = read_adoptable(options.output_dir, options.force, checkpoint, asked)
+    else:
+        build = _settle_build(checkpoint, asked)
     notes = [*checkpoint.notes, *check_tokenizer(model_dir, checkpoint.vocab_size)]
     checkpoint = replace(checkpoint, notes=tuple(notes))
     tensorrt = None
     if backend == "tensorrt":
         if checkpoint.renamed_prefix:
             raise UserError(
-                f'{options.model_dir} stores its tensors as "{checkpoint.renamed_prefix}...", which TensorRT-LLM does '
+                f'{source} stores its tensors as "{checkpoint.renamed_prefix}...", which TensorRT-LLM does '
                 f"not read (load and save it once with transformers)"
             )
         tensorrt = _plan_tensorrt(options, checkpoint, build, memshare)
@@ -133,10 +133,12 @@ def build_engine(plan: BuildPlan, check: Callable[[Engine], object] | None = Non
     """
     engine = plan.engine
     if plan.tensorrt is not None:
-        from trtllm_memshare.trtllm.engine.builder import adopt_engine, build_tensorrt_engine
-
         if plan.adopt:
-            return adopt_engine(plan.tensorrt, engine.engine_dir)
+            from trtllm_memshare.trtllm.engine.adoption import adopt_engine
+
+            return adopt_engine(plan.tensorrt, engine.engine_dir, plan.force)
+        from trtllm_memshare.trtllm.engine.builder import build_tensorrt_engine
+
         return build_tensorrt_engine(plan.tensorrt, engine.engine_dir, plan.force)
 
     def add(folder: Path) -> None:
@@ -165,6 +167,29 @@ def describe_plan(plan: BuildPlan) -> str:
         document = {**document, "tensorrt": describe(plan.tensorrt)}
         del document["version"], document["pretrained_config"], document["build_config"]
     return json.dumps(document, indent=2)
+
+
+def _check_adoption(options: BuildOptions, backend: str) -> None:
+    """What can be refused before a model is read. Raises UserError."""
+    if backend != "tensorrt":
+        raise UserError(f"--adopt is for engines of TensorRT-LLM, got backend {backend} (add --backend tensorrt)")
+    if options.model_dir is None:
+        raise UserError(
+            "--adopt needs --model-dir, got it without: the tokenizer comes from there (name the checkpoint that the "
+            "engine was built from)"
+        )
+
+
+def _settle_build(checkpoint: Checkpoint, asked: dict[str, Any]) -> BuildConfig:
+    build = parse_build_config({"max_seq_len": checkpoint.max_position_embeddings, **asked}, "build settings")
+    if build.max_seq_len > checkpoint.longest_sequence:
+        is_scaled = checkpoint.longest_sequence > checkpoint.max_position_embeddings
+        limit = "longest sequence" if is_scaled else "max_position_embeddings"
+        raise UserError(
+            f"max_seq_len must be at most the model's {limit} {checkpoint.longest_sequence}, got {build.max_seq_len} "
+            f"(lower --max-seq-len)"
+        )
+    return build
 
 
 def _settle_memshare(options: BuildOptions, settings: dict[str, Any], backend: str) -> MemShareConfig:
@@ -218,7 +243,7 @@ def _plan_tensorrt(
         where if has_search else "none",
         options.plugin_library.resolve() if has_search else None,
     )
-    check_plan(plan)
+    check_plan(plan, is_built=options.adopt)
     return plan
 
 

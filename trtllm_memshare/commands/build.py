@@ -17,8 +17,7 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--model-dir",
         type=Path,
-        default=defaults.model_dir,
-        help="Hugging Face checkpoint, or a GGUF file (default: the bundled model)",
+        help="Hugging Face checkpoint, or a GGUF file (default: the bundled model); needed by --adopt",
     )
     parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, help="default: %(default)s")
     parser.add_argument("--memshare", action="store_true", help="share KV blocks of repeated reasoning")
@@ -52,7 +51,7 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--adopt",
         action="store_true",
-        help="--output-dir holds an engine of trtllm-build: add what sharing needs to it",
+        help="--output-dir holds an engine of trtllm-build: add what sharing needs to it; its sizes stay",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan as JSON, write nothing")
     parser.add_argument(

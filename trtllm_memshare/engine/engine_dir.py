@@ -209,7 +209,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, build: BuildConfig, memshare: Me
     write_json(folder / "memshare.json", document)
     copy_small_files(checkpoint.model_dir, folder / "model", checkpoint.dtype)
     for source in weight_files(checkpoint.model_dir):
-        _link_or_copy(source, folder / "model" / source.name)
+        link_or_copy(source, folder / "model" / source.name)
 
 
 def copy_small_files(model_dir: Path, target: Path, dtype: str) -> None:
@@ -276,7 +276,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """A hard link where the file system allows one: weights are large."""
     try:
         os.link(source.resolve(), target)

@@ -61,6 +61,7 @@ def replace_engine(
     fill: Callable[[Path], None],
     read: Callable[[Path], _Engine],
     check: Callable[[_Engine], object] | None = None,
+    refuse: Callable[[Path, bool], object] | None = None,
 ) -> _Engine:
     """Writes an engine directory: all of it, or nothing.
 
@@ -72,12 +73,14 @@ def replace_engine(
       fill: makes the folder it is given, with everything in it.
       read: reads and checks an engine directory of that backend.
       check: called with the new engine before it takes its place; what it raises leaves the old one there.
+      refuse: raises UserError for an ``output_dir`` that may not be replaced; None = ``check_target``.
 
     Raises:
       UserError: the directory exists and ``force`` is False, it is not an engine directory, another build writes to it,
         or the disk refuses.
     """
-    check_target(output_dir, force)
+    refuse = refuse or check_target
+    refuse(output_dir, force)
     made: list[Path] = []
     place = _Place(Path())
     try:
@@ -87,8 +90,8 @@ def replace_engine(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _only_builder(place, output_dir):
             _clear_leftovers(place)
-            check_target(output_dir, force)
-            _fill_and_swap(place, force, fill, read, check)
+            refuse(output_dir, force)
+            _fill_and_swap(place, force, fill, read, check, refuse)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
         if isinstance(error, RuntimeError) and "loop" not in str(error):
             raise
@@ -108,9 +111,7 @@ def check_target(output_dir: Path, force: bool) -> None:
     try:
         if not output_dir.exists():
             return
-        target, here = output_dir.resolve(), Path.cwd()
-        if target == here or target in here.parents:
-            raise UserError(f"{shown} is the directory that the command runs in, which cannot be replaced ({_ANOTHER})")
+        refuse_working_directory(output_dir)
         if output_dir.is_dir() and not any(output_dir.iterdir()):
             return
         is_engine = is_engine_dir(output_dir)
@@ -121,6 +122,16 @@ def check_target(output_dir: Path, force: bool) -> None:
         raise UserError(f"{shown} exists and is no engine directory ({_ANOTHER})")
     if not force:
         raise UserError(f"{shown} holds an engine already (set --force to replace it, or another --output-dir)")
+
+
+def refuse_working_directory(output_dir: Path) -> None:
+    """Raises UserError for a directory that the command runs in: a rename would leave the shell in the old one."""
+    target, here = output_dir.resolve(), Path.cwd()
+    if target == here or target in here.parents:
+        raise UserError(
+            f"{shorten(str(output_dir))} is the directory that the command runs in, which cannot be replaced "
+            f"({_ANOTHER})"
+        )
 
 
 def is_engine_dir(folder: Path) -> bool:
@@ -176,6 +187,7 @@ def _fill_and_swap(
     fill: Callable[[Path], None],
     read: Callable[[Path], _Engine],
     check: Callable[[_Engine], object] | None,
+    refuse: Callable[[Path, bool], object],
 ) -> None:
     target, staging, retired = place.target, place.new("building"), place.new("retired")
     try:
@@ -183,7 +195,7 @@ def _fill_and_swap(
         written = read(staging)
         if check is not None:
             check(written)
-        check_target(target, force)  # a build may take hours, and somebody may have made the directory by hand
+        refuse(target, force)  # a build may take hours, and somebody may have made the directory by hand
         if target.exists():
             os.rename(target, retired)
         os.rename(staging, target)

@@ -59,13 +59,28 @@ class EnginePlan:
         return engine_spec(checkpoint, self.build, rank, self.max_pairs if self.search_engine == "embedded" else 0)
 
 
-def check_plan(plan: EnginePlan) -> None:
+def check_plan(plan: EnginePlan, is_built: bool = False) -> None:
     """Refuses settings with which TensorRT-LLM would build something that sharing or chunks cannot work with.
+
+    Args:
+      is_built: the engine is there, and its config.json has been checked: how it came to be does not matter.
 
     Raises:
       UserError: a model whose conversion is untried, an unknown quantization, a cache that switches chunks off, or a
         pool that no kernel takes.
     """
+    if not is_built:
+        _check_build(plan)
+    for rank in range(plan.num_ranks):
+        spec = plan.spec(rank)
+        if plan.max_pairs:
+            try:
+                search_variant(spec)
+            except ValueError as error:
+                raise UserError(f"MemShareBlockSearch cannot be built: {error}") from error
+
+
+def _check_build(plan: EnginePlan) -> None:
     build = plan.build
     if plan.checkpoint.architecture not in ARCHITECTURES:
         raise UserError(
@@ -97,13 +112,6 @@ def check_plan(plan: EnginePlan) -> None:
             f"max_num_tokens must be at least tokens_per_block {build.tokens_per_block}, got {build.max_num_tokens} "
             f"(raise --max-num-tokens)"
         )
-    for rank in range(plan.num_ranks):
-        spec = plan.spec(rank)
-        if plan.max_pairs:
-            try:
-                search_variant(spec)
-            except ValueError as error:
-                raise UserError(f"MemShareBlockSearch cannot be built: {error}") from error
 
 
 def search_variant(spec: EngineSpec) -> KernelVariant:

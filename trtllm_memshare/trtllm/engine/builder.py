@@ -21,9 +21,8 @@ from trtllm_memshare.trtllm.engine.build_plan import (
     build_settings,
     plugin_settings,
 )
-from trtllm_memshare.trtllm.engine.directory import engine_dtype, read_tensorrt_engine, spec_of
+from trtllm_memshare.trtllm.engine.directory import engine_dtype, read_tensorrt_engine
 from trtllm_memshare.trtllm.engine.installed import import_tensorrt
-from trtllm_memshare.trtllm.engine.plan_check import check_rank_engine
 from trtllm_memshare.trtllm.engine.plugins import load_memshare_plugin, load_trtllm_plugins
 from trtllm_memshare.trtllm.engine.search_engine import build_search_engine
 from trtllm_memshare.trtllm.engine.search_layer import allow_plugin_v3_layers, memshare_model_class
@@ -52,55 +51,16 @@ def build_tensorrt_engine(plan: EnginePlan, output_dir: Path, force: bool) -> En
                 _build_rank(plan, rank, folder, Path(workspace))
         if plan.search_engine == "separate":
             (folder / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, plan.spec(0), plan.max_pairs))
-        write_memshare_files(plan, folder, trt.__version__, capability)
+        write_memshare_files(plan, folder, make_record(plan, trt.__version__, capability))
+        write_null_pages(plan, folder)
 
     return replace_engine(output_dir, force, fill, read_tensorrt_engine)
 
 
-def adopt_engine(plan: EnginePlan, engine_dir: Path) -> Engine:
-    """Adds what this project needs to an engine that TensorRT-LLM built: memshare.json, plugin library, tokenizer.
-
-    The engine is one of ``model_cls.py``'s classes, or any other with ``--search-engine separate``.
-
-    Raises:
-      UserError: no engine there, or one that sharing cannot work with; memshare.json is not left behind then.
-    """
-    trt = import_tensorrt()
-    capability = gpu_capability()
-    if not (engine_dir / "config.json").is_file():
-        raise UserError(
-            f"there is no engine to adopt at {engine_dir}: it has no config.json (build one with trtllm-build, or "
-            f"leave out --adopt)"
-        )
-    (engine_dir / "model").mkdir(exist_ok=True)
-    write_memshare_files(plan, engine_dir, trt.__version__, capability)
-    try:
-        engine = read_tensorrt_engine(engine_dir)
-        load_trtllm_plugins(trt)
-        if plan.search_engine != "none":
-            load_memshare_plugin(trt, engine_dir / PLUGIN_FILE)
-        for rank in range(plan.num_ranks):
-            check_rank_engine(trt, engine, rank)
-        if plan.search_engine == "separate":
-            (engine_dir / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, spec_of(engine), plan.max_pairs))
-    except BaseException:
-        (engine_dir / "memshare.json").unlink()
-        raise
-    return engine
-
-
-def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, capability: tuple[int, int]) -> None:
+def write_memshare_files(plan: EnginePlan, folder: Path, record: TensorRTRecord) -> None:
     """Puts memshare.json, the plugin library and the checkpoint's small files beside the engines."""
-    has_search = plan.search_engine != "none"
-    if has_search:
+    if plan.search_engine != "none":
         shutil.copy2(find_plugin_library(plan), folder / PLUGIN_FILE)
-    record = TensorRTRecord(
-        tensorrt_version=tensorrt_version,
-        compute_capability=".".join(map(str, capability)),
-        search_engine=plan.search_engine,  # type: ignore[arg-type]
-        max_pairs=plan.max_pairs,
-        plugin_sha256=file_sha256(folder / PLUGIN_FILE) if has_search else None,
-    )
     copy_small_files(plan.checkpoint.model_dir, folder / "model", plan.checkpoint.dtype)
     document = {
         "format_version": FORMAT_VERSION,
@@ -109,10 +69,25 @@ def write_memshare_files(plan: EnginePlan, folder: Path, tensorrt_version: str, 
         "tensorrt": record.model_dump(),
     }
     write_json(folder / "memshare.json", document)
+
+
+def write_null_pages(plan: EnginePlan, folder: Path) -> None:
+    """Calibrates null pages for the engine's longest sequences, if the settings want any."""
     # TensorRT-LLM's kernels read every entry: without null pages nothing could be forgotten.
     kv_dtype = plan.spec(0).kv_dtype
     add_null_pages(
         folder, plan.checkpoint.model_dir, plan.spec(0).max_seq_len, kv_dtype, plan.memshare, skips_entries=False
+    )
+
+
+def make_record(plan: EnginePlan, tensorrt_version: str, capability: tuple[int, int]) -> TensorRTRecord:
+    """What memshare.json will say of the build. Raises UserError if the plugin library has not been built."""
+    return TensorRTRecord(
+        tensorrt_version=tensorrt_version,
+        compute_capability=".".join(map(str, capability)),
+        search_engine=plan.search_engine,  # type: ignore[arg-type]
+        max_pairs=plan.max_pairs,
+        plugin_sha256=None if plan.search_engine == "none" else file_sha256(find_plugin_library(plan)),
     )
 
 

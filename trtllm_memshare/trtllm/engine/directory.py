@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, read_checkpoint
 from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, check_keys, read_build, read_documents
 from trtllm_memshare.engine.tensorrt_record import parse_record
@@ -42,7 +43,7 @@ def read_tensorrt_engine(engine_dir: Path) -> Engine:
       UserError: unknown keys, another version, files that disagree, or an engine that sharing cannot work with.
     """
     remedy = f"the engine directory is damaged: {REBUILD}"
-    where, path = engine_dir / "config.json", engine_dir / "memshare.json"
+    path = engine_dir / "memshare.json"
     config, document = read_documents(engine_dir)
     check_keys(document, ("format_version", "backend", "memshare", "tensorrt"), str(path), remedy)
     if document["format_version"] != FORMAT_VERSION:
@@ -55,6 +56,27 @@ def read_tensorrt_engine(engine_dir: Path) -> Engine:
         checkpoint = read_checkpoint(engine_dir / "model", with_weights=False)
     except UserError as error:
         raise UserError(f"engine {engine_dir} is damaged, {REBUILD}: {error}") from error
+    checkpoint, build = read_facts(engine_dir, config, checkpoint, remedy)
+    return Engine(engine_dir, "tensorrt", checkpoint, build, memshare, record)
+
+
+def read_facts(
+    engine_dir: Path, config: dict[str, Any], checkpoint: Checkpoint, remedy: str
+) -> tuple[Checkpoint, BuildConfig]:
+    """What TensorRT-LLM built, from its own files.
+
+    Args:
+      config: the engine's config.json.
+      checkpoint: the model that should be in the engine.
+      remedy: what to do if it is another one, or a file is missing.
+
+    Returns:
+      The checkpoint with the engine's dtype, and the engine's build settings.
+
+    Raises:
+      UserError: files that disagree or are missing, or an engine that sharing cannot work with.
+    """
+    where = engine_dir / "config.json"
     build = read_build(config, _kv_cache_dtype(config, where), where, remedy)
     check_engine_config(config, str(where))
     model = config["pretrained_config"]
@@ -66,11 +88,10 @@ def read_tensorrt_engine(engine_dir: Path) -> Engine:
             )
     if not (isinstance(model.get("dtype"), str) and model["dtype"] in ELEMENT_BYTES):
         raise UserError(f"{where} has dtype {quote(model.get('dtype'))}, expected one of {', '.join(ELEMENT_BYTES)}")
-    checkpoint = replace(checkpoint, dtype=model["dtype"])
     for rank in range(build.tp_size * build.pp_size):
         if not (engine_dir / f"rank{rank}.engine").is_file():
             raise UserError(f"engine {engine_dir} is missing rank{rank}.engine ({remedy})")
-    return Engine(engine_dir, "tensorrt", checkpoint, build, memshare, record)
+    return replace(checkpoint, dtype=model["dtype"]), build
 
 
 def spec_of(engine: Engine, rank: int = 0, max_pairs: int | None = None) -> EngineSpec:
