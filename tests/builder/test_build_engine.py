@@ -80,6 +80,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_shadow_in_a_file_is_shadow_on_the_command_line(tiny_checkpoint, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"memshare": {"shadow": True}}))
+    by_file, by_option = (
+        plan_build(BuildOptions(tiny_checkpoint, tmp_path / "e", memshare=True, **options)).engine.memshare
+        for options in ({"config_file": file}, {"shadow": True})
+    )
+    assert by_file == by_option == make_config("aligned", shadow=True)
+
+
 def test_options_win_over_the_config_file(tiny_checkpoint, tmp_path):
     file = tmp_path / "settings.json"
     settings = {"preset": "paper", "max_distance": 0.25}

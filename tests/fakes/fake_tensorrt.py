@@ -38,7 +38,7 @@ __version__ = "10.14.1.48"
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT32 INT64")
 TensorIOMode = enum.Enum("TensorIOMode", "NONE INPUT OUTPUT")
 KV_ROUND = 256
-_TYPES = {"int32": DataType.INT32, "int64": DataType.INT64, "float32": DataType.FLOAT}
+_TYPES = {"int32": DataType.INT32, "int64": DataType.INT64, "float32": DataType.FLOAT, "float16": DataType.HALF}
 
 
 def write_engine(path, model_dir, **sizes):
@@ -152,7 +152,7 @@ def engine_tensors(plan, decoder):
         "host_kv_cache_pool_mapping": ("int32", (layers, 2), "host", False),
         "host_runtime_perf_knobs": ("int64", (16,), "host", False),
         "host_context_progress": ("int64", (1,), "host", False),
-        "logits": ("float32", ("B", decoder.config["vocab_size"]), "device", True),
+        "logits": (plan.get("logits_dtype", "float32"), ("B", decoder.config["vocab_size"]), "device", True),
     }
     hidden = decoder.config["hidden_size"]
     if not decoder.is_first:  # prepare_basic_inputs: later stages take hidden states and no positions

@@ -120,6 +120,7 @@ class BuildConfig:
     kv_cache_type: KVCacheType | None = None  # of a module that moved between releases: nobody may set it
     gather_context_logits: bool = False
     max_draft_len: int = 0
+    output_timing_cache: str = "model.cache"
     plugin_config: PluginConfig = field(default_factory=PluginConfig)
 
 
@@ -136,7 +137,9 @@ class PretrainedModel:
         stored = json.loads((Path(ckpt_dir) / "config.json").read_text())
         mapping = Mapping(stored["world_size"], rank, tp_size=stored["tp_size"], pp_size=stored["pp_size"])
         algorithms = {k: getattr(QuantAlgo, v) if v else None for k, v in stored["quantization"].items()}
-        return cls(make_config(stored["source"], stored["dtype"], mapping, QuantConfig(**algorithms)))
+        config = make_config(stored["source"], stored["dtype"], mapping, QuantConfig(**algorithms))
+        config.logits_dtype = stored["logits_dtype"]
+        return cls(config)
 
     @classmethod
     def quantize(cls, hf_model_dir, output_dir, dtype="auto", mapping=None, quant_config=None, *, device="cuda",
@@ -145,7 +148,8 @@ class PretrainedModel:
         names = {k: getattr(quant_config, k) and getattr(quant_config, k).name
                  for k in ("quant_algo", "kv_cache_quant_algo")}  # fmt: skip
         stored = {"source": hf_model_dir, "dtype": dtype, "world_size": mapping.world_size, "tp_size": mapping.tp_size,
-                  "pp_size": mapping.pp_size, "quantization": names}  # fmt: skip
+                  "pp_size": mapping.pp_size, "quantization": names,
+                  "logits_dtype": "float16" if dtype == "bfloat16" else dtype}  # fmt: skip  # modelopt
         (Path(output_dir) / "config.json").write_text(json.dumps(stored))
 
     def prepare_inputs(self, max_batch_size, max_input_len, max_seq_len, max_num_tokens, use_cache, max_beam_width=1,
@@ -272,6 +276,8 @@ def build(model, build_config):
             gather_context_logits=config.gather_context_logits,
         )
         model(**inputs)
+    if config.output_timing_cache is not None and model.config.mapping.rank == 0:
+        Path(config.output_timing_cache).write_bytes(b"times of kernels")
     for layer in network.trt_network.layers:
         if layer.type not in GraphLayer.TRT_LAYER_TYPE_TO_LAYER:
             raise NotImplementedError(f"Unknown layer type: {layer.type}")
@@ -301,6 +307,7 @@ def _plan(model, config, network):
         "max_batch_size": config.max_batch_size,
         "max_num_tokens": config.max_num_tokens,
         "max_seq_len": config.max_seq_len,
+        "logits_dtype": model.logits_dtype,
     }
     return json.dumps(plan).encode()
 

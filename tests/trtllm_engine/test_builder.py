@@ -74,10 +74,10 @@ def test_the_search_waits_for_every_layer_and_has_the_described_tensors(trtllm, 
     assert set(engine.network.outputs) == {"logits", DISTANCES}
 
 
-def test_the_dry_run_prints_what_the_builder_is_given(trtllm, plan):
+def test_the_dry_run_prints_what_the_builder_is_given(trtllm, plan, tmp_path):
     planned = plan(build={"tokens_per_block": 32})
     printed = json.loads(describe_plan(planned))["tensorrt"]["build_config"]
-    config = make_build_config(planned.tensorrt)
+    config = make_build_config(planned.tensorrt, tmp_path)
     plugins = printed.pop("plugin_config")
     assert plugins["paged_kv_cache"]  # what the build takes kv_cache_type PAGED from
     assert {k: getattr(config, k) for k in printed} == printed
@@ -135,6 +135,27 @@ def test_fp8_weights_and_cache_go_through_a_calibrated_checkpoint(trtllm, plan):
     assert built.config["build_config"]["plugin_config"]["use_fp8_context_fmha"] is True
     assert (engine.kv_dtype, spec_of(engine).kv_dtype) == ("fp8", "float8_e4m3fn")
     assert engine.bytes_per_block == 4 * 2 * 2 * 16 * 32
+    assert spec_of(engine).logits_dtype == "float16"  # as ModelOpt writes it
+    assert open_runner(engine, 40).num_blocks == 40
+
+
+def test_null_pages_come_before_the_engines_and_are_for_their_cache(trtllm, plan, monkeypatch):
+    def calibrated(folder, model_dir, max_seq_len, kv_dtype, memshare, skips_entries):
+        asked.append((max_seq_len, kv_dtype, len(fake_tensorrt_llm.built)))
+
+    asked = []
+    monkeypatch.setattr(builder_module, "add_null_pages", calibrated)
+    build_engine(plan(preset="pressure", build={"quantization": "fp8", "kv_cache_dtype": "fp8"}))
+    build_engine(plan(preset="pressure", force=True))
+    assert asked == [(1024, "fp8", 0), (1024, "float16", 1)]
+
+
+def test_a_build_leaves_nothing_where_the_command_runs(trtllm, plan, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    build_engine(plan())
+    assert not list(here.iterdir())
 
 
 def test_without_a_search_the_engine_is_tensorrt_llm_s_own(trtllm, plan):
@@ -228,7 +249,7 @@ def test_model_classes_for_trtllm_build(trtllm, plan, monkeypatch, tmp_path):
         assert issubclass(model_class, getattr(fake_tensorrt_llm, base))
         model = model_class.from_hugging_face(str(plan().tensorrt.checkpoint.model_dir), "float16",
                                               fake_tensorrt_llm.Mapping(), fake_tensorrt_llm.QuantConfig())  # fmt: skip
-        engine = fake_tensorrt_llm.build(model, make_build_config(plan().tensorrt))
+        engine = fake_tensorrt_llm.build(model, make_build_config(plan().tensorrt, tmp_path))
         assert json.loads(engine.engine)["max_pairs"] == 32
 
 
@@ -256,10 +277,32 @@ def test_what_tensorrt_llm_raises_becomes_one_sentence(trtllm, plan, monkeypatch
         build_engine(plan())
 
 
+def test_a_disk_or_a_network_that_tensorrt_llm_wants(trtllm, plan, monkeypatch):
+    def fails(*_, **__):
+        raise ConnectionError("cnn_dailymail cannot be reached")
+
+    monkeypatch.setattr(builder_module, "_load_model", fails)
+    text = r"for rank 0: cnn_dailymail cannot be reached \(it writes its own files{}: see that it can\)"
+    with pytest.raises(UserError, match=text.format(" and downloads text to calibrate fp8 with")):
+        build_engine(plan(build={"quantization": "fp8"}))
+    with pytest.raises(UserError, match=text.format("")):
+        build_engine(plan())
+
+
 @pytest.mark.parametrize(
     ("options", "build", "message"),
     [
-        ({"search_engine": "separate", "memshare": False}, {}, r"--search-engine needs --memshare"),
+        ({"search_engine": "separate", "memshare": False}, {}, r"for presets that compare blocks, got no --memshare"),
+        ({"search_engine": "separate", "preset": "pressure"}, {}, r"compare blocks, got preset pressure \(take"),
+        ({"search_engine": "separate", "preset": "lexical"}, {}, r"compare blocks, got preset lexical"),
+        (
+            {"preset": "drop-duplicate"},
+            {},
+            r"got preset drop-duplicate, which counts aliases once, which",
+        ),
+        ({"settings": {"preset": "pressure", "retired_becomes": "dropped"}}, {}, r"got retired_becomes dropped which"),
+        ({"settings": {"control": "streaming"}}, {}, r"got control streaming which needs our own"),
+        ({"settings": {"preset": "pressure", "need": "attention-redundancy"}}, {}, r"got need attention-redundancy wh"),
         ({"search_engine": "embeded"}, {}, r"unknown search engine embeded \(did you mean embedded\?\)"),
         ({}, {"kv_cache_dtype": "int8"}, r"must be auto or fp8 .*, got int8, which switches off the paged context"),
         ({}, {"kv_cache_dtype": "fp8"}, r"fp8 needs fp8 weights .*, got quantization None \(add --quantization fp8\)"),
@@ -270,7 +313,11 @@ def test_what_tensorrt_llm_raises_becomes_one_sentence(trtllm, plan, monkeypatch
         ({}, {"max_num_tokens": 8}, r"max_num_tokens must be at least tokens_per_block 16, got 8"),
     ],
 )
-def test_plans_that_tensorrt_llm_would_build_wrongly(plan, options, build, message):
+def test_plans_that_tensorrt_llm_would_build_wrongly(plan, tmp_path, options, build, message):
+    options = dict(options)
+    if (settings := options.pop("settings", None)) is not None:
+        options["config_file"] = tmp_path / "settings.json"
+        options["config_file"].write_text(json.dumps({"memshare": settings}))
     with pytest.raises(UserError, match=message):
         plan(build=build, **options)
 

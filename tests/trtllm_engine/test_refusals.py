@@ -18,7 +18,7 @@ from trtllm_engine.conftest import SIZES, write_engine_dir
 import trtllm_memshare.runners.tensorrt.open as open_module
 from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.runners.engines import load_engine
+from trtllm_memshare.runners.engines import load_engine, replace_memshare
 from trtllm_memshare.runners.open import open_runner
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
@@ -105,6 +105,27 @@ def test_a_window_as_long_as_the_sequences_is_none(folder, fake_tensorrt):
 def test_records_of_another_machine_or_build(folder, fake_tensorrt, changes, message):
     edit_json(folder / "memshare.json", **changes)
     refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("search_engine", "settings", "message"),
+    [
+        ("none", {}, r"has preset aligned, which compares blocks, got an engine that was built without a search"),
+        ("embedded", {"max_pairs": 65}, r"has max_pairs 65, expected at most 64, for which the engine was built"),
+    ],
+)
+def test_a_search_that_the_engine_was_not_built_for(tmp_path, bundled_model, search_engine, settings, message):
+    """It ended the executor in the middle of its requests."""
+    folder = write_engine_dir(tmp_path / "engine", bundled_model, search_engine)
+    before = (folder / "memshare.json").read_text()
+    with pytest.raises(UserError, match=message):
+        replace_memshare(folder, make_config("aligned", **settings))
+    assert (folder / "memshare.json").read_text() == before
+    edit_json(folder / "memshare.json", memshare=make_config("aligned", **settings).model_dump())
+    with pytest.raises(UserError, match=message):
+        load_engine(folder)
+    edit_json(folder / "memshare.json", memshare=make_config("lexical").model_dump())  # it compares nothing
+    assert load_engine(folder).memshare.preset == "lexical"
 
 
 def test_a_missing_or_other_plugin_library(folder, fake_tensorrt):

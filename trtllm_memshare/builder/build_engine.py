@@ -204,9 +204,10 @@ def _settle_memshare(options: BuildOptions, settings: dict[str, Any], backend: s
         return make_config("off")
     settings = dict(settings)
     # Shadow reports what a search finds, and TensorRT engines carry the search inside: both mean sharing.
-    in_file = settings.pop("preset", "pressure" if backend == "torch" and not options.shadow else "aligned")
     if options.shadow:
         settings["shadow"] = True
+    is_shadow = bool(settings.get("shadow"))
+    in_file = settings.pop("preset", "pressure" if backend == "torch" and not is_shadow else "aligned")
     config = make_config(str(options.preset or in_file), **settings)
     refuse_shadow(config)
     return config
@@ -233,9 +234,13 @@ def _plan_tensorrt(
     where = options.search_engine or "embedded"
     if where not in SEARCH_ENGINES:
         raise UserError(f"unknown search engine {where} ({nearest(where, SEARCH_ENGINES)})")
-    if options.search_engine is not None and not memshare.searches:
-        raise UserError("--search-engine needs --memshare, got it without (add --memshare)")
     has_search = memshare.searches and not memshare.accept_all
+    if options.search_engine is not None and not has_search:
+        got = f"preset {memshare.preset}" if options.memshare else "no --memshare"
+        raise UserError(
+            f"--search-engine is for presets that compare blocks, got {got} (take --memshare --preset aligned, or "
+            f"leave out --search-engine)"
+        )
     plan = EnginePlan(
         checkpoint,
         build,

@@ -40,7 +40,7 @@ def _null_page_lines(engine: Engine) -> list[str]:
     """What retired pages become, where that is the null page."""
     if not engine.memshare.forgets:
         return []
-    if engine.backend == "torch" and engine.model_dir != engine.engine_dir / "model":
+    if engine.model_dir != engine.engine_dir / "model":
         return ["null pages: will be calibrated with the build"]
     from trtllm_memshare.engine.null_page_files import describe_null_pages
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -105,7 +106,7 @@ def explain(
     return tell_story(runner, config, tokenizer, prompt, room, length, engine.stop_token_ids, num_blocks)
 
 
-def _settle(engine: Engine, preset: str | None, overrides: dict[str, object]) -> MemShareConfig:
+def _settle(engine: Engine, preset: str | None, overrides: dict[str, Any]) -> MemShareConfig:
     """The engine's settings, or those of a preset, with changes on top."""
     name = preset or engine.memshare.preset
     if name == "off":

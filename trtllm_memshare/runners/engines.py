@@ -10,7 +10,7 @@ from trtllm_memshare.engine.engine_dir import REBUILD, Engine, read_documents, r
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig
-from trtllm_memshare.trtllm.engine.directory import read_tensorrt_engine
+from trtllm_memshare.trtllm.engine.directory import check_search, read_tensorrt_engine
 
 
 def load_engine(engine_dir: Path) -> Engine:
@@ -27,10 +27,11 @@ def replace_memshare(engine_dir: Path, memshare: MemShareConfig) -> Engine:
     """Gives an engine other settings: a reader sees the old file or the new one.
 
     Raises:
-      UserError: the engine cannot be read, or the disk refuses.
+      UserError: the engine cannot be read, was built for another search, or the disk refuses.
     """
-    load_engine(engine_dir)
-    path = engine_dir / "memshare.json"
+    engine, path = load_engine(engine_dir), engine_dir / "memshare.json"
+    if engine.record is not None:
+        check_search(memshare, engine.record, path)
     document = read_json(path, f"engine {engine_dir}", REBUILD)
     document["memshare"] = memshare.model_dump()
     staging = path.with_name(f".memshare.{uuid.uuid4().hex}")

@@ -12,6 +12,7 @@ from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant
+from trtllm_memshare.search.need import find_need
 from trtllm_memshare.trtllm.engine.directory import engine_dtype
 from trtllm_memshare.trtllm.engine.io_table import IoTensor, dynamic_ranges, io_table, memshare_io
 from trtllm_memshare.trtllm.engine.plugins import PLUGIN
@@ -69,6 +70,7 @@ def check_plan(plan: EnginePlan, is_built: bool = False) -> None:
       UserError: a model whose conversion is untried, an unknown quantization, a cache that switches chunks off, or a
         pool that no kernel takes.
     """
+    _check_sharing(plan.memshare)
     if not is_built:
         _check_build(plan)
     for rank in range(plan.num_ranks):
@@ -78,6 +80,22 @@ def check_plan(plan: EnginePlan, is_built: bool = False) -> None:
                 search_variant(spec)
             except ValueError as error:
                 raise UserError(f"MemShareBlockSearch cannot be built: {error}") from error
+
+
+def _check_sharing(memshare: MemShareConfig) -> None:
+    """What needs attention of our own: TensorRT-LLM's kernels read every entry, and report nothing."""
+    reads_attention = memshare.pressure and "attention" in find_need(memshare.need).facts
+    for name, is_served in (
+        (f"preset {memshare.preset}, which counts aliases once,", memshare.count_aliases or memshare.preset == "off"),
+        ("retired_becomes dropped", memshare.retired_becomes != "dropped"),
+        (f"control {memshare.control}", memshare.control == "none"),
+        (f"need {memshare.need}", not reads_attention),
+    ):
+        if not is_served:
+            raise UserError(
+                f"the tensorrt backend attends with TensorRT-LLM's kernels, got {name} which needs our own (choose "
+                f"another, or add --backend torch)"
+            )
 
 
 def _check_build(plan: EnginePlan) -> None:

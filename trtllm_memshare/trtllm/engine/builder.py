@@ -46,13 +46,13 @@ def build_tensorrt_engine(plan: EnginePlan, output_dir: Path, force: bool) -> En
 
     def fill(folder: Path) -> None:
         (folder / "model").mkdir(parents=True)
+        write_null_pages(plan, folder)  # first: it may refuse, and takes minutes where a build may take hours
         with tempfile.TemporaryDirectory() as workspace:
             for rank in range(plan.num_ranks):
                 _build_rank(plan, rank, folder, Path(workspace))
         if plan.search_engine == "separate":
             (folder / SEARCH_ENGINE_FILE).write_bytes(build_search_engine(trt, plan.spec(0), plan.max_pairs))
         write_memshare_files(plan, folder, make_record(plan, trt.__version__, capability))
-        write_null_pages(plan, folder)
 
     return replace_engine(output_dir, force, fill, read_tensorrt_engine)
 
@@ -74,7 +74,7 @@ def write_memshare_files(plan: EnginePlan, folder: Path, record: TensorRTRecord)
 def write_null_pages(plan: EnginePlan, folder: Path) -> None:
     """Calibrates null pages for the engine's longest sequences, if the settings want any."""
     # TensorRT-LLM's kernels read every entry: without null pages nothing could be forgotten.
-    kv_dtype = plan.spec(0).kv_dtype
+    kv_dtype = plan.build.kv_cache_dtype if plan.build.kv_cache_dtype != "auto" else plan.spec(0).kv_dtype
     add_null_pages(
         folder, plan.checkpoint.model_dir, plan.spec(0).max_seq_len, kv_dtype, plan.memshare, skips_entries=False
     )
@@ -114,23 +114,33 @@ def _build_rank(plan: EnginePlan, rank: int, folder: Path, workspace: Path) -> N
 
     try:
         model = _load_model(plan, rank, workspace)
-        engine = build(model, make_build_config(plan))
+        engine = build(model, make_build_config(plan, workspace))
     except (AssertionError, RuntimeError, ImportError) as error:  # how TensorRT-LLM says that it cannot
         raise UserError(
             f"TensorRT-LLM built no engine for rank {rank}: {type(error).__name__}: {error} (its log says why; out of "
             f"memory, try a smaller --max-batch-size)"
+        ) from error
+    except OSError as error:
+        hint = " and downloads text to calibrate fp8 with" if plan.build.quantization in CALIBRATED else ""
+        raise UserError(
+            f"TensorRT-LLM built no engine for rank {rank}: {error} (it writes its own files{hint}: see that it can)"
         ) from error
     if engine is None or engine.engine is None:
         raise UserError(f"TensorRT built no engine for rank {rank}; its log says why (try a smaller --max-batch-size)")
     engine.save(str(folder))
 
 
-def make_build_config(plan: EnginePlan) -> Any:
-    """TensorRT-LLM's ``BuildConfig`` with the settings that ``describe`` prints."""
+def make_build_config(plan: EnginePlan, workspace: Path) -> Any:
+    """TensorRT-LLM's ``BuildConfig`` with the settings that ``describe`` prints.
+
+    Args:
+      workspace: a folder that lives as long as the build; times of kernels go there, which TensorRT-LLM would write
+        where the command runs.
+    """
     from tensorrt_llm.builder import BuildConfig
 
     # kv_cache_type is left out: its enum moved between releases, and the build takes PAGED from paged_kv_cache.
-    config = BuildConfig(**build_settings(plan.build))
+    config = BuildConfig(**build_settings(plan.build), output_timing_cache=str(workspace / "model.cache"))
     for name, value in plugin_settings(plan.build).items():
         if not hasattr(config.plugin_config, name):
             raise UserError(

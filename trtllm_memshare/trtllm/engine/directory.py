@@ -18,9 +18,10 @@ from typing import Any
 from trtllm_memshare.engine.build_config import BuildConfig
 from trtllm_memshare.engine.checkpoint import ELEMENT_BYTES, Checkpoint, read_checkpoint
 from trtllm_memshare.engine.engine_dir import FORMAT_VERSION, Engine, check_keys, read_build, read_documents
-from trtllm_memshare.engine.tensorrt_record import parse_record
+from trtllm_memshare.engine.tensorrt_record import TensorRTRecord, parse_record
 from trtllm_memshare.errors import UserError, quote
-from trtllm_memshare.search.config import parse_config
+from trtllm_memshare.json_input import read_json
+from trtllm_memshare.search.config import MemShareConfig, parse_config
 from trtllm_memshare.trtllm.engine.refusals import check_engine_config
 from trtllm_memshare.trtllm.engine.spec import EngineSpec, engine_spec
 
@@ -52,6 +53,7 @@ def read_tensorrt_engine(engine_dir: Path) -> Engine:
         )
     memshare = parse_config(document["memshare"], str(path))
     record = parse_record(document["tensorrt"], f"{path}: tensorrt")
+    check_search(memshare, record, path)
     try:
         checkpoint = read_checkpoint(engine_dir / "model", with_weights=False)
     except UserError as error:
@@ -94,12 +96,33 @@ def read_facts(
     return replace(checkpoint, dtype=model["dtype"]), build
 
 
+def check_search(memshare: MemShareConfig, record: TensorRTRecord, where: Path) -> None:
+    """Raises UserError for settings that search as the engine was not built for, which would end it while it serves."""
+    if not memshare.searches or memshare.accept_all:
+        return
+    if record.search_engine == "none":
+        raise UserError(
+            f"{where} has preset {memshare.preset}, which compares blocks, got an engine that was built without a "
+            f"search (choose lexical, pressure or off, or {REBUILD})"
+        )
+    if memshare.max_pairs > record.max_pairs:
+        raise UserError(
+            f"{where} has max_pairs {memshare.max_pairs}, expected at most {record.max_pairs}, for which the engine "
+            f"was built (lower it, or {REBUILD})"
+        )
+
+
 def spec_of(engine: Engine, rank: int = 0, max_pairs: int | None = None) -> EngineSpec:
     """The spec of one rank's engine in a directory; ``max_pairs``: None = those of the search inside it."""
     assert engine.record is not None
     if max_pairs is None:
         max_pairs = engine.record.max_pairs if engine.record.search_engine == "embedded" else 0
-    return engine_spec(engine.checkpoint, engine.build, rank, max_pairs)
+    where = engine.engine_dir / "config.json"
+    model = read_json(where, f"engine {engine.engine_dir}", REBUILD)["pretrained_config"]
+    logits = model.get("logits_dtype", "float32")  # ModelOpt's checkpoints say float16
+    if logits not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"{where} has logits_dtype {quote(logits)}, expected float32, float16 or bfloat16 ({REBUILD})")
+    return engine_spec(engine.checkpoint, engine.build, rank, max_pairs, logits)
 
 
 def engine_dtype(checkpoint: Checkpoint) -> str:
