@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import logging
+import os
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_QUOTED = 200  # characters of a user's value that an error repeats
 _MAX_MESSAGE = 2000  # characters; the last defence of a terminal and a log
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _LONGEST_NAME = 100  # characters; a longer one is no misspelling, and comparing it would take quadratic time
 
 
@@ -97,7 +100,12 @@ def run_command_line(main: Callable[[], None]) -> None:
     """Runs ``main``; a ``UserError``, or a file that the system refuses, becomes one line on stderr and exit code 2."""
     show_log()
     try:
-        main()
+        try:
+            main()
+        except SystemExit:
+            _flush_output()
+            raise
+        _flush_output()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -105,12 +113,28 @@ def run_command_line(main: Callable[[], None]) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _NO_ROOM:
             raise
+        if error.filename is None:  # of a stream that was open, such as stdout
+            _drop_output()
+            print(f"error: cannot write: {error.strerror} (make room, or write elsewhere)", file=sys.stderr)
+            sys.exit(2)
         print(f"error: {shorten(str(error.filename))}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _flush_output() -> None:
+    """Writes what stdout still holds: at the end of the interpreter nobody could tell a failure."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Lets what stdout could not write go, which the interpreter would try again at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_log(form: str = "%(message)s") -> None:

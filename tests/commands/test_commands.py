@@ -111,3 +111,15 @@ def test_a_python_without_any_package_says_in_one_line_what_to_do(command):
         assert done.returncode in (1, 2), done.stdout
         assert "make venv; source .venv/bin/activate" in done.stderr
     assert done.stderr.count("\n") <= 1, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["doctor", "--json"], ["--help"]], ids=" ".join)
+def test_output_that_no_disk_takes_is_one_sentence(arguments):
+    """Short output is still in Python's buffer when the command has ended."""
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "trtllm_memshare", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write: No space left on device (make room, or write elsewhere)\n"
