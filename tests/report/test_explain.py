@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -304,6 +305,23 @@ def test_an_engine_without_sharing_has_nothing_to_explain(bundled_model, tmp_pat
     build_engine(plan_build(BuildOptions(model_dir=bundled_model, output_dir=tmp_path / "engine")))
     with pytest.raises(UserError, match=r"shares nothing, so there is nothing to explain \(give --preset aligned\)"):
         main(["explain", "--engine-dir", str(tmp_path / "engine"), "--prompt", PROMPT])
+
+
+@pytest.mark.parametrize("ends", [(100, 101), (5, 200), (1, 2), (0, 0)], ids=str)
+def test_names_of_both_lines_are_within_the_drawing_and_apart(ends):
+    """A pool of 1,000 blocks presses both lines to the bottom."""
+    held, logical = ends
+    blocks = (BlockStory(0, Fate.PROMPT, ("a",), (False,)),)
+    memory = ((16, held, logical), (17, held, logical)) if logical else ()
+    story = Story("a", blocks, 16, memory, "length", 16, 1, True, {}, {}, 1000)
+    html = render(story, make_config("pressure"), 1024)
+    chart = html[html.rindex("<svg viewBox") :]
+    lines = [float(y) for y in re.findall(r'<text(?: class="name")? x="858" y="([\d.]+)">', chart)]
+    ticks = [float(y) for y in re.findall(r'y="([\d.]+)" text-anchor="middle">\d+ tokens', chart)]
+    assert len(lines) == 4
+    assert min(lines) > 12
+    assert max(lines) + 12 <= min(ticks)
+    assert all(after - before >= 14 for before, after in pairwise(sorted(lines)))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")

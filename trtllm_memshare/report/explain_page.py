@@ -145,7 +145,8 @@ def _memory_chart(story: Story, bytes_per_block: int) -> str:
     with_name = "with sharing" if story.pool_blocks is None else "under pressure"
     end_with, end_without = points[-1][1:]
     y_with, y_without = (float(place(last, n).split(",")[1]) for n in (end_with, end_without))
-    y_with = max(y_with, y_without + 32)  # two labels of two lines must not touch
+    y_with = min(max(y_with, y_without + 32), bottom - 16)  # two labels of two lines must not touch
+    y_without = min(y_without, y_with - 32)  # nor the lower one reach what stands below the axis
     names = "".join(
         f'<text class="name" x="{right + 8}" y="{y + 4:.1f}">{name}</text>'
         f'<text x="{right + 8}" y="{y + 18:.1f}">{blocks} blocks, {_size(blocks * bytes_per_block)}</text>'
