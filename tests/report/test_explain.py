@@ -307,6 +307,18 @@ def test_an_engine_without_sharing_has_nothing_to_explain(bundled_model, tmp_pat
         main(["explain", "--engine-dir", str(tmp_path / "engine"), "--prompt", PROMPT])
 
 
+def test_an_engine_in_shadow_gives_nothing_back_and_no_page_says_so(bundled_model, tmp_path, capsys):
+    options = BuildOptions(bundled_model, tmp_path / "engine", memshare=True, preset="aligned", shadow=True)
+    build_engine(plan_build(options))
+    base = ["explain", "--engine-dir", str(tmp_path / "engine"), "--prompt", PROMPT, "--device", "cpu"]
+    base += ["--output", str(tmp_path / "page.html"), "--max-new-tokens", "8"]
+    with pytest.raises(UserError, match=r"runs in shadow and gives no memory back, .* \(give --set shadow=false for"):
+        main(base)
+    assert not (tmp_path / "page.html").exists()
+    main([*base, "--set", "shadow=false"])
+    assert (tmp_path / "page.html").exists()
+
+
 @pytest.mark.parametrize("ends", [(100, 101), (5, 200), (1, 2), (0, 0)], ids=str)
 def test_names_of_both_lines_are_within_the_drawing_and_apart(ends):
     """A pool of 1,000 blocks presses both lines to the bottom."""

@@ -111,6 +111,11 @@ def _settle(engine: Engine, preset: str | None, overrides: dict[str, Any]) -> Me
     name = preset or engine.memshare.preset
     if name == "off":
         raise UserError("this engine shares nothing, so there is nothing to explain (give --preset aligned)")
+    if preset is None and engine.memshare.shadow and "shadow" not in overrides:
+        raise UserError(
+            "this engine runs in shadow and gives no memory back, so there is nothing to explain (give --set "
+            "shadow=false for what it would give back)"
+        )
     config = make_variant(name, engine.memshare, **overrides).config
     if config.shadow or config.control != "none":
         raise UserError(
