@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from trtllm_memshare.evaluation.story import BlockStory, Fate, Story
 from trtllm_memshare.report.explain import explain
 from trtllm_memshare.report.explain_page import render
 from trtllm_memshare.report.explain_words import describe_story
+from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving import pressure
 
@@ -283,6 +286,7 @@ def test_a_gpu_that_is_not_there_is_named(engine, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["--prompt", "Q: \udcff"], "a prompt holds half of a surrogate pair, which no tokenizer encodes"),
         (["--prompt", "  "], "--prompt must be text that the tokenizer knows"),
         (["--set", "max_distanc=1"], "unknown key max_distanc .did you mean max_distance"),
         (["--set", "shadow=true"], "explain shows what sharing does, got shadow True"),
@@ -305,6 +309,24 @@ def test_an_engine_without_sharing_has_nothing_to_explain(bundled_model, tmp_pat
     build_engine(plan_build(BuildOptions(model_dir=bundled_model, output_dir=tmp_path / "engine")))
     with pytest.raises(UserError, match=r"shares nothing, so there is nothing to explain \(give --preset aligned\)"):
         main(["explain", "--engine-dir", str(tmp_path / "engine"), "--prompt", PROMPT])
+
+
+def test_a_prompt_that_begins_with_the_first_special_token_gets_no_second_one(engine, tmp_path):
+    folder = Path(shutil.copytree(engine.engine_dir, tmp_path / "engine"))
+    path = folder / "model" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["post_processor"]["single"].insert(0, {"SpecialToken": {"id": "<pad>", "type_id": 0}})
+    document["post_processor"]["special_tokens"] = {"<pad>": {"id": "<pad>", "ids": [0], "tokens": ["<pad>"]}}
+    path.unlink()  # may be a link to the bundled model's
+    path.write_text(json.dumps(document))
+    path = path.with_name("tokenizer_config.json")
+    settings = {**json.loads(path.read_text()), "bos_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.unlink()
+    path.write_text(json.dumps(settings))
+    engine = load_engine(folder)
+    plain, begun = (explain(engine, engine.memshare, text, 8, "cpu") for text in (PROMPT, f"<pad>{PROMPT}"))
+    assert plain.num_prompt_tokens == len(PROMPT) + 1 == begun.num_prompt_tokens
+    assert plain.blocks == begun.blocks
 
 
 def test_an_engine_in_shadow_gives_nothing_back_and_no_page_says_so(bundled_model, tmp_path, capsys):

@@ -144,6 +144,7 @@ def tell_story(
     config: MemShareConfig,
     tokenizer: Any,
     prompt: str,
+    input_ids: list[int],
     max_new_tokens: int,
     max_seq_len: int,
     stop_token_ids: tuple[int, ...] = (),
@@ -153,14 +154,15 @@ def tell_story(
 
     Args:
       runner: its pool has to hold the request unshared.
-      tokenizer: a transformers tokenizer.
+      tokenizer: a transformers tokenizer, which makes text of tokens.
+      prompt: as the story repeats it; ``input_ids``: its tokens.
       num_blocks: of the runner's pool, how many the request may use under pressure, null pages included; None = what
         the answer of the full cache needs at its floor. The answer ends where it would need more at its floor.
 
     Raises:
       UserError: an empty prompt, or one that does not fit.
     """
-    ids = list(tokenizer(prompt)["input_ids"])
+    ids = input_ids
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, runner.vocab_size)
     params = SamplingParams(max_new_tokens, stop_token_ids=stop_token_ids)
     full = _run_full(runner, boundaries, ids, params, max_seq_len)

@@ -20,6 +20,7 @@ from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import check_pool, choose_device
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import PRESETS, MemShareConfig
+from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -85,8 +86,10 @@ def explain(
             )
         check_pool(engine, num_blocks)
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
-    num_prompt_tokens = len(tokenizer(prompt)["input_ids"])
-    if not prompt.strip() or not num_prompt_tokens:
+    # As every other command does it: special tokens once, and no text that cannot be encoded.
+    input_ids = encode_prompt(tokenizer, prompt, PromptFormat(), engine.build.max_seq_len) if prompt.strip() else []
+    num_prompt_tokens = len(input_ids)
+    if not num_prompt_tokens:
         raise UserError(
             f"--prompt must be text that the tokenizer knows, got {quote(prompt)} (ask the model a question)"
         )
@@ -103,7 +106,7 @@ def explain(
     model = load_model(engine.model_dir, choose_device(device))
     runner = TorchRunner(model, max(roomy, num_blocks or 0), size, null_page_set=null_pages)
     room = length - num_prompt_tokens
-    return tell_story(runner, config, tokenizer, prompt, room, length, engine.stop_token_ids, num_blocks)
+    return tell_story(runner, config, tokenizer, prompt, input_ids, room, length, engine.stop_token_ids, num_blocks)
 
 
 def _settle(engine: Engine, preset: str | None, overrides: dict[str, Any]) -> MemShareConfig:
