@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from trtllm_memshare.__main__ import main
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
@@ -327,6 +329,38 @@ def test_a_prompt_that_begins_with_the_first_special_token_gets_no_second_one(en
     plain, begun = (explain(engine, engine.memshare, text, 8, "cpu") for text in (PROMPT, f"<pad>{PROMPT}"))
     assert plain.num_prompt_tokens == len(PROMPT) + 1 == begun.num_prompt_tokens
     assert plain.blocks == begun.blocks
+
+
+def test_the_pool_has_the_type_that_the_engine_was_built_with(bundled_model, tmp_path, monkeypatch):
+    build = {"kv_cache_dtype": "bfloat16"}
+    plan = plan_build(BuildOptions(bundled_model, tmp_path / "engine", memshare=True, preset="aligned", build=build))
+    engine, seen = build_engine(plan), []
+    monkeypatch.setattr(
+        "trtllm_memshare.report.explain.tell_story", lambda runner, *rest: seen.append(runner.pool.dtype)
+    )
+    explain(engine, engine.memshare, PROMPT, 8, "cpu")
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [make_config("aligned", search_interval=1), make_config("pressure", retired_becomes="dropped")],
+    ids=lambda config: config.preset,
+)
+def test_a_prompt_that_takes_several_steps_is_counted_in_tokens(engine, config):
+    """One step for the whole prompt and one for each 9 tokens of it: the same memory at the same token."""
+    chunked = replace(engine, build=engine.build.model_copy(update={"max_num_tokens": 9}))
+    whole, several = (explain(e, config, PROMPT, 600, "cpu") for e in (engine, chunked))
+    assert whole.freed > 0
+    assert several.memory[0][0] == whole.memory[0][0] == whole.num_prompt_tokens
+    assert several.memory == whole.memory
+    given_up = [[(b.index, b.given_up_at) for b in s.blocks if b.given_up_at is not None] for s in (whole, several)]
+    assert given_up[0] == given_up[1]
+
+
+def test_an_engine_of_another_backend_is_refused(engine):
+    with pytest.raises(UserError, match="explain runs engines of the torch backend, got one of tensorrt"):
+        explain(replace(engine, backend="tensorrt"), engine.memshare, PROMPT, 8, "cpu")
 
 
 def test_an_engine_in_shadow_gives_nothing_back_and_no_page_says_so(bundled_model, tmp_path, capsys):

@@ -149,6 +149,7 @@ def tell_story(
     max_seq_len: int,
     stop_token_ids: tuple[int, ...] = (),
     num_blocks: int | None = None,
+    max_num_tokens: int = 2048,
 ) -> Story:
     """Generates greedily, with the full cache and as the settings say, and tells what became of each block.
 
@@ -158,6 +159,7 @@ def tell_story(
       prompt: as the story repeats it; ``input_ids``: its tokens.
       num_blocks: of the runner's pool, how many the request may use under pressure, null pages included; None = what
         the answer of the full cache needs at its floor. The answer ends where it would need more at its floor.
+      max_num_tokens: most tokens of one step; a longer prompt takes several.
 
     Raises:
       UserError: an empty prompt, or one that does not fit.
@@ -165,26 +167,27 @@ def tell_story(
     ids = input_ids
     boundaries = BoundaryTokens.from_tokenizer(tokenizer, runner.vocab_size)
     params = SamplingParams(max_new_tokens, stop_token_ids=stop_token_ids)
-    full = _run_full(runner, boundaries, ids, params, max_seq_len)
-    executor = Executor(runner, config, boundaries, max_seq_len, 1, make_control=make_control)
+    limits = max_seq_len, 1, max_num_tokens
+    full = _run_full(Executor(runner, make_config("off"), boundaries, *limits), ids, params)
+    executor = Executor(runner, config, boundaries, *limits, make_control=make_control)
     if executor.pressure is not None:
         least = executor.pressure.blocks_at_floor(len(ids), replace(params, max_new_tokens=len(full.token_ids)))
         num_null = runner.num_blocks - executor.manager.pool.num_usable
         short = copy.copy(runner)  # the first blocks of the same pool
         short.num_blocks = least + num_null if num_blocks is None else num_blocks
         params = _cut(executor.pressure, len(ids), params, short.num_blocks - num_null)
-        executor = Executor(short, config, boundaries, max_seq_len, 1)
-    remaps = _Remaps(executor.manager)
+        executor = Executor(short, config, boundaries, *limits)
+    remaps = _Remaps(executor.manager, now=len(ids))
     executor.manager.watch_remaps(remaps.note)
     if executor.pressure is not None:
         executor.pressure.watch = remaps.note_retirement
     handle, memory = executor.submit(ids, params), list[tuple[int, int, int]]()
     while executor.has_work:
-        remaps.now = len(ids) + len(memory)
         executor.step()
-        if executor.has_work:  # after the last step the request's blocks are gone
-            held, logical = executor.manager.pool.num_used, executor.manager.logical_blocks(handle.request_id)
-            memory.append((len(ids) + len(memory), held, logical))
+        # None while a long prompt takes more steps, nor after the last one, when the request's blocks are gone.
+        for request_id, _, num_computed in executor.manager.generating_sequences():
+            memory.append((num_computed, executor.manager.pool.num_used, executor.manager.logical_blocks(request_id)))
+            remaps.now = num_computed + 1  # the token sampled last is written, and in the cache after its step
     result = handle.result()
     cut = result.finish_reason == "length" and len(result.token_ids) < max_new_tokens
     # The last token is never fed back, so it has no place in the cache.
@@ -265,11 +268,8 @@ def _cut(pressure: Pressure, num_prompt_tokens: int, params: SamplingParams, num
     return replace(params, max_new_tokens=max(1, longest))
 
 
-def _run_full(
-    runner: Runner, boundaries: BoundaryTokens, ids: list[int], params: SamplingParams, max_seq_len: int
-) -> RequestResult:
+def _run_full(executor: Executor, ids: list[int], params: SamplingParams) -> RequestResult:
     """The same request with the full cache."""
-    executor = Executor(runner, make_config("off"), boundaries, max_seq_len, 1)
     handle = executor.submit(ids, params)
     executor.run_until_idle()
     return handle.result()

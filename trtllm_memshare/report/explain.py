@@ -17,8 +17,7 @@ from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.report.explain_page import render
 from trtllm_memshare.report.explain_words import describe_story
 from trtllm_memshare.runners.engines import load_engine
-from trtllm_memshare.runners.open import check_pool, choose_device
-from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
+from trtllm_memshare.runners.open import check_pool, open_runner
 from trtllm_memshare.search.config import PRESETS, MemShareConfig
 from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
 
@@ -78,6 +77,10 @@ def explain(
       max_new_tokens: is cut to what fits behind the prompt.
       num_blocks: pool of settings that give up pages under pressure, see ``tell_story``.
     """
+    if engine.backend != "torch":
+        raise UserError(
+            f"explain runs engines of the torch backend, got one of {engine.backend} (build one with --backend torch)"
+        )
     if num_blocks is not None:
         if not config.pressure:
             raise UserError(
@@ -103,10 +106,9 @@ def explain(
     null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
     # One request, the block of headroom that the scheduler keeps, and the null pages.
     roomy = -(-length // size) + 2 + (0 if null_pages is None else null_pages.num_bands)
-    model = load_model(engine.model_dir, choose_device(device))
-    runner = TorchRunner(model, max(roomy, num_blocks or 0), size, null_page_set=null_pages)
-    room = length - num_prompt_tokens
-    return tell_story(runner, config, tokenizer, prompt, input_ids, room, length, engine.stop_token_ids, num_blocks)
+    runner = open_runner(engine, max(roomy, num_blocks or 0), device)
+    room, stops, most = length - num_prompt_tokens, engine.stop_token_ids, engine.build.max_num_tokens
+    return tell_story(runner, config, tokenizer, prompt, input_ids, room, length, stops, num_blocks, most)
 
 
 def _settle(engine: Engine, preset: str | None, overrides: dict[str, Any]) -> MemShareConfig:
