@@ -363,6 +363,12 @@ def test_an_engine_of_another_backend_is_refused(engine):
         explain(replace(engine, backend="tensorrt"), engine.memshare, PROMPT, 8, "cpu")
 
 
+def test_a_pool_that_no_memory_holds_is_one_sentence_with_the_device_that_was_chosen(engine):
+    config = make_config("pressure", retired_becomes="dropped")
+    with pytest.raises(UserError, match=r"blocks needs [\d,]+ bytes, which (cpu|cuda) does not have \(lower --kv-c"):
+        explain(engine, config, PROMPT, 8, "auto", 100_000_000)
+
+
 def test_an_engine_in_shadow_gives_nothing_back_and_no_page_says_so(bundled_model, tmp_path, capsys):
     options = BuildOptions(bundled_model, tmp_path / "engine", memshare=True, preset="aligned", shadow=True)
     build_engine(plan_build(options))
