@@ -369,6 +369,14 @@ def test_a_pool_that_no_memory_holds_is_one_sentence_with_the_device_that_was_ch
         explain(engine, config, PROMPT, 8, "auto", 100_000_000)
 
 
+def test_a_folder_without_the_right_to_write_is_found_out_before_anything_is_generated(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("trtllm_memshare.report.explain.explain", lambda *arguments: pytest.fail("generated"))
+    base = ["explain", "--engine-dir", str(engine.engine_dir), "--prompt", PROMPT, "--device", "cpu"]
+    with pytest.raises(UserError, match=r"--output cannot be written: .*page.html: no right to write to"):
+        main([*base, "--output", str(tmp_path / "page.html")])
+
+
 def test_an_engine_in_shadow_gives_nothing_back_and_no_page_says_so(bundled_model, tmp_path, capsys):
     options = BuildOptions(bundled_model, tmp_path / "engine", memshare=True, preset="aligned", shadow=True)
     build_engine(plan_build(options))

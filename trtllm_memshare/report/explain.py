@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.engine.null_page_files import load_null_pages
 from trtllm_memshare.errors import UserError, quote
-from trtllm_memshare.evaluation.benchmark_options import parse_setting
+from trtllm_memshare.evaluation.benchmark_options import check_output_file, parse_setting
 from trtllm_memshare.evaluation.story import Story, tell_story
 from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.report.explain_page import render
@@ -54,6 +54,7 @@ def main(command: str, arguments: list[str]) -> None:
     config = _settle(engine, options.preset, dict(parse_setting(text) for text in options.set))
     if options.output.is_dir() or not options.output.parent.is_dir():
         raise UserError(f"cannot write {options.output}: its folder must exist and it must be a file (set --output)")
+    check_output_file("--output", options.output)
     story = explain(engine, config, options.prompt, options.max_new_tokens, options.device, options.kv_cache_blocks)
     try:
         options.output.write_text(render(story, config, engine.bytes_per_block), encoding="utf-8")
