@@ -96,6 +96,63 @@ def test_the_command_writes_the_engine_s_settings(engine_dir, answered, tmp_path
     assert not [p for p in engine.iterdir() if p.name.startswith(".memshare")]
 
 
+def refuse(*arguments):
+    raise UserError("the disk refuses")
+
+
+def test_a_disk_that_refuses_the_engine_loses_no_report(engine_dir, answered, tmp_path, capsys, monkeypatch):
+    report = tmp_path / "report.json"
+    monkeypatch.setattr("trtllm_memshare.evaluation.calibrate.LADDER", {"wild": WILD})
+    monkeypatch.setattr("trtllm_memshare.evaluation.calibrate.replace_memshare", refuse)
+    base = ["calibrate", "--engine-dir", str(engine_dir), "--dataset", str(answered), "--device", "cpu"]
+    with pytest.raises(UserError, match="the disk refuses"):
+        main([*base, "--num-problems", "2", "--max-accuracy-drop", "0.99", "--output-json", str(report)])
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == json.loads(report.read_text())
+    assert "written:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("closed", "message"),
+    [
+        ("engine", r"engine .*engine cannot be given other settings: no right to write to it \(.*set --dry-run\)"),
+        ("kept", r"--keep-dir cannot be written: .*kept.json: no right to write to"),
+    ],
+)
+def test_a_closed_folder_is_found_out_first(engine_dir, answered, tmp_path, monkeypatch, closed, message):
+    engine = Path(shutil.copytree(engine_dir, tmp_path / "engine"))
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != closed)
+    monkeypatch.setattr("trtllm_memshare.evaluation.session.load_model", refuse)  # before the model is there
+    base = ["calibrate", "--engine-dir", str(engine), "--dataset", str(answered), "--max-accuracy-drop", "0.99"]
+    with pytest.raises(UserError, match=message):
+        main([*base, "--keep-dir", str(tmp_path / "kept")])
+
+
+@pytest.mark.parametrize("kept", ["", '{"token_ids": [[1, 2', "[1]", '{"token_ids": []}'])
+def test_a_damaged_result_of_an_earlier_run_is_named(engine_dir, answered, tmp_path, kept):
+    session = Session(engine_dir, answered, 1, "cpu", tmp_path)
+    session.generate("full", make_config("off"))
+    (path,) = tmp_path.iterdir()
+    path.write_text(kept)
+    with pytest.raises(UserError, match=rf"{path} is damaged: .* \(delete it, and it is measured again\)"):
+        session.generate("full", make_config("off"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_tokens": 10**9}, "line 2: prompt and output must fit max_seq_len 512, got"),
+        ({"prompt": None, "input_ids": [4, 10**6]}, r"line 2: input_ids\[1\] must be"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_refused_with_its_line(engine_dir, tmp_path, changes, message):
+    path, row = tmp_path / "data.jsonl", {"task_id": 0, "prompt": "Q: 1 + 2 = ?\n", "output_tokens": 8, "answer": "3"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (row, {**row, **changes})))
+    with pytest.raises(UserError, match=message):
+        Session(engine_dir, path, device="cpu")
+
+
 def test_answers_are_needed(engine_dir, tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text('{"task_id": 0, "prompt": "Q: 1 + 2 = ?\\n", "output_tokens": 8}\n')

@@ -16,9 +16,9 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.arms import Arm
 from trtllm_memshare.evaluation.benchmark_options import check_output_file
 from trtllm_memshare.evaluation.curve import CurveOptions, FidelityCurve
-from trtllm_memshare.evaluation.document import make_report, publish
+from trtllm_memshare.evaluation.document import make_report, publish, write_report
 from trtllm_memshare.evaluation.session import Session
-from trtllm_memshare.runners.engines import replace_memshare
+from trtllm_memshare.runners.engines import check_replaceable, load_engine, replace_memshare
 from trtllm_memshare.search.config import MemShareConfig, make_config
 
 LADDER: dict[str, dict[str, Any]] = {
@@ -145,12 +145,12 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args(arguments)
     check_output_file("--output-json", options.output_json)
+    load_engine(options.engine_dir)
+    if not options.dry_run:
+        check_replaceable(options.engine_dir)
     session = Session(options.engine_dir, options.dataset, options.num_problems, options.device, options.keep_dir)
     found = calibrate(session, options.max_accuracy_drop, is_sure=options.sure, replay_problems=options.replay_problems)
     print(describe(found, options.max_accuracy_drop, len(session.items)))
-    if not options.dry_run:
-        replace_memshare(options.engine_dir, found.config)
-        print(f"written: {options.engine_dir / 'memshare.json'}")
     report = make_report(
         {
             "engine_dir": str(options.engine_dir),
@@ -164,4 +164,11 @@ def main(command: str, arguments: list[str]) -> None:
         },
         " ".join(["python -m trtllm_memshare", command, *arguments]),
     )
-    publish(report, options.output_json)
+    if options.output_json is not None:
+        write_report(report, options.output_json)
+    try:
+        if not options.dry_run:
+            replace_memshare(options.engine_dir, found.config)
+            print(f"written: {options.engine_dir / 'memshare.json'}")
+    finally:  # what took hours is told, whatever becomes of the engine
+        publish(report, None)

@@ -14,10 +14,15 @@ from transformers import AutoTokenizer
 from trtllm_memshare.engine.weights import weight_files
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.benchmark import blocks_without_waiting, run_variant
-from trtllm_memshare.evaluation.benchmark_options import MOST_REQUESTS, check_number, check_temperature
+from trtllm_memshare.evaluation.benchmark_options import (
+    MOST_REQUESTS,
+    check_number,
+    check_output_file,
+    check_temperature,
+)
 from trtllm_memshare.evaluation.benchmark_run import announce_device, load_of
 from trtllm_memshare.evaluation.controls import make_control
-from trtllm_memshare.evaluation.dataset import DatasetItem, draw_samples, final_answer, read_dataset
+from trtllm_memshare.evaluation.dataset import DatasetItem, DatasetLimits, draw_samples, final_answer, read_dataset
 from trtllm_memshare.evaluation.scoring import Reference, ScoringSampler, summarize
 from trtllm_memshare.evaluation.variants import Variant
 from trtllm_memshare.runners.engines import load_engine
@@ -59,7 +64,8 @@ class Session:
       temperature: of the full cache and of every arm, 0 = greedy.
 
     Raises:
-      UserError: an unusable engine or data set, no problems, no samples, or no temperature.
+      UserError: an unusable engine or data set, no problems, no samples, no temperature, or a folder to keep results
+        in that cannot be written.
     """
 
     def __init__(
@@ -74,11 +80,13 @@ class Session:
     ) -> None:
         check_temperature(temperature)
         check_number("--num-problems", num_problems, 1, MOST_REQUESTS)
+        check_output_file("--keep-dir", None if keep_dir is None else keep_dir / "kept.json")
         if samples < 1:
             raise UserError(f"--samples must be at least 1, got {samples} (1 = one answer to each problem)")
         self.engine = load_engine(engine_dir)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.engine.model_dir, local_files_only=True)
-        self.items = draw_samples(read_dataset(dataset, self.tokenizer, num_problems), samples)
+        limits = DatasetLimits(self.engine.build.max_seq_len, self.engine.vocab_size)
+        self.items = draw_samples(read_dataset(dataset, self.tokenizer, num_problems, limits), samples)
         self.tokens_per_block = self.engine.build.tokens_per_block
         self._load = replace(load_of(self.engine), temperature=temperature)
         self._boundaries = BoundaryTokens.from_tokenizer(self.tokenizer, self.engine.vocab_size)
@@ -104,8 +112,8 @@ class Session:
     def generate(self, name: str, config: MemShareConfig) -> Generation:
         """Lets an arm answer every request."""
         kept = self._kept_file(config)
-        if kept is not None and kept.is_file():
-            return Generation(**json.loads(kept.read_text()))
+        if (found := _find_kept(kept, "token_ids", "figures")) is not None:
+            return Generation(found["token_ids"], found["figures"])
 
         def unjudged(item: DatasetItem, token_ids: list[int]) -> bool:
             return False  # answers are compared later, when all arms are there
@@ -128,8 +136,8 @@ class Session:
           UserError: the full cache's distributions take too much memory.
         """
         kept = self._kept_file(config, scripts)
-        if kept is not None and kept.is_file():
-            return dict(json.loads(kept.read_text()))
+        if (found := _find_kept(kept, "block_steps_per_request", "shared_block_fraction")) is not None:
+            return found
         full = make_config("off")
         if self._reference is None or self._reference.scripts != scripts:
             self._reference = Reference(scripts, self._runner.vocab_size)
@@ -180,4 +188,20 @@ class Session:
     def _keep(path: Path | None, document: dict[str, Any]) -> None:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document))
+            # A run that is killed leaves the whole file or none.
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(document))
+            partial.replace(path)
+
+
+def _find_kept(path: Path | None, *keys: str) -> dict[str, Any] | None:
+    """What an earlier run has kept, None = nothing. Raises UserError for a file that no run has written so."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
+        raise UserError(f"{path} is damaged: not JSON (delete it, and it is measured again)") from error
+    if not isinstance(document, dict) or not all(key in document for key in keys):
+        raise UserError(f"{path} is damaged: it lacks {' or '.join(keys)} (delete it, and it is measured again)")
+    return document

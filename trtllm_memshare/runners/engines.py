@@ -23,6 +23,15 @@ def load_engine(engine_dir: Path) -> Engine:
     return read_tensorrt_engine(engine_dir) if document.get("backend") == "tensorrt" else read_torch_engine(engine_dir)
 
 
+def check_replaceable(engine_dir: Path) -> None:
+    """Raises UserError if ``replace_memshare`` could not write: for those who work for hours before they call it."""
+    if not os.access(engine_dir, os.W_OK):
+        raise UserError(
+            f"engine {engine_dir} cannot be given other settings: no right to write to it (give yourself the right, or "
+            f"set --dry-run)"
+        )
+
+
 def replace_memshare(engine_dir: Path, memshare: MemShareConfig) -> Engine:
     """Gives an engine other settings: a reader sees the old file or the new one.
 
