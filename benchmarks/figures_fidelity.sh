@@ -7,7 +7,7 @@ engine=engines/tiny_reasoner
 results=benchmarks/results
 studies=benchmarks/studies
 # The method under test: accuracy and divergence against memory, controls that evict, paired tests, calibration.
-for options in "wide --max-batch-size 256" "blocks8 --tokens-per-block 8" "calibrated"; do
+for options in "wide --max-batch-size 256" "blocks8 --tokens-per-block 8" "calibrated --preset aligned"; do
   # shellcheck disable=SC2086
   "$python" build_scripts/build_engine.py --memshare --force --output-dir engines/$options
 done

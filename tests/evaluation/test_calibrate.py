@@ -12,7 +12,7 @@ from trtllm_memshare.__main__ import main
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation.calibrate import LADDER, calibrate, describe
 from trtllm_memshare.evaluation.session import Session
-from trtllm_memshare.runners.engines import load_engine
+from trtllm_memshare.runners.engines import load_engine, replace_memshare
 from trtllm_memshare.search.config import make_config
 
 WILD = {"min_run_tokens": 8, "shingle_tokens": 4, "protected_tokens": 0, "protected_steps": 0, "accept_all": True}
@@ -94,6 +94,48 @@ def test_the_command_writes_the_engine_s_settings(engine_dir, answered, tmp_path
     assert document["command"].startswith("python -m trtllm_memshare calibrate --engine-dir")
     assert "95 % interval of the change" in capsys.readouterr().out
     assert not [p for p in engine.iterdir() if p.name.startswith(".memshare")]
+
+
+def with_settings(engine_dir: Path, tmp_path: Path, config) -> Path:
+    engine = Path(shutil.copytree(engine_dir, tmp_path / "engine"))
+    return replace_memshare(engine, config).engine_dir
+
+
+def test_what_no_rung_names_stays_as_the_owner_chose_it(engine_dir, answered, tmp_path, capsys, monkeypatch):
+    chosen = {"max_aliases": 5, "search_interval": 3, "shadow": True}
+    engine = with_settings(engine_dir, tmp_path, make_config("aligned", min_run_tokens=48, **chosen))
+    monkeypatch.setattr("trtllm_memshare.evaluation.calibrate.LADDER", {"wild": WILD})
+    base = ["calibrate", "--engine-dir", str(engine), "--dataset", str(answered), "--device", "cpu"]
+    main([*base, "--num-problems", "4", "--max-accuracy-drop", "0.99"])
+    assert load_engine(engine).memshare == make_config("aligned", **WILD, **chosen)
+    printed = capsys.readouterr().out
+    assert "the engine stays in shadow" in printed
+    assert "  min_run_tokens: 48 -> 8\n" in printed
+    assert "  max_aliases:" not in printed
+    assert "  shadow:" not in printed
+
+
+def test_an_engine_of_another_preset_is_replaced_only_if_asked_for(engine_dir, answered, tmp_path, capsys, monkeypatch):
+    before = make_config("pressure", retired_becomes="dropped", min_kept=0.3)
+    engine = with_settings(engine_dir, tmp_path, before)
+    monkeypatch.setattr("trtllm_memshare.evaluation.calibrate.LADDER", {"wild": WILD})
+    base = ["calibrate", "--engine-dir", str(engine), "--dataset", str(answered), "--device", "cpu"]
+    base += ["--num-problems", "4", "--max-accuracy-drop", "0.99"]
+    with pytest.raises(UserError, match=r"got an engine of preset pressure \(give --preset aligned to replace all of"):
+        main(base)
+    assert load_engine(engine).memshare == before
+    main([*base, "--preset", "aligned"])
+    assert load_engine(engine).memshare == make_config("aligned", **WILD)
+    printed = capsys.readouterr().out
+    for change in ("preset: pressure -> aligned", "min_kept: 0.3 -> 0.5", "protected_tokens: 128 -> 0"):
+        assert f"  {change}\n" in printed
+
+
+def test_a_second_calibration_searches_the_same_rungs(session):
+    """What the first one wrote is no part of them, or a smaller budget could not undo it."""
+    first = calibrate(session, 0.999, RUNGS)
+    again = calibrate(session, 0.999, RUNGS, base=first.config)
+    assert again == first
 
 
 def refuse(*arguments):

@@ -2,7 +2,7 @@
 
 A ladder of settings is first read teacher-forced, which is cheap and says what each saves; from the largest saving
 down each then answers the problems on its own, until one stays within the budget. Nothing is random: the same engine
-and data give the same setting.
+and data give the same setting. What no rung of the ladder names stays as the engine has it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trtllm_memshare.evaluation.curve import CurveOptions, FidelityCurve
 from trtllm_memshare.evaluation.document import make_report, publish, write_report
 from trtllm_memshare.evaluation.session import Session
 from trtllm_memshare.runners.engines import check_replaceable, load_engine, replace_memshare
-from trtllm_memshare.search.config import MemShareConfig, make_config
+from trtllm_memshare.search.config import MemShareConfig, make_config, parse_config
 
 LADDER: dict[str, dict[str, Any]] = {
     "runs of 16 with gaps": {"min_run_tokens": 16, "max_gap_tokens": 4},
@@ -31,12 +31,12 @@ LADDER: dict[str, dict[str, Any]] = {
     "copies settled for 256 tokens, distance 0.25": {"settled_tokens": 256, "max_distance": 0.25},
     "copies settled for 512 tokens, distance 0.25": {"settled_tokens": 512, "max_distance": 0.25},
 }
-"""Settings tried, laid over the preset ``aligned``."""
+"""Settings tried. What one rung names and another does not has its default there; the rest is the engine's own."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """``config``: the setting found; ``entry``: its figures; ``tried``: all entries, in the order they were tried."""
+    """``config``: to be written; ``entry``: its figures; ``tried``: all entries, in the order they were tried."""
 
     name: str
     config: MemShareConfig
@@ -50,15 +50,17 @@ def calibrate(
     ladder: dict[str, dict[str, Any]] | None = None,
     is_sure: bool = False,
     replay_problems: int = 100,
+    base: MemShareConfig | None = None,
 ) -> Calibration:
     """Finds the setting of ``ladder`` that saves most memory within the budget.
 
     Args:
-      ladder: settings by name, laid over ``aligned``; None = ``LADDER``.
+      ladder: settings by name, laid over ``base``; None = ``LADDER``.
       max_accuracy_drop: largest loss of accuracy against the full cache, in [0, 1).
       is_sure: hold the far end of the paired 95 % interval against the budget instead of the measured loss.
       replay_problems: problems on which savings are compared at equal text; 0 = on the answers of each setting, which
         all of them then have to write.
+      base: see ``choose_base``; None = the engine's own settings. If it is in shadow, so is what comes of it.
 
     Raises:
       UserError: no answers, a budget out of range, or no setting within it.
@@ -69,7 +71,12 @@ def calibrate(
         raise UserError("calibration needs an answer in every line of the data set, got lines without one (add them)")
     curve = FidelityCurve(session, CurveOptions(replay_problems=replay_problems, against=("full",)))
     curve.measure(Arm("full", make_config("off")))
-    arms = {name: Arm(name, make_config("aligned", **settings)) for name, settings in (ladder or LADDER).items()}
+    base = choose_base(session.engine.memshare) if base is None else base
+    rungs = LADDER if ladder is None else ladder
+    searched = {key: MemShareConfig.model_fields[key].default for settings in rungs.values() for key in settings}
+    # What sharing does is measured while it is done: shadow comes back in what is written.
+    own = {**base.model_dump(), **searched, "shadow": False}
+    arms = {name: Arm(name, parse_config({**own, **settings}, name)) for name, settings in rungs.items()}
     answered: dict[str, dict[str, Any]] = {}
     if replay_problems:
         savings = {name: curve.read(arm)["memory_saved"] for name, arm in arms.items()}
@@ -83,13 +90,36 @@ def calibrate(
         test = entry["paired"]["full"]
         loss = -(test["interval"][0] if is_sure else test["change"])
         if loss <= max_accuracy_drop + 1e-12 and savings[name] > 0:
-            return Calibration(name, arms[name].config, entry, tried)
+            return Calibration(name, arms[name].config.model_copy(update={"shadow": base.shadow}), entry, tried)
     least = tried[-1]["paired"]["full"]
     raise UserError(
         f"no setting loses at most {max_accuracy_drop:g} of accuracy on {len(session.items)} problems, the mildest one "
         f"loses {-least['change']:.4f} (95 % interval {-least['interval'][1]:.4f} to {-least['interval'][0]:.4f}); the "
         f"engine is left as it was (give more problems, or a larger --max-accuracy-drop)"
     )
+
+
+def choose_base(engine: MemShareConfig, preset: str | None = None) -> MemShareConfig:
+    """The settings over which rungs are laid: the engine's own; ``aligned`` in another one if ``preset`` says so.
+
+    Raises:
+      UserError: an engine of another preset, and nobody who asked to replace it.
+    """
+    if engine.preset == "aligned":
+        return engine
+    if preset is None:
+        raise UserError(
+            f"calibrate writes settings of preset aligned, got an engine of preset {engine.preset} (give --preset "
+            f"aligned to replace all of its settings)"
+        )
+    return make_config(preset, shadow=engine.shadow)
+
+
+def describe_changes(old: MemShareConfig, new: MemShareConfig) -> str:
+    """Each setting that differs, one in a line, as ``name: old -> new``."""
+    before, after = old.model_dump(), new.model_dump()
+    changed = [f"  {key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+    return "\n".join(["changes in the engine's settings:", *changed]) if changed else "the engine has these settings"
 
 
 def describe(calibration: Calibration, max_accuracy_drop: float, num_problems: int) -> str:
@@ -113,6 +143,8 @@ def describe(calibration: Calibration, max_accuracy_drop: float, num_problems: i
             f"not certain: a loss beyond the budget of {max_accuracy_drop:.2%} is within the interval; more problems "
             f"narrow it"
         )
+    if calibration.config.shadow:
+        lines.append("the engine stays in shadow: it searches and reports, and shares nothing")
     if len(calibration.tried) > 1:
         lines.append(
             f"{len(calibration.tried)} settings were tried on these problems until one fitted, which flatters it a "
@@ -141,16 +173,25 @@ def main(command: str, arguments: list[str]) -> None:
     )
     parser.add_argument("--keep-dir", type=Path, help="folder in which results are kept for a later run")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--preset",
+        choices=("aligned",),
+        help="calibrate an engine of another preset too: all of its settings are replaced, but for shadow",
+    )
     parser.add_argument("--dry-run", action="store_true", help="report, leave the engine as it is")
     parser.add_argument("--output-json", type=Path)
     options = parser.parse_args(arguments)
     check_output_file("--output-json", options.output_json)
-    load_engine(options.engine_dir)
+    engine = load_engine(options.engine_dir)
+    base = choose_base(engine.memshare, options.preset)
     if not options.dry_run:
         check_replaceable(options.engine_dir)
     session = Session(options.engine_dir, options.dataset, options.num_problems, options.device, options.keep_dir)
-    found = calibrate(session, options.max_accuracy_drop, is_sure=options.sure, replay_problems=options.replay_problems)
+    found = calibrate(
+        session, options.max_accuracy_drop, is_sure=options.sure, replay_problems=options.replay_problems, base=base
+    )
     print(describe(found, options.max_accuracy_drop, len(session.items)))
+    print(describe_changes(engine.memshare, found.config))
     report = make_report(
         {
             "engine_dir": str(options.engine_dir),
