@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -100,10 +100,20 @@ def test_each_rank_needs_a_gpu_of_its_own(tmp_path, bundled_model, fake_tensorrt
     (engine_dir / "rank1.engine").write_bytes((engine_dir / "rank0.engine").read_bytes())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "two")  # somebody else's
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     second = type("Second", (), {"rank": 1, "size": 2})()
     with pytest.raises(UserError, match=r"a GPU of its own, got 2 ranks and 1 GPUs on this machine \(start fewer"):
         open_runner(load_engine(engine_dir), 20, communicator=second)
+
+
+def test_graphs_are_replayed_for_one_rank_alone(tmp_path, bundled_model, fake_tensorrt):
+    engine = load_engine(write_engine_dir(tmp_path / "engine", bundled_model))
+    alone = type("Alone", (), {"rank": 0, "size": 1})()
+    with pytest.raises(UserError, match=r"--engine-cuda-graphs is for TensorRT engines of one rank, got several ranks"):
+        open_runner(engine, 20, communicator=alone, use_graphs=True)
+    with pytest.raises(UserError, match=r"of one rank, got an engine of torch \(leave it out"):
+        open_runner(replace(engine, backend="torch"), 20, use_graphs=True)
 
 
 def test_an_engine_for_several_ranks_needs_as_many_processes(tmp_path, bundled_model, fake_tensorrt):

@@ -8,6 +8,7 @@ import torch
 from fakes.host_device import HostGraph
 
 from trtllm_memshare.cache.offsets import encode_block_offsets
+from trtllm_memshare.evaluation.replay import ReplaySampler
 from trtllm_memshare.runners.protocol import StepBatch
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search.config import make_config
@@ -82,19 +83,32 @@ def test_graphs_are_captured_once_for_a_bucket_and_length_and_replayed(make_runn
     assert steps > 100
 
 
-def test_every_family_and_the_variants_of_the_search(make_runner, family_checkpoint, boundaries, prompts):
-    """K as stored (paper), stage 1 alone (lexical): tokens and what is shared are the torch runner's."""
+def test_every_family_and_the_variants_of_the_search(make_runner, family_checkpoint, boundaries):
+    """Keys as stored, without their rotation, or stage 1 alone: what is compared and shared is the torch runner's.
+
+    Texts are given, since a model of random weights does not repeat itself.
+    """
     torch_runner = TorchRunner(load_model(family_checkpoint), 300, 16, fold_aliases=False)
     engine_runner = make_runner(family_checkpoint, 300, sizes={"max_seq_len": 512})
-    for preset in ("paper", "lexical"):
-        config = make_config(preset, protected_tokens=16, protected_steps=0, search_interval=2)
+    shared = {}
+    for preset, settings in (("aligned", {}), ("aligned", {"undo_rope": False}), ("lexical", {})):
+        config = make_config(preset, protected_tokens=16, protected_steps=0, search_interval=2, **settings)
         results = []
         for runner in (torch_runner, engine_runner):
-            executor = Executor(runner, config, boundaries, 512, max_batch_size=4)
-            handles = [executor.submit(p, SamplingParams(120)) for p in prompts[:3]]
+            sampler = ReplaySampler()
+            executor = Executor(runner, config, boundaries, 512, max_batch_size=4, sampler=sampler)
+            for seed in range(3):
+                piece = np.random.default_rng(seed).integers(4, runner.vocab_size, 45).tolist()
+                handle = executor.submit(piece[:7], SamplingParams(250))
+                sampler.add_script(handle.request_id, (piece * 7)[7:257])
             executor.run_until_idle()
-            results.append(([h.result(0).token_ids for h in handles], executor.manager.stats().shared))
+            policy = executor.sharing.policy
+            results.append((policy.num_candidates, dict(policy.rejected), executor.manager.stats().shared))
         assert results[0] == results[1]
+        assert results[0][0] > 20
+        shared[preset, settings.get("undo_rope")] = results[0][2]
+    assert shared["lexical", None] > 20
+    assert shared["aligned", False] < shared["aligned", None]  # rotated keys of one text are further apart
 
 
 def test_frequencies_without_the_model_are_those_of_the_model(family_checkpoint):

@@ -36,9 +36,15 @@ def open_runner(
       use_graphs: replay CUDA graphs of a TensorRT engine's pure decode steps; the torch runner decides for itself.
 
     Raises:
-      UserError: the engine cannot run on that device or this machine.
+      UserError: the engine cannot run on that device or this machine, or replays no graphs.
     """
     check_pool(engine, num_blocks)
+    if use_graphs and (engine.backend != "tensorrt" or communicator is not None):
+        got = f"an engine of {engine.backend}" if engine.backend != "tensorrt" else "several ranks"
+        raise UserError(
+            f"--engine-cuda-graphs is for TensorRT engines of one rank, got {got} (leave it out; the torch runner "
+            f"decides for itself)"
+        )
     if engine.backend == "tensorrt":
         if device == "cpu":
             raise UserError("an engine of the TensorRT backend runs on cuda, got --device cpu (leave out --device)")
@@ -67,14 +73,15 @@ def open_runner(
 
 @contextmanager
 def pool_that_fits(engine: Engine, num_blocks: int, owner: str) -> Iterator[None]:
-    """Turns running out of memory in here into a UserError; ``owner``: of the memory."""
+    """Turns running out of memory in here into a UserError; ``owner``: of the memory that one rank takes."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
             raise
+        needed = num_blocks * engine.bytes_per_block // num_ranks(engine)
         raise UserError(
-            f"a KV pool of {num_blocks:,} blocks needs {num_blocks * engine.bytes_per_block:,} bytes, which {owner} "
+            f"a KV pool of {num_blocks:,} blocks needs {needed:,} bytes, which {owner} "
             f"does not have (lower --kv-cache-blocks)"
         ) from error
 

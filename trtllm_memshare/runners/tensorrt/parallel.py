@@ -38,7 +38,8 @@ def open_ranked_runner(engine: Engine, num_blocks: int, communicator: Communicat
         )
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        here = next((int(os.environ[name]) for name in _RANKS_HERE if name in os.environ), 1)
+        told = (os.environ.get(name, "") for name in _RANKS_HERE)
+        here = next((int(number) for number in told if number.isdecimal()), 1)
         if here > count:
             raise UserError(
                 f"each rank needs a GPU of its own, got {here} ranks and {count} GPUs on this machine (start fewer "

@@ -57,7 +57,10 @@ class EnginePlan:
     def spec(self, rank: int) -> EngineSpec:
         """The spec of one rank's engine, its dtype that of the engine."""
         checkpoint = replace(self.checkpoint, dtype=engine_dtype(self.checkpoint))
-        return engine_spec(checkpoint, self.build, rank, self.max_pairs if self.search_engine == "embedded" else 0)
+        # ModelOpt gives its checkpoints logits of 16 bits, TensorRT-LLM's converters float32 ones.
+        logits = "float16" if self.build.quantization in CALIBRATED else "float32"
+        pairs = self.max_pairs if self.search_engine == "embedded" else 0
+        return engine_spec(checkpoint, self.build, rank, pairs, logits)
 
 
 def check_plan(plan: EnginePlan, is_built: bool = False) -> None:

@@ -78,6 +78,7 @@ def write_null_pages(plan: EnginePlan, folder: Path) -> None:
     add_null_pages(
         folder, plan.checkpoint.model_dir, plan.spec(0).max_seq_len, kv_dtype, plan.memshare, skips_entries=False
     )
+    torch.cuda.empty_cache()  # TensorRT allocates beside torch, which keeps what the model took
 
 
 def make_record(plan: EnginePlan, tensorrt_version: str, capability: tuple[int, int]) -> TensorRTRecord:
