@@ -85,3 +85,13 @@ def test_the_digest_has_what_was_given_up_and_what_is_full(damage):
     assert manager.state_digest() == make().state_digest()
     damage(manager, manager._tables[0], manager._sequences[1])
     assert manager.state_digest() != make().state_digest()
+
+
+def test_a_block_that_is_being_written_has_one_entry():
+    manager = make()
+    table = manager._tables[0]
+    manager.pool.release(table[6:7].copy())
+    table[6] = table[7]
+    manager.pool.ref_count[table[7]] += 1
+    with pytest.raises(RuntimeError, match=r"are being written, with \[2\] references"):
+        manager.check_integrity()

@@ -91,3 +91,9 @@ def test_a_page_of_unknown_surprisal_is_ranked_by_its_redundancy(others):
     assert np.isfinite(need).all()
     assert need[0] < need[1]
     assert need[0] < need[2]
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_the_only_page_that_may_go_has_a_need(name):
+    one = PageFacts(np.array([7], np.int32), *(np.full(1, 0.5, np.float32) for _ in range(6)))
+    assert np.isfinite(page_need(name, one)).all()

@@ -141,3 +141,12 @@ def test_a_block_that_lay_free_was_asked_nothing():
         ledger.observe_attention(np.array([0.5, 0.25, 0.5], np.float32), generations, in_use)
     facts = ledger.facts(0, np.array([5, 6, 7]), np.arange(3), 3)
     np.testing.assert_allclose(facts.attention, [0.5, 0.25, 0.5], rtol=1e-6)
+
+
+def test_attention_adds_up_again_in_a_block_that_was_freed():
+    ledger = PageLedger(find_need("attention-redundancy"), 4, 2, 0, None)
+    generations, in_use = np.array([1, 0], np.int32), np.ones(2, bool)
+    for seen in (0.2, 0.6):
+        ledger.observe_attention(np.full(2, seen, np.float32), generations, in_use)
+    facts = ledger.facts(0, np.array([5, 6]), np.array([0, 1]), 2)
+    np.testing.assert_allclose(facts.attention, [0.4, 0.4], rtol=1e-6)

@@ -150,3 +150,18 @@ def test_steps_are_not_kept_for_ever():
         surprisal.note([one], torch.tensor([-1.0]))
         one.tokens.append(1)
         assert len(surprisal._steps) <= _MOST_STEPS
+
+
+def test_another_request_of_that_length_does_not_go_on_with_the_row():
+    surprisal, one, other = PageSurprisal(SIZE), state(0, 1), state(1, 2)
+    surprisal.note([one], torch.tensor([-1.0]))
+    surprisal.note([other], torch.tensor([-7.0]))
+    surprisal.catch_up()
+    assert [surprisal.of(name, np.array([0])).tolist() for name in (0, 1)] == [[1.0], [7.0]]
+
+
+@pytest.mark.parametrize("num_tokens", [2 * SIZE, 3 * SIZE - 1])
+def test_a_lost_token_leaves_its_page_unknown_and_no_other(num_tokens):
+    surprisal = PageSurprisal(SIZE)
+    surprisal.lose([state(0, num_tokens)])
+    assert np.isnan(surprisal.of(0, np.arange(4))).tolist() == [False, False, True, False]

@@ -373,3 +373,22 @@ def test_pages_that_were_asked_about_in_the_step_of_a_preemption_are_asked_about
     host.relief.begin_step([request], again)
     assert again.asked["a"] == [page for page in asked if page in again.asked["a"]]
     assert again.asked["a"]
+
+
+def test_pages_that_go_in_a_later_band_take_along_those_that_went_before() -> None:
+    host = Host(13, bands=(0, 40, 1000), min_kept=0.0)
+    request = host.add("a", 4, 39)
+    host.relief.make_room([request], 1, MemShareUpdate())
+    before = retired(host, "a")
+    host.grow(request, [1, 2])  # 40 computed: the next query is in the second band
+    update = MemShareUpdate()
+    host.relief.make_room([request], host.blocks.num_free + 1, update)
+    second, pages = host.blocks.null_block_ids[1], retired(host, "a")
+    assert set(before) < set(pages)
+    assert {host.ids("a")[page] for page in pages} == {second}
+    assert update.null_entries["a"] == dict.fromkeys(pages, second)
+
+
+def test_a_relief_that_is_forced_goes_on_to_the_low_watermark() -> None:
+    host = Host(12, high_watermark=0.9, low_watermark=0.6, min_kept=0.0)
+    assert host.relief.make_room([host.add("a", 4, 39)], 1, MemShareUpdate()) == 5
