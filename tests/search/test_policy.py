@@ -68,9 +68,11 @@ def test_the_preset_without_a_comparison_needs_none():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"compared": "k"}, "compared k"), ({"layer_vote": "mean"}, "layer_vote mean"),
-     ({"compared": "v", "layer_quorum": 0.5}, "compared v, layer_quorum 0.5")],
+     ({"compared": "v", "layer_quorum": 0.5}, "compared v")],
 )  # fmt: skip
 def test_votes_of_layers_are_refused_where_one_distance_is_taken_over_all(settings, named):
-    with pytest.raises(UserError, match=rf"pool_layers takes one distance .*, got {named} \(leave it out"):
+    with pytest.raises(
+        UserError, match=rf"{named} has no effect .*, which pool_layers replaces"
+    ):
         make_config("paper", **settings)
     assert make_config("paper", pool_layers=False, **settings).pool_layers is False

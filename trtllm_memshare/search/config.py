@@ -137,13 +137,6 @@ class MemShareConfig(BaseModel):
                 f"under pressure need nearest-earlier alone names a page to stand in for one that is given up, got "
                 f"retired_becomes alias with need {self.need} (choose null or dropped, or need nearest-earlier)"
             )
-        votes = {"compared": "k-and-v", "layer_vote": "quorum", "layer_quorum": 1.0}
-        voted = [f"{n} {getattr(self, n)}" for n, v in votes.items() if getattr(self, n) != v]
-        if self.pool_layers and voted:
-            raise ValueError(
-                f"pool_layers takes one distance over K and V of all layers, so that no layer is compared or votes by "
-                f"itself, got {', '.join(voted)} (leave it out, or set pool_layers to false)"
-            )
         repeats = {"matcher": "runs", "max_gap_tokens": 0, "direction": "keep-latest"}
         if self.pressure and (
             other := [f"{n} {getattr(self, n)}" for n, v in repeats.items() if getattr(self, n) != v]

@@ -8,6 +8,7 @@ from typing import Any
 _PRESSURE = ("high_watermark", "low_watermark", "min_kept", "lookahead_tokens", "need", "spread")
 _SEARCH = ("accept_all", "settled_tokens", "min_pool_use", "max_pairs")
 _DISTANCE = ("undo_rope", "max_distance", "pool_layers", "compared", "layer_vote", "layer_quorum")
+_VOTES = ("compared", "layer_vote", "layer_quorum")
 _RUNS = ("shingle_tokens", "min_run_tokens", "max_gap_tokens")
 _STEPS = ("min_step_tokens", "min_step_cosine", "max_steps_compared")
 _STREAMING = ("streaming_window_tokens", "streaming_sink_tokens")
@@ -18,6 +19,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_PRESSURE, lambda c: c.pressure, "preset pressure reads it"),
     (_SEARCH, lambda c: c.searches, "presets that search while there is room read it"),
     (_DISTANCE, lambda c: c.searches and not c.accept_all, "presets that compare K and V read it"),
+    (_VOTES, lambda c: not c.pool_layers, "a vote of the layers reads it, which pool_layers replaces"),
     (_RUNS, lambda c: c.matcher == "runs" or c.scope == "group", "matcher runs reads it"),
     (_STEPS, lambda c: c.matcher == "steps", "matcher steps reads it"),
     (("layer_quorum",), lambda c: c.layer_vote == "quorum", "layer_vote quorum reads it"),
