@@ -71,8 +71,6 @@ def test_the_preset_without_a_comparison_needs_none():
      ({"compared": "v", "layer_quorum": 0.5}, "compared v")],
 )  # fmt: skip
 def test_votes_of_layers_are_refused_where_one_distance_is_taken_over_all(settings, named):
-    with pytest.raises(
-        UserError, match=rf"{named} has no effect .*, which pool_layers replaces"
-    ):
+    with pytest.raises(UserError, match=rf"{named} has no effect .*, which pool_layers replaces"):
         make_config("paper", **settings)
     assert make_config("paper", pool_layers=False, **settings).pool_layers is False
