@@ -11,7 +11,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
+    from importlib.abc import Traversable  # Python 3.10 has it nowhere else
 
 _ENTRY = "block_distance_nvrtc.cu"
 ENTRY_POINT = "block_distance"
