@@ -37,12 +37,13 @@ class Machine:
 
 
 class ModelledExecutor(FakeExecutor):
-    """Adds up the modelled time of each iteration; nothing is computed."""
+    """Adds up the modelled time of each iteration, twice: ``seconds`` as if entries that name a null page were skipped,
+    ``seconds_null_read`` as if each were read like any page. No schedule depends on either."""
 
     def __init__(self, manager, policy: str, machine: Machine, max_output: dict[int, int]) -> None:
         super().__init__(manager, overlap=True)
         self.policy, self.machine, self.max_output = policy, machine, max_output
-        self.seconds = self.running = self.recomputed = 0.0
+        self.seconds = self.seconds_null_read = self.running = self.recomputed = 0.0
         self.steps = self.peak_blocks = 0
 
     def _schedule(self):
@@ -78,12 +79,18 @@ class ModelledExecutor(FakeExecutor):
         prompt_tokens = sum(r.prompt_len for r in batch.context_requests)
         self.recomputed += sum(r.prompt_len for r in batch.context_requests if r.num_lives > 1)
         super()._forward(batch)
-        kv_tokens = sum(self.processed[r.py_request_id] - self._forgotten(r) for r in batch.generation_requests)
-        reading = (m.weights_bytes + kv_tokens * m.kv_bytes_per_token) / m.bandwidth
-        self.seconds += max(reading, 2 * m.parameters * prompt_tokens / m.flops) + m.overhead_s
+        entries = sum(self.processed[r.py_request_id] for r in batch.generation_requests)
+        forgotten = sum(self._forgotten(r) for r in batch.generation_requests)
+        computing = 2 * m.parameters * prompt_tokens / m.flops
+        self.seconds += max(self._reading(entries - forgotten), computing) + m.overhead_s
+        self.seconds_null_read += max(self._reading(entries), computing) + m.overhead_s
         self.steps += 1
         self.running += len(batch.generation_requests)
         self.peak_blocks = max(self.peak_blocks, self.pool.shape[0] - self.manager.get_num_free_blocks())
+
+    def _reading(self, kv_tokens: int) -> float:
+        """Seconds that the weights and these tokens' K and V take from memory."""
+        return (self.machine.weights_bytes + kv_tokens * self.machine.kv_bytes_per_token) / self.machine.bandwidth
 
     def _forgotten(self, request) -> int:
         """Tokens whose entries name a null page."""
@@ -97,7 +104,9 @@ class ModelledExecutor(FakeExecutor):
         shared, m = self.manager.memshare, self.machine
         page = self.manager.tokens_per_block * m.kv_bytes_per_token
         pages = 2 * shared.tail.num_copies + 2 * shared.policy.num_candidates
-        self.seconds += self.running * m.hook_s_per_request + pages * page / m.bandwidth
+        added = self.running * m.hook_s_per_request + pages * page / m.bandwidth
+        self.seconds += added
+        self.seconds_null_read += added
 
 
 def make_settings_of(preset: str, longest: int) -> Settings:
@@ -142,6 +151,7 @@ def run(
     shared = manager.memshare.manager.stats() if preset is not None else None
     return {
         "request_throughput_req_s": len(texts) / executor.seconds,
+        "request_throughput_req_s_null_read": len(texts) / executor.seconds_null_read,
         "mean_requests_in_flight": executor.running / executor.steps,
         "mean_step_ms": executor.seconds / executor.steps * 1e3,
         "peak_blocks": executor.peak_blocks,

@@ -15,6 +15,7 @@ The last line is JSON; times in milliseconds.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from trtllm_pytorch.hook_cost import measure
@@ -54,7 +55,8 @@ def main() -> None:
                 "lengths": [options.min_length, options.max_length],
                 "steps": options.steps,
                 "rows": rows,
-            }
+            },
+            " ".join(["PYTHONPATH=tests python -m trtllm_pytorch.pytorch_hook", *sys.argv[1:]]),
         ),
         options.output_json,
     )
