@@ -50,7 +50,14 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
   --output-json "$results/triton_serving.json"
 # Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
 PYTHONPATH=tests "$python" -m trtllm_pytorch.pytorch_hook --output-json "$results/pytorch_hook.json"
-PYTHONPATH=tests "$python" -m trtllm_pytorch.modelled_throughput --output-json "$results/modelled_throughput.json"
+modelled=("$python" -m trtllm_pytorch.modelled_throughput)
+floors=(off pressure:min_kept=0.75 pressure:min_kept=0.5 pressure:min_kept=0.25)
+PYTHONPATH=tests "${modelled[@]}" --output-json "$results/modelled_throughput.json"
+PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --output-json "$results/modelled_pressure.json"
+PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --policies MAX_UTILIZATION --shares 0.125 0.25 0.5 1 \
+  --presets "${floors[@]}" --output-json "$results/modelled_pools.json"
+PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --policies MAX_UTILIZATION --shares 0.125 0.25 0.5 \
+  --in-flight 24 --presets "${floors[@]}" --output-json "$results/modelled_stream.json"
 "$python" -m benchmarks.triton_soak --engine-dir "$engine" --minutes 30 --output-json "$results/triton_soak.json"
 # The weights of the model of the traces come from benchmarks/studies/learning_to_copy/train.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.

@@ -79,8 +79,8 @@ def main() -> None:
                 print(
                     f"{workload:<10} {policy:<20} {share:<6} {row['preset']:<22} "
                     f"{row['request_throughput_req_s']:>7.2f} {row['ratio']:>6.2f} "
-                    f"{row['ratio_null_read']:>9.2f} {row['mean_requests_in_flight']:>9.1f} {row['mean_step_ms']:>8.2f} {row['paused']:>6} "
-                    f"{row['shared_block_fraction']:>8.1%}"
+                    f"{row['ratio_null_read']:>9.2f} {row['mean_requests_in_flight']:>9.1f} "
+                    f"{row['mean_step_ms']:>8.2f} {row['paused']:>6} {row['shared_block_fraction']:>8.1%}"
                 )
     model = {name: value for name, value in asdict(Machine()).items() if name != "hook_s_per_request"}  # in each row
     figures = {"modelled": True, "machine_model": model, "tokens_per_block": size, "in_flight": options.in_flight}
