@@ -21,8 +21,8 @@ def ratio_bound(rows: list[Row], bound: str, arm: str, base: str = BASE, tokens:
     ours, theirs = (select(rows, name, Setting(tokens=tokens)) for name in (arm, base))
     common = [text for text in ours if text in theirs]
     problems = [ours[text]["problem"] for text in common]
-    values = (by_problem(problems, [side[text]["loss_change"] for text in common]) for side in (ours, theirs))
-    return dict(zip(("low", "high"), ratio_interval(*values), strict=True))[bound]
+    loss, base_loss = (by_problem(problems, [side[t]["loss_change"] for t in common]) for side in (ours, theirs))
+    return dict(zip(("low", "high"), ratio_interval(loss, base_loss), strict=True))[bound]
 
 
 def corrected_p(rows: list[Row], arm: str) -> float:
