@@ -76,7 +76,7 @@ def main() -> None:
                 rounds[name].append(found)
                 print(f"{name}: first token {found.ttft_ms:.2f} ms, {found.req_s:.2f} req/s", file=sys.stderr)
             if streams is not None:
-                streamed.append(streams.run(sides, server.url, Path(folder) / f"aiperf_{number}"))
+                streamed.append(streams.run(sides, server.url, Path(folder) / f"aiperf_{number}", number))
                 print(f"streamed: {streamed[-1]}", file=sys.stderr)
     report = make_report(
         {"server": server.origin, "threads": os.environ.get("OMP_NUM_THREADS"), "note": options.note,

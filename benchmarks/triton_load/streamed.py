@@ -36,9 +36,13 @@ class Streams:
     aiperf: Path
     tokenizer_dir: Path
 
-    def run(self, sides: Mapping[str, Triton | Alone], url: str, folder: Path) -> dict[str, LoadFigures]:
-        """Our own clients on every side, then AIPerf on Triton, which it reaches at ``url``; ``folder``: for AIPerf."""
-        found = {name: asyncio.run(self.run_own(side)) for name, side in sides.items()}
+    def run(self, sides: Mapping[str, Triton | Alone], url: str, folder: Path, number: int) -> dict[str, LoadFigures]:
+        """Our own clients on every side, then AIPerf on Triton, which it reaches at ``url``; ``folder``: for AIPerf.
+
+        ``number``: of the round; the side that begins is the other one in odd rounds.
+        """
+        order = sorted(sides, reverse=bool(number % 2))
+        found = {name: asyncio.run(self.run_own(sides[name])) for name in order}
         prompts = [Prompt(text, item.output_tokens) for text, item in zip(self.texts, self.items, strict=True)]
         load = AiperfLoad(url, "ensemble", "triton", self.tokenizer_dir, prompts, self.clients)
         return {**found, "aiperf": run_aiperf(self.aiperf, load, folder)}

@@ -1,10 +1,11 @@
-"""Intervals of a share of right answers."""
+"""Intervals of a share of right answers and of a ratio; p-values of one comparison and of several."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from trtllm_memshare.evaluation.statistics import mcnemar, paired_interval, wilson_interval
+from trtllm_memshare.evaluation.statistics import holm, mcnemar, paired_interval, ratio_interval, wilson_interval
 
 
 def test_known_values_and_ends():
@@ -44,3 +45,21 @@ def test_paired_interval_brackets_the_change_and_narrows():
     assert paired_interval(3, 8, 100) == pytest.approx(tuple(-x for x in paired_interval(8, 3, 100)[::-1]))
     with pytest.raises(ValueError, match="got 3 \\+ 8 of 10"):
         paired_interval(3, 8, 10)
+
+
+def test_holm_counts_each_p_value_as_often_as_none_smaller_is_left_and_keeps_their_order():
+    assert holm(np.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm(np.array([0.6, 0.5])) == pytest.approx([1.0, 1.0])
+    assert holm(np.array([0.02])) == pytest.approx([0.02])
+
+
+def test_the_interval_of_a_ratio_holds_it_narrows_with_pairs_and_is_a_point_where_all_pairs_agree():
+    rng = np.random.default_rng(3)
+    theirs = rng.uniform(1, 3, 200)
+    ours = 0.9 * theirs + rng.normal(0, 0.2, 200)
+    low, high = ratio_interval(ours, theirs)
+    few_low, few_high = ratio_interval(ours[:10], theirs[:10])
+    assert low < ours.mean() / theirs.mean() < high
+    assert high - low < few_high - few_low
+    # Pairs are drawn together: with one ratio in every pair nothing else can come out.
+    assert ratio_interval(0.9 * theirs, theirs) == pytest.approx((0.9, 0.9))

@@ -48,7 +48,9 @@ def test_pictures_have_every_arm_at_its_place(tmp_path, monkeypatch):
     both, curve = drawn
     asked = {row["arm"] for row in RECALL} - {"full", *PRESETS, ANEW}
     assert len(both.legends[0].texts) == len(asked)
-    (random,) = [bars for bars in both.axes[0].containers if bars.get_label().startswith("random pages")]
+    labelled = {bars.get_label(): bars for bars in both.axes[0].containers}
+    random, once = (labelled[name] for name in sorted(labelled) if name.startswith("random pages"))
+    assert once.lines[0].get_xydata()[0, 1] == pytest.approx(142 / 329)
     assert random.lines[0].get_xydata().tolist() == [[0.0, pytest.approx(173 / 329)]]
     shown = len({row["text"] for row in longer})
     assert curve.axes[0].get_title() == f"a model on {shown} reasoning texts of 100,000 tokens"

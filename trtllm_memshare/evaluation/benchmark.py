@@ -113,8 +113,9 @@ def run_variant(
                 before, executor.last_batch = executor.stats.num_steps, None
                 executor.step()
                 if executor.last_batch is not None and executor.stats.num_steps > before:
-                    pool = executor.manager.pool
-                    clock.tick(len(executor.last_batch.input_ids), pool.num_used / pool.num_usable, handles)
+                    manager, pool = executor.manager, executor.manager.pool
+                    null_use = manager.stats().null_entries / pool.num_usable
+                    clock.tick(len(executor.last_batch.input_ids), pool.num_used / pool.num_usable, null_use, handles)
             else:
                 time.sleep(max(0.0, min(0.01, due[len(handles)] - now)))
             bar.update(executor.stats.num_finished - bar.n)
@@ -127,7 +128,7 @@ def run_variant(
     right = [is_right(i, r.token_ids) for i, r in zip(items, results, strict=True) if i.answer is not None]
     entry = _entry(variant, executor, results, right, seconds)
     entry["requests_per_cpu_s"] = count / cpu_seconds
-    entry["modelled_gpu"] = clock.summary()
+    entry["modelled_gpu"], entry["modelled_gpu_null_read"] = clock.summaries()
     loss = []
     if replayed is not None:
         loss = [replayed.loss[h.request_id] / r.stats.num_output_tokens for h, r in zip(handles, results, strict=True)]

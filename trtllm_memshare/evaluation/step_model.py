@@ -87,37 +87,43 @@ class ModelledTimes:
 
 
 class ModelledClock:
-    """The modelled times of a run of the executor.
+    """The modelled times of a run of the executor, by two kernels: one skips pages that were given up, one reads them.
 
-    It takes tokens out of the handles' streams, which nobody else may read.
+    A kernel that is not changed reads the null page for each of its entries. That page may stay in the card's cache, so
+    such kernels lie in between. It takes tokens out of the handles' streams, which nobody else may read.
 
     Args:
       machine: the model of a step.
     """
 
     def __init__(self, machine: GpuModel) -> None:
-        self._times = ModelledTimes(machine)
+        self._skipped, self._read = ModelledTimes(machine), ModelledTimes(machine)
         self._num_submitted = 0
 
-    def tick(self, num_tokens: int, pool_use: float, handles: Sequence[RequestHandle]) -> None:
+    def tick(self, num_tokens: int, pool_use: float, null_use: float, handles: Sequence[RequestHandle]) -> None:
         """One step has run.
 
         Args:
           num_tokens, pool_use: see ``GpuModel.step_seconds``.
+          null_use: entries of tables that stand for pages given up, as a share of the pool's blocks.
           handles: of every request that was submitted so far.
         """
-        times = self._times
+        both = self._skipped, self._read
         for handle in handles[self._num_submitted :]:
-            times.submit(handle.request_id)
+            for times in both:
+                times.submit(handle.request_id)
         self._num_submitted = len(handles)
-        times.step(num_tokens, pool_use)
+        self._skipped.step(num_tokens, pool_use)
+        self._read.step(num_tokens, pool_use + null_use)
         for handle in handles:
-            had_token, has_ended = times.knows(handle.request_id)
+            had_token, has_ended = self._skipped.knows(handle.request_id)
             if not had_token and handle.drain()[0]:
-                times.has_token(handle.request_id)
+                for times in both:
+                    times.has_token(handle.request_id)
             if not has_ended and handle.future.done():
-                times.end(handle.request_id)
+                for times in both:
+                    times.end(handle.request_id)
 
-    def summary(self) -> dict[str, Any]:
-        """See ``ModelledTimes.summary``."""
-        return self._times.summary()
+    def summaries(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See ``ModelledTimes.summary``: of a kernel that skips, and of one that reads."""
+        return self._skipped.summary(), self._read.summary()

@@ -59,7 +59,7 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
     return {
         "blocks": blocks, "seconds": ends[-1], "cpu_seconds": cpu_ends[-1], "steps": steps,
         "mean_in_flight": in_flight / steps, "preemptions": metrics["vllm:num_preemptions"],
-        "prompt_tokens_computed": metrics["vllm:prompt_tokens"], "answer_tokens": sum(lengths),
+        "prompt_tokens": metrics["vllm:prompt_tokens"], "answer_tokens": sum(lengths),
         "answer_lengths": lengths, "own_ends": own_ends,
         "latency": {q: float(np.percentile(ends, int(q[1:]))) for q in ("p50", "p99")},
         "cpu_latency": {q: float(np.percentile(cpu_ends, int(q[1:]))) for q in ("p50", "p99")},

@@ -44,7 +44,7 @@ def plot_loss_and_recall(rows: list[Row], recall_rows: list[Row], path: Path) ->
     axis.set(
         xlabel="change of the loss beside random pages, nats a token (bars: standard error, by problem)",
         ylabel="facts stated once that are recalled (95 %)",
-        ylim=(0.4, 1.02),
+        ylim=(0.35, 1.02),
         title="Half of the generated pages given up: the next word and what was said",
     )
     axis.grid(alpha=0.3)

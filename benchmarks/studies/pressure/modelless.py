@@ -66,6 +66,7 @@ def serve(
         "num_blocks": num_blocks,
         "num_steps": entry["num_steps"],
         "modelled_gpu": entry["modelled_gpu"],
+        "modelled_gpu_null_read": entry["modelled_gpu_null_read"],
         "mean_in_flight": sum(running) / len(running),
         "peak_blocks": entry["peak_used_blocks"],
         "paused_requests": entry["paused_requests"],

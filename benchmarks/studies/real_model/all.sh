@@ -26,6 +26,9 @@ split benchmarks/results/real_model.jsonl table
 split $results/recall.jsonl recall --arms $rankings aligned random-anew
 split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms $rankings
 split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms $rankings
+split $results/recall.jsonl recall --arms random-once
+split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms random-once
+split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms random-once
 # As much as the published method keeps.
 split $results/recall_kept_62.jsonl recall --min-kept 0.62 --arms full $reported
 split $results/recall_kept_53.jsonl recall --min-kept 0.53 --arms full $reported

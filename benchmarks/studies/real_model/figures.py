@@ -5,13 +5,40 @@ from __future__ import annotations
 import numpy as np
 
 from trtllm_memshare.evaluation.page_arms import DEFAULT
+from trtllm_memshare.evaluation.page_study import PRESETS
 from trtllm_memshare.evaluation.page_table import BASE, Comparison, Row, Setting, by_problem, compare, recall, select
-from trtllm_memshare.evaluation.statistics import sign_flip
+from trtllm_memshare.evaluation.statistics import holm, ratio_interval, sign_flip
+from trtllm_memshare.report.real_model import LABELS
 
 
 def compared(rows: list[Row], what: str, arm: str, base: str = BASE, kept: float = 0.5, tokens: int = 2048) -> float:
     """A field of ``Comparison`` of two arms on the texts that both have, such as ``ratio`` or ``divergence_p``."""
     return _field(compare(rows, arm, base, Setting(kept, tokens=tokens)), what, arm, base)
+
+
+def ratio_bound(rows: list[Row], bound: str, arm: str, base: str = BASE, tokens: int = 2048) -> float:
+    """The ``low`` or ``high`` end of the 95 % interval of ``ratio``, by a bootstrap over problems."""
+    ours, theirs = (select(rows, name, Setting(tokens=tokens)) for name in (arm, base))
+    common = [text for text in ours if text in theirs]
+    problems = [ours[text]["problem"] for text in common]
+    loss, base_loss = (by_problem(problems, [side[t]["loss_change"] for t in common]) for side in (ours, theirs))
+    return dict(zip(("low", "high"), ratio_interval(loss, base_loss), strict=True))[bound]
+
+
+def corrected_p(rows: list[Row], arm: str) -> float:
+    """Of an arm's loss against random pages at a half, by Holm's method over all arms of the first table."""
+    return _corrected(rows)[arm]
+
+
+def num_compared(rows: list[Row]) -> int:
+    """Arms of the first table that are held against random pages."""
+    return len(_corrected(rows))
+
+
+def _corrected(rows: list[Row]) -> dict[str, float]:
+    found = {arm: compare(rows, arm) for arm in LABELS if arm not in (BASE, *PRESETS)}
+    p_values = {arm: c.p for arm, c in found.items() if c is not None}
+    return dict(zip(p_values, holm(np.array(list(p_values.values()))).tolist(), strict=True))
 
 
 def unseen(tables: list[list[Row]], what: str, arm: str, tokens: int, base: str = BASE) -> float:

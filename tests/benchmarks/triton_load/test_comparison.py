@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.triton_load import executor_alone
+from benchmarks.triton_load import executor_alone, streamed
 from benchmarks.triton_load.aiperf import LoadFigures
 from benchmarks.triton_load.cost import Alone, run_round
 from benchmarks.triton_load.executor_alone import ExecutorAlone
@@ -44,6 +44,23 @@ def test_our_own_streams_time_each_first_token(alone, tmp_path):
     found = asyncio.run(streams.run_own(Alone(alone)))
     assert (found.num_requests, found.num_errors) == (6, 0)
     assert 0 < found.ttft_p50_ms <= found.ttft_p99_ms < 6 / found.req_s * 1e3  # within the load's own time
+
+
+def test_the_side_whose_streams_begin_changes_each_round(tmp_path, monkeypatch):
+    """AIPerf, which has no other side, comes last."""
+    figures, order = LoadFigures(1.0, 1.0, 1.0, 6, 0, 1.0), []
+
+    async def own(_, side):
+        order.append(side)
+        return figures
+
+    monkeypatch.setattr(Streams, "run_own", own)
+    monkeypatch.setattr(streamed, "run_aiperf", lambda *_: order.append("aiperf") or figures)
+    streams = Streams(ITEMS, TEXTS, 3, tmp_path, tmp_path)  # type: ignore[arg-type]
+    sides = {"executor": "executor", "triton": "triton"}
+    rounds = [streams.run(sides, "http://localhost", tmp_path, number) for number in range(3)]  # type: ignore[arg-type]
+    assert order == ["executor", "triton", "aiperf", "triton", "executor", "aiperf", "executor", "triton", "aiperf"]
+    assert all(each.keys() == {*sides, "aiperf"} for each in rounds)
 
 
 def test_an_executor_that_ends_at_once_is_named(tmp_path, monkeypatch):

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.studies.real_model.figures import beside_short, gained, lost, recall_p, unseen, within
+from benchmarks.studies.real_model.figures import (
+    beside_short,
+    compared,
+    corrected_p,
+    gained,
+    lost,
+    num_compared,
+    ratio_bound,
+    recall_p,
+    unseen,
+    within,
+)
 
 
 def row(text: str, arm: str, *right: bool) -> dict:
@@ -62,3 +73,25 @@ def test_longer_texts_are_held_against_the_same_texts_at_the_study_s_length():
     longer = [replayed(name, "a", 0.1) for name in ("x", "y")]
     assert beside_short([short, longer], "difference", "a", 4096) == pytest.approx(-0.1)
     assert beside_short([short, longer], "texts", "a", 4096) == 2
+
+
+def test_a_ratio_lies_within_its_bounds_which_take_texts_of_one_problem_together():
+    rows = [replayed(str(i), "random", 1.0) for i in range(12)]
+    rows += [replayed(str(i), "snapkv", 0.5 + 0.1 * (i % 5)) for i in range(12)]
+    low, high = (ratio_bound(rows, bound, "snapkv", tokens=4096) for bound in ("low", "high"))
+    assert low < compared(rows, "ratio", "snapkv", tokens=4096) < high
+    again = [{**row, "text": row["text"] + " again"} for row in rows]
+    for bound, value in (("low", low), ("high", high)):
+        assert ratio_bound(rows + again, bound, "snapkv", tokens=4096) == pytest.approx(value)
+
+
+def test_each_of_several_comparisons_with_random_pages_counts_for_its_correction():
+    rows = [replayed(str(i), "random", 1.0, tokens=2048) for i in range(12)]
+    rows += [replayed(str(i), "snapkv", 0.5, tokens=2048) for i in range(12)]
+    alone = corrected_p(rows, "snapkv")
+    rows += [
+        replayed(str(i), arm, 1.0 + 0.1 * (-1) ** i, tokens=2048) for i in range(12) for arm in ("rkv", "streaming")
+    ]
+    assert (num_compared(rows), alone) == (3, compared(rows, "p", "snapkv"))
+    assert corrected_p(rows, "snapkv") == pytest.approx(3 * alone)
+    assert corrected_p(rows, "rkv") == 1.0
