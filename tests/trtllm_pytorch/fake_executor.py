@@ -111,7 +111,8 @@ class FakeExecutor:
         """One iteration."""
         batch, paused = self._schedule()
         for request in paused:
-            self.manager.free_resources(request)
+            if self.scheduler is None:  # main's V2 scheduler has freed it
+                self.manager.free_resources(request)
             self.processed.pop(request.py_request_id)
         self.manager.prepare_resources(batch)
         self._forward(batch)
@@ -149,9 +150,9 @@ class FakeExecutor:
     def _schedule(self) -> tuple[ScheduledRequests, list[FakeLlmRequest]]:
         """MAX_UTILIZATION: running requests go on, the youngest give way: V1 frees and recomputes, V2 suspends."""
         if self.scheduler is not None:
-            batch = ScheduledRequests(*self.scheduler.schedule_request(self.active))
-            self.num_pauses = self.scheduler.num_suspended
-            return batch, []
+            batch, paused = self.scheduler.schedule_request(self.active)
+            self.num_pauses = self.scheduler.num_suspended + self.scheduler.num_recomputed
+            return ScheduledRequests(*batch), paused
         size, free = self.manager.tokens_per_block, self._num_free()
         running = [r for r in self.active if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
         caches = getattr(self.manager, "kv_cache_map", None)

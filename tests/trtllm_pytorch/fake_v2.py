@@ -206,18 +206,20 @@ class FakeMainKVCacheManagerV2(FakeKVCacheManagerV2):
 class FakeKVCacheV2Scheduler:
     """Main's ``scheduler/scheduler_v2.py``, MAX_UTILIZATION, September 2026: allocates, suspends and resumes itself.
 
-    Requests that generate come first; one that gets no page suspends the youngest of the others, then itself. Prompts
-    get what is left. A thousand passes in which nothing could be done are a deadlock, as there.
+    Requests that generate come first; one that gets no page suspends the youngest of the others. Where that is not
+    enough, since the host tier is full, it frees the youngest of the others, suspended ones too, to be computed anew
+    (``_try_recompute_pause_for_gen``, 29 November 2026; on unless prompts are served apart). Then it suspends itself.
+    Prompts get what is left. A thousand passes in which nothing could be done are a deadlock, as there.
     """
 
     def __init__(self, manager, max_requests):
         self.manager, self.max_requests = manager, max_requests
-        self.num_suspended = self._stalled = 0
+        self.num_suspended = self.num_recomputed = self._stalled = 0
 
-    def schedule_request(self, active, has_budget=lambda request: True):
-        """(prompts, requests that generate) of this iteration."""
+    def schedule_request(self, active):
+        """(prompts, requests that generate) of this iteration, and who has been freed to be computed anew."""
         started = [r for r in active if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
-        scheduled, end, index = [], len(started), 0
+        scheduled, freed, end, index = [], [], len(started), 0
         while index < end and len(scheduled) < self.max_requests:
             request = started[index]
             ok = self.manager.try_allocate_generation(request)
@@ -226,6 +228,12 @@ class FakeKVCacheV2Scheduler:
                 if self.manager.is_request_active(started[end].py_request_id):
                     self._suspend(started[end])
                     ok = self.manager.try_allocate_generation(request)
+            candidates = started[index + 1 :]
+            while not ok and candidates:
+                freed.append(candidates.pop())
+                self.manager.free_resources(freed[-1])
+                self.num_recomputed += 1
+                ok = self.manager.try_allocate_generation(request)
             if not ok:
                 if self.manager.is_request_active(request.py_request_id):
                     self._suspend(request)
@@ -245,7 +253,7 @@ class FakeKVCacheV2Scheduler:
         self._stalled = 0 if scheduled or context or not active else self._stalled + 1
         if self._stalled >= 1000:
             raise RuntimeError("V2 scheduler deadlock")
-        return context, scheduled
+        return (context, scheduled), freed
 
     def _suspend(self, request):
         self.manager.suspend_request(request)

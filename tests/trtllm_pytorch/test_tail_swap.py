@@ -134,6 +134,10 @@ def resident_pages(manager, request_id: int) -> list[int]:
     return list(manager.get_batch_cache_indices([request_id])[0])
 
 
+def page_bytes(tokens_per_block: int) -> int:
+    return NUM_LAYERS * 2 * NUM_HEADS * tokens_per_block * HEAD_DIM * 4
+
+
 def takes_null_pages(manager) -> bool:
     shared = getattr(manager, "memshare", None)
     return shared is not None and shared._rows._map.null_entries is not None
@@ -159,8 +163,10 @@ def drive(
     size = rng.choice([4, 8])
     # Just enough for one request of any length, or for all of them.
     num_blocks = 212 // size + 2 + rng.randrange(12) + num_null if rng.random() < 0.7 else 400
-    # V2's host tier holds every request; with less of it, TensorRT-LLM alone can come to a standstill.
-    host = {"host_cache_size": 1 << 30} if kind.startswith("V2") else {}
+    # The host tier of early V2 holds every request; with less of it, TensorRT-LLM alone can come to a standstill. Main
+    # then frees requests and computes them anew: its tier has room for some pages, or for all.
+    host_pages = (num_blocks % 3) * 8 if kind == "V2 main" else 0
+    host = {"host_cache_size": host_pages * page_bytes(size) or 1 << 30} if kind.startswith("V2") else {}
     manager = make_manager(manager_class, num_blocks, size, reuse=reuse, config=host)
     metadata = None
     if kind == "V1 old":
@@ -359,3 +365,24 @@ def test_a_request_that_asks_for_its_cache_whole_shares_nothing_through_its_paus
     assert min(retired[:3]) > 0
     assert retired[3] == 0
     assert executor.requests[3].num_lives > 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("preset", ["lexical", "pressure"])
+def test_what_v2_computes_anew_is_prompt_from_then_on(preset, overlap, null_pages):
+    """It is history, which cannot be cut: main's V2 frees requests where the host tier has no room for them."""
+    marks = {"need": "random", "min_kept": 0.25, "high_watermark": 0.85, "low_watermark": 0.75}
+    changes = {"null_pages": null_pages, **marks} if preset == "pressure" else {}
+    make = make_sharing_class(FakeMainKVCacheManagerV2, preset=preset, **changes)
+    manager = make_manager(make, 45, 8, config={"host_cache_size": 2 * page_bytes(8)})
+    executor, rng = FakeExecutor(manager, overlap), random.Random(3)
+    for request_id in range(5):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    while executor.active:
+        executor.step()
+        check_contents(executor)
+        check_pages(executor)
+    stats = manager.memshare.manager.stats()
+    assert executor.scheduler.num_recomputed > 0
+    assert stats.shared + stats.forgotten > 0
+    assert manager.memshare.failures.num_errors == manager.memshare.failures.num_failed_requests == 0

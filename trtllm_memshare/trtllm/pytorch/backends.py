@@ -19,7 +19,8 @@ class CacheBackend(Protocol):
       max_blocks_per_seq: entries of a row of the block table.
       max_batch_size: most requests at once.
       max_held_blocks: most blocks that requests hold at once, each counted for whoever reads it, wherever it lies.
-      protects_prompt_only: False when pages of a resumed request's old tokens may be known to the reuse tree.
+      protects_prompt_only: False when a request that was computed anew may not be cut below its old tokens: they are
+        history (V2), or their pages may be known to the reuse tree (V1).
     """
 
     pool: torch.Tensor
@@ -57,7 +58,6 @@ class _Backend:
         self._manager = manager
         self.max_blocks_per_seq = int(manager.max_blocks_per_seq)
         self.max_batch_size = int(manager.max_batch_size)
-        self.protects_prompt_only = not manager.enable_block_reuse
 
     def _max_held(self, pools: int) -> int:
         """What so many pools would hold, and no more than all requests at their full length."""
@@ -82,6 +82,7 @@ class V1Backend(_Backend):
                 f"head_dim] = {list(shape)}, got {list(pool.shape)} (this TensorRT-LLM lays its pool out differently)"
             )
         self.pool = _typed(pool, manager.dtype).view(shape)
+        self.protects_prompt_only = not manager.enable_block_reuse
         # A page of the reuse tree is read by several requests.
         self.max_held_blocks = self._max_held(1 if self.protects_prompt_only else 4)
 
@@ -109,7 +110,12 @@ class V1Backend(_Backend):
 
 
 class V2Backend(_Backend):
-    """``KVCacheManagerV2``; ``resize`` sets the capacity, never below what counts as history."""
+    """``KVCacheManagerV2``; ``resize`` sets the capacity, never below what counts as history.
+
+    Main's scheduler frees requests where suspending is not enough; their new prompt, old answer included, is history.
+    """
+
+    protects_prompt_only = False
 
     def __init__(self, manager: Any) -> None:
         super().__init__(manager)

@@ -152,7 +152,7 @@ TABLE: tuple[Name, ...] = (
             ("get_token", "new tokens"),
             ("max_beam_num_tokens", "length"),
             ("orig_prompt_len", "what is protected"),
-            ("prompt_len", "what is protected, with block reuse"),
+            ("prompt_len", "what is protected, on V2 and with block reuse"),
             ("py_request_id", "identity"),
             ("state", "ended or paused"),
             ("finish_by_reason", "ends a request alone"),

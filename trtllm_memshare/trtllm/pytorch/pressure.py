@@ -85,7 +85,8 @@ class Pressure:
         self._floor_blocks = None
         if active is not self._active:
             count, self._active = len(active), active
-            self._prompts = np.fromiter((r.orig_prompt_len for r in active.values()), np.int64, count)
+            prompt = attrgetter("orig_prompt_len" if self._backend.protects_prompt_only else "prompt_len")
+            self._prompts = np.fromiter(map(prompt, active.values()), np.int64, count)
             self._kept = np.fromiter(map(self._min_kept, active.values()), np.float64, count)
             for request_id in active if self._paused else ():
                 self._paused.pop(request_id, None)

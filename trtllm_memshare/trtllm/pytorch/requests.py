@@ -64,7 +64,7 @@ class KnownRequests:
       tokens_at_once: tokens that gather before a request is read again.
       max_parked: paused requests whose stage-1 state is kept.
       protects_prompt_only: after a pause TensorRT-LLM counts old generated tokens as prompt; True = they may be shared
-        again, False = their pages may belong to the reuse tree, so they may not.
+        again, False = they may not (see ``CacheBackend``).
       complain: told of a request that cannot be served with sharing and runs unshared.
       wishes: what requests ask for themselves.
     """
