@@ -148,7 +148,10 @@ class FakeExecutor:
         return pool.view(pool.shape[0], NUM_LAYERS, 2, NUM_HEADS, size, HEAD_DIM)
 
     def _schedule(self) -> tuple[ScheduledRequests, list[FakeLlmRequest]]:
-        """MAX_UTILIZATION: running requests go on, the youngest give way: V1 frees and recomputes, V2 suspends."""
+        """MAX_UTILIZATION: running requests go on, the youngest give way: V1 frees and recomputes, V2 suspends.
+
+        A prompt comes in if its blocks are free, the last one too (``capacityScheduler.cpp``, 29 November 2026).
+        """
         if self.scheduler is not None:
             batch, paused = self.scheduler.schedule_request(self.active)
             self.num_pauses = self.scheduler.num_suspended + self.scheduler.num_recomputed
@@ -178,7 +181,7 @@ class FakeExecutor:
             if request.state is not LlmRequestState.CONTEXT_INIT or paused:
                 continue
             blocks = -(-request.prompt_len // size)
-            if len(running) + len(context) >= self.manager.max_batch_size or blocks + 1 > free:
+            if len(running) + len(context) >= self.manager.max_batch_size or blocks > free:
                 break
             free -= blocks
             context.append(request)

@@ -12,7 +12,7 @@ from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_c
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.test_pressure import PRESSURE
-from trtllm_pytorch.test_tail_swap import resident_pages, run
+from trtllm_pytorch.test_tail_swap import MANAGERS, resident_pages, run, takes_null_pages
 
 import trtllm_memshare
 from trtllm_memshare.engine.weights import weights_digest
@@ -73,6 +73,31 @@ def test_the_pool_holds_what_was_calibrated_and_the_entries_are_the_managers_own
     table = torch.zeros(1, 1, 2, manager.max_blocks_per_seq, dtype=torch.int32)
     manager.copy_batch_block_offsets(table, [NULL_REQUEST], 1, 0, 1)
     assert torch.equal(manager.memshare._rows._map.null_entries, table[:, 0, :, : len(pages)])
+
+
+class OnePromptAtATime(FakeExecutor):
+    """``max_num_tokens`` has room for one prompt in an iteration."""
+
+    def _schedule(self):
+        batch, paused = super()._schedule()
+        del batch.context_requests[1:]
+        return batch, paused
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("kind", ["V1", "V1 main", "V2", "V2 main"])
+@pytest.mark.parametrize("num_blocks", [18, 20, 24])
+def test_null_pages_are_not_taken_from_prompts_that_the_scheduler_lets_in(kind, num_blocks, overlap, null_pages):
+    """Two prompts of eight pages; the first one generates when the second comes."""
+    make = make_sharing_class(MANAGERS[kind], null_pages=null_pages, **PRESSURE)
+    executor = OnePromptAtATime(make_manager(make, num_blocks, 8), overlap)
+    for request_id in range(2):
+        executor.submit(request_id, list(range(64)), list(range(20)))
+    for _ in range(200):
+        executor.step()
+    assert not executor.active
+    assert takes_null_pages(executor.manager)
+    assert not executor.manager.memshare.failures.num_errors
 
 
 def test_warm_up_finds_its_manager_empty_and_a_full_pool_is_tried_again(null_pages):

@@ -98,8 +98,11 @@ class NullRows:
             )
         self.entries: torch.Tensor | None = None
 
-    def take(self) -> bool:
+    def take(self, num_promised: int = 0) -> bool:
         """Takes and writes the pages; False if the manager has no room for them now.
+
+        Args:
+          num_promised: pages that the scheduler has counted on for this iteration and the manager is yet to hand out.
 
         To be called where nothing of TensorRT-LLM runs that expects an empty manager, on the forward passes' stream.
 
@@ -107,7 +110,7 @@ class NullRows:
           RuntimeError: the manager gave another number of pages than was asked for.
         """
         count, pool = len(self.pages.blocks), self._backend.pool
-        if self._backend.num_free_pages() < count:
+        if self._backend.num_free_pages() < count + num_promised:
             return False  # V1 would hand out what there is, keep it for nobody, and raise
         tokens = count * pool.shape[4]
         made = self._manager.add_dummy_requests([NULL_REQUEST], token_nums=[tokens], prepare_resource=True)

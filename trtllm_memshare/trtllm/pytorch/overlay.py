@@ -36,7 +36,8 @@ class Overlay:
     def __init__(self, manager: Any, shared: Sharing, reporter: Reporter | None) -> None:
         self._manager, self._shared, self._reporter = manager, shared, reporter
         self._is_v2 = hasattr(manager, "kv_cache_map")
-        # Late V2 has a switch that keeps generated tokens from counting as history, which cannot be cut.
+        # Late V2 has a switch that keeps generated tokens from counting as history, which cannot be cut; there the
+        # scheduler itself takes the pages of prompts.
         self._has_switch = hasattr(manager, "kv_compression_manages_history")
         self._original = {name: getattr(manager, name) for name in _SHADOWED if hasattr(manager, name)}
         for name in self._original:
@@ -49,7 +50,7 @@ class Overlay:
             self._manager.kv_compression_manages_history = True
         size = self._manager.tokens_per_block
         first = (r for r in scheduled_batch.context_requests if r.is_first_context_chunk)
-        incoming = 0 if self._is_v2 else sum(-(-r.prompt_len // size) for r in first)
+        incoming = 0 if self._has_switch else sum(-(-r.prompt_len // size) for r in first)
         self._shared.begin_step(scheduled_batch.generation_requests, incoming)
         if self._reporter is not None:
             self._reporter.count_step()

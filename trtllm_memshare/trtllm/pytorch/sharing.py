@@ -146,7 +146,7 @@ class Sharing:
             active = self._batch.by_id(generation_requests)
             self.pauses.look(active)
             self._rows.cross(self._step, self.lost.lose)
-            if not self.failures.is_off and self._is_ready(generation_requests):
+            if not self.failures.is_off and self._is_ready(generation_requests, num_incoming):
                 self._advance(active)
                 if self.pressure is not None and self._switch.is_off(self._step):
                     self.pressure.release()  # nothing goes for those that it keeps out
@@ -201,7 +201,7 @@ class Sharing:
         self._rows.forget(request_id)
         self.lost.forget(request_id)
 
-    def _is_ready(self, generation_requests: Sequence[Any]) -> bool:
+    def _is_ready(self, generation_requests: Sequence[Any], num_incoming: int) -> bool:
         """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
         if all(getattr(r, "is_dummy_request", False) for r in generation_requests):
             return True  # warm-up: TensorRT-LLM expects its manager empty
@@ -212,8 +212,11 @@ class Sharing:
             )
             self.failures.is_off = True
             return False
+        # Who opens a page in this iteration: see ``Pressure.choose``.
+        size = self.manager.tokens_per_block
+        num_opened = sum((1 - r.max_beam_num_tokens) % size <= 1 for r in generation_requests)
         with self._stream.enter():
-            return self._rows.take_null_pages()
+            return self._rows.take_null_pages(num_incoming + num_opened)
 
     def _advance(self, active: Mapping[int, Any]) -> None:
         interval = self._config.search_interval
