@@ -207,13 +207,13 @@ class FakeKVCacheV2Scheduler:
     """Main's ``scheduler/scheduler_v2.py``, MAX_UTILIZATION, September 2026: allocates, suspends and resumes itself.
 
     Requests that generate come first; one that gets no page suspends the youngest of the others. Where that is not
-    enough, since the host tier is full, it frees the youngest of the others, suspended ones too, to be computed anew
+    enough, it frees the youngest of the others, to be computed anew, those too that it has suspended
     (``_try_recompute_pause_for_gen``, 29 November 2026; on unless prompts are served apart). Then it suspends itself.
     Prompts get what is left. A thousand passes in which nothing could be done are a deadlock, as there.
     """
 
-    def __init__(self, manager, max_requests):
-        self.manager, self.max_requests = manager, max_requests
+    def __init__(self, manager, max_requests, enable_recompute_pause=True):
+        self.manager, self.max_requests, self.enable_recompute_pause = manager, max_requests, enable_recompute_pause
         self.num_suspended = self.num_recomputed = self._stalled = 0
 
     def schedule_request(self, active):
@@ -228,7 +228,7 @@ class FakeKVCacheV2Scheduler:
                 if self.manager.is_request_active(started[end].py_request_id):
                     self._suspend(started[end])
                     ok = self.manager.try_allocate_generation(request)
-            candidates = started[index + 1 :]
+            candidates = started[index + 1 :] if self.enable_recompute_pause else []
             while not ok and candidates:
                 freed.append(candidates.pop())
                 self.manager.free_resources(freed[-1])

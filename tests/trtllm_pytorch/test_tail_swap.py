@@ -370,7 +370,7 @@ def test_a_request_that_asks_for_its_cache_whole_shares_nothing_through_its_paus
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("preset", ["lexical", "pressure"])
 def test_what_v2_computes_anew_is_prompt_from_then_on(preset, overlap, null_pages):
-    """It is history, which cannot be cut: main's V2 frees requests where the host tier has no room for them."""
+    """It is history, which cannot be cut: main's V2 frees requests where suspending is not enough."""
     marks = {"need": "random", "min_kept": 0.25, "high_watermark": 0.85, "low_watermark": 0.75}
     changes = {"null_pages": null_pages, **marks} if preset == "pressure" else {}
     make = make_sharing_class(FakeMainKVCacheManagerV2, preset=preset, **changes)
