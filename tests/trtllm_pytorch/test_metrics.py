@@ -96,7 +96,8 @@ def test_pauses_are_counted_whatever_is_shared(kind, preset, null_pages):
     now = overlay_totals(executor.manager.memshare)
     # Main's V2 also suspends whom it has just resumed, without a step between: no pause more.
     assert 3 < now["pauses"] <= executor.num_pauses
-    assert now["pauses"] == executor.num_pauses or kind == "V2 main"
+    # V1 pauses one right behind its prompt, which took the last page: it has not generated, and is not counted.
+    assert executor.num_pauses - now["pauses"] <= (kind == "V1") or kind == "V2 main"
     assert not now["errors"]
     if config and kind == "V1":
         assert now["retired_pages"]["resumed"] > 0
