@@ -7,19 +7,8 @@ reads ``py_num_compressed_tokens`` when it prepares a step.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from trtllm_pytorch.fake_executor import FakeExecutor
 from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2
-
-
-class FakeKvCacheCompressionConfig(SimpleNamespace):
-    """An algorithm that TensorRT-LLM does not know parses to the base class."""
-
-    changes_physical_kv_length = False
-
-    def supports_block_reuse(self):
-        return False
 
 
 class FakeKVCacheCompressionManager:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from trtllm_pytorch.conftest import make_settings
 from trtllm_pytorch.fake_executor import make_cache_config, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_framework import (
-    FakeKvCacheCompressionConfig,
     FakeKVCacheCompressionManager,
     FrameworkExecutor,
 )
+from trtllm_pytorch.fake_llm_args import make_llm_args
 from trtllm_pytorch.fake_requests import FakeLlmRequest, FinishReason, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_util import FakeKvCacheCreator
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
@@ -24,12 +24,15 @@ from trtllm_pytorch.test_adapter import model_config, release  # noqa: F401
 from trtllm_pytorch.test_tail_swap import NUM_SCHEDULES
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, make_compression_manager
+from trtllm_memshare.trtllm.pytorch.compression_config import allow_algorithm
+from trtllm_memshare.trtllm.pytorch.framework import make_compression_manager
 from trtllm_memshare.trtllm.pytorch.page_dropper import PageDropper
 from trtllm_memshare.trtllm.pytorch.probe import install
 from trtllm_memshare.trtllm.pytorch.totals import NOTHING
 
-CONFIG = FakeKvCacheCompressionConfig(algorithm=ALGORITHM)
+LLM_ARGS = make_llm_args("refuses others")
+assert allow_algorithm(LLM_ARGS)
+CONFIG = LLM_ARGS.MemShareKvCacheCompressionConfig()
 SHORT = {"preset": "pressure", "need": "random", "min_kept": 0.25, "high_watermark": 0.8, "low_watermark": 0.7}
 
 
@@ -245,7 +248,7 @@ def test_the_factory_makes_it_for_our_algorithm_and_the_overlay_stays_off(served
     assert not hasattr(manager, "memshare")
     assert manager.kv_compression_manages_history
     assert made.memshare is not None
-    other = FakeKvCacheCompressionConfig(algorithm="triattention")
+    other = LLM_ARGS.TriAttentionKvCacheCompressionConfig()
     assert module.create_kv_cache_compression_manager(other, pretrained_config=None).config is other
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 TARGET = "tensorrt_llm._torch.pyexecutor._util"
+ARGUMENTS = "tensorrt_llm.llmapi.llm_args"
+"""Arguments of the LLM API, which every process has: they must know the algorithm of route framework."""
 
 
 class PostImportHook(importlib.abc.MetaPathFinder):
@@ -26,14 +28,14 @@ class PostImportHook(importlib.abc.MetaPathFinder):
     """
 
     def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
-        self._name, self._action = name, action
+        self.name, self._action = name, action
         self._is_asking = False  # the other finders
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec that the other finders have, with a loader that runs the action; None for any other module."""
-        if fullname != self._name or self._is_asking:
+        if fullname != self.name or self._is_asking:
             return None
         self._is_asking = True
         try:
@@ -64,11 +66,22 @@ class _Loader(importlib.abc.Loader):
 
 
 def activate() -> None:
-    """Registers the hook; installs at once if TensorRT-LLM was imported already."""
-    if TARGET in sys.modules:
-        _install_sharing(sys.modules[TARGET])
-    elif not any(isinstance(finder, PostImportHook) for finder in sys.meta_path):
-        sys.meta_path.insert(0, PostImportHook(TARGET, _install_sharing))
+    """Registers the hooks; acts at once on what was imported already."""
+    for name, action in ((ARGUMENTS, _allow_algorithm), (TARGET, _install_sharing)):
+        if name in sys.modules:
+            action(sys.modules[name])
+        elif not any(isinstance(finder, PostImportHook) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, PostImportHook(name, action))
+
+
+def _allow_algorithm(module: ModuleType) -> None:
+    """For route framework; raises UserError as ``_install_sharing`` does."""
+    from trtllm_memshare.trtllm.pytorch.settings import is_enabled, load_settings
+
+    if is_enabled(os.environ) and load_settings(os.environ).options.route == "framework":
+        from trtllm_memshare.trtllm.pytorch.compression_config import allow_algorithm
+
+        allow_algorithm(module)
 
 
 def _install_sharing(module: ModuleType) -> None:

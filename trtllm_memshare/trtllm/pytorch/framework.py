@@ -26,9 +26,6 @@ from trtllm_memshare.trtllm.pytorch.metrics import Reporter
 from trtllm_memshare.trtllm.pytorch.page_dropper import PageDropper
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 
-ALGORITHM = "memshare"
-"""``kv_cache_compression_config.algorithm``: unknown to TensorRT-LLM, whose configuration then has no other field."""
-
 
 def make_compression_manager(
     base: type,
@@ -63,10 +60,11 @@ def make_compression_manager(
             super().bind_kv_cache_managers(target, draft)
             reason = why_not(target, draft, model_reasons)
             if reason is not None:
+                for manager in (target, draft):
+                    if manager is not None:
+                        manager.kv_compression_manages_history = False
                 Complaints(settings.options.on_unsupported)(reason)
                 return
-            # The configuration of an algorithm that TensorRT-LLM does not know says that lengths stay.
-            target.kv_compression_manages_history = True
             self.memshare = PageDropper(target, settings)
             self.reporter = Reporter(self.memshare.totals, settings)
 

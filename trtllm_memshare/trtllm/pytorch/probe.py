@@ -21,10 +21,11 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.attach import attach
+from trtllm_memshare.trtllm.pytorch.compression_config import ALGORITHM
 from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, look_up
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints
-from trtllm_memshare.trtllm.pytorch.framework import ALGORITHM, make_compression_manager, note_arguments
+from trtllm_memshare.trtllm.pytorch.framework import make_compression_manager, note_arguments
 from trtllm_memshare.trtllm.pytorch.guards import DISAGGREGATED
 from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
