@@ -69,9 +69,12 @@ class FakeLlmRequest:
         self.state = LlmRequestState.GENERATION_COMPLETE
 
     def pause(self) -> None:
-        """What is generated becomes prompt; the request starts again with its context."""
+        """What is generated becomes prompt; the request starts again with its context, by main's list of what is reset.
+
+        ``py_num_compressed_tokens`` is not on that list (September 2026).
+        """
         self.num_lives += 1
-        self.prompt_len = len(self._tokens)
+        self.prompt_len = self.py_prompt_len = len(self._tokens)
         self.state = LlmRequestState.CONTEXT_INIT
         self.is_first_context_chunk = True
         self.context_current_position = 0

@@ -173,10 +173,7 @@ TABLE: tuple[Name, ...] = (
     ),
     *(
         Name("LlmRequest", name, use, _V2, on_instance=True, source=_REQUEST)
-        for name, use in (
-            ("py_num_compressed_tokens", "by how much a sequence is shorter"),
-            ("py_prompt_len", "what is protected, on route framework"),
-        )
+        for name, use in (("py_num_compressed_tokens", "by how much a sequence is shorter"),)
     ),
 )
 

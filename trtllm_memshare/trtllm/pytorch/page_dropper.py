@@ -82,8 +82,11 @@ class PageDropper:
         self.seconds += time.perf_counter() - started
 
     def forget(self, request: Any) -> None:
+        """Lets go of a request that ended, or that is computed anew, whose count nobody else resets."""
         request_id = request.py_request_id
-        for kept in (self._dropped, self._shadowed, self._running):
+        if self._dropped.pop(request_id, None):
+            request.py_num_compressed_tokens = 0
+        for kept in (self._shadowed, self._running):
             kept.pop(request_id, None)
         if not getattr(request, "is_dummy_request", False):
             self.pauses.freed(request_id, getattr(request.state, "name", "") == "GENERATION_COMPLETE")
@@ -158,7 +161,7 @@ class PageDropper:
     def _span(self, request: Any) -> tuple[int, int, int]:
         """Generated pages as they lie now: the first, the end of the full ones, and how many were dropped before."""
         gone = len(self._dropped.get(request.py_request_id, ()))
-        first = math.ceil(request.py_prompt_len / self._size)
+        first = math.ceil(request.prompt_len / self._size)
         return first, max(first, self._num_resident(request, gone) // self._size), gone
 
     def _num_resident(self, request: Any, gone: int) -> int:
