@@ -38,7 +38,7 @@ MODEL = """
     class TritonPythonModel:
         @classmethod
         def auto_complete_config(cls, config):
-            path = os.path.join(pb_utils.get_model_dir(), "model.yaml")
+            path = os.environ.get("LLM_CONFIG_PATH") or os.path.join(pb_utils.get_model_dir(), "model.yaml")
             wanted = yaml.safe_load(open(path))["triton_config"]
             config.set_model_transaction_policy(dict(decoupled=wanted["decoupled"]))
             return config
@@ -116,6 +116,7 @@ def test_the_llm_options_hold_what_sharing_needs(stock_model, tmp_path):
     environment = llmapi_environment(target)
     assert json.loads(Path(environment["TRTLLM_MEMSHARE_CONFIG"]).read_text()) == {"max_aliases": 3}
     assert environment["TRTLLM_MEMSHARE_ENABLE"] == "1"
+    assert yaml.safe_load(Path(environment["LLM_CONFIG_PATH"]).read_text()) == document  # TensorRT-LLM's model reads it
 
 
 @pytest.mark.parametrize(

@@ -95,5 +95,12 @@ def write_llmapi_repository(options: LlmapiOptions) -> dict[str, Any]:
 
 
 def llmapi_environment(repository: Path) -> dict[str, str]:
-    """Variables that switch sharing on in the processes of a server over ``repository``."""
-    return {PREFIX + "ENABLE": "1", PREFIX + "CONFIG": str((repository / _SETTINGS).resolve())}
+    """Variables that switch sharing on in the processes of a server over ``repository``.
+
+    ``LLM_CONFIG_PATH`` names the options that TensorRT-LLM's model reads; an inherited one would name others.
+    """
+    return {
+        PREFIX + "ENABLE": "1",
+        PREFIX + "CONFIG": str((repository / _SETTINGS).resolve()),
+        "LLM_CONFIG_PATH": str((repository / "tensorrt_llm" / "1" / "model.yaml").resolve()),
+    }
