@@ -42,8 +42,10 @@ def make_util_module(release: str) -> ModuleType:
     module.get_kv_cache_manager_cls = get_kv_cache_manager_cls
     if release.startswith("main"):
 
-        def create_kv_cache_compression_manager(config, *, pretrained_config=None):
-            return SimpleNamespace(config=config) if config.algorithm == "triattention" else None
+        def create_kv_cache_compression_manager(
+            config, *, model_engine=None, kv_cache_config=None, estimating_kv_cache=False
+        ):  # main of September 2026, which calls it without a configuration and while it estimates as well
+            return SimpleNamespace(config=config) if getattr(config, "algorithm", "") == "triattention" else None
 
         module.create_kv_cache_compression_manager = create_kv_cache_compression_manager
         module.KVCacheCompressionManager = FakeKVCacheCompressionManager
@@ -68,7 +70,7 @@ class FakeKvCacheCreator:
 
     def create(self, compression=None, **keywords):
         if compression is not None:  # main makes it before the caches: it may have to be handed to them
-            self._util.create_kv_cache_compression_manager(compression, pretrained_config=None)
+            self._util.create_kv_cache_compression_manager(compression, model_engine=None)
         cls, c = self._cls, self._model_config.pretrained_config
         v2 = getattr(self._util, "KVCacheManagerV2", None)
         needs_v1 = keywords.get("kv_connector_manager") is not None or keywords.get("max_beam_width", 1) > 1

@@ -272,7 +272,7 @@ def served(release, model_config):  # noqa: F811
         module = release("main V2")
         values = make_settings(**SHORT, null_pages="unused", route="framework", on_unsupported=on_unsupported)
         assert install(module, values)
-        made = module.create_kv_cache_compression_manager(CONFIG, pretrained_config=None)
+        made = module.create_kv_cache_compression_manager(CONFIG, model_engine=None)
         cache_config = make_cache_config(40, 8, use_kv_cache_manager_v2=True, **(config or {}))
         creator = FakeKvCacheCreator(module, model_config, cache_config)
         if disaggregated:
@@ -290,7 +290,18 @@ def test_the_factory_makes_it_for_our_algorithm_and_the_overlay_stays_off(served
     assert manager.kv_compression_manages_history
     assert made.memshare is not None
     other = LLM_ARGS.TriAttentionKvCacheCompressionConfig()
-    assert module.create_kv_cache_compression_manager(other, pretrained_config=None).config is other
+    assert module.create_kv_cache_compression_manager(other, model_engine=None).config is other
+
+
+def test_nothing_is_dropped_in_the_manager_that_memory_is_measured_with(served):
+    module, made, manager = served()
+    assert made.memshare is not None
+    measuring = module.create_kv_cache_compression_manager(CONFIG, model_engine=None, estimating_kv_cache=True)
+    measuring.bind_kv_cache_managers(manager)
+    assert measuring.memshare is None
+    _, early, _ = served(is_estimating_kv_cache=True)  # early factories are told nothing, the KV cache manager is
+    assert early.memshare is None
+    assert module.create_kv_cache_compression_manager(None, model_engine=None) is None
 
 
 EXCLUDED = [

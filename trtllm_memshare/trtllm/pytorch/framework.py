@@ -42,9 +42,10 @@ def make_compression_manager(
       settings: this project's.
       model_reasons: what this route excludes of the model that a KV cache manager of these arguments serves; may raise
         UserError.
-      keywords: what TensorRT-LLM's factory was given beside; handed on as far as the base class takes it.
+      keywords: what TensorRT-LLM's factory was given beside; handed on as far as the base class takes it. With
+        ``estimating_kv_cache`` it measures memory with a manager that is thrown away: nothing is dropped there.
     """
-    taken = inspect.signature(base).parameters
+    taken, estimates = inspect.signature(base).parameters, bool(keywords.get("estimating_kv_cache"))
 
     class MemShareCompressionManager(base):
         """Drops the pages that are needed least by shortening sequences.
@@ -64,6 +65,8 @@ def make_compression_manager(
                     if manager is not None:
                         manager.kv_compression_manages_history = False
                 Complaints(settings.options.on_unsupported)(reason)
+                return
+            if estimates or target.memshare_made_with[1].get("is_estimating_kv_cache"):
                 return
             self.memshare = PageDropper(target, settings)
             self.reporter = Reporter(self.memshare.totals, settings)
