@@ -32,6 +32,17 @@ def make_util_module(release: str) -> ModuleType:
 
         def get_kv_cache_manager_cls(model_config):
             return v1
+
+        class KvCacheCreator:
+            """Makes one to measure memory with too; only this method is told which."""
+
+            def __init__(self, make):
+                self._make = make
+
+            def build_managers(self, resources, estimating_kv_cache=False):
+                resources["kv_cache_manager"] = self._make()
+
+        module.KvCacheCreator = KvCacheCreator
     else:
 
         def get_kv_cache_manager_cls(

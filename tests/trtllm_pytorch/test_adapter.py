@@ -70,6 +70,17 @@ def test_managers_share_and_keep_their_type(name, release, model_config):
     assert "prepare_resources" not in vars(manager)
 
 
+def test_the_manager_that_1_1_measures_memory_with_shares_nothing(release, model_config):
+    module = release("1.1")
+    assert install(module, make_settings(), own_metadata)
+    creator = module.KvCacheCreator(FakeKvCacheCreator(module, model_config, make_cache_config(40, 8)).create)
+    measured, served = {}, {}
+    creator.build_managers(measured, True)
+    creator.build_managers(served)
+    assert not hasattr(measured["kv_cache_manager"], "memshare")
+    assert isinstance(served["kv_cache_manager"].memshare, Sharing)
+
+
 @pytest.mark.parametrize("arguments", [{"kv_connector_manager": None, "max_beam_width": 2}, {"max_beam_width": 1}])
 def test_the_manager_that_main_falls_back_to_is_seen_as_well(arguments, release, model_config, caplog):
     """V2 gives way to V1, by the name of the class, for beams and connectors: refused, or shared, but not silent."""

@@ -41,11 +41,12 @@ class Models:
     Attributes:
       is_compressed: a manager of TensorRT-LLM's framework for KV cache compression was made.
       is_disaggregated: prompt and generation are served apart.
+      is_estimating: a manager is being made to measure memory with, which 1.1 tells its maker only.
     """
 
     def __init__(self) -> None:
         self._facts: list[ModelFacts] = []
-        self.is_compressed = self.is_disaggregated = False
+        self.is_compressed = self.is_disaggregated = self.is_estimating = False
 
     def remember(self, facts: ModelFacts) -> None:
         self._facts.append(facts)
@@ -89,6 +90,8 @@ def install(util_module: Any, settings: Settings, attention_metadata: Callable[[
         wrap_init(manager_class, models, settings)
     if hasattr(util_module, _FACTORY):
         _watch_factory(util_module, models)
+    if form == "V1 old" and hasattr(util_module, "KvCacheCreator"):
+        _watch_estimates(util_module.KvCacheCreator, models)
     log.info("MemShare found the KV cache manager in its form %s", form)
     return True
 
@@ -174,7 +177,11 @@ def wrap_init(manager_class: type, models: Models, settings: Settings) -> None:
     @functools.wraps(original)
     def __init__(self: Any, kv_cache_config: Any, *arguments: Any, **keywords: Any) -> None:
         original(self, kv_cache_config, *arguments, **keywords)
-        if type(self) is manager_class and not (keywords.get("is_draft") or keywords.get("is_estimating_kv_cache")):
+        if (
+            type(self) is manager_class
+            and not models.is_estimating
+            and not (keywords.get("is_draft") or keywords.get("is_estimating_kv_cache"))
+        ):
             noticed = {"is_compressed": models.is_compressed, "is_disaggregated": models.is_disaggregated}
             attach(self, kv_cache_config, {**keywords, **noticed}, models.of, settings)
 
@@ -203,6 +210,20 @@ def _watch_factory(util_module: Any, models: Models) -> None:
         return made
 
     setattr(util_module, _FACTORY, create)
+
+
+def _watch_estimates(creator: Any, models: Models) -> None:
+    original = creator.build_managers
+
+    @functools.wraps(original)
+    def build_managers(self: Any, resources: Any, estimating_kv_cache: bool = False) -> None:
+        models.is_estimating = estimating_kv_cache
+        try:
+            original(self, resources, estimating_kv_cache)
+        finally:
+            models.is_estimating = False
+
+    creator.build_managers = build_managers
 
 
 def _trtllm_attention_metadata() -> type:
