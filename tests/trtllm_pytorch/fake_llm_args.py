@@ -1,8 +1,8 @@
 """``tensorrt_llm.llmapi.llm_args``: the arguments of the LLM API, as far as a compression method is configured by them.
 
 Mirrors ``llm_args.py`` of NVIDIA/TensorRT-LLM: main of September 2026, commit 00043967, where the field is a union told
-apart by ``algorithm`` and another one is refused, and July 2026, whose own test has an unknown algorithm parse to
-the base class. All classes forbid unknown keys.
+apart by ``algorithm`` and another one is refused, and an earlier snapshot, whose own test has an unknown algorithm
+parse to the base class. All classes forbid unknown keys.
 """
 
 from types import ModuleType

@@ -44,9 +44,10 @@ class FakeKVCacheManagerV2:
         self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
         self.kv_cache_map = {}
         self._index_of = {}
-        self._free_rows = list(range(max_batch_size, -1, -1))  # one more than requests: the padding of CUDA graphs
+        num_rows = max_batch_size + kwargs.get("num_reserved_index_slots", 1)  # for the padding of CUDA graphs
+        self._free_rows = list(range(num_rows - 1, -1, -1))
         self.host_kv_cache_block_offsets = torch.full(
-            (1, max_batch_size + 1, 2, self.max_blocks_per_seq), BAD_PAGE_INDEX, dtype=torch.int32
+            (1, num_rows, 2, self.max_blocks_per_seq), BAD_PAGE_INDEX, dtype=torch.int32
         )
 
     def get_buffers(self, layer_idx, kv_layout="NHD"):
@@ -155,8 +156,8 @@ class FakeKVCacheManagerV2:
 class FakeMainKVCacheManagerV2(FakeKVCacheManagerV2):
     """Main: the scheduler allocates before ``prepare_resources``; a switch keeps history where the context left it."""
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
+    def __init__(self, *arguments, num_reserved_index_slots=1, **keywords):
+        super().__init__(*arguments, num_reserved_index_slots=num_reserved_index_slots, **keywords)
         self.kv_compression_manages_history = False
 
     def prepare_resources(self, scheduled_batch):

@@ -11,6 +11,7 @@ import torch
 from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class, write_null_pages
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_pressure import PRESSURE
 from trtllm_pytorch.test_tail_swap import MANAGERS, resident_pages, run, takes_null_pages
 
@@ -18,6 +19,7 @@ import trtllm_memshare
 from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST, NullKeys
+from trtllm_memshare.trtllm.pytorch.probe import wrap_init
 
 
 def test_null_pages_are_taken_once_there_is_room_for_all_of_them(null_pages):
@@ -119,3 +121,23 @@ def test_warm_up_finds_its_manager_empty_and_a_full_pool_is_tried_again(null_pag
         executor.step()
     assert len(manager.impl.sequences[NULL_REQUEST].blocks) == 7
     assert 0 in manager.memshare.requests._known
+
+
+def test_null_pages_leave_the_row_that_pads_cuda_graphs(null_pages):
+    """Both are there beside a full batch: main's V2 has rows for requests and for what is reserved."""
+
+    class Manager(FakeMainKVCacheManagerV2):
+        pass
+
+    served = {"is_estimating": False, "is_compressed": False, "is_disaggregated": False}
+    models = SimpleNamespace(of=lambda arguments: TextlessFacts(SimpleNamespace()), **served)
+    wrap_init(Manager, models, make_settings(null_pages=null_pages, **PRESSURE))
+    manager = make_manager(Manager, 60, 8, max_batch_size=2)
+    executor = FakeExecutor(manager, True)
+    for request_id in (1, 2):
+        executor.submit(request_id, list(range(8)), list(range(30)))
+    for _ in range(4):
+        executor.step()
+    assert set(manager.kv_cache_map) == {1, 2, NULL_REQUEST}
+    assert manager.add_dummy_requests([NULL_REQUEST - 1], token_nums=[1], is_gen=True) is not None
+    assert manager.add_dummy_requests([NULL_REQUEST - 2], token_nums=[1], is_gen=True) is None

@@ -33,6 +33,9 @@ from trtllm_memshare.trtllm.pytorch.settings import Settings
 log = logging.getLogger("trtllm_memshare")
 
 _FACTORY = "create_kv_cache_compression_manager"
+_RESERVED_ROWS = (
+    "num_reserved_index_slots"  # of main's V2: rows beside those of requests, one for the padding of graphs
+)
 
 
 class Models:
@@ -173,15 +176,21 @@ def _wrap_selector(util_module: Any, models: Models, check: Callable[[type], Non
 def wrap_init(manager_class: type, models: Models, settings: Settings) -> None:
     """Attaches sharing to every instance of exactly this class once it is made; modifies the class."""
     original = manager_class.__init__  # type: ignore[misc]
+    takes_null_pages = settings.memshare.pressure and settings.options.route == "overlay"
+    reserves_rows = takes_null_pages and _RESERVED_ROWS in inspect.signature(original).parameters
 
     @functools.wraps(original)
     def __init__(self: Any, kv_cache_config: Any, *arguments: Any, **keywords: Any) -> None:
-        original(self, kv_cache_config, *arguments, **keywords)
-        if (
+        is_served = (
             type(self) is manager_class
             and not models.is_estimating
             and not (keywords.get("is_draft") or keywords.get("is_estimating_kv_cache"))
-        ):
+        )
+        if is_served and reserves_rows:  # the request of the null pages has one for good
+            reserved = keywords.get(_RESERVED_ROWS)
+            keywords[_RESERVED_ROWS] = 1 + (1 if reserved is None else reserved)
+        original(self, kv_cache_config, *arguments, **keywords)
+        if is_served:
             noticed = {"is_compressed": models.is_compressed, "is_disaggregated": models.is_disaggregated}
             attach(self, kv_cache_config, {**keywords, **noticed}, models.of, settings)
 
