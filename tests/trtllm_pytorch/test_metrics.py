@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import socket
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -61,6 +63,9 @@ def test_pressure_shows_in_metrics_and_in_two_lines_of_the_log(kind, null_pages,
         logical = sum(known.pages.num_blocks for known in shared.requests)
         assert seen[-1]["bytes_saved_now"] == seen[-1]["retired_now"] * BLOCK_BYTES
         assert seen[-1]["retired_now"] >= logical - held  # pages that TensorRT-LLM appended are taken over later
+        counts = [shared.manager.page_counts(known.request_id) for known in shared.requests]
+        at_floor = sum(gone > 0 and full - gone <= math.ceil(0.4 * full) for full, gone in counts)
+        assert seen[-1]["requests_at_floor"] == at_floor
     last = seen[-1]
     assert executor.num_pauses == last["pauses"] == 0
     assert last["pauses_avoided"] == 2
@@ -112,7 +117,7 @@ def test_who_would_have_been_paused_is_the_youngest_and_counts_once():
 
 
 def test_metrics_and_the_statistics_file_say_what_was_shared(tmp_path):
-    manager = make_manager(make_sharing_class(), 200, 8)
+    started, manager = time.perf_counter(), make_manager(make_sharing_class(), 200, 8)
     executor = FakeExecutor(manager, True)
     text = repetitive_text(random.Random(1), 150)
     executor.submit(0, text[:5], text)
@@ -130,6 +135,7 @@ def test_metrics_and_the_statistics_file_say_what_was_shared(tmp_path):
     assert registry.get_sample_value("memshare_saved_bytes_total") == shared * BLOCK_BYTES
     document = json.loads(stats_file.read_text())
     assert document["blocks_shared"] == shared
+    assert 0 < document["host_seconds"] < time.perf_counter() - started
     assert document.keys() - {"iterations"} == overlay_totals(manager.memshare).keys() == NOTHING.keys()
     assert [p.name for p in tmp_path.iterdir()] == ["totals.json"]
 

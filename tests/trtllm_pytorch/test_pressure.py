@@ -287,7 +287,34 @@ def test_shadow_counts_and_gives_nothing_up(null_pages):
     stats = executor.manager.memshare.manager.stats()
     assert stats.forgotten == 0
     assert stats.shadowed > 0
+    pressure_stats = executor.manager.memshare.pressure.stats
+    assert pressure_stats.num_retired == pressure_stats.episodes.num == 0
     assert not executor.manager.memshare.giving_up._counted  # a server runs for months
+
+
+def test_redundancy_is_read_where_pages_lie_now_and_not_of_those_that_went(null_pages):
+    make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "need": "redundancy"})
+    executor, rng = FakeExecutor(make_manager(make, 67, 8), True), random.Random(3)
+    shared, looked_at = executor.manager.memshare, {True: 0, False: 0}
+
+    def look(spans, catch_up=shared.pressure._redundancy.catch_up):
+        for request_id, first, blocks in spans:
+            gone = shared.manager.pool.is_null[shared.manager.block_table(request_id)][first : first + len(blocks)]
+            for page, (block, is_gone) in enumerate(zip(blocks.tolist(), gone.tolist(), strict=True), first):
+                looked_at[is_gone] += 1
+                assert (block == -1) == is_gone
+                if not is_gone:
+                    text = [executor.content(request_id, page * 8 + slot) for slot in range(8)]
+                    assert executor.pool[block, 0, 0, 0, :, 0].tolist() == text
+        catch_up(spans)
+
+    shared.pressure._redundancy.catch_up = look
+    for request_id in range(4):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    while executor.active:
+        executor.step()
+    assert not shared.failures.num_errors
+    assert min(looked_at.values()) > 20
 
 
 def test_settings_that_cannot_work_here_are_named(tmp_path, monkeypatch):
