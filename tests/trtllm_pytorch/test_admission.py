@@ -86,3 +86,35 @@ def test_unshared_requests_count_whole_and_alone_keep_nobody_out(null_pages, num
 def test_v2_and_several_ranks_hold_nothing(null_pages):
     make = make_sharing_class(FakeMainKVCacheManagerV2, null_pages=null_pages, **PRESSURE)
     assert make_manager(make, 60, 8).memshare.pressure._reserve is None
+
+
+@pytest.mark.parametrize("min_run_tokens", [8, 500])
+def test_the_scheduler_sees_what_running_requests_need_next_and_what_floors_leave(null_pages, min_run_tokens):
+    """Whoever gave pages up holds no more at its floor than it would without them; one request is unshared."""
+    config = {**PRESSURE, "min_kept": 0.5, "min_run_tokens": min_run_tokens, "on_unsupported": "warn"}
+    executor = FakeExecutor(make_manager(make_sharing_class(null_pages=null_pages, **config), 67, 8), True)
+    shared, rng, held, gone = executor.manager.memshare, random.Random(3), [], {}
+    pressure = shared.pressure
+
+    def look(num_incoming, admit=pressure.admit):
+        admit(num_incoming)
+        lengths = {i: r.max_beam_num_tokens for i, r in pressure._active.items()}
+        floors = pressure._floors()
+        assert floors <= sum(-(-(n + 1) // 8) - gone.get(i, 0) for i, n in lengths.items())
+        opening = sum(any((n - 1 + i) % 8 == 0 for i in range(3)) for n in lengths.values())
+        seen = executor.manager.get_num_free_blocks() - num_incoming
+        wanted = opening + max(0, int(0.85 * 60) - floors - num_incoming)
+        held.append(pressure._reserve.num_held)
+        assert seen < wanted + 4 or not any(True for _ in shared.requests)  # nobody there who could give pages up
+        assert seen > wanted - 4 or not held[-1]
+
+    pressure.admit = look
+    for request_id in range(12):
+        request = executor.submit(request_id, repetitive_text(rng, 30), repetitive_text(rng, 100 + 10 * request_id))
+        if request_id == 2:
+            request.llm_request_type = "LLMREQUEST_TYPE_GENERATION_ONLY"
+    while executor.active:
+        gone |= {known.request_id: known.pages.num_given_up for known in shared.requests}
+        executor.step()
+    assert not shared.failures.num_errors
+    assert sum(pages > 0 for pages in held) > 20
