@@ -212,11 +212,13 @@ class Sharing:
             )
             self.failures.is_off = True
             return False
-        # Who opens a page in this iteration: see ``Pressure.choose``.
         size = self.manager.tokens_per_block
-        num_opened = sum((1 - r.max_beam_num_tokens) % size <= 1 for r in generation_requests)
+
+        def promised() -> int:  # who opens a page in this iteration: see ``Pressure.choose``
+            return num_incoming + sum((1 - r.max_beam_num_tokens) % size <= 1 for r in generation_requests)
+
         with self._stream.enter():
-            return self._rows.take_null_pages(num_incoming + num_opened)
+            return self._rows.take_null_pages(promised)
 
     def _advance(self, active: Mapping[int, Any]) -> None:
         interval = self._config.search_interval

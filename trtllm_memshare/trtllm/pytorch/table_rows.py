@@ -36,14 +36,14 @@ class TableRows:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._map
 
-    def take_null_pages(self, num_promised: int) -> bool:
+    def take_null_pages(self, promised: Callable[[], int]) -> bool:
         """Takes the null pages if that has not been done yet; False while there is no room for them.
 
         Args:
-          num_promised: see ``NullRows.take``.
+          promised: counts what ``NullRows.take`` leaves; asked only if they are yet to be taken.
         """
         if self._null is not None and self._null.entries is None:
-            if not self._null.take(num_promised):
+            if not self._null.take(promised()):
                 return False
             self._map.null_entries = self._null.entries
         return True
