@@ -58,8 +58,7 @@ class FakeExecutor:
             else metadata.kv_cache_block_offsets
         )
         self.scheduler = (
-            # Not yet beside a compression manager: what its requests count as compressed is not taken back here.
-            FakeKVCacheV2Scheduler(manager, manager.max_batch_size, not hasattr(manager, "_compression"))
+            FakeKVCacheV2Scheduler(manager, manager.max_batch_size)
             if hasattr(manager, "try_allocate_generation")
             else None
         )

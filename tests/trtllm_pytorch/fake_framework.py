@@ -99,7 +99,9 @@ class FrameworkExecutor(FakeExecutor):
         page = int(self.row(request_id)[place // size])
         assert page in self._own_pages(request_id)
         self.pool[page, :, :, :, place % size] = self.content(request_id, position)
-        rows = self.expected.setdefault(request_id, [])
+        if position == 0:  # its first life, or computed anew
+            self.expected[request_id] = []
+        rows = self.expected[request_id]
         assert len(rows) == place, f"request {request_id} writes row {place}, it has {len(rows)}"
         rows.append(self.prefix_id(request_id, position))
 

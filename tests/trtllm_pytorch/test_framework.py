@@ -99,6 +99,26 @@ def test_any_schedule_keeps_what_an_oracle_keeps(seed, overlap):
     serve(seed, overlap)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_is_computed_anew_is_as_long_as_its_text_again(overlap):
+    """Main frees it first, then resets lengths, but not by how much the sequence was shorter."""
+    shortened = []
+
+    def watch(dropper, requests):
+        forget = dropper.forget
+
+        def forgetting(request):
+            if request.state is not LlmRequestState.GENERATION_COMPLETE:
+                shortened.append(request.py_num_compressed_tokens)
+            forget(request)
+
+        dropper.forget = forgetting
+
+    executor = serve(3, overlap, num_blocks=45, min_kept=0.75, prepare=watch)  # holds rows against an oracle's
+    num_again = sum(request.num_lives - 1 for request in executor.requests)
+    assert 0 < sum(count > 0 for count in shortened) <= num_again  # prompts that found no room come by too
+
+
 def test_it_drops_and_nobody_is_suspended_where_floors_allow_it():
     executor = serve(3, True)
     assert executor.dropper.num_dropped > 20

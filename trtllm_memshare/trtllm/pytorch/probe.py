@@ -33,9 +33,8 @@ from trtllm_memshare.trtllm.pytorch.settings import Settings
 log = logging.getLogger("trtllm_memshare")
 
 _FACTORY = "create_kv_cache_compression_manager"
-_RESERVED_ROWS = (
-    "num_reserved_index_slots"  # of main's V2: rows beside those of requests, one for the padding of graphs
-)
+_RESERVED_ROWS = "num_reserved_index_slots"
+"""Of main's V2: rows beside those of requests, one for the padding of CUDA graphs."""
 
 
 class Models:
