@@ -155,6 +155,10 @@ UNREFERRED = {
     "docs/tensorrt_llm.md": {"10.14": VERSION},
     "docs/toy.md": {"0.8": SIZE, "1.2": SIZE, "23.5": SIZE, "1.85": GOAL, "0.6": SETTINGS, "0.95": SETTINGS},
     "docs/vllm.md": {
+        **dict.fromkeys(("0.5", "0.25", "0.97", "0.92"), SETTINGS),
+        **dict.fromkeys(("1.5", "1.85", "2.2"), GOAL),
+    },
+    "docs/vllm_figures.md": {
         **dict.fromkeys(("0.5", "0.25", "0.6", "0.75", "0.62", "0.53"), SETTINGS),
         **dict.fromkeys(("1.5", "1.85", "2.2"), GOAL),
     },

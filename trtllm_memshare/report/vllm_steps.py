@@ -1,4 +1,4 @@
-"""Steps of vLLM's scheduler by pool, as `docs/vllm.md` shows them."""
+"""Steps of vLLM's scheduler by pool, as `docs/vllm_figures.md` shows them."""
 
 from __future__ import annotations
 
