@@ -9,7 +9,9 @@ from benchmarks.pages.markers import ROOT
 from trtllm_memshare.errors import UserError
 
 
-@pytest.mark.parametrize("page", ["docs/pressure.md", "docs/vllm_figures.md", "docs/toy.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/pressure.md", "docs/pressure_figures.md", "docs/vllm_figures.md", "docs/toy.md"]
+)
 def test_pages_are_as_the_command_leaves_them(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert filled(text) == text

@@ -5,8 +5,8 @@ A waiting request gets in when everybody, brought down to the floor, could go on
     pool  | floors now | growth of the next lookahead_tokens of each | free |
 
 How long requests will become is not known, and need not be. Looking ahead to their ends lets in so few that requests/s
-and the first token of the others suffer more than a pause costs (docs/pressure.md). Where nobody may be paused, what
-each asked for counts, and the most that all hold at any one step: those that end make room for the others.
+and the first token of the others suffer more than a pause costs (docs/pressure_figures.md). Where nobody may be paused,
+what each asked for counts, and the most that all hold at any one step: those that end make room for the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables and figures of `docs/pressure.md` from the committed results."""
+"""Tables and figures of `docs/pressure.md` and `docs/pressure_figures.md` from the committed results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every row of docs/real_model.md that a CPU can make, then its tables and its picture. Rows that exist are not computed
-# again, so that it goes on where it was stopped. From nothing it needs some seventeen hours of one core (row_times.json);
-# texts of 2,048 tokens and recall at a half come first.
+# Every row of docs/real_model.md and docs/real_model_figures.md that a CPU can make, then their tables and the picture.
+# Rows that exist are not computed again, so that it goes on where it was stopped. From nothing it needs some seventeen
+# hours of one core (row_times.json); texts of 2,048 tokens and recall at a half come first.
 #
 #   python build_scripts/get_smollm2.py && bash benchmarks/studies/real_model/all.sh
 #
@@ -50,4 +50,4 @@ split $results/tokens_8192.jsonl table --tokens 8192 --texts 12 --min-kept 0.62 
 # Forty texts more, most of them of problems that had no part in choosing what ranks best.
 split $results/tokens_4096.jsonl table --tokens 4096 --texts 60 --arms $unseen
 study summarize --plot docs/real_model.png
-"$python" -m benchmarks.pages.fill docs/real_model.md
+"$python" -m benchmarks.pages.fill docs/real_model.md docs/real_model_figures.md

@@ -14,6 +14,7 @@ from trtllm_memshare.evaluation.real_rows import read_rows
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = (ROOT / "benchmarks/studies/real_model/all.sh").read_text(encoding="utf-8")
+PAGES = ("real_model.md", "real_model_figures.md")
 TEXTS = {"recall": 52}
 """Of modules that ``all.sh`` does not tell how many."""
 
@@ -47,14 +48,14 @@ def kind_of(row):
     return row["arm"], None if row["arm"] == "full" else row.get("min_kept", 0.5)
 
 
-def test_what_no_command_makes_is_named_on_the_page():
+def test_what_no_command_makes_is_named_on_a_page():
     """Rows of what was tried and is gone, each with the commit that has its code."""
     made = {path.name for path, _ in parts(SCRIPT)}
     others = {path.name for path in (ROOT / RESULTS).iterdir() if path.is_file()} - made - {"row_times.json"}
-    page = (ROOT / "docs/real_model.md").read_text(encoding="utf-8")
+    pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in PAGES)
     learned = {"learned_attention.jsonl", "learned_recall.jsonl", "learned_correlation.json"}
     assert others == {"groups.jsonl", "recall_peak.jsonl"} | learned
-    assert all(f"`{name}`" in page for name in others)
+    assert all(f"`{name}`" in pages for name in others)
 
 
 def test_the_time_of_every_command_is_measured():
