@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,14 @@ def shown_options(value: Any) -> Any:
     return [shown_options(v) for v in value] if isinstance(value, list) else value
 
 
+def exit_on_sigterm() -> None:
+    """From now on SIGTERM ends this process in order, so that its temporary files go; by default it ends at once.
+
+    Once a program runs, ``run_to_end`` hands the signal on instead.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def run_to_end(line: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a program to its end: who stops this process stops the program, which then ends in its own order.
 
@@ -55,8 +64,19 @@ def run_to_end(line: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
       Its status, as a shell says it: 128 and the number of the signal that ended it, if one did.
     """
+    running, early = list[subprocess.Popen[bytes]](), list[int]()  # a signal may come while the program is started
+
+    def hand_on(number: int, _: Any) -> None:
+        if running:
+            running[0].send_signal(number)
+        else:
+            early.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # a terminal sends the latter to both
+        signal.signal(number, hand_on)
     with subprocess.Popen(line, env=environment) as program:
-        for number in (signal.SIGTERM, signal.SIGINT):  # a terminal sends the latter to both
-            signal.signal(number, lambda sent, _: program.send_signal(sent))
+        running.append(program)
+        for sent in early:
+            program.send_signal(sent)
         status = program.wait()
     return status if status >= 0 else 128 - status

@@ -119,6 +119,14 @@ def test_the_llm_options_hold_what_sharing_needs(stock_model, tmp_path):
     assert yaml.safe_load(Path(environment["LLM_CONFIG_PATH"]).read_text()) == document  # TensorRT-LLM's model reads it
 
 
+def test_the_llm_options_are_those_of_the_route(stock_model, tmp_path):
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"preset": "pressure", "route": "framework"}')
+    document = write_llmapi_repository(LlmapiOptions("/m", tmp_path / "r", stock_model, memshare_config=settings))
+    assert document["kv_cache_config"] == {"enable_block_reuse": False, "use_kv_cache_manager_v2": True}
+    assert document["kv_cache_compression_config"] == {"algorithm": "memshare"}
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
@@ -126,6 +134,11 @@ def test_the_llm_options_hold_what_sharing_needs(stock_model, tmp_path):
         ("model: other", "{}", "must not set model"),
         ("- 1", "{}", "must hold a mapping"),
         ("{}", '{"max_alias": 3}', "did you mean max_aliases"),
+        (
+            "kv_cache_config: {use_kv_cache_manager_v2: false}",
+            '{"preset": "pressure", "route": "framework"}',
+            "use_kv_cache_manager_v2 must be true for route framework",
+        ),
     ],
 )
 def test_options_that_cannot_hold_leave_nothing_behind(options, settings, message, stock_model, tmp_path):

@@ -25,7 +25,7 @@ from trtllm_memshare.trtllm.pytorch import wrap
 from trtllm_memshare.trtllm.pytorch.page_list import PageList
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
-from trtllm_memshare.trtllm.pytorch.wrap import merge_options, place_option
+from trtllm_memshare.trtllm.pytorch.wrap import place_option
 
 ROOT = Path(trtllm_memshare.__file__).parents[1]
 
@@ -274,27 +274,6 @@ def test_the_built_wheel_puts_the_file_into_site_packages(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "build" / "lib" / "trtllm_memshare_activation.pth").is_file()
-
-
-def test_options_are_laid_over_the_users_and_conflicts_are_named():
-    merged = merge_options({"max_batch_size": 8, "kv_cache_config": {"enable_block_reuse": True, "dtype": "fp8"}})
-    assert merged["attn_backend"] == "TRTLLM"
-    assert merged["kv_cache_config"] == {"enable_block_reuse": True, "dtype": "fp8"}
-    assert merged["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
-    assert merged["max_batch_size"] == 8
-    assert merge_options({"kv_cache_config": None})["kv_cache_config"] == {"enable_block_reuse": False}
-    v2 = {"use_kv_cache_manager_v2": True}
-    assert merge_options({"kv_cache_config": {**v2, "host_cache_size": 1 << 30}})
-    with pytest.raises(UserError, match="KVCacheManagerV2 without a host tier"):
-        merge_options({"kv_cache_config": {**v2, "host_cache_size": 0}})
-    with pytest.raises(UserError, match="offload to the host with KVCacheManager"):
-        merge_options({"kv_cache_config": {"use_kv_cache_manager_v2": False, "host_cache_size": 1}})
-    with pytest.raises(UserError, match="kv_cache_config must be a mapping of options, got 'fp8'"):
-        merge_options({"kv_cache_config": "fp8"})
-    with pytest.raises(UserError, match="attn_backend must be TRTLLM to share, got FLASHINFER"):
-        merge_options({"attn_backend": "FLASHINFER"})
-    with pytest.raises(UserError, match=r"scheduler_config\.capacity_scheduler_policy must be MAX_UTILIZATION"):
-        merge_options({"scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"}})
 
 
 def test_the_options_file_goes_behind_the_subcommand():

@@ -19,8 +19,8 @@ import yaml
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.triton.repository import check_target
 from trtllm_memshare.triton.repository_marker import MARKER
+from trtllm_memshare.trtllm.pytorch.llm_options import merge_options, read_yaml
 from trtllm_memshare.trtllm.pytorch.settings import PREFIX, load_settings
-from trtllm_memshare.trtllm.pytorch.wrap import merge_options, read_yaml
 
 STOCK_MODEL_DIR = Path("/app/all_models/llmapi/tensorrt_llm")  # in NVIDIA's TensorRT-LLM images for Triton
 _FILES = ("config.pbtxt", "1/model.py", "1/model.yaml")
@@ -70,14 +70,15 @@ def write_llmapi_repository(options: LlmapiOptions) -> dict[str, Any]:
     for key in _OWN_KEYS:
         if key in user:
             raise UserError(f"{options.llm_options} must not set {key} (the repository's writer does)")
+    settings = str(options.memshare_config) if options.memshare_config else None
+    # Wrong ones are told now, not at the first start.
+    route = load_settings({PREFIX + "CONFIG": settings} if settings else {}).options.route
     document = {
         "model": options.model,
         "backend": "pytorch",
-        **merge_options(user),
+        **merge_options(user, route),
         "triton_config": {"max_batch_size": 0, "decoupled": options.decoupled},
     }
-    settings = str(options.memshare_config) if options.memshare_config else None
-    load_settings({PREFIX + "CONFIG": settings} if settings else {})  # wrong ones are told now, not at the first start
     check_target(options.output_dir, options.force)
     draft = options.output_dir.parent / f".{options.output_dir.name}.{uuid.uuid4().hex}"
     try:

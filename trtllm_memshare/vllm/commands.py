@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtllm_memshare.child_process import run_to_end, shown_line
+from trtllm_memshare.child_process import exit_on_sigterm, run_to_end, shown_line
 from trtllm_memshare.engine.calibrated_weights import check_weights
 from trtllm_memshare.engine.null_page import NullPageRefused
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
@@ -125,6 +125,7 @@ def _wrap(arguments: list[str]) -> None:
         print("memshare: this benchmark is a client, the server has the settings")
         line = [*_program(), *arguments]
     environment.setdefault(V2_VARIABLE, "0")  # on a GPU vLLM would take its runner V2, which tells nothing of pages
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="memshare-metrics-") as folder:
         if arguments[0] == "serve":
             # The scheduler's process and the API server's write their metrics into one folder.

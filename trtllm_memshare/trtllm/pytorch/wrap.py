@@ -6,7 +6,6 @@ the user's own file; one that says otherwise is an error, not overwritten.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -14,26 +13,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from trtllm_memshare.child_process import run_to_end, shown_line, shown_options
-from trtllm_memshare.errors import UserError, read_text
-from trtllm_memshare.trtllm.pytorch.guards import host_tier_reason
+from trtllm_memshare.child_process import exit_on_sigterm, run_to_end, shown_line, shown_options
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.trtllm.pytorch.llm_options import describe_added, merge_options, read_yaml
 from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings
 
 _PROGRAMS = {"serve": "trtllm-serve", "bench": "trtllm-bench"}
 _FILE_OPTIONS = ("--config", "--extra_llm_api_options")  # two names of one option
-_NEEDED: dict[tuple[str, ...], Any] = {
-    ("attn_backend",): "TRTLLM",
-    ("kv_cache_config", "enable_block_reuse"): False,
-    # Freed blocks turn into more requests in flight under this policy only: the other counts them as still needed.
-    ("scheduler_config", "capacity_scheduler_policy"): "MAX_UTILIZATION",
-    ("enable_iter_perf_stats",): True,
-}
-_MAY_DIFFER = (("kv_cache_config", "enable_block_reuse"), ("enable_iter_perf_stats",))
-"""Settings that may differ: with block reuse, prompts are protected and shared text stays out of the tree."""
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -56,13 +45,15 @@ def main(command: str, arguments: list[str]) -> None:
             f"--backend must be pytorch to share, got {backend} (leave it out, or run {_PROGRAMS[command]} itself)"
         )
     arguments, user_file = _take_option(arguments, _FILE_OPTIONS)
-    llm_options = merge_options(read_yaml(Path(user_file)) if user_file else {})
+    own_options, route = read_yaml(Path(user_file)) if user_file else {}, settings.options.route
+    llm_options = merge_options(own_options, route)
     program = shutil.which(_PROGRAMS[command])
     if program is None:
         raise UserError(
             f"{_PROGRAMS[command]} is not on PATH (install TensorRT-LLM 1.1 or later, then pip install '.[trtllm]')"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    exit_on_sigterm()
+    with tempfile.TemporaryDirectory(prefix="memshare-") as folder:
         options_file = Path(folder) / "llm_options.yaml"
         options_file.write_text(yaml.safe_dump(llm_options))
         stats_file = settings.stats_file or Path(folder) / "totals.json"
@@ -71,37 +62,13 @@ def main(command: str, arguments: list[str]) -> None:
             _remove_earlier(stats_file)
         line = [program, *place_option(command, arguments, str(options_file))]
         print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
+        print(describe_added(own_options, route))
         print(f"LLM options: {json.dumps(shown_options(llm_options), default=str)}")
         print(f"+ {ENABLE}=1 {shown_line(line)}", flush=True)
         status = run_to_end(line, environment)
         if command == "bench" and status == 0:
             _merge_report(arguments, stats_file)
     sys.exit(status)
-
-
-def merge_options(user: dict[str, Any]) -> dict[str, Any]:
-    """The user's LLM options with what sharing needs.
-
-    Raises:
-      UserError: an option that contradicts it.
-    """
-    merged = copy.deepcopy(user)
-    for path, value in _NEEDED.items():
-        section = merged
-        for key in path[:-1]:
-            section[key] = section.get(key) or {}
-            if not isinstance(section[key], dict):
-                raise UserError(f"{key} must be a mapping of options, got {section[key]!r}")
-            section = section[key]
-        got = section.setdefault(path[-1], value)
-        if got != value and path not in _MAY_DIFFER:
-            raise UserError(f"{'.'.join(path)} must be {value} to share, got {got} (remove it from your options)")
-    cache = merged["kv_cache_config"]
-    is_v2 = {True: True, False: False}.get(cache.get("use_kv_cache_manager_v2"))  # "auto" and nothing: not known yet
-    reason = host_tier_reason(is_v2, cache.get("host_cache_size"))
-    if reason is not None:
-        raise UserError(f"sharing excludes {reason}")
-    return merged
 
 
 def place_option(command: str, arguments: Sequence[str], options_file: str) -> list[str]:
@@ -149,17 +116,6 @@ def _take_option(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[s
     if pending:
         raise UserError(f"{arguments[-1]} needs a value")
     return rest, value
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Options of the LLM API from a file. Raises UserError if it is not a YAML mapping."""
-    try:
-        document = yaml.safe_load(read_text(path, "the file of LLM options"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path} must hold a mapping of LLM options, got {type(document).__name__}")
-    return document
 
 
 def _remove_earlier(stats_file: Path) -> None:
