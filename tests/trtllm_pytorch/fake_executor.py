@@ -75,7 +75,9 @@ class FakeExecutor:
         self._prefixes: dict[int, list[int]] = {}
 
     def submit(self, request_id: int, prompt: list[int], output: list[int], max_new_tokens: int = 0) -> FakeLlmRequest:
-        request = FakeLlmRequest(request_id, prompt, max_new_tokens=max_new_tokens or len(output))
+        """``max_new_tokens``: 0 = an even id reaches its limit with its output, an odd one's end token comes before."""
+        limit = max_new_tokens or len(output) + request_id % 2
+        request = FakeLlmRequest(request_id, prompt, max_new_tokens=limit)
         budget = getattr(self.manager, "get_request_kv_block_budget", lambda request: None)(request)
         if budget is not None and budget[0] > budget[1]:  # main refuses what can never fit
             self.rejected.append(request)
@@ -128,6 +130,8 @@ class FakeExecutor:
             if request.state is LlmRequestState.GENERATION_IN_PROGRESS:
                 request.pause()
         self._process(finished)
+        if self.overlap:
+            self._mark_last(batch.generation_requests)
 
     def prefix_id(self, request_id: int, position: int) -> int:
         """What the cache holds for a position: a number of the text up to it."""
@@ -158,6 +162,7 @@ class FakeExecutor:
             return ScheduledRequests(*batch), paused
         size, free = self.manager.tokens_per_block, self._num_free()
         running = [r for r in self.active if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
+        ending = [r for r in self.active if r.state is LlmRequestState.GENERATION_TO_COMPLETE]  # they keep their seats
         caches = getattr(self.manager, "kv_cache_map", None)
         suspended = [r for r in running if caches is not None and not caches[r.py_request_id].is_active]
         running = [r for r in running if r not in suspended]
@@ -181,7 +186,8 @@ class FakeExecutor:
             if request.state is not LlmRequestState.CONTEXT_INIT or paused:
                 continue
             blocks = -(-request.prompt_len // size)
-            if len(running) + len(context) >= self.manager.max_batch_size or blocks > free:
+            taken = len(running) + len(ending) + len(context)
+            if taken >= self.manager.max_batch_size or blocks > free:
                 break
             free -= blocks
             context.append(request)
@@ -229,11 +235,19 @@ class FakeExecutor:
             self.processed[request.py_request_id] = position + 1
         for request in batch.context_requests:
             request.state = LlmRequestState.GENERATION_IN_PROGRESS
+        if self.overlap:
+            self._mark_last(batch.context_requests)
+
+    def _mark_last(self, requests: list[FakeLlmRequest]) -> None:
+        """Those whose pass that runs now makes their last token, by count, are not to be scheduled again."""
+        for request in requests:
+            if request.state is LlmRequestState.GENERATION_IN_PROGRESS and request.will_complete_next_iteration():
+                request.state = LlmRequestState.GENERATION_TO_COMPLETE
 
     def _write(self, request_id: int, position: int) -> None:
         size = self.manager.tokens_per_block
         if position >= len(self.scripts[request_id]):
-            return  # the extra pass of a request whose end the host does not know yet
+            return  # the extra pass of a request whose end token the host does not know yet
         page = int(self.row(request_id)[position // size])
         entries = [int(e) for e in self.row(request_id)[: position // size + 1]]
         assert page in self._own_pages(request_id), f"request {request_id} writes page {page}, which is not its own"
@@ -254,7 +268,11 @@ class FakeExecutor:
                 request.state = LlmRequestState.GENERATION_COMPLETE
 
     def _process(self, batch: ScheduledRequests | None) -> None:
-        """Answers whoever has ended, in the batch or not, as ``_handle_responses`` looks at all active requests."""
+        """Answers whoever has ended, in the batch or not, as ``_handle_responses`` looks at all active requests.
+
+        The batch then goes to the managers as it was scheduled, with those that have just been freed
+        (``_process_previous_batch``, main, 29 November 2026).
+        """
         for request in list(self.active):
             if request.state is LlmRequestState.GENERATION_COMPLETE:
                 self.active.remove(request)
@@ -262,9 +280,4 @@ class FakeExecutor:
                     self.manager.free_resources(request)
                     self.processed.pop(request.py_request_id)
         if batch is not None:
-            self.manager.update_resources(
-                ScheduledRequests(
-                    [r for r in batch.context_requests if r.py_request_id in self.processed],
-                    [r for r in batch.generation_requests if r.py_request_id in self.processed],
-                )
-            )
+            self.manager.update_resources(batch)

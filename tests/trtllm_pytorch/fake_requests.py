@@ -2,6 +2,14 @@
 
 Mirrors ``_torch/pyexecutor/llm_request.py`` and ``scheduler.py`` of NVIDIA/TensorRT-LLM (1.1 of autumn 2025, February
 2026, which is nearest to 1.2.1, and main of September 2026); names are theirs, bodies are not.
+
+``GENERATION_TO_COMPLETE`` (``py_executor.py``, ``scheduler/scheduler_v2.py``, ``capacityScheduler.cpp`` and
+``llmRequest.h``, main, read on 29 November 2026): a request whose last token by its limit is on its way. Only the
+overlap loop sets it, by counting: on a prompt right behind its forward pass, on one that generates when the batch
+before has been processed. No scheduler schedules it again, so it runs no pass in vain, as one does that ends by its end
+token; it stays active and keeps its pages until the next iteration has answered it. V1 never pauses it and V2 never
+frees it to be computed anew, but **V2 suspends it like any other** (``is_generation_in_progress_state`` is true of it).
+Resource managers do not look for it.
 """
 
 from __future__ import annotations
@@ -11,9 +19,12 @@ from types import SimpleNamespace
 
 
 class LlmRequestState(enum.Enum):
-    CONTEXT_INIT = 1
-    GENERATION_IN_PROGRESS = 2
-    GENERATION_COMPLETE = 3
+    """In the order of TensorRT-LLM's, which schedules by it: from the first to the last but one before the end."""
+
+    CONTEXT_INIT = 10
+    GENERATION_IN_PROGRESS = 13
+    GENERATION_TO_COMPLETE = 14
+    GENERATION_COMPLETE = 20
 
 
 class FinishReason(enum.Enum):
@@ -63,6 +74,14 @@ class FakeLlmRequest:
         assert beam == 0
         self._tokens.append(token)
 
+    @property
+    def is_generation_in_progress_state(self) -> bool:
+        return self.state in (LlmRequestState.GENERATION_IN_PROGRESS, LlmRequestState.GENERATION_TO_COMPLETE)
+
+    def will_complete_next_iteration(self) -> bool:
+        """Whether the token behind those that the host knows is the last by its limit; end tokens are not looked at."""
+        return len(self._tokens) - self.prompt_len + 1 >= self.max_new_tokens
+
     def finish_by_reason(self, reason: FinishReason) -> None:
         """Ends the request; the executor's loop answers and frees it with the next responses, as when cancelled."""
         self.finish_reason = reason
@@ -74,6 +93,7 @@ class FakeLlmRequest:
         ``py_num_compressed_tokens`` is not on that list (September 2026).
         """
         self.num_lives += 1
+        self.max_new_tokens -= len(self._tokens) - self.prompt_len
         self.prompt_len = self.py_prompt_len = len(self._tokens)
         self.state = LlmRequestState.CONTEXT_INIT
         self.is_first_context_chunk = True

@@ -210,6 +210,8 @@ class FakeKVCacheV2Scheduler:
     Requests that generate come first; one that gets no page suspends the youngest of the others. Where that is not
     enough, it frees the youngest of the others, to be computed anew, those too that it has suspended
     (``_try_recompute_pause_for_gen``, 29 November 2026; on unless prompts are served apart). Then it suspends itself.
+    One whose last token is on its way is suspended like the others, and never freed (``_is_evictable``,
+    ``_is_recompute_pause_candidate``, the same day).
     Prompts get what is left. A thousand passes in which nothing could be done are a deadlock, as there.
     """
 
@@ -219,17 +221,22 @@ class FakeKVCacheV2Scheduler:
 
     def schedule_request(self, active):
         """(prompts, requests that generate) of this iteration, and who has been freed to be computed anew."""
-        started = [r for r in active if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
+        started = [r for r in active if r.is_generation_in_progress_state]
+        ending = [r for r in started if r.state is LlmRequestState.GENERATION_TO_COMPLETE]
         scheduled, freed, end, index = [], [], len(started), 0
         while index < end and len(scheduled) < self.max_requests:
             request = started[index]
+            if request in ending:
+                index += 1
+                continue
             ok = self.manager.try_allocate_generation(request)
             while not ok and end > index + 1:
                 end -= 1
                 if self.manager.is_request_active(started[end].py_request_id):
                     self._suspend(started[end])
                     ok = self.manager.try_allocate_generation(request)
-            candidates = started[index + 1 :] if self.enable_recompute_pause else []
+            others = [r for r in started[index + 1 :] if r not in ending]
+            candidates = others if self.enable_recompute_pause else []
             while not ok and candidates:
                 freed.append(candidates.pop())
                 self.manager.free_resources(freed[-1])
@@ -245,13 +252,14 @@ class FakeKVCacheV2Scheduler:
         for request in active:
             if request.state is not LlmRequestState.CONTEXT_INIT or end < len(started):
                 continue
-            if len(scheduled) + len(context) >= self.max_requests or not self.manager.prepare_context(request):
+            taken = len(scheduled) + len(ending) + len(context)
+            if taken >= self.max_requests or not self.manager.prepare_context(request):
                 break
             if not self.manager.resize_context(request, request.prompt_len - request.context_current_position):
                 self.manager.free_resources(request)  # a first chunk that did not fit keeps nothing
                 break
             context.append(request)
-        self._stalled = 0 if scheduled or context or not active else self._stalled + 1
+        self._stalled = 0 if scheduled or context or len(ending) == len(active) else self._stalled + 1
         if self._stalled >= 1000:
             raise RuntimeError("V2 scheduler deadlock")
         return (context, scheduled), freed

@@ -144,7 +144,7 @@ def run(
     coming = [(i, prompt, output) for i, (prompt, output) in enumerate(texts)][::-1]
     while coming or executor.active:
         while coming and len(executor.active) < (in_flight or len(texts)):
-            executor.submit(*coming.pop())
+            executor.submit(*coming.pop(), max_new_tokens=limit + 1)  # answers end by their end token
         executor.step()
     if preset is not None:
         executor.add_sharing_time()

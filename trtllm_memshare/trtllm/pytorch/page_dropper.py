@@ -73,10 +73,12 @@ class PageDropper:
         started = time.perf_counter()
         self._step += 1
         try:
-            self._running = {r.py_request_id: r for r in generation_requests}
+            # The batch comes as it was scheduled, with those that have just been freed: nobody would forget them again.
+            held = [r for r in generation_requests if r.py_request_id in self._manager.kv_cache_map]
+            self._running = {r.py_request_id: r for r in held}
             self.pauses.look(self._running)
             if not (self.failures.is_off or self._switch.is_off(self._step)):
-                self._relieve([r for r in generation_requests if self._may_shrink(r)])
+                self._relieve([r for r in held if self._may_shrink(r)])
         except Exception as error:  # TensorRT-LLM's loop would end with it
             self.failures.stop("a step of the compression route", error)
         self.seconds += time.perf_counter() - started
@@ -88,8 +90,8 @@ class PageDropper:
             request.py_num_compressed_tokens = 0
         for kept in (self._shadowed, self._running):
             kept.pop(request_id, None)
-        if not getattr(request, "is_dummy_request", False):
-            self.pauses.freed(request_id, getattr(request.state, "name", "") == "GENERATION_COMPLETE")
+        is_dummy = getattr(request, "is_dummy_request", False)
+        self.pauses.freed(request_id, is_dummy or getattr(request.state, "name", "") == "GENERATION_COMPLETE")
         if self._redundancy is not None:
             self._redundancy.forget(request_id)
         if not self._running:

@@ -10,7 +10,8 @@ class Pauses:
     """Counts requests of one manager that generated and had to wait for memory.
 
     V1 frees a request that it pauses, and computes it anew later. V2 suspends one: it is missing from an iteration, and
-    its pages are not held on the device.
+    its pages are not held on the device. V2 may also suspend one whose last token is on its way: it is answered in the
+    same iteration, has waited for nothing, and is not counted.
 
     Args:
       is_suspended: of a request id; see ``CacheBackend``.
@@ -21,7 +22,7 @@ class Pauses:
 
     def __init__(self, is_suspended: Callable[[int], bool]) -> None:
         self._is_suspended = is_suspended
-        self._running: set[int] = set()
+        self._running: dict[int, Any] = {}
         self._active: Mapping[int, Any] = {}
         self.num = 0
 
@@ -33,16 +34,16 @@ class Pauses:
         if active is self._active:
             return
         self._active = active
-        for request_id in self._running - active.keys():
+        for request_id in self._running.keys() - active.keys():
             if self._is_suspended(request_id):
-                self.num += 1
-                self._running.discard(request_id)
+                request = self._running.pop(request_id)
+                self.num += getattr(request.state, "name", "") != "GENERATION_TO_COMPLETE"
         self._running.update(active)
 
     def freed(self, request_id: int, has_ended: bool) -> None:
         """A request's resources are freed: it has ended, or it is paused."""
         self.num += request_id in self._running and not has_ended
-        self._running.discard(request_id)
+        self._running.pop(request_id, None)
         self._active = {}
 
 

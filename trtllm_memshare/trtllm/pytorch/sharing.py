@@ -189,8 +189,8 @@ class Sharing:
         request_id = request.py_request_id
         self._batch.clear()
         try:
-            if not getattr(request, "is_dummy_request", False):
-                self.pauses.freed(request_id, getattr(request.state, "name", "") == "GENERATION_COMPLETE")
+            is_dummy = getattr(request, "is_dummy_request", False)
+            self.pauses.freed(request_id, is_dummy or getattr(request.state, "name", "") == "GENERATION_COMPLETE")
             self.giving_up.remember(request)
             is_known = self.requests.get(request_id) is not None
             self.requests.forget(request)
