@@ -47,22 +47,12 @@ def bound(values, num_blocks=40, prepare=None, **arguments):
     return compression, manager
 
 
-def serve(seed: int, overlap: bool, num_blocks=60, count=4, prepare=None, num_errors=0, **config) -> FrameworkExecutor:
-    """Requests to their end; after every step each row is what an oracle keeps that drops the same pages.
-
-    ``prepare``: called with the dropper and the requests before the first step.
-    """
-    rng = random.Random(seed)
+def make_executor(num_blocks: int, overlap: bool, **config) -> FrameworkExecutor:
+    """Nobody is there yet. What its ``dropper`` drops an oracle drops too."""
     values = make_settings(**{**SHORT, "null_pages": "unused", **config})
     compression, manager = bound(values, num_blocks, config={"host_cache_size": 1 << 30})
     executor, dropper = FrameworkExecutor(manager, overlap, compression), compression.memshare
-    requests = [
-        executor.submit(request_id, repetitive_text(rng, rng.randrange(1, 30)), repetitive_text(rng, 180))
-        for request_id in range(count)
-    ]
-    if prepare is not None:
-        prepare(dropper, requests)
-    drop = dropper._drop
+    executor.dropper, drop = dropper, dropper._drop
 
     def dropping(request, pages):
         drop(request, pages)
@@ -73,6 +63,22 @@ def serve(seed: int, overlap: bool, num_blocks=60, count=4, prepare=None, num_er
             del rows[page * 8 : page * 8 + 8]
 
     dropper._drop = dropping
+    return executor
+
+
+def serve(seed: int, overlap: bool, num_blocks=60, count=4, prepare=None, num_errors=0, **config) -> FrameworkExecutor:
+    """Requests to their end; after every step each row is what an oracle keeps that drops the same pages.
+
+    ``prepare``: called with the dropper and the requests before the first step.
+    """
+    rng, executor = random.Random(seed), make_executor(num_blocks, overlap, **config)
+    dropper = executor.dropper
+    requests = [
+        executor.submit(request_id, repetitive_text(rng, rng.randrange(1, 30)), repetitive_text(rng, 180))
+        for request_id in range(count)
+    ]
+    if prepare is not None:
+        prepare(dropper, requests)
     for _ in range(3000):
         executor.step()
         for request in executor.active:
@@ -86,10 +92,9 @@ def serve(seed: int, overlap: bool, num_blocks=60, count=4, prepare=None, num_er
         if not executor.active:
             break
     assert not executor.active
-    assert len(manager.impl.free) == num_blocks
+    assert len(executor.manager.impl.free) == num_blocks
     assert dropper.failures.num_errors == num_errors
-    compression.shutdown()
-    executor.dropper = dropper
+    executor.manager._compression.shutdown()
     return executor
 
 

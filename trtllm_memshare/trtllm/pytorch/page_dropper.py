@@ -140,7 +140,7 @@ class PageDropper:
         if self.stats.is_look_due():
             lengths = {r.py_request_id: -(-r.max_beam_num_tokens // self._size) for r in requests}
             given_up = [len(self._dropped.get(request_id, ())) for request_id in lengths]
-            self.stats.look_for_avoided(used + len(requests), given_up, lengths)
+            self.stats.look_for_avoided(used, given_up, lengths)
         count = self._marks.pages_to_free(used, len(requests), self._backend.pool.shape[0])
         if not count:
             return

@@ -74,7 +74,7 @@ class PressureStats:
         """Finds out who would have been paused.
 
         Args:
-          num_needed: pages in use and about to be taken.
+          num_needed: pages in use, and about to be taken as far as that is certain.
           given_up: pages that each running request does without.
           pages: see ``AvoidedPauses.look``.
         """
