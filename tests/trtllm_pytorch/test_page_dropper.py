@@ -105,11 +105,24 @@ def test_an_episode_ends_once_it_has_been_quiet_for_long():
 
 @pytest.mark.parametrize("is_dummy", [True, False])
 def test_requests_of_the_warm_up_are_no_pauses(is_dummy):
-    dropper, request = growing([]).dropper, FakeLlmRequest(2**40, [1] * 9, is_dummy)
-    dropper.end([request])  # the manager knows nothing of it any more
-    dropper.forget(request)
-    assert dropper.totals()["pauses"] == (not is_dummy)
-    assert not dropper.failures.num_errors
+    executor = growing([])
+    (request,) = executor.manager.add_dummy_requests([2**40], token_nums=[9], is_gen=True)
+    request.is_dummy_request = is_dummy
+    executor.dropper.end([request])
+    executor.manager.free_resources(request)
+    assert executor.dropper.totals()["pauses"] == (not is_dummy)
+    assert not executor.dropper.failures.num_errors
+
+
+def test_a_request_that_was_freed_before_its_last_step_is_reported_is_not_taken_up_again():
+    """TensorRT-LLM answers and frees who has ended, and only then calls with the batch, where they still are."""
+    executor = growing([20])
+    while executor.active:
+        executor.step()
+    executor.dropper.end(executor.requests)
+    assert not executor.dropper._running
+    assert not executor.dropper.pauses._running
+    assert not executor.dropper.failures.num_errors
 
 
 @pytest.mark.parametrize("num_blocks", [49, 50, 51])

@@ -131,8 +131,8 @@ class PageDropper:
         if kind is not None:
             self._complaints.say(f"sharing excludes disaggregated serving, got a request of type {kind}")
             return False
-        cache = self._manager.kv_cache_map.get(request.py_request_id)
-        return cache is not None and cache.is_active and getattr(request.state, "name", "") != "GENERATION_COMPLETE"
+        is_active = self._manager.kv_cache_map[request.py_request_id].is_active
+        return is_active and getattr(request.state, "name", "") != "GENERATION_COMPLETE"
 
     def _relieve(self, requests: list[Any]) -> None:
         used = self._backend.pool.shape[0] - self._backend.num_free_pages()
