@@ -65,6 +65,7 @@ def test_queries_are_those_of_attention_with_their_rotation_undone(centred):
     queries, keys, scaling = attend_eagerly(centred, tokens)
     at = np.unique(np.linspace(16, 79, 10).astype(int))
     assert found.scaling == scaling
+    assert found.positions.tolist() == at.tolist()
     inv_freq = centred.model.rotary_emb.inv_freq
     again = rotate(found.unrotated.transpose(1, 2).reshape(2, len(at), 1, 4, -1), torch.from_numpy(at)[None], inv_freq)
     torch.testing.assert_close(again[:, :, 0].transpose(1, 2), queries[:, :, at], rtol=1e-4, atol=1e-4)
@@ -89,6 +90,17 @@ def test_no_query_of_a_new_text_comes_near_a_null_page_wherever_it_stands(centre
             keys = pages.keys[band].repeat_interleave(2, 1)
             logits = (turned * keys[:, :, None]).sum(-1) * queries.scaling
             assert (logits - queries.log_sum_exp).max() < -15
+
+
+def test_a_query_that_turns_half_as_far_away_is_still_far(centred):
+    """Queries far into a text come nearer than those of the short texts of calibration."""
+    pages = calibrate_null_pages(centred, texts(4), 4096)
+    queries = observe_queries(centred, texts(1, seed=7)[0], 20)
+    inv_freq = centred.model.rotary_emb.inv_freq.double()
+    logits = largest_logits(queries, pages.keys[0], 0, int(pages.bands[1]), inv_freq)
+    can_be_longer = (pages.lengths[0] < 99).repeat_interleave(2, 1)
+    assert can_be_longer.any()
+    assert (logits / 2 - queries.log_sum_exp)[can_be_longer].max() < -15
 
 
 def test_queries_of_the_first_layer_are_those_of_the_token_wherever_it_stands(centred):

@@ -35,12 +35,14 @@ class Queries:
       log_sum_exp: float32 ``[num_layers, num_heads, n]``, of the logits of all real keys up to the query.
       largest: float32 ``[num_layers]``, largest magnitude among the elements of K and V of the whole text.
       scaling: factor on the logits.
+      positions: int ``[n]``, ascending, where they stood in their text; empty where they are of several or of none.
     """
 
     unrotated: torch.Tensor
     log_sum_exp: torch.Tensor
     largest: torch.Tensor
     scaling: float
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
 
 @dataclass
@@ -94,7 +96,9 @@ def observe_queries(model: Any, token_ids: list[int], max_queries: int) -> Queri
             memshare_observer=observer,
         )
     largest = torch.tensor(observer.largest)
-    return Queries(torch.stack(observer.unrotated), torch.stack(observer.log_sum_exp), largest, observer.scaling)
+    return Queries(
+        torch.stack(observer.unrotated), torch.stack(observer.log_sum_exp), largest, observer.scaling, chosen
+    )
 
 
 @torch.inference_mode()

@@ -1,5 +1,5 @@
-"""Null pages of a real model, calibrated on the bundled text and held against the starts of real traces: every query of
-every head at its own place in the text, against its own keys."""
+"""Null pages of a real model, calibrated on the bundled text and held against real traces: every query of every head at
+its own place in the text, against its own keys and the page of its band."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ try:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trtllm_memshare.engine.attention_queries import FIRST_POSITION, Queries, observe_queries
+    from trtllm_memshare.engine.attention_queries import Queries, observe_queries
     from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageSet, calibrate_null_pages
     from trtllm_memshare.engine.null_page_files import calibration_texts, report
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
@@ -29,7 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
     parser.add_argument("--texts", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=640, help="of each trace (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=640, help="first ones of each trace (default: %(default)s)")
+    parser.add_argument(
+        "--parts",
+        type=int,
+        nargs="*",
+        default=[],
+        help="positions that cut a trace into parts, each with its worst gap",
+    )
+    parser.add_argument("--queries", type=int, help="most of each head, evenly spread over a trace (default: all)")
     parser.add_argument("--output-json", type=Path, default=Path("benchmarks/studies/null_page/results/null_page.json"))
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model_dir, dtype=torch.float32, local_files_only=True).eval()
@@ -39,8 +47,9 @@ def main() -> None:
     inv_freq = model.model.rotary_emb.inv_freq
     rows: list[dict[str, Any]] = []
     for text, _ in zip(token_texts(read_traces(), tokenizer, arguments.tokens), range(arguments.texts), strict=False):
-        queries = observe_queries(model, text.ids, arguments.tokens)
-        gaps = gaps_at(queries, np.arange(FIRST_POSITION, len(text.ids)), pages.keys[0], inv_freq)
+        queries = observe_queries(model, text.ids, arguments.queries or arguments.tokens)
+        positions = queries.positions
+        gaps = gaps_at(queries, positions, pages, inv_freq)
         rows.append(
             {
                 "text": text.trace.name,
@@ -48,6 +57,7 @@ def main() -> None:
                 "queries": gaps.numel(),
                 "worst_gap": float(gaps.max()),
                 "nearer_than_target": int((gaps > TARGET_GAP).sum()),
+                **({"parts": worst_by_part(gaps, positions, arguments.parts)} if arguments.parts else {}),
             }
         )
         print(rows[-1], flush=True)
@@ -62,15 +72,28 @@ def main() -> None:
     publish(make_report(figures), arguments.output_json)
 
 
-def gaps_at(queries: Queries, positions: np.ndarray, keys: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Null logit of each query at its own position less its log-sum-exp, float32 ``[layers, heads, n]``."""
+def gaps_at(queries: Queries, positions: np.ndarray, pages: NullPageSet, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Null logit of each query at its own position less its log-sum-exp, float32 ``[layers, heads, n]``.
+
+    Args:
+      positions: int ``[n]``, ascending, where the queries stand; each meets the page of its band.
+    """
+    bands = torch.from_numpy(np.searchsorted(pages.bands, positions, "right") - 1)
     found = []
     for layer, unrotated in enumerate(queries.unrotated):
         at = torch.from_numpy(positions)[None]
         turned = rotate(unrotated.transpose(0, 1)[None, :, None], at, inv_freq)[0, :, 0].transpose(0, 1)
-        per_head = keys[layer].repeat_interleave(len(turned) // len(keys[layer]), 0)
-        found.append((turned * per_head[:, None]).sum(-1) * queries.scaling - queries.log_sum_exp[layer])
+        keys = pages.keys[:, layer].transpose(0, 1)[:, bands]  # [KV heads, n, head_dim]
+        per_head = keys.repeat_interleave(len(turned) // len(keys), 0)
+        found.append((turned * per_head).sum(-1) * queries.scaling - queries.log_sum_exp[layer])
     return torch.stack(found)
+
+
+def worst_by_part(gaps: torch.Tensor, positions: np.ndarray, cuts: list[int]) -> list[dict[str, Any]]:
+    """The worst gap of each part of a text, by the position at which it ends."""
+    ends = [*cuts, int(positions[-1]) + 1]
+    part_of = np.searchsorted(ends, positions, "right")
+    return [{"end": end, "worst_gap": float(gaps[..., part_of == i].max())} for i, end in enumerate(ends)]
 
 
 def worst_heads(pages: NullPageSet, count: int = 5) -> list[dict[str, Any]]:

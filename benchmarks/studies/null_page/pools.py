@@ -50,7 +50,7 @@ def main() -> None:
         except NullPageRefused as refusal:
             row["refused"] = str(refusal)
         else:
-            gaps = [gaps_at(q, np.arange(FIRST_POSITION, n), pages.keys[0], inv_freq) for q, n in queries]
+            gaps = [gaps_at(q, np.arange(FIRST_POSITION, n), pages, inv_freq) for q, n in queries]
             row |= {
                 "worst_gap": float(pages.gaps.max()),
                 "worst_gap_traces": max(float(g.max()) for g in gaps),
