@@ -38,6 +38,22 @@ def traces_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(report: dict[str, Any]) -> str:
+    """Worst gaps on long real traces, by part."""
+    ends = [part["end"] for part in report["rows"][0]["parts"]]
+    names = " | ".join(f"to {end:,}" for end in ends)
+    lines = [f"| trace of | queries of all heads | {names} | nearer than 20 |", "| --- |" + " ---: |" * (len(ends) + 2)]
+    for row in report["rows"]:
+        gaps = " | ".join(f"{part['worst_gap']:.1f}" for part in row["parts"])
+        lines.append(f"| {row['model']} | {row['queries']:,} | {gaps} | {row['nearer_than_target']} |")
+    return "\n".join(lines)
+
+
+def nearest(report: dict[str, Any]) -> float:
+    """Nats between the nearest query and the real keys."""
+    return -max(row["worst_gap"] for row in report["rows"])
+
+
 def signatures_table(report: dict[str, Any]) -> str:
     """Correlations, by text and form."""
     forms = ("v_16", "v_32", "v_64", "k_16", "k_32", "k_64")

@@ -21,6 +21,9 @@ def test_traces_stay_within_what_calibration_promised():
     assert report["calibration"]["worst_gap"] <= TARGET_GAP
     assert max(row["worst_gap"] for row in report["rows"]) <= TARGET_GAP
     assert len({row["model"] for row in report["rows"]}) >= 4
+    parts = [part for row in result("null_page", "null_page_8192")["rows"] for part in row["parts"]]
+    assert max(part["worst_gap"] for part in parts) <= TARGET_GAP
+    assert max(part["end"] for part in parts) == 8192
 
 
 def test_signatures_rank_pages_as_the_exact_measure_does():
