@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from trtllm_memshare.engine.null_page import TARGET_GAP
 from trtllm_memshare.search.signatures import WIDTH
 
@@ -26,7 +28,9 @@ def test_traces_stay_within_what_calibration_promised():
     assert max(part["end"] for part in parts) == 8192
 
 
-def test_signatures_rank_pages_as_the_exact_measure_does():
-    report = result("signatures", "signatures")
-    assert len(report["rows"]) >= 5
+@pytest.mark.parametrize(("name", "tokens", "texts"), [("signatures", 1024, 5), ("signatures_8192", 8192, 4)])
+def test_signatures_rank_pages_as_the_exact_measure_does(name, tokens, texts):
+    report = result("signatures", name)
+    assert report["tokens"] == tokens
+    assert len(report["rows"]) >= texts
     assert min(row[form] for row in report["rows"] for form in (f"v_{WIDTH}", f"k_{WIDTH}")) >= 0.9
