@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "trtllm_memshare.commands.serve",
         "an OpenAI-compatible server: of an engine with --engine-dir, else trtllm-serve with MemShare",
     ),
+    "null-pages": (
+        "trtllm_memshare.commands.null_pages",
+        "pages that a model does not attend to, made once: what serve, bench and vllm need under pressure",
+    ),
     "triton": ("trtllm_memshare.commands.triton", "a Triton model repository over an engine, and the server over it"),
     "vllm": ("trtllm_memshare.vllm.commands", "vLLM with memory pressure: vllm serve, vllm bench, vllm calibrate"),
 }

@@ -13,7 +13,7 @@ from trtllm_memshare.__main__ import COMMANDS, main
 from trtllm_memshare.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-OURS = ("build", "bench", "explain", "calibrate", "doctor", "serve", "triton", "vllm")
+OURS = ("build", "bench", "explain", "calibrate", "doctor", "serve", "null-pages", "triton", "vllm")
 
 
 @pytest.mark.parametrize("command", OURS)

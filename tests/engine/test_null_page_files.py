@@ -13,6 +13,7 @@ from conftest import write_random_checkpoint
 from engine.centred_model import write_centred_checkpoint
 from safetensors.torch import load_file, save_file
 
+from trtllm_memshare.__main__ import main
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build
 from trtllm_memshare.builder.summary import summarize
 from trtllm_memshare.engine import checkpoint
@@ -24,6 +25,7 @@ from trtllm_memshare.engine.null_page_files import (
     calibrated_on,
     calibration_texts,
     load_null_pages,
+    read_null_pages,
     save_null_pages,
 )
 from trtllm_memshare.engine.weights import weights_digest
@@ -58,6 +60,20 @@ def test_a_build_calibrates_pages_and_a_runner_finds_them(centred_dir, tmp_path)
     runner = open_runner(engine, 30, "cpu")
     assert runner.null_pages.blocks == [0]
     assert torch.equal(runner.pool[0, :, 0, :, 3], pages.keys[0])
+
+
+def test_a_command_makes_the_pages_without_an_engine(centred_dir, tmp_path, capsys):
+    folder = tmp_path / "new" / "null"
+    main(["null-pages", str(centred_dir), "--max-seq-len", "400", "--output", str(folder)])
+    keys, bands, _ = read_null_pages(folder / KEYS_FILE, "")
+    assert (len(keys), bands.tolist()) == (1, [0, 512])
+    assert capsys.readouterr().out.startswith("null pages: 1 page, one for each 512 positions; worst gap -")
+    model_dir = write_random_checkpoint(tmp_path / "checkpoint", "llama")
+    (model_dir / "calibration.txt").write_text(TEXT)
+    with pytest.raises(
+        UserError, match=r"for layer \d, head \d.* \(take preset aligned, or vLLM with --null-entries skip"
+    ):
+        main(["null-pages", str(model_dir), "--max-seq-len", "400", "--output", str(folder)])
 
 
 def test_under_pressure_with_aliases_pages_are_calibrated_for_what_finds_no_donor(centred_dir, tmp_path):

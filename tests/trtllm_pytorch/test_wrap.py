@@ -57,3 +57,47 @@ def test_another_backend_is_refused_by_name(monkeypatch, command, option):
         main(command, ["M", *option])
     with pytest.raises(UserError, match="not on PATH"):
         main(command, ["M", "--backend", "pytorch"])
+
+
+READ = '#!/bin/sh\ncp "$TRTLLM_MEMSHARE_CONFIG" {folder}/seen.json\necho "$TRTLLM_MEMSHARE_CONFIG" > {folder}/where\n'
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Runs ``memshare serve MODEL`` with more options; the settings that TensorRT-LLM's workers would read."""
+    program = tmp_path / "trtllm-serve"
+    program.write_text(READ.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    def run(*options):
+        with pytest.raises(SystemExit) as done:
+            main("serve", ["MODEL", *options])
+        assert done.value.code == 0
+        assert not Path((tmp_path / "where").read_text().strip()).exists()
+        return json.loads((tmp_path / "seen.json").read_text())
+
+    return run
+
+
+def test_null_pages_are_all_that_pressure_needs(serve, null_pages, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(null_pages).parent)
+    assert serve("--null-pages", Path(null_pages).name) == {"preset": "pressure", "null_pages": str(null_pages)}
+    assert "memshare: preset pressure\n" in capsys.readouterr().out
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"min_kept": 0.75, "null_pages": "of another model"}))
+    seen = serve(f"--null-pages={null_pages}", "--memshare-config", str(settings))
+    assert seen == {"preset": "pressure", "min_kept": 0.75, "null_pages": str(null_pages)}
+    assert json.loads(settings.read_text()) == {"min_kept": 0.75, "null_pages": "of another model"}
+
+
+def test_null_pages_that_nothing_would_read_are_refused(null_pages, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        UserError, match=r"folder with null_pages.safetensors, got nowhere \(make it with memshare null-"
+    ):
+        main("serve", ["MODEL", "--null-pages", "nowhere"])
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"preset": "aligned"}')
+    with pytest.raises(UserError, match=r"read by preset pressure, got aligned in the settings \(keep one\)"):
+        main("serve", ["MODEL", "--null-pages", str(null_pages), "--memshare-config", str(settings)])

@@ -47,7 +47,7 @@ def test_a_model_without_a_null_page_hears_of_the_other_way(tmp_path, monkeypatc
     def refuse(*_):
         raise NullPageRefused("no null page is found for layer 0", "do this")
 
-    monkeypatch.setattr(commands, "calibrate_checkpoint", refuse)
+    monkeypatch.setattr(null_page_build, "calibrate_checkpoint", refuse)
     with pytest.raises(UserError, match=r"layer 0 \(vllm serve --null-entries skip serves it without\)"):
         main("vllm", ["calibrate", "m", "--max-model-len", "64", "--output", str(tmp_path)])
 

@@ -52,6 +52,28 @@ def add_null_pages(
         save_null_pages(folder, pages)
 
 
+def make_null_pages(model: str, output: str, max_seq_len: int, kv_dtype: str, without: str) -> None:
+    """Calibrates a checkpoint's null pages, writes them into a folder and prints what came of it.
+
+    Args:
+      model: folder of the checkpoint.
+      output: folder; made where it is missing.
+      max_seq_len, kv_dtype: see ``calibrate_checkpoint``.
+      without: what to do where the model has no null page, for the error.
+
+    Raises:
+      UserError: see ``calibrate_checkpoint``; or the model has no null page.
+    """
+    try:
+        pages = calibrate_checkpoint(Path(model), max_seq_len, kv_dtype)
+    except NullPageRefused as refusal:
+        raise UserError(f"{refusal.reason} ({without})") from refusal
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_null_pages(folder, pages)
+    print(f"null pages: {pages.describe()}")
+
+
 def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> NullPageSet:
     """Null pages of a checkpoint, for positions below ``max_seq_len``.
 
@@ -75,7 +97,8 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
         )
     if max_seq_len < 1:
         raise UserError(
-            f"positions that need a null page must be at least 1, got {max_seq_len} (raise --max-model-len)"
+            f"positions that need a null page must be at least 1, got {max_seq_len} (give the longest text that is to "
+            f"be served, in tokens)"
         )
     # Not ``read_checkpoint``: other hosts serve architectures and quantized weights that our executor does not.
     check_attention(read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint"), model_dir)

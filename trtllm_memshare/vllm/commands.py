@@ -18,9 +18,7 @@ from typing import Any
 
 from trtllm_memshare.child_process import exit_on_sigterm, run_to_end, shown_line
 from trtllm_memshare.engine.calibrated_weights import check_weights
-from trtllm_memshare.engine.null_page import NullPageRefused
-from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
-from trtllm_memshare.engine.null_page_files import save_null_pages
+from trtllm_memshare.engine.null_page_build import make_null_pages
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import parse_json
 from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
@@ -165,14 +163,8 @@ def _calibrate(arguments: list[str]) -> None:
     parser.add_argument("--max-model-len", type=int, required=True, help="positions that need a page, in tokens")
     parser.add_argument("--dtype", default="bfloat16", help="element type of the KV cache (default %(default)s)")
     options = parser.parse_args(arguments[1:])
-    try:
-        pages = calibrate_checkpoint(Path(options.model), options.max_model_len, options.dtype)
-    except NullPageRefused as refusal:
-        raise UserError(f"{refusal.reason} (vllm serve --null-entries skip serves it without)") from refusal
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_null_pages(folder, pages)
-    print(f"null pages: {pages.describe()}")
+    advice = "vllm serve --null-entries skip serves it without"
+    make_null_pages(options.model, options.output, options.max_model_len, options.dtype, advice)
 
 
 def _take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:

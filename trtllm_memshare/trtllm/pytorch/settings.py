@@ -30,7 +30,7 @@ class AdapterOptions(BaseModel):
     """Settings beside those of the search.
 
     ``on_unsupported``: stop the start-up, or run unshared and say so, when a feature is on that sharing excludes.
-    ``null_pages``: a folder with the model's null pages, for preset pressure: an engine directory of this project.
+    ``null_pages``: a folder with the model's null pages, for preset pressure: of ``memshare null-pages`` or an engine.
     ``route``: overlay, around TensorRT-LLM's KV cache manager, or framework, a method of its KV cache compression.
     ``tokenizer_dir``: where the tokenizer is that step boundaries come from; default: the model's directory.
     """
@@ -70,6 +70,16 @@ def is_enabled(environment: Mapping[str, str]) -> bool:
     return value == "1"
 
 
+def read_values(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the file that ``TRTLLM_MEMSHARE_CONFIG`` names says; nothing without one.
+
+    Raises:
+      UserError: no such file, or no JSON object.
+    """
+    path = environment.get(PREFIX + "CONFIG")
+    return _read(Path(path)) if path else {}
+
+
 def load_settings(environment: Mapping[str, str]) -> Settings:
     """Settings of the file that ``TRTLLM_MEMSHARE_CONFIG`` names, or the defaults.
 
@@ -79,8 +89,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     Raises:
       UserError: no such file, not JSON, an unknown key, a value out of range, or settings that serving excludes.
     """
-    path = environment.get(PREFIX + "CONFIG")
-    values = _read(Path(path)) if path else {}
+    path, values = environment.get(PREFIX + "CONFIG"), read_values(environment)
     options = {name: values.pop(name) for name in list(values) if name in AdapterOptions.model_fields}
     check_known_keys(values, (*MemShareConfig.model_fields, *AdapterOptions.model_fields), str(path))
     preset = values.pop("preset", "aligned")
@@ -116,8 +125,8 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         check_need(memshare.need)
         if adapter.null_pages is None and adapter.route == "overlay":
             raise UserError(
-                "preset pressure needs null_pages, a folder with the model's null pages, got none (build an engine "
-                "directory of the model with build_scripts/build_engine.py and name it)"
+                "preset pressure needs null_pages, a folder with the model's null pages, got none (make it with "
+                "memshare null-pages MODEL and name it, with --null-pages or in the settings)"
             )
         if adapter.route == "framework" and memshare.protected_steps:
             raise UserError(

@@ -13,13 +13,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from trtllm_memshare.child_process import exit_on_sigterm, run_to_end, shown_line, shown_options
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
+from trtllm_memshare.errors import UserError, shorten
 from trtllm_memshare.trtllm.pytorch.llm_options import describe_added, merge_options, read_yaml
-from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings
+from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings, read_values
 
 _PROGRAMS = {"serve": "trtllm-serve", "bench": "trtllm-bench"}
 _FILE_OPTIONS = ("--config", "--extra_llm_api_options")  # two names of one option
@@ -30,14 +32,43 @@ def main(command: str, arguments: list[str]) -> None:
 
     Args:
       command: serve or bench.
-      arguments: TensorRT-LLM's, and ``--memshare-config FILE``.
+      arguments: TensorRT-LLM's, ``--memshare-config FILE``, and ``--null-pages FOLDER``, which takes preset pressure.
 
     Raises:
       UserError: wrong settings, a conflict, or TensorRT-LLM is not installed.
     """
     arguments, config = _take_option(arguments, ("--memshare-config",))
+    arguments, null_pages = _take_option(arguments, ("--null-pages",))
     environment = {**os.environ, ENABLE: "1", **({PREFIX + "CONFIG": str(Path(config).resolve())} if config else {})}
     is_enabled(environment)
+    exit_on_sigterm()
+    with tempfile.TemporaryDirectory(prefix="memshare-") as folder:
+        if null_pages is not None:
+            file = Path(folder) / "settings.json"
+            file.write_text(json.dumps(with_null_pages(read_values(environment), null_pages)))
+            environment[PREFIX + "CONFIG"] = str(file)
+        status = _run(command, arguments, environment, Path(folder))
+    sys.exit(status)
+
+
+def with_null_pages(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A file's settings with ``--null-pages FOLDER``, which asks for preset pressure and beats the file's folder.
+
+    Raises:
+      UserError: the file has another preset, or no null pages are there.
+    """
+    preset = values.get("preset", "pressure")
+    if preset != "pressure":
+        raise UserError(f"--null-pages is read by preset pressure, got {shorten(preset)} in the settings (keep one)")
+    path, remedy = Path(folder).resolve() / KEYS_FILE, "make it with memshare null-pages MODEL --output FOLDER"
+    if not path.is_file():
+        raise UserError(f"--null-pages must be a folder with {KEYS_FILE}, got {shorten(folder)} ({remedy})")
+    read_null_pages(path, remedy)
+    return {**values, "preset": preset, "null_pages": str(path.parent)}
+
+
+def _run(command: str, arguments: list[str], environment: dict[str, str], folder: Path) -> int:
+    """Runs TensorRT-LLM's program; its exit status. ``folder``: for files that it reads meanwhile."""
     settings = load_settings(environment)
     _, backend = _take_option(arguments, ("--backend",))
     if backend not in (None, "pytorch"):
@@ -52,23 +83,21 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(
             f"{_PROGRAMS[command]} is not on PATH (install TensorRT-LLM 1.1 or later, then pip install '.[trtllm]')"
         )
-    exit_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="memshare-") as folder:
-        options_file = Path(folder) / "llm_options.yaml"
-        options_file.write_text(yaml.safe_dump(llm_options))
-        stats_file = settings.stats_file or Path(folder) / "totals.json"
-        if command == "bench":
-            environment[PREFIX + "STATS_FILE"] = str(stats_file)
-            _remove_earlier(stats_file)
-        line = [program, *place_option(command, arguments, str(options_file))]
-        print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
-        print(describe_added(own_options, route))
-        print(f"LLM options: {json.dumps(shown_options(llm_options), default=str)}")
-        print(f"+ {ENABLE}=1 {shown_line(line)}", flush=True)
-        status = run_to_end(line, environment)
-        if command == "bench" and status == 0:
-            _merge_report(arguments, stats_file)
-    sys.exit(status)
+    options_file = folder / "llm_options.yaml"
+    options_file.write_text(yaml.safe_dump(llm_options))
+    stats_file = settings.stats_file or folder / "totals.json"
+    if command == "bench":
+        environment[PREFIX + "STATS_FILE"] = str(stats_file)
+        _remove_earlier(stats_file)
+    line = [program, *place_option(command, arguments, str(options_file))]
+    print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
+    print(describe_added(own_options, route))
+    print(f"LLM options: {json.dumps(shown_options(llm_options), default=str)}")
+    print(f"+ {ENABLE}=1 {shown_line(line)}", flush=True)
+    status = run_to_end(line, environment)
+    if command == "bench" and status == 0:
+        _merge_report(arguments, stats_file)
+    return status
 
 
 def place_option(command: str, arguments: Sequence[str], options_file: str) -> list[str]:
