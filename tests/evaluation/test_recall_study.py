@@ -70,3 +70,14 @@ def test_a_preset_is_asked_after_its_own_decisions(replay, tmp_path):
     compute_recall(replay, Pairs(), ["aligned"], Budget(), 1, rows, traces=TRACES, boundaries=plain)
     assert [(row["arm"], len(row["questions"])) for row in rows.rows] == [("aligned", 7)]
     assert [count for _, count in replay.calls] == [7]
+
+
+def test_a_longer_text_has_its_facts_further_back(replay, tmp_path):
+    rows = RowFile(tmp_path / "rows.jsonl")
+    for num_tokens in (512, 1024):
+        compute_recall(replay, Pairs(), ["full"], Budget(), 1, rows, traces=TRACES, num_tokens=num_tokens)
+    short, long = rows.rows
+    assert (short["tokens"], long["tokens"]) == (512, 1024)
+    assert {row["text"] for row in rows.rows} == {short["text"]}  # rows of one length are not taken for another's
+    furthest = [max(question["distance"] for question in row["questions"]) for row in rows.rows]
+    assert furthest[0] < 512 < furthest[1] < 1024

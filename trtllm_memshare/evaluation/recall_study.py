@@ -21,7 +21,8 @@ from trtllm_memshare.evaluation.stated_facts import AskedText, make_asked_text
 from trtllm_memshare.search.steps import BoundaryTokens
 
 TEXT_TOKENS = 1280
-_SOURCE_TOKENS = 1500
+_MORE_TOKENS = 220
+"""By so much a trace is longer than the text that is made of it."""
 
 
 def compute_recall(
@@ -35,6 +36,7 @@ def compute_recall(
     traces: Path = TRACES,
     shard: tuple[int, int] = (0, 1),
     boundaries: BoundaryTokens | None = None,
+    num_tokens: int = TEXT_TOKENS,
 ) -> None:
     """Computes the rows that are not there yet, all arms of a text before the next.
 
@@ -44,13 +46,15 @@ def compute_recall(
       may_go_on: asked before each text.
       shard: (i, n): every nth text from the ith.
       boundaries: step boundaries of the tokenizer, which presets need.
+      num_tokens: of a text with the facts in it, whole pages.
     """
-    for text in islice(token_texts(read_traces(traces), tokenizer, _SOURCE_TOKENS), shard[0], num_texts, shard[1]):
+    long_enough = token_texts(read_traces(traces), tokenizer, num_tokens + _MORE_TOKENS)
+    for text in islice(long_enough, shard[0], num_texts, shard[1]):
         if not may_go_on():
             return
         seed = zlib.crc32(text.trace.name.encode())
         prompt, body = text.ids[: text.num_prompt_tokens], text.ids[text.num_prompt_tokens :]
-        asked = make_asked_text(prompt, body, tokenizer, TEXT_TOKENS, seed)
+        asked = make_asked_text(prompt, body, tokenizer, num_tokens, seed)
         full: FullPass | None = None
         for arm in arms:
             key = {
@@ -58,7 +62,7 @@ def compute_recall(
                 "arm": arm,
                 "min_kept": budget.min_kept,
                 "tokens_per_block": PAGE_TOKENS,
-                "tokens": TEXT_TOKENS,
+                "tokens": num_tokens,
             }
             if key in rows:
                 continue

@@ -17,7 +17,7 @@ try:
     from trtllm_memshare.evaluation.page_arms import ANEW, Budget
     from trtllm_memshare.evaluation.page_study import PRESETS
     from trtllm_memshare.evaluation.real_rows import RowFile
-    from trtllm_memshare.evaluation.recall_study import compute_recall
+    from trtllm_memshare.evaluation.recall_study import TEXT_TOKENS, compute_recall
     from trtllm_memshare.search.steps import BoundaryTokens
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_DIR, help="default: %(default)s")
     parser.add_argument("--texts", type=int, default=52, help="most texts, seven questions each (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="every Nth text from the Ith")
@@ -58,6 +59,7 @@ def main() -> None:
         may_go_on,
         shard=arguments.shard,
         boundaries=BoundaryTokens.from_tokenizer(tokenizer, replay.model.config.vocab_size),
+        num_tokens=arguments.tokens,
     )
 
 
