@@ -181,8 +181,10 @@ def recall_table(rows: list[Row], min_kept: float = 0.5) -> str:
 
 
 def distance_table(rows: list[Row], min_kept: float = 0.5) -> str:
-    """Recall by tokens from the statement to the end of the text."""
-    found = recall(rows, min_kept)
+    """Recall by tokens from the statement to the end of the text; of texts beyond 2,048 tokens by its quarters."""
+    tokens = max(row["tokens"] for row in rows)
+    quarters = tuple(tokens * part // 4 for part in (1, 2, 3, 4))
+    found = recall(rows, min_kept, quarters) if tokens > 2048 else recall(rows, min_kept)
     bounds = sorted({bound for r in found for bound in r.by_distance})
     heads = [f"to {bound}" if bound < 10**6 else "farther" for bound in bounds]
     lines = [f"| what goes | {' | '.join(heads)} |", f"| --- | {' | '.join('---:' for _ in bounds)} |"]

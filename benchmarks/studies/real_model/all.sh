@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every row of docs/real_model.md and docs/real_model_figures.md that a CPU can make, then their tables and the picture.
-# Rows that exist are not computed again, so that it goes on where it was stopped. From nothing it needs some seventeen
+# Rows that exist are not computed again, so that it goes on where it was stopped. From nothing it needs some twenty
 # hours of one core (row_times.json); texts of 2,048 tokens and recall at a half come first.
 #
 #   python build_scripts/get_smollm2.py && bash benchmarks/studies/real_model/all.sh
@@ -29,6 +29,8 @@ split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms $rankin
 split $results/recall.jsonl recall --arms random-once
 split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms random-once
 split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms random-once
+split $results/recall_4096.jsonl recall --tokens 4096 --texts 28 --arms full random surprisal-led-recency-signature
+split $results/recall_4096.jsonl recall --tokens 4096 --texts 28 --arms surprisal-led-signature streaming random-once
 # As much as the published method keeps.
 split $results/recall_kept_62.jsonl recall --min-kept 0.62 --arms full $reported
 split $results/recall_kept_53.jsonl recall --min-kept 0.53 --arms full $reported
@@ -47,7 +49,8 @@ split $results/tokens_8192.jsonl table --tokens 8192 --texts 20 --arms $decisive
 split $results/tokens_8192.jsonl table --tokens 8192 --texts 12 --arms $others
 split $results/tokens_8192.jsonl table --tokens 8192 --texts 12 --min-kept 0.53 --arms $reported
 split $results/tokens_8192.jsonl table --tokens 8192 --texts 12 --min-kept 0.62 --arms $reported
-# Forty texts more, most of them of problems that had no part in choosing what ranks best.
+# More texts, most of them of problems that had no part in choosing what ranks best.
 split $results/tokens_4096.jsonl table --tokens 4096 --texts 60 --arms $unseen
+split $results/tokens_8192.jsonl table --tokens 8192 --texts 41 --arms $unseen
 study summarize --plot docs/real_model.png
 "$python" -m benchmarks.pages.fill docs/real_model.md docs/real_model_figures.md

@@ -161,6 +161,36 @@ def recalled_at(rows: list[Row], arm: str, distance: int) -> str:
     return f"{right} of {asked}"
 
 
+def recalled_behind(rows: list[Row], arm: str, distance: int, kept: float = 0.5) -> str:
+    """The same for the questions whose fact stood more than so many tokens back."""
+    (found,) = [r for r in recall(rows, kept, (distance,)) if r.arm == arm]
+    right, asked = found.by_distance[10**6]
+    return f"{right} of {asked}"
+
+
+def cost_table(tables: list[list[Row]]) -> str:
+    """What the default costs beside random pages: the next word at two lengths, facts at two lengths and at a share.
+
+    Args:
+      tables: rows of the study, of texts of 8,192 tokens, of facts in 1,280 and in 4,096 tokens, and with three
+        quarters kept.
+    """
+    study, longer, facts, far, more = tables
+    lines = ["| what it costs | the default | random pages |", "| --- | ---: | ---: |"]
+    for rows, tokens in ((study, 2048), (longer, 8192)):
+        found = compare(rows, DEFAULT, BASE, Setting(tokens=tokens))
+        assert found is not None
+        ours, theirs = (f"{value:+.3f}" for value in (found.loss_change, found.loss_change - found.difference))
+        lines.append(f"| the next word, nats a token ({found.texts} texts of {tokens:,} tokens) | {ours} | {theirs} |")
+    for rows, kept, what in (
+        (facts, 0.5, "facts stated once, recalled, in texts of 1,280 tokens"),
+        (far, 0.5, "the same in texts of 4,096 tokens"),
+        (more, 0.75, "the same in texts of 1,280, three quarters kept"),
+    ):
+        lines.append(f"| {what} | {recalled(rows, DEFAULT, kept)} | {recalled(rows, BASE, kept)} |")
+    return "\n".join(lines)
+
+
 def largest_recall_p(rows: list[Row]) -> float:
     """Of McNemar's against random pages, over the rankings with redundancy."""
     return max(r.p for r in recall(rows) if r.p is not None and "redundancy" in r.arm)

@@ -13,9 +13,11 @@ from benchmarks.studies.real_model.figures import (
     num_compared,
     ratio_bound,
     recall_p,
+    recalled_behind,
     unseen,
     within,
 )
+from trtllm_memshare.report.real_model import distance_table
 
 
 def row(text: str, arm: str, *right: bool) -> dict:
@@ -44,6 +46,28 @@ def test_texts_are_what_is_drawn():
     assert recall_p(many, "new", "old") < 0.002
     one = [row("a", arm, *[arm != "old"] * 60) for arm in ("full", "new", "old")]
     assert recall_p(one, "new", "old") == pytest.approx(1.0)
+
+
+def test_facts_are_counted_by_how_far_back_they_stood():
+    asked = {"full": (True, True, True, False), "new": (True, True, False, True)}
+    rows = [
+        {
+            "text": "a",
+            "arm": arm,
+            "min_kept": 0.5,
+            "tokens": 4096,
+            "questions": [
+                {"kind": "code", "pages_kept": 1.0, "distance": distance, "right": is_right}
+                for distance, is_right in zip((1000, 1001, 4000, 4001), right, strict=True)
+            ],
+        }
+        for arm, right in asked.items()
+    ]
+    assert recalled_behind(rows, "new", 1000) == "1 of 2"
+    assert recalled_behind(rows, "new", 500) == "2 of 3"
+    table = distance_table([{**row, "arm": {"new": "random"}.get(row["arm"], row["arm"])} for row in rows])
+    assert table.splitlines()[0] == "| what goes | to 1024 | to 4096 |"  # by quarters that have a question
+    assert table.splitlines()[-1] == "| random pages | 2/2 | 0/1 |"
 
 
 def replayed(problem: str, arm: str, loss: float, by_position: dict | None = None, tokens: int = 4096) -> dict:
