@@ -9,6 +9,7 @@ import pytest
 from run_program import run_program
 
 import trtllm_memshare
+from trtllm_memshare.__main__ import main as memshare
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.wrap import main
 
@@ -89,6 +90,15 @@ def test_null_pages_are_all_that_pressure_needs(serve, null_pages, tmp_path, mon
     seen = serve(f"--null-pages={null_pages}", "--memshare-config", str(settings))
     assert seen == {"preset": "pressure", "min_kept": 0.75, "null_pages": str(null_pages)}
     assert json.loads(settings.read_text()) == {"min_kept": 0.75, "null_pages": "of another model"}
+
+
+@pytest.mark.parametrize("command", ["serve", "bench"])
+def test_the_help_of_our_own_commands_names_what_the_wrapped_ones_take(command, capsys):
+    with pytest.raises(SystemExit):
+        memshare([command, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--null-pages FOLDER" in printed
+    assert "--memshare-config FILE" in printed
 
 
 def test_null_pages_that_nothing_would_read_are_refused(null_pages, tmp_path, monkeypatch):
