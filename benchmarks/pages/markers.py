@@ -39,12 +39,12 @@ FIGURE = re.compile(
     rf"(?P<shown>(?:< )?{NUMBER}(?: of \d+)?)(?P<percent> ?%)?<!--=\s+(?P<path>\S+)\s+(?P<key>[^>]+?) -->"
 )
 ROWS = re.compile(r"<!--rows= (?P<path>\S+)\s+(?P<list>(?:\[[^\]]*\]|\S)+)\s+(?P<columns>[^>]+?) -->")
-TABLE = re.compile(r"<!--table= (?P<path>(?:\S+;\s+)*\S+)\s+(?P<call>[^>]+?) -->")
+TABLE = re.compile(r"<!--table= (?P<path>(?:[^\s;>]+;\s*)*[^\s;>]+)\s+(?P<call>[^>]+?) -->")
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
 def load(path: str) -> Any:
-    """A committed result; lines of JSON are a list, and so are several files joined by ``;``, on any lines."""
+    """A committed result; lines of JSON are a list, and so are several files joined by ``;``."""
     if ";" in path:
         return [load(one.strip()) for one in path.split(";")]
     text = (ROOT / path).read_text(encoding="utf-8")

@@ -98,9 +98,8 @@ def test_a_query_that_turns_half_as_far_away_is_still_far(centred):
     queries = observe_queries(centred, texts(1, seed=7)[0], 20)
     inv_freq = centred.model.rotary_emb.inv_freq.double()
     logits = largest_logits(queries, pages.keys[0], 0, int(pages.bands[1]), inv_freq)
-    can_be_longer = (pages.lengths[0] < 99).repeat_interleave(2, 1)
-    assert can_be_longer.any()
-    assert (logits / 2 - queries.log_sum_exp)[can_be_longer].max() < -15
+    assert pages.lengths.max() < 999  # else the margin may be cut
+    assert (logits / 2 - queries.log_sum_exp).max() < -15
 
 
 def test_queries_of_the_first_layer_are_those_of_the_token_wherever_it_stands(centred):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from trtllm_memshare.__main__ import main
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, describe_plan, plan_build
 from trtllm_memshare.builder.summary import summarize
-from trtllm_memshare.engine import checkpoint
+from trtllm_memshare.engine import checkpoint, null_page_build
 from trtllm_memshare.engine.checkpoint import read_checkpoint
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
@@ -68,12 +68,27 @@ def test_a_command_makes_the_pages_without_an_engine(centred_dir, tmp_path, caps
     keys, bands, _ = read_null_pages(folder / KEYS_FILE, "")
     assert (len(keys), bands.tolist()) == (1, [0, 512])
     assert capsys.readouterr().out.startswith("null pages: 1 page, one for each 512 positions; worst gap -")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who reads the report reads the pages
     model_dir = write_random_checkpoint(tmp_path / "checkpoint", "llama")
     (model_dir / "calibration.txt").write_text(TEXT)
     with pytest.raises(
         UserError, match=r"for layer \d, head \d.* \(take preset aligned, or vLLM with --null-entries skip"
     ):
         main(["null-pages", str(model_dir), "--max-seq-len", "400", "--output", str(folder)])
+
+
+@pytest.mark.parametrize("output", ["", "taken"])
+def test_a_folder_that_cannot_have_the_pages_is_named_before_the_work(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / KEYS_FILE).mkdir(parents=True)
+    monkeypatch.setattr(null_page_build, "calibrate_checkpoint", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=f"folder that can have the file {KEYS_FILE}, got '{output}'"):
+        main(["null-pages", "model", "--max-seq-len", "400", "--output", output])
+
+
+def test_more_positions_than_any_model_reads_are_refused(centred_dir):
+    with pytest.raises(UserError, match="from 1 to 16777216, got 3000000000"):
+        calibrate_checkpoint(centred_dir, 3_000_000_000, "auto")
 
 
 def test_under_pressure_with_aliases_pages_are_calibrated_for_what_finds_no_donor(centred_dir, tmp_path):

@@ -101,13 +101,23 @@ def test_the_help_of_our_own_commands_names_what_the_wrapped_ones_take(command, 
     assert "--memshare-config FILE" in printed
 
 
-def test_null_pages_that_nothing_would_read_are_refused(null_pages, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("values", "folder", "message"),
+    [
+        ({}, "nowhere", r"folder with null_pages.safetensors, got 'nowhere' \(make it with memshare null-pages"),
+        ({}, "", "folder with null_pages.safetensors, got ''"),
+        ({"preset": "aligned"}, None, r"read by preset pressure, got 'aligned' in the settings \(keep one\)"),
+        ({"preset": 5}, None, "read by preset pressure, got 5 in the settings"),
+        ({"route": "framework"}, None, "read by route overlay, got 'framework' in the settings"),
+        ({"min_kep": 0.5}, None, r"^{settings} has an unknown key min_kep"),
+    ],
+)
+def test_null_pages_that_nothing_would_read_are_refused(values, folder, message, null_pages, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(
-        UserError, match=r"folder with null_pages.safetensors, got nowhere \(make it with memshare null-"
-    ):
-        main("serve", ["MODEL", "--null-pages", "nowhere"])
     settings = tmp_path / "settings.json"
-    settings.write_text('{"preset": "aligned"}')
-    with pytest.raises(UserError, match=r"read by preset pressure, got aligned in the settings \(keep one\)"):
-        main("serve", ["MODEL", "--null-pages", str(null_pages), "--memshare-config", str(settings)])
+    settings.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message.format(settings=settings)):
+        main(
+            "serve",
+            ["M", "--null-pages", folder or str(null_pages) * (folder is None), "--memshare-config", str(settings)],
+        )

@@ -151,8 +151,8 @@ def test_the_variable_names_a_settings_file_too(tmp_path, monkeypatch):
     [
         (["--max-model-len", "64", "--dtype", "blah"], "element type must be one of auto, .* got blah"),
         (["--max-model-len", "64", "--dtype", "save"], "got save"),  # a name that torch has
-        (["--max-model-len", "0"], "must be at least 1, got 0"),
-        (["--max-model-len", "-64"], "must be at least 1, got -64"),
+        (["--max-model-len", "0"], "must be from 1 to 16777216, got 0"),
+        (["--max-model-len", "-64"], "must be from 1 to 16777216, got -64"),
     ],
 )
 def test_null_pages_of_no_type_or_no_positions_are_refused_before_the_model_is_read(tmp_path, options, message):

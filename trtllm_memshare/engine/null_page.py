@@ -234,7 +234,7 @@ class _Calibration:
     def pages(self, edges: np.ndarray, kv_dtype: torch.dtype, kv_scales: torch.Tensor | None) -> NullPageSet:
         """The pages of all bands as a pool holds them, and their gaps. Raises NullPageRefused: see the top."""
         keys, gaps = [], []
-        with_margin = torch.maximum(self.length, (_MARGIN * self.length).clamp_max(_LONG_KEY))
+        with_margin = torch.maximum(self.length, (_MARGIN * self.length).clamp_max(_LONGEST_KEY))
         base = self._directions * with_margin[..., None]
         if kv_scales is None:
             kv_scales = self._fit.largest / 127 if kv_dtype is torch.int8 else torch.ones(len(base))

@@ -10,12 +10,13 @@ import torch
 from trtllm_memshare.engine.checkpoint import check_attention, refuse_adapter
 from trtllm_memshare.engine.load import check_loaded, load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
-from trtllm_memshare.engine.null_page_files import calibration_texts, save_null_pages, save_refusal
+from trtllm_memshare.engine.null_page_files import KEYS_FILE, calibration_texts, save_null_pages, save_refusal
 from trtllm_memshare.engine.weights import weights_digest
-from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.errors import UserError, quote, shorten
 from trtllm_memshare.json_input import read_json
 from trtllm_memshare.search.config import MemShareConfig
 
+_MOST_POSITIONS = 1 << 24  # no model reads as many
 _POOL_TYPES = {
     "auto": None,  # the checkpoint's
     "float32": torch.float32,
@@ -64,12 +65,14 @@ def make_null_pages(model: str, output: str, max_seq_len: int, kv_dtype: str, wi
     Raises:
       UserError: see ``calibrate_checkpoint``; or the model has no null page.
     """
+    folder = Path(output)
+    if not output or (folder / KEYS_FILE).is_dir():
+        raise UserError(f"--output must be a folder that can have the file {KEYS_FILE}, got {quote(output)}")
+    folder.mkdir(parents=True, exist_ok=True)  # before the minutes that it takes
     try:
         pages = calibrate_checkpoint(Path(model), max_seq_len, kv_dtype)
     except NullPageRefused as refusal:
         raise UserError(f"{refusal.reason} ({without})") from refusal
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     save_null_pages(folder, pages)
     print(f"null pages: {pages.describe()}")
 
@@ -95,10 +98,10 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
             f"the KV cache's element type must be one of {', '.join(_POOL_TYPES)}, got {shorten(kv_dtype)} "
             f"(name the one that the server will use)"
         )
-    if max_seq_len < 1:
+    if not 1 <= max_seq_len <= _MOST_POSITIONS:
         raise UserError(
-            f"positions that need a null page must be at least 1, got {max_seq_len} (give the longest text that is to "
-            f"be served, in tokens)"
+            f"positions that need a null page must be from 1 to {_MOST_POSITIONS}, got {max_seq_len} (give the longest "
+            f"text that is to be served, in tokens)"
         )
     # Not ``read_checkpoint``: other hosts serve architectures and quantized weights that our executor does not.
     check_attention(read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint"), model_dir)

@@ -43,12 +43,18 @@ def calibration_texts(model_dir: Path) -> list[str]:
 
 
 def save_null_pages(folder: Path, pages: NullPageSet) -> None:
-    """Writes the keys and the report into an engine directory."""
+    """Writes the report and the keys into a folder. Raises UserError if it takes none."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {"keys": pages.keys.contiguous(), "gaps": pages.gaps.contiguous(), "bands": torch.from_numpy(pages.bands)}
-    save_file(tensors, folder / KEYS_FILE, None if pages.weights is None else {_WEIGHTS: pages.weights})
-    (folder / REPORT_FILE).write_text(json.dumps(report(pages), indent=1) + "\n", encoding="utf-8")
+    text, keys = folder / REPORT_FILE, folder / KEYS_FILE
+    text.write_text(json.dumps(report(pages), indent=1) + "\n", encoding="utf-8")
+    try:
+        save_file(tensors, keys, None if pages.weights is None else {_WEIGHTS: pages.weights})
+    except SafetensorError as error:
+        raise UserError(f"{keys} cannot be written: {shorten(str(error))}") from error
+    keys.chmod(text.stat().st_mode & 0o777)  # safetensors lets nobody else read it
 
 
 def save_refusal(folder: Path, reason: str) -> None:
@@ -142,6 +148,8 @@ def read_null_pages(path: Path, remedy: str) -> tuple[torch.Tensor, np.ndarray, 
     try:
         tensors = load_file(path)
         keys, bands, gaps = tensors["keys"], tensors["bands"], tensors.get("gaps")
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged: {shorten(str(error))} ({remedy})") from error
     if keys.ndim != 4 or not keys.is_floating_point() or not torch.isfinite(keys.float()).all():

@@ -31,6 +31,7 @@ split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms random-once
 split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms random-once
 split $results/recall_4096.jsonl recall --tokens 4096 --texts 28 --arms full random surprisal-led-recency-signature
 split $results/recall_4096.jsonl recall --tokens 4096 --texts 28 --arms surprisal-led-signature streaming random-once
+split $results/recall_4096_quarter.jsonl recall --tokens 4096 --texts 16 --min-kept 0.25 --arms full random random-once surprisal-led-recency-signature
 # As much as the published method keeps.
 split $results/recall_kept_62.jsonl recall --min-kept 0.62 --arms full $reported
 split $results/recall_kept_53.jsonl recall --min-kept 0.53 --arms full $reported

@@ -52,8 +52,8 @@ class NullKeys:
         """
         path = folder / KEYS_FILE
         if not path.is_file():
-            raise UserError(f"no null pages in {folder} (calibrate them: build an engine directory with --memshare)")
-        keys, borders, _ = read_null_pages(path, "build that engine directory again")
+            raise UserError(f"no null pages in {folder} (make them with memshare null-pages MODEL)")
+        keys, borders, _ = read_null_pages(path, "make them again with memshare null-pages MODEL")
         bands = borders.tolist()
         total = keys.shape[2]
         expected = [len(bands) - 1, shape[1], "KV heads", shape[5]]

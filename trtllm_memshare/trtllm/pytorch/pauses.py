@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_ENDING = ("GENERATION_TO_COMPLETE", "GENERATION_COMPLETE")
+
 
 class Pauses:
     """Counts requests of one manager that generated and had to wait for memory.
@@ -37,7 +39,7 @@ class Pauses:
         for request_id in self._running.keys() - active.keys():
             if self._is_suspended(request_id):
                 request = self._running.pop(request_id)
-                self.num += getattr(request.state, "name", "") != "GENERATION_TO_COMPLETE"
+                self.num += getattr(request.state, "name", "") not in _ENDING
         self._running.update(active)
 
     def freed(self, request_id: int, has_ended: bool) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 
 from trtllm_memshare.child_process import exit_on_sigterm, run_to_end, shown_line, shown_options
-from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
-from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.trtllm.pytorch.llm_options import describe_added, merge_options, read_yaml
 from trtllm_memshare.trtllm.pytorch.settings import ENABLE, PREFIX, is_enabled, load_settings, read_values
 
@@ -43,11 +42,14 @@ def main(command: str, arguments: list[str]) -> None:
     is_enabled(environment)
     exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="memshare-") as folder:
+        file, origin = Path(folder) / "settings.json", environment.get(PREFIX + "CONFIG", "--null-pages")
         if null_pages is not None:
-            file = Path(folder) / "settings.json"
             file.write_text(json.dumps(with_null_pages(read_values(environment), null_pages)))
             environment[PREFIX + "CONFIG"] = str(file)
-        status = _run(command, arguments, environment, Path(folder))
+        try:
+            status = _run(command, arguments, environment, Path(folder))
+        except UserError as error:  # of what the user wrote, not of our copy
+            raise UserError(str(error).replace(str(file), origin)) from error
     sys.exit(status)
 
 
@@ -55,14 +57,22 @@ def with_null_pages(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """A file's settings with ``--null-pages FOLDER``, which asks for preset pressure and beats the file's folder.
 
     Raises:
-      UserError: the file has another preset, or no null pages are there.
+      UserError: the file has another preset or a route that reads none, or no null pages are there.
     """
-    preset = values.get("preset", "pressure")
+    # Not above: it imports torch, which the launcher does without for as long as the server runs.
+    from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
+
+    preset, route = values.get("preset", "pressure"), values.get("route", "overlay")
     if preset != "pressure":
-        raise UserError(f"--null-pages is read by preset pressure, got {shorten(preset)} in the settings (keep one)")
+        raise UserError(f"--null-pages is read by preset pressure, got {quote(preset)} in the settings (keep one)")
+    if route != "overlay":
+        raise UserError(
+            f"--null-pages is read by route overlay, got {quote(route)} in the settings (leave the option out and set "
+            f"preset pressure)"
+        )
     path, remedy = Path(folder).resolve() / KEYS_FILE, "make it with memshare null-pages MODEL --output FOLDER"
-    if not path.is_file():
-        raise UserError(f"--null-pages must be a folder with {KEYS_FILE}, got {shorten(folder)} ({remedy})")
+    if not folder or not path.is_file():
+        raise UserError(f"--null-pages must be a folder with {KEYS_FILE}, got {quote(folder)} ({remedy})")
     read_null_pages(path, remedy)
     return {**values, "preset": preset, "null_pages": str(path.parent)}
 
