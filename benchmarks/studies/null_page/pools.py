@@ -15,7 +15,7 @@ try:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from benchmarks.studies.null_page.measure import gaps_at
+    from benchmarks.studies.null_page.gaps import gaps_at
     from trtllm_memshare.engine.attention_queries import FIRST_POSITION, observe_queries
     from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageRefused, calibrate_null_pages
     from trtllm_memshare.engine.null_page_files import calibration_texts

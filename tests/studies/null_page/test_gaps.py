@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.studies.null_page.measure import gaps_at, worst_by_part, worst_heads
+from benchmarks.studies.null_page.gaps import gaps_at, worst_by_part, worst_heads
 from trtllm_memshare.engine.attention_queries import Queries
 from trtllm_memshare.engine.null_page import NullPageSet
 
