@@ -181,7 +181,9 @@ def cost_table(tables: list[list[Row]]) -> str:
         found = compare(rows, DEFAULT, BASE, Setting(tokens=tokens))
         assert found is not None
         ours, theirs = (f"{value:+.3f}" for value in (found.loss_change, found.loss_change - found.difference))
-        lines.append(f"| the next word, nats a token ({found.texts} texts of {tokens:,} tokens) | {ours} | {theirs} |")
+        lines.append(
+            f"| loss of the next word, nats a token ({found.texts} texts of {tokens:,} tokens) | {ours} | {theirs} |"
+        )
     for rows, kept, what in (
         (facts, 0.5, "facts stated once, recalled, in texts of 1,280 tokens"),
         (far, 0.5, "the same in texts of 4,096 tokens"),
