@@ -191,4 +191,4 @@ def test_serve_s_help_says_what_both_servers_are(capsys):
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "usage: memshare serve" in text
-    assert "Without it: trtllm-serve with MemShare" in text
+    assert "trtllm-serve with MemShare and all its own options" in text
