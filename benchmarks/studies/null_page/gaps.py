@@ -12,16 +12,12 @@ from trtllm_memshare.engine.null_page import NullPageSet
 from trtllm_memshare.search.block_distance import rotate
 
 
-def gaps_at(queries: Queries, positions: np.ndarray, pages: NullPageSet, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Null logit of each query at its own position less its log-sum-exp, float32 ``[layers, heads, n]``.
-
-    Args:
-      positions: int ``[n]``, ascending, where the queries stand; each meets the page of its band.
-    """
-    bands = torch.from_numpy(np.searchsorted(pages.bands, positions, "right") - 1)
+def gaps_of(queries: Queries, pages: NullPageSet, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Null logit of each query of one text, where it stands, less its log-sum-exp, float32 ``[layers, heads, n]``."""
+    bands = torch.from_numpy(np.searchsorted(pages.bands, queries.positions, "right") - 1)
     found = []
     for layer, unrotated in enumerate(queries.unrotated):
-        at = torch.from_numpy(positions)[None]
+        at = torch.from_numpy(queries.positions)[None]
         turned = rotate(unrotated.transpose(0, 1)[None, :, None], at, inv_freq)[0, :, 0].transpose(0, 1)
         keys = pages.keys[:, layer].transpose(0, 1)[:, bands]  # [KV heads, n, head_dim]
         per_head = keys.repeat_interleave(len(turned) // len(keys), 0)

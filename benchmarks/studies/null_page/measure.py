@@ -12,7 +12,7 @@ try:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from benchmarks.studies.null_page.gaps import gaps_at, worst_by_part, worst_heads
+    from benchmarks.studies.null_page.gaps import gaps_of, worst_by_part, worst_heads
     from trtllm_memshare.engine.attention_queries import observe_queries
     from trtllm_memshare.engine.null_page import TARGET_GAP, calibrate_null_pages
     from trtllm_memshare.engine.null_page_files import calibration_texts, report
@@ -47,8 +47,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for text, _ in zip(token_texts(read_traces(), tokenizer, arguments.tokens), range(arguments.texts), strict=False):
         queries = observe_queries(model, text.ids, arguments.queries or arguments.tokens)
-        positions = queries.positions
-        gaps = gaps_at(queries, positions, pages, inv_freq)
+        gaps = gaps_of(queries, pages, inv_freq)
         rows.append(
             {
                 "text": text.trace.name,
@@ -56,7 +55,7 @@ def main() -> None:
                 "queries": gaps.numel(),
                 "worst_gap": float(gaps.max()),
                 "nearer_than_target": int((gaps > TARGET_GAP).sum()),
-                **({"parts": worst_by_part(gaps, positions, arguments.parts)} if arguments.parts else {}),
+                **({"parts": worst_by_part(gaps, queries.positions, arguments.parts)} if arguments.parts else {}),
             }
         )
         print(rows[-1], flush=True)

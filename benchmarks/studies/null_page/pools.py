@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from benchmarks.studies.null_page.gaps import gaps_at
-    from trtllm_memshare.engine.attention_queries import FIRST_POSITION, observe_queries
+    from benchmarks.studies.null_page.gaps import gaps_of
+    from trtllm_memshare.engine.attention_queries import observe_queries
     from trtllm_memshare.engine.null_page import TARGET_GAP, NullPageRefused, calibrate_null_pages
     from trtllm_memshare.engine.null_page_files import calibration_texts
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
@@ -40,7 +39,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
     texts = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in calibration_texts(options.model_dir)]
     traces = zip(token_texts(read_traces(), tokenizer, options.tokens), range(options.texts), strict=False)
-    queries = [(observe_queries(model, t.ids, options.tokens), len(t.ids)) for t, _ in traces]
+    queries = [observe_queries(model, t.ids, options.tokens) for t, _ in traces]
     inv_freq = model.model.rotary_emb.inv_freq
     rows = list[dict[str, Any]]()
     for name, dtype in POOLS.items():
@@ -50,7 +49,7 @@ def main() -> None:
         except NullPageRefused as refusal:
             row["refused"] = str(refusal)
         else:
-            gaps = [gaps_at(q, np.arange(FIRST_POSITION, n), pages, inv_freq) for q, n in queries]
+            gaps = [gaps_of(q, pages, inv_freq) for q in queries]
             row |= {
                 "worst_gap": float(pages.gaps.max()),
                 "worst_gap_traces": max(float(g.max()) for g in gaps),

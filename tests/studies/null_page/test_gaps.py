@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.studies.null_page.gaps import gaps_at, worst_by_part, worst_heads
+from benchmarks.studies.null_page.gaps import gaps_of, worst_by_part, worst_heads
 from trtllm_memshare.engine.attention_queries import Queries
 from trtllm_memshare.engine.null_page import NullPageSet
 
@@ -21,7 +21,7 @@ def test_a_gap_is_the_logit_of_the_turned_query_less_all_real_ones():
     pages = NullPageSet(keys, np.array([0, 300, 600], np.int32), torch.empty(0))
     inv_freq = 1 / 10000 ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     positions = np.array([0, 5, 300])
-    gaps = gaps_at(Queries(unrotated, sums, torch.zeros(LAYERS), 0.5), positions, pages, inv_freq)
+    gaps = gaps_of(Queries(unrotated, sums, torch.zeros(LAYERS), 0.5, positions), pages, inv_freq)
     assert gaps.shape == (LAYERS, HEADS, 3)
     half = HEAD_DIM // 2
     for layer, head, n in np.ndindex(LAYERS, HEADS, 3):
