@@ -69,7 +69,7 @@ class ModelledExecutor(FakeExecutor):
         """Nobody reads it; sharing is told that there was one."""
         shared = getattr(self.manager, "memshare", None)
         if shared is not None:
-            shared.num_tables += 1
+            shared.tables.num += 1
 
     def _write(self, request_id: int, position: int) -> None:
         pass

@@ -17,8 +17,8 @@ from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.test_pressure import PRESSURE
 from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_SCHEDULES, check_contents, check_pages, drive, run
 
+from trtllm_memshare.trtllm.pytorch.block_tables import BlockTables
 from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
-from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
 
 
@@ -200,7 +200,7 @@ def test_rows_that_exist_when_sharing_stops_stay_right():
 
 @pytest.mark.parametrize("on_unsupported", ["stop", "warn"])
 def test_an_attention_backend_that_fills_its_own_table_is_said_and_nothing_shared(monkeypatch, caplog, on_unsupported):
-    monkeypatch.setattr(Sharing, "rearrange", lambda self, table, request_ids: None)
+    monkeypatch.setattr(BlockTables, "rearrange", lambda self, table, request_ids: None)
     executor = run("V1", 5, overlap=True, on_unsupported=on_unsupported)
     assert executor.manager.memshare.failures.is_off
     assert executor.manager.memshare.manager.stats().shared == 0

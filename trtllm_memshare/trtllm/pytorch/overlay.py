@@ -14,6 +14,7 @@ from typing import Any
 from trtllm_memshare.trtllm.pytorch.metrics import Reporter
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
+_SWITCH = "kv_compression_manages_history"
 _SHADOWED = (
     "prepare_resources",
     "copy_batch_block_offsets",
@@ -38,7 +39,9 @@ class Overlay:
         self._is_v2 = hasattr(manager, "kv_cache_map")
         # Late V2 has a switch that keeps generated tokens from counting as history, which cannot be cut; there the
         # scheduler itself takes the pages of prompts.
-        self._has_switch = hasattr(manager, "kv_compression_manages_history")
+        self._has_switch = hasattr(manager, _SWITCH)
+        if not self._is_v2:
+            setattr(manager, _SWITCH, True)  # V1 has no history; main's model engine asks any manager (table_watch.py)
         self._original = {name: getattr(manager, name) for name in _SHADOWED if hasattr(manager, name)}
         for name in self._original:
             setattr(manager, name, getattr(self, name))
@@ -59,7 +62,7 @@ class Overlay:
     def copy_batch_block_offsets(self, dst_tensor: Any, request_ids: Any, *arguments: Any, **keywords: Any) -> None:
         """Rearranges the rows behind the manager's own copy."""
         self._original["copy_batch_block_offsets"](dst_tensor, request_ids, *arguments, **keywords)
-        self._shared.rearrange(dst_tensor, request_ids)
+        self._shared.tables.rearrange(dst_tensor, request_ids)
 
     def update_resources(self, scheduled_batch: Any, *arguments: Any, **keywords: Any) -> None:
         """Early V2 counts a generated token as history here, after which its page could not be cut: left out."""
@@ -86,7 +89,7 @@ class Overlay:
         if self._reporter is not None:
             self._reporter.close()
         original = self._original
-        for name in original:
+        for name in (*original, *(() if self._is_v2 else (_SWITCH,))):
             self._manager.__dict__.pop(name, None)
         self._manager.memshare = None
         original["shutdown"]()

@@ -257,7 +257,7 @@ def wrap_prepare(metadata: type) -> None:
         shared = getattr(getattr(self, "kv_cache_manager", None), "memshare", None)
         table = getattr(self, "kv_cache_block_offsets", None)
         if shared is not None and table is not None:
-            shared.rearrange(table, self.request_ids)
+            shared.tables.rearrange(table, self.request_ids)
         return result
 
     metadata.prepare = prepare  # type: ignore[attr-defined]

@@ -60,6 +60,10 @@ class RowMap:
             self._ids = None
         self._changed[slot] = positions
 
+    def unread(self) -> list[int]:
+        """Requests whose rows have changed since the last table."""
+        return [request_id for request_id, slot in self._slots.items() if slot in self._changed]
+
     def forget(self, request_id: int) -> None:
         """Gives the request's row back; one that has none passes."""
         slot = self._slots.pop(request_id, None)

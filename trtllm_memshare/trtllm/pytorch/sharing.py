@@ -32,6 +32,7 @@ from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.search.types import Candidate, Decision
 from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
+from trtllm_memshare.trtllm.pytorch.block_tables import BlockTables
 from trtllm_memshare.trtllm.pytorch.failures import Failures
 from trtllm_memshare.trtllm.pytorch.forward_stream import ForwardStream
 from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
@@ -69,8 +70,8 @@ class Sharing:
       pauses: those that TensorRT-LLM made. ``giving_up``: carries decisions out.
       failures: errors that were caught; ``failures.is_off``: nothing new is shared any more.
       lost: requests whose rows cannot be vouched for, not ended yet.
-      seconds: host time spent so far, waits for distances included. ``search_seconds``: of the comparisons.
-      num_tables: block tables that were rearranged or looked at.
+      tables: the block tables.
+      search_seconds: host time spent on the comparisons, waits for distances included.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Sharing:
         )
         self._rows = TableRows(backend, self.manager, self.requests, null_rows)
         self.lost = LostRequests(self.requests, self._rows, failures)
+        self.tables = BlockTables(self._rows, self.lost, self._stream, self._fail)
         self.tail = TailSwap(backend, tokens_at_once, self._stream.wait_for_table, self.lost.lose)
         self.giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self.lost.lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)
@@ -126,13 +128,17 @@ class Sharing:
         self._first_is_off = False  # the first rank's switch, as of the last meeting: ranks act on one and the same
         self._batch = ActiveRequests()
         self._step = 0
-        self.num_tables = 0
-        self.seconds = self.search_seconds = 0.0
+        self._seconds = self.search_seconds = 0.0
 
     @property
     def pool(self) -> torch.Tensor:
         """The live pool, see ``CacheBackend.pool``."""
         return self._backend.pool
+
+    @property
+    def seconds(self) -> float:
+        """Host time spent so far."""
+        return self._seconds + self.tables.seconds
 
     def begin_step(self, generation_requests: Sequence[Any], num_incoming: int = 0) -> None:
         """Applies the last search and, every few steps, starts the next; raises nothing.
@@ -144,6 +150,8 @@ class Sharing:
         started, disagreed = time.perf_counter(), False
         try:
             active = self._batch.by_id(generation_requests)
+            if not self.failures.is_off:
+                self.tables.look(active)
             self.pauses.look(active)
             self._rows.cross(self._step, self.lost.lose)
             if not self.failures.is_off and self._is_ready(generation_requests, num_incoming):
@@ -158,27 +166,7 @@ class Sharing:
         if self.failures.is_off and self._meetings is not None:
             self.lost.meet(self._meetings, self._step, disagreed, generation_requests)
         self._step += 1
-        self.seconds += time.perf_counter() - started
-
-    def rearrange(self, table: torch.Tensor, request_ids: Sequence[int]) -> None:
-        """Rearranges the block table that the manager has just written, on the current stream; modifies it.
-
-        Args:
-          table: int32 ``[num_pools, >= len(request_ids), 2, max_blocks_per_seq]``, device.
-          request_ids: of its rows; those that share nothing, dummies included, stay as they are.
-        """
-        started = time.perf_counter()
-        self.num_tables += 1
-        try:
-            self._rows.gather(table, request_ids)
-        except Exception as error:  # every active request would fail with it
-            for row, request_id in enumerate(request_ids):
-                if request_id in self._rows:
-                    self.lost.lose(request_id)
-                    self._rows.overwrite(table, row, request_id)
-            self._fail("the rearrangement of rows", error)
-        self._stream.table_written(table)
-        self.seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
 
     def shares(self, request_id: int) -> bool:
         """True if pages of the request are not where its text says."""
@@ -205,7 +193,7 @@ class Sharing:
         """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
         if all(getattr(r, "is_dummy_request", False) for r in generation_requests):
             return True  # warm-up: TensorRT-LLM expects its manager empty
-        if self.num_tables == 0:
+        if self.tables.num == 0:
             self._say(
                 "sharing needs the attention backend TRTLLM, got one that does not write its block table through the "
                 "KV cache manager (set attn_backend: TRTLLM)"

@@ -95,6 +95,10 @@ class TableRows:
         self._crossings.forget(request_id)
         self._map.set_row(request_id, np.full(self._width, self._own_page(request_id)))
 
+    def unread(self) -> list[int]:
+        """See ``RowMap.unread``."""
+        return self._map.unread()
+
     def forget(self, request_id: int) -> None:
         self._crossings.forget(request_id)
         self._map.forget(request_id)
