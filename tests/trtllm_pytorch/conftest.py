@@ -10,6 +10,7 @@ import torch
 from effective_settings import make_effective
 from safetensors.torch import save_file
 from trtllm_pytorch.fake_requests import FinishReason
+from trtllm_pytorch.fake_util import make_util_module
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 
 from trtllm_memshare.search.config import HOST_NEED
@@ -37,14 +38,27 @@ class TextlessFacts(ModelFacts):
 
 
 def make_settings(
-    preset="lexical", on_unsupported="stop", off_file=None, null_pages=None, route="overlay", stats_file=None, **config
+    preset="lexical",
+    on_unsupported="stop",
+    off_file=None,
+    null_pages=None,
+    null_entries="read",
+    route="overlay",
+    stats_file=None,
+    **config,
 ):
     values = {"shingle_tokens": 4, "min_run_tokens": 8, "protected_tokens": 8, "protected_steps": 0}
     values |= {"need": HOST_NEED} if preset == "pressure" else {}
     memshare = make_effective(preset, **{**values, "search_interval": 2, **config})
     return Settings(
         memshare,
-        AdapterOptions(on_unsupported=on_unsupported, stats_interval=1000, null_pages=null_pages, route=route),
+        AdapterOptions(
+            on_unsupported=on_unsupported,
+            stats_interval=1000,
+            null_pages=null_pages,
+            null_entries=null_entries,
+            route=route,
+        ),
         off_file=off_file,
         stats_file=stats_file,
     )
@@ -78,6 +92,27 @@ def write_null_pages(folder, bands, num_layers=2, num_kv_heads=1, head_dim=2, we
 def null_pages(tmp_path_factory):
     """A folder with null pages for 256 positions in bands of 40."""
     return write_null_pages(tmp_path_factory.mktemp("null"), [0, 40, 80, 120, 160, 200, 240, 280])
+
+
+@pytest.fixture
+def model_config(bundled_model):
+    from transformers import AutoConfig
+
+    return SimpleNamespace(pretrained_config=AutoConfig.from_pretrained(bundled_model))
+
+
+@pytest.fixture
+def release(monkeypatch):
+    """Makes ``_util`` of a release; classes and functions that are wrapped are as before after the test."""
+
+    def make(name: str):
+        module = make_util_module(name)
+        for manager in (module.KVCacheManager, getattr(module, "KVCacheManagerV2", None)):
+            if manager is not None:
+                monkeypatch.setattr(manager, "__init__", manager.__init__)
+        return module
+
+    return make
 
 
 @pytest.fixture(autouse=True)

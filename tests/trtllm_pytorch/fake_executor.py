@@ -10,6 +10,7 @@ import random
 from types import SimpleNamespace
 
 import torch
+from trtllm_pytorch.fake_attention import KVCacheParams, make_metadata
 from trtllm_pytorch.fake_requests import FakeLlmRequest, FinishReason, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v2 import FakeKVCacheV2Scheduler
 
@@ -46,17 +47,12 @@ def repetitive_text(rng: random.Random, length: int) -> list[int]:
 
 
 class FakeExecutor:
-    """Runs scripted requests. ``metadata``: the attention metadata of 1.0 and 1.1, which fills the table itself."""
+    """Runs scripted requests. ``metadata``: the attention metadata; None = of the manager's release."""
 
     def __init__(self, manager, overlap: bool, metadata=None) -> None:
-        self.manager, self.overlap, self.metadata = manager, overlap, metadata
+        self.manager, self.overlap, self.metadata = manager, overlap, metadata or make_metadata(manager)
         self.pool = self._pool()
-        # One tensor for good: CUDA graphs hold its address.
-        self.table = (
-            torch.full((1, manager.max_batch_size + 1, 2, manager.max_blocks_per_seq), -7, dtype=torch.int32)
-            if metadata is None
-            else metadata.kv_cache_block_offsets
-        )
+        self.table = self.metadata.kv_cache_block_offsets  # one tensor for good: CUDA graphs hold its address
         self.scheduler = (
             FakeKVCacheV2Scheduler(manager, manager.max_batch_size)
             if hasattr(manager, "try_allocate_generation")
@@ -141,6 +137,14 @@ class FakeExecutor:
         """K and V of a position, broadcast to ``[num_layers, 2, num_heads, head_dim]``."""
         return float(self.prefix_id(request_id, position))
 
+    def num_skipped(self, request_id: int) -> int:
+        """By how many tokens attention's sequence was shorter than the text in the last forward pass."""
+        row = self._ids.index(request_id)
+        length = int(self.metadata.kv_lens_cuda[row])
+        assert length == int(self.metadata.kv_lens[row]) == int(self.metadata.kv_lens_runtime[row])
+        assert row < self.metadata.num_contexts or int(self.metadata.prompt_lens_cuda[row]) < length
+        return self.processed[request_id] - length
+
     def row(self, request_id: int) -> torch.Tensor:
         """The request's pages in reading order, from the table of the last forward pass."""
         entries = self.table[0, self._ids.index(request_id), 0]
@@ -211,15 +215,27 @@ class FakeExecutor:
         return self.manager.impl.get_needed_blocks_one_step(request)
 
     def _write_table(self, batch: ScheduledRequests) -> None:
-        """The block table of this iteration, as the attention metadata has it written."""
-        self._ids = [r.py_request_id for r in batch.all_requests()]
-        context = len(batch.context_requests)
-        if self.metadata is not None:
-            self.metadata.request_ids, self.metadata.num_contexts = self._ids, context
-            self.metadata.prepare()
-        else:
-            self.manager.copy_batch_block_offsets(self.table, self._ids, 1, context, len(self._ids))
+        """The block table and the lengths of this iteration, as the model engine has the metadata prepare them."""
+        requests, metadata = batch.all_requests(), self.metadata
+        self._ids = [r.py_request_id for r in requests]
+        if not requests:
+            return
+        chunks = [r.prompt_len - r.context_current_position for r in batch.context_requests]
+        seen = [r.context_current_position for r in batch.context_requests]
+        seen += [self.processed[r.py_request_id] for r in batch.generation_requests]
+        metadata.request_ids, metadata.num_contexts = self._ids, len(chunks)
+        metadata.prompt_lens = [*chunks, *(r.py_prompt_len for r in batch.generation_requests)]
+        metadata.seq_lens = torch.tensor(chunks + [1] * len(batch.generation_requests), dtype=torch.int32)
+        seen = [self._num_cached(r, count) for r, count in zip(requests, seen, strict=True)]
+        metadata.kv_cache_params = params = KVCacheParams(True, list(seen))
+        metadata.prepare()
+        assert metadata.kv_cache_params is params
+        assert params.num_cached_tokens_per_seq == seen
         self.tables.append(self.table[:, : len(self._ids)].clone())
+
+    def _num_cached(self, request: FakeLlmRequest, num_seen: int) -> int:
+        """Tokens in the cache of a request, of so many that were computed."""
+        return num_seen
 
     def _forward(self, batch: ScheduledRequests) -> None:
         self._write_table(batch)
@@ -248,8 +264,13 @@ class FakeExecutor:
         size = self.manager.tokens_per_block
         if position >= len(self.scripts[request_id]):
             return  # the extra pass of a request whose end token the host does not know yet
-        page = int(self.row(request_id)[position // size])
-        entries = [int(e) for e in self.row(request_id)[: position // size + 1]]
+        # K and V of a token go where the length says, as kernels append them.
+        row = self._ids.index(request_id)
+        is_prompt = row < self.metadata.num_contexts
+        slot = position if is_prompt else int(self.metadata.kv_lens_cuda[row]) - 1
+        entries = [int(e) for e in self.row(request_id)[: slot // size + 1]]
+        page = entries[-1]
+        assert slot % size == position % size
         assert page in self._own_pages(request_id), f"request {request_id} writes page {page}, which is not its own"
         shared = getattr(self.manager, "memshare", None)
         if self.request(request_id).state is LlmRequestState.GENERATION_COMPLETE or (

@@ -91,6 +91,9 @@ class FrameworkExecutor(FakeExecutor):
         super().__init__(Both(manager, compression), overlap)
         self.expected: dict[int, list[int]] = {}
 
+    def _num_cached(self, request, num_seen):
+        return num_seen - request.py_num_compressed_tokens
+
     def _write(self, request_id: int, position: int) -> None:
         if position >= len(self.scripts[request_id]):
             return

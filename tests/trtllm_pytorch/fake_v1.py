@@ -1,4 +1,4 @@
-"""``KVCacheManager``, the Python wrapper of V1 in three states, and the attention metadata of the oldest.
+"""``KVCacheManager``, the Python wrapper of V1 in three states.
 
 FakeOldKVCacheManager   ``pyexecutor/resource_manager.py``, 1.1 of autumn 2025: no ``copy_batch_block_offsets``, no
                         ``is_estimating_kv_cache``
@@ -151,28 +151,3 @@ class FakeMainKVCacheManager(FakeKVCacheManager):
             return None
         tokens = min(request.orig_prompt_len + request.max_new_tokens, self.max_seq_len)
         return -(-tokens // self.tokens_per_block), self.impl.max_num_blocks
-
-
-class FakeOldAttentionMetadata:
-    """``TrtllmAttentionMetadata`` of 1.0 and 1.1 (``attention_backend/trtllm.py``, 2025): ``prepare`` copies the table.
-
-    A dataclass whose ``__post_init__`` makes the tensors: the class has no attribute of their names.
-    """
-
-    def __init__(self, manager):
-        self.kv_cache_manager = manager
-        self.beam_width = 1
-        self.__post_init__()
-
-    def __post_init__(self):
-        manager = self.kv_cache_manager
-        shape = (1, manager.max_batch_size + 1, 2, manager.max_blocks_per_seq)
-        self.kv_cache_block_offsets = torch.full(shape, -7, dtype=torch.int32)
-        self.host_kv_cache_block_offsets = torch.zeros(shape, dtype=torch.int32)
-
-    def prepare(self):
-        host, ids = self.host_kv_cache_block_offsets, self.request_ids
-        copy = self.kv_cache_manager.impl.copy_batch_block_offsets
-        copy(host, ids[: self.num_contexts], 1, 0)
-        copy(host, ids[self.num_contexts :], self.beam_width, self.num_contexts)
-        self.kv_cache_block_offsets[:, : len(ids)].copy_(host[:, : len(ids)])

@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class
+from trtllm_pytorch.fake_attention import make_attention_module
 from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_requests import FakeLlmRequest, LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_util import FakeKvCacheCreator, make_util_module
 from trtllm_pytorch.fake_v1 import (
     FakeKVCacheManager,
     FakeMainKVCacheManager,
-    FakeOldAttentionMetadata,
     FakeReusingKVCacheManager,
 )
 from trtllm_pytorch.fake_v2 import FakeKVCacheManagerV2, FakeMainKVCacheManagerV2
@@ -26,53 +26,29 @@ from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.probe import install
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
-
-@pytest.fixture
-def model_config(bundled_model):
-    from transformers import AutoConfig
-
-    return SimpleNamespace(pretrained_config=AutoConfig.from_pretrained(bundled_model))
-
-
 RELEASES = ("1.1", "1.2", "main V1", "main V2")
-
-
-@pytest.fixture
-def release(monkeypatch):
-    """Makes ``_util`` of a release; classes and functions that are wrapped are as before after the test."""
-
-    def make(name: str):
-        module = make_util_module(name)
-        for manager in (module.KVCacheManager, getattr(module, "KVCacheManagerV2", None)):
-            if manager is not None:
-                monkeypatch.setattr(manager, "__init__", manager.__init__)
-        return module
-
-    return make
-
-
-def own_metadata() -> type:
-    """``TrtllmAttentionMetadata`` of 1.1, to be wrapped by one test."""
-    return type("Metadata", (FakeOldAttentionMetadata,), {})
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_managers_share_and_keep_their_type(name, release, model_config):
-    module, metadata = release(name), own_metadata()
-    assert install(module, make_settings(), lambda: metadata)
+    module, attention = release(name), make_attention_module(name == "1.1")
+    metadata = attention.TrtllmAttentionMetadata
+    before = metadata.prepare
+    assert install(module, make_settings(), lambda: attention)
     creator = FakeKvCacheCreator(module, model_config, make_cache_config(40, 8, use_kv_cache_manager_v2="V2" in name))
     manager = creator.create()
     assert isinstance(manager.memshare, Sharing)
     assert type(manager) in (module.KVCacheManager, getattr(module, "KVCacheManagerV2", None))
     assert creator.estimated is None or getattr(creator.estimated, "memshare", None) is None
-    assert (metadata.prepare is not FakeOldAttentionMetadata.prepare) == (name == "1.1")
+    assert (metadata.prepare is not before) == (name == "1.1")
+    assert attention.TrtllmAttention.support_fused_rope()
     manager.shutdown()
     assert "prepare_resources" not in vars(manager)
 
 
 def test_the_manager_that_1_1_measures_memory_with_shares_nothing(release, model_config):
     module = release("1.1")
-    assert install(module, make_settings(), own_metadata)
+    assert install(module, make_settings(), lambda: make_attention_module(True))
     creator = module.KvCacheCreator(FakeKvCacheCreator(module, model_config, make_cache_config(40, 8)).create)
     measured, served = {}, {}
     creator.build_managers(measured, True)

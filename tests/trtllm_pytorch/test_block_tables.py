@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from trtllm_pytorch.conftest import make_sharing_class
+from trtllm_pytorch.fake_attention import KVCacheParams
 from trtllm_pytorch.fake_executor import FakeExecutor
 from trtllm_pytorch.fake_requests import FinishReason, LlmRequestState
 from trtllm_pytorch.test_pressure import PRESSURE
@@ -16,13 +17,14 @@ from trtllm_memshare.trtllm.pytorch.block_tables import BlockTables
 
 
 class FastPrepare(FakeExecutor):
-    """The shorter preparation of main (``_apply_steady_gen_fast_prepare`` and its unit test, 29 November 2026).
+    """The shorter preparation of main (``_apply_steady_gen_fast_prepare``, 29 November 2026).
 
-    With the overlap scheduler, from the second pass of one and the same batch that generates. The table is written
-    where a request opens a page. A cache that compression manages is left out of it: ``asks``, whether that is so.
+    With the overlap scheduler, from the second pass of one and the same batch that generates. It counts cached tokens
+    by itself from then on. A cache that compression manages is left out of it. ``is_lazy``: by its unit test, it works
+    lengths out in place, and has a table written only where a request opens a page.
     """
 
-    asks = True
+    is_lazy = False
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -31,21 +33,30 @@ class FastPrepare(FakeExecutor):
 
     def _write_table(self, batch):
         ids = [r.py_request_id for r in batch.generation_requests]
-        size = self.manager.tokens_per_block
-        is_left_out = self.asks and getattr(self.manager, "kv_compression_manages_history", False)
-        if batch.context_requests or not self.overlap or is_left_out or ids != self._recorded:
+        is_left_out = not self.is_lazy and getattr(self.manager, "kv_compression_manages_history", False)
+        if batch.context_requests or not ids or not self.overlap or is_left_out or ids != self._recorded:
             super()._write_table(batch)
             self._recorded = None if batch.context_requests else ids
+            self._counted = [self.processed[i] for i in ids]
             return
         self.num_fast += 1
-        if any(self.processed[i] % size == 0 for i in ids):
+        metadata = self.metadata
+        self._counted = [count + 1 for count in self._counted]
+        if not self.is_lazy:
+            metadata.kv_cache_params = KVCacheParams(True, list(self._counted))
+            metadata.prepare()
+            assert self._counted == [self.processed[i] for i in ids]
+            return
+        for lengths in (metadata.kv_lens, metadata.kv_lens_cuda, metadata.kv_lens_runtime):
+            lengths[: len(ids)] += 1
+        if any(self.processed[i] % self.manager.tokens_per_block == 0 for i in ids):
             super()._write_table(batch)
 
 
-class FastWithoutAsking(FastPrepare):
-    """A release that would do so whatever manages the cache."""
+class LazyTables(FastPrepare):
+    """As its unit test expects it, whatever manages the cache."""
 
-    asks = False
+    is_lazy = True
 
 
 def check(executor, step):
@@ -53,20 +64,19 @@ def check(executor, step):
     check_pages(executor)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("null_entries", ["read", "skip"])
 @pytest.mark.parametrize("kind", ["V1 main", "V2 main"])
-def test_main_prepares_a_cache_that_shares_in_full(kind, seed, null_pages):
-    make = make_sharing_class(MANAGERS[kind], null_pages=null_pages, **PRESSURE)
-    executor = drive(make, random.Random(seed), kind, True, False, check, FastPrepare, 7)
-    shared = executor.manager.memshare
-    assert executor.num_fast == shared.failures.num_errors == 0
-    executor.manager.shutdown()
-    assert not getattr(executor.manager, "kv_compression_manages_history", False) or kind == "V2 main"
-
-
-@pytest.mark.parametrize("kind", ["V1 main", "V2 main"])
-def test_the_stand_in_does_take_the_shorter_way_where_nothing_is_shared(kind):
-    assert drive(MANAGERS[kind], random.Random(1), kind, True, False, None, FastPrepare).num_fast > 100
+def test_mains_shorter_preparation_keeps_rows_and_lengths_right(kind, null_entries, null_pages):
+    """V2 is prepared in full: TensorRT-LLM takes sharing for compression there."""
+    pages, num_fast, forgotten = null_pages if null_entries == "read" else None, 0, 0
+    for seed in range(6):
+        make = make_sharing_class(MANAGERS[kind], null_pages=pages, null_entries=null_entries, **PRESSURE)
+        executor = drive(make, random.Random(seed), kind, True, False, check, FastPrepare, 7 if pages else 0)
+        assert executor.manager.memshare.failures.num_errors == 0
+        num_fast += executor.num_fast
+        forgotten += executor.manager.memshare.manager.stats().forgotten
+    assert (num_fast > 600) == (kind == "V1 main")
+    assert forgotten > 50
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -74,7 +84,7 @@ def test_the_stand_in_does_take_the_shorter_way_where_nothing_is_shared(kind):
 def test_where_a_table_is_missed_nothing_new_goes_and_nobody_reads_a_freed_page(kind, seed, null_pages, caplog):
     """Found in the first batch that stays the same, before pages are given up: nobody has to end."""
     make = make_sharing_class(MANAGERS[kind], null_pages=null_pages, **PRESSURE)
-    executor = drive(make, random.Random(seed), kind, True, False, check, FastWithoutAsking, 7)
+    executor = drive(make, random.Random(seed), kind, True, False, check, LazyTables, 7)
     failures = executor.manager.memshare.failures
     assert executor.num_fast > 0
     assert failures.num_errors == 1

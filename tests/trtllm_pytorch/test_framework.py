@@ -20,7 +20,6 @@ from trtllm_pytorch.fake_requests import FakeLlmRequest, FinishReason, LlmReques
 from trtllm_pytorch.fake_util import FakeKvCacheCreator
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
-from trtllm_pytorch.test_adapter import model_config, release  # noqa: F401
 from trtllm_pytorch.test_tail_swap import NUM_SCHEDULES
 
 from trtllm_memshare.errors import UserError
@@ -249,7 +248,7 @@ def test_it_serves_v2_alone():
 
 
 @pytest.fixture
-def served(release, model_config):  # noqa: F811
+def served(release, model_config):
     """Starts TensorRT-LLM with our algorithm; returns ``_util``, the method and the KV cache manager it is bound to."""
 
     def start(on_unsupported="stop", config=None, draft=None, disaggregated=False, **arguments):
@@ -314,7 +313,7 @@ def test_what_sharing_excludes_stops_the_start_or_nothing_is_dropped(changes, me
     made.shutdown()
 
 
-def test_a_model_with_a_window_is_refused_and_one_with_any_rotation_served(served, model_config):  # noqa: F811
+def test_a_model_with_a_window_is_refused_and_one_with_any_rotation_served(served, model_config):
     model_config.pretrained_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
     assert served()[1].memshare is not None
     model_config.pretrained_config.sliding_window = 512
@@ -372,7 +371,7 @@ def test_suspended_requests_count_as_pauses_and_floors_are_seen():
     assert max(seen) > 0
 
 
-def test_a_base_class_without_a_hook_leaves_the_factory_as_it_was(release, monkeypatch, caplog):  # noqa: F811
+def test_a_base_class_without_a_hook_leaves_the_factory_as_it_was(release, monkeypatch, caplog):
     module = release("main V2")
     monkeypatch.delattr(FakeKVCacheCompressionManager, "on_request_finish")
     factory = module.create_kv_cache_compression_manager
@@ -381,6 +380,6 @@ def test_a_base_class_without_a_hook_leaves_the_factory_as_it_was(release, monke
     assert "KVCacheCompressionManager has no on_request_finish (lets go of a request)" in caplog.text
 
 
-def test_a_release_without_the_framework_has_this_route_not(release, caplog):  # noqa: F811
+def test_a_release_without_the_framework_has_this_route_not(release, caplog):
     assert not install(release("1.2"), make_settings(**SHORT, null_pages="unused", route="framework"))
     assert "route framework needs KVCacheCompressionManager" in caplog.text

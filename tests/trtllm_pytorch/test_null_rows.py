@@ -129,8 +129,8 @@ def test_null_pages_leave_the_row_that_pads_cuda_graphs(null_pages):
     class Manager(FakeMainKVCacheManagerV2):
         pass
 
-    served = {"is_estimating": False, "is_compressed": False, "is_disaggregated": False}
-    models = SimpleNamespace(of=lambda arguments: TextlessFacts(SimpleNamespace()), **served)
+    facts = TextlessFacts(SimpleNamespace())
+    models = SimpleNamespace(of=lambda arguments: facts, is_estimating=False, noticed=dict)
     wrap_init(Manager, models, make_settings(null_pages=null_pages, **PRESSURE))
     manager = make_manager(Manager, 60, 8, max_batch_size=2)
     executor = FakeExecutor(manager, True)

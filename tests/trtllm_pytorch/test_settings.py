@@ -27,6 +27,21 @@ from trtllm_memshare.trtllm.pytorch.settings import load_settings
             {"preset": "pressure", "route": "framework", "protected_steps": 2},
             "route framework protects tokens and knows no steps, got protected_steps 2",
         ),
+        ({"preset": "pressure"}, r"needs null_pages, .* or set null_entries to skip\)"),
+        ({"preset": "pressure", "null_entries": "skp"}, "null_entries"),
+        (
+            {"preset": "pressure", "null_entries": "skip", "null_pages": "here"},
+            r"null_entries skip reads no null pages, got null_pages here \(keep one\)",
+        ),
+        ({"null_entries": "skip"}, "null_entries skip needs preset pressure, got aligned"),
+        (
+            {"preset": "pressure", "null_entries": "skip", "route": "framework"},
+            "null_entries is a setting of route overlay, got route framework",
+        ),
+        (
+            {"preset": "pressure", "retired_becomes": "dropped", "null_pages": "here"},
+            "retired_becomes must be null or alias .* got dropped .set null_entries to skip",
+        ),
         ([1], "must hold a JSON object"),
     ],
 )
@@ -64,3 +79,10 @@ def test_pressure_ranks_by_what_this_backend_hands_out(tmp_path):
     assert load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).memshare.need == "redundancy"
     path.write_text(json.dumps({"preset": "pressure", "null_pages": "here", "need": "age"}))
     assert load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).memshare.need == "age"
+
+
+def test_skipping_needs_no_null_pages(tmp_path):
+    path = tmp_path / "memshare.json"
+    path.write_text(json.dumps({"preset": "pressure", "null_entries": "skip"}))
+    options = load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).options
+    assert (options.null_entries, options.null_pages) == ("skip", None)

@@ -28,7 +28,6 @@ from trtllm_pytorch.fake_requests import FakeLlmRequest
 from trtllm_pytorch.fake_v1 import (
     FakeKVCacheManager,
     FakeMainKVCacheManager,
-    FakeOldAttentionMetadata,
     FakeOldKVCacheManager,
     FakeReusingKVCacheManager,
 )
@@ -38,7 +37,6 @@ from trtllm_pytorch.fake_v2_storage import FakeKVCacheV2
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.trtllm.pytorch.forward_stream import ForwardStream
 from trtllm_memshare.trtllm.pytorch.null_rows import NULL_REQUEST
-from trtllm_memshare.trtllm.pytorch.probe import wrap_prepare
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
 NUM_SCHEDULES = int(os.environ.get("MEMSHARE_SCHEDULES", "60"))
@@ -55,29 +53,34 @@ MANAGERS = {
 def check_contents(executor: FakeExecutor) -> None:
     """Every computed position reads what it or its counterpart wrote, and both are the same token.
 
-    Of what was given up for need, entries name the null page of the band that the newest query was in.
+    Of what was given up for need, entries name the null page of the band that the newest query was in, or there are
+    none, and the sequence is shorter by them.
     """
     shared, size = executor.manager.memshare, executor.manager.tokens_per_block
     active = {r.py_request_id for r in executor.active}
     for request_id in active & set(executor._ids) & set(executor.processed):
         script = np.array(executor.scripts[request_id])
         count = min(executor.processed[request_id], len(script))
-        pages = executor.row(request_id)[: -(-count // size)].numpy()
-        positions, entries = np.arange(count), np.arange(len(pages))
-        is_null = np.zeros(len(pages), bool)
+        num_blocks = -(-count // size)
+        positions, entries = np.arange(count), np.arange(num_blocks)
+        is_null = np.zeros(num_blocks, bool)
         if request_id in shared.requests._known and (request_id in shared._rows or not shared.failures.is_off):
             sequence, pool = shared.manager._sequences[request_id], shared.manager.pool
-            table = shared.manager.block_table(request_id)[: len(pages)]
+            table = shared.manager.block_table(request_id)[:num_blocks]
             is_null[: len(table)] = pool.is_null[table]
             rows = sequence.token_rows[: min(count, sequence.num_tokens)]
             positions[: len(rows)] = np.where(rows < 0, -1, pool.origin_position[rows // size] + rows % size)
-            entries[: len(table)] = shared.manager.origin_blocks(request_id)[: len(pages)]
-        if is_null.any():
+            entries[: len(table)] = shared.manager.origin_blocks(request_id)[:num_blocks]
+        pages = executor.row(request_id)[:num_blocks].numpy()
+        if shared._rows.skips:
+            assert executor.num_skipped(request_id) == is_null.sum() * size
+            pages = np.insert(pages[: num_blocks - is_null.sum()], np.cumsum(~is_null)[is_null], -1)
+        elif is_null.any():
             assert (pages[is_null] == null_page_at(executor, request_id, count)).all()
         readable = positions >= 0
         assert (is_null[np.arange(count) // size] == ~readable).all()
         assert (script[positions[readable]] == script[:count][readable]).all()
-        page_of = np.full(len(pages), -1)
+        page_of = np.full(num_blocks, -1)
         page_of[entries[~is_null]] = pages[~is_null]  # origin block -> a page that some entry of this request names
         where = positions[readable]
         held = executor.pool[:, 0, 0, 0, :, 0].numpy()[page_of[where // size], where % size]
@@ -152,7 +155,7 @@ def run(kind: str, seed: int, overlap: bool, reuse: bool = False, **config) -> F
         check_pages(executor)
 
     make = make_sharing_class(MANAGERS[kind], **config)
-    num_null = 7 if config.get("preset") == "pressure" else 0
+    num_null = 7 if config.get("null_pages") is not None else 0
     return drive(make, random.Random(seed), kind, overlap, reuse, check, num_null=num_null)
 
 
@@ -168,12 +171,7 @@ def drive(
     host_pages = (num_blocks % 3) * 8 if kind == "V2 main" else 0
     host = {"host_cache_size": host_pages * page_bytes(size) or 1 << 30} if kind.startswith("V2") else {}
     manager = make_manager(manager_class, num_blocks, size, reuse=reuse, config=host)
-    metadata = None
-    if kind == "V1 old":
-        metadata_class = type("Metadata", (FakeOldAttentionMetadata,), {})
-        wrap_prepare(metadata_class)
-        metadata = metadata_class(manager)
-    executor = executor_class(manager, overlap, metadata)
+    executor = executor_class(manager, overlap)
     pending = list(range(rng.randrange(2, 9)))
     prompt = repetitive_text(rng, 60)
     for step in range(2000):
@@ -286,7 +284,8 @@ def test_a_step_of_ours_leaves_v1s_pinned_rows_alone(kind, monkeypatch):
     class Watched(FakeExecutor):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            pinned[self.manager.memshare] = (self.metadata or self.manager).host_kv_cache_block_offsets
+            owner = self.metadata if kind == "V1 old" else self.manager
+            pinned[self.manager.memshare] = owner.host_kv_cache_block_offsets
 
     monkeypatch.setattr(Sharing, "begin_step", unchanged)
     executor = drive(make_sharing_class(MANAGERS[kind]), random.Random(5), kind, True, False, None, Watched)

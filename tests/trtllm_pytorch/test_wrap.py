@@ -92,12 +92,32 @@ def test_null_pages_are_all_that_pressure_needs(serve, null_pages, tmp_path, mon
     assert json.loads(settings.read_text()) == {"min_kept": 0.75, "null_pages": "of another model"}
 
 
+def test_skipping_is_asked_for_by_one_option(serve, tmp_path, null_pages):
+    assert serve("--null-entries", "skip") == {"preset": "pressure", "null_entries": "skip"}
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"min_kept": 0.75}))
+    seen = serve("--null-entries=skip", "--memshare-config", str(settings))
+    assert seen == {"preset": "pressure", "min_kept": 0.75, "null_entries": "skip"}
+    for options, message in (
+        (
+            ["--null-entries", "skip", "--null-pages", str(null_pages)],
+            r"reads no null pages, got null_pages .*keep one",
+        ),
+        (["--null-entries", "read"], "preset pressure needs null_pages"),
+        (["--null-entries", "skp"], r"^the command line: null_entries input should be .read. or .skip., got"),
+        (["--null-entries"], "--null-entries needs a value"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main("serve", ["M", *options])
+
+
 @pytest.mark.parametrize("command", ["serve", "bench"])
 def test_the_help_of_our_own_commands_names_what_the_wrapped_ones_take(command, capsys):
     with pytest.raises(SystemExit):
         memshare([command, "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "--null-pages FOLDER" in printed
+    assert "--null-entries skip" in printed
     assert "--memshare-config FILE" in printed
 
 

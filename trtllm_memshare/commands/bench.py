@@ -2,8 +2,8 @@
 
 Runs every variant over a data set and reports throughput, latency, accuracy and memory, as a table, JSON and a
 picture. The last line on stdout is the report as JSON, without timelines. With --model or -m, `memshare bench` hands
-everything on to trtllm-bench instead, but --null-pages FOLDER and --memshare-config FILE, which set MemShare in
-TensorRT-LLM's PyTorch backend.
+everything on to trtllm-bench instead, but --null-pages FOLDER or --null-entries skip and --memshare-config FILE, which
+set MemShare in TensorRT-LLM's PyTorch backend.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         prog=command,
         description="With --engine-dir: an OpenAI-compatible server over an engine of build_scripts/build_engine.py "
         "(/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics). Without it, as serve MODEL "
-        "[--null-pages FOLDER] [--memshare-config FILE] ...: trtllm-serve with MemShare and all its own options (see "
-        "docs/pytorch_backend.md). An API key, if there shall be one, is read from the variable "
+        "[--null-pages FOLDER | --null-entries skip] [--memshare-config FILE] ...: trtllm-serve with MemShare and all "
+        "its own options (see docs/pytorch_backend.md). An API key, if there shall be one, is read from the variable "
         f"{API_KEY_VARIABLE}.",
         allow_abbrev=False,
     )

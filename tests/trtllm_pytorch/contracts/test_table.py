@@ -7,6 +7,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from trtllm_pytorch.fake_attention import (
+    FakeAttentionMetadata,
+    FakeOldAttentionMetadata,
+    FakeTrtllmAttention,
+    KVCacheParams,
+)
 from trtllm_pytorch.fake_executor import make_manager
 from trtllm_pytorch.fake_framework import FakeKVCacheCompressionManager
 from trtllm_pytorch.fake_package import write_fake_package
@@ -15,7 +21,6 @@ from trtllm_pytorch.fake_util import make_util_module
 from trtllm_pytorch.fake_v1 import (
     FakeKVCacheManager,
     FakeMainKVCacheManager,
-    FakeOldAttentionMetadata,
     FakeOldKVCacheManager,
 )
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
@@ -38,17 +43,25 @@ def stand_in(owner: str, state: str, is_made: bool):
         return FinishReason
     if owner == "KVCacheCompressionManager":
         return FakeKVCacheCompressionManager if state == "main V2" else None
-    manager = V1.get(state) if owner in ("KVCacheManager", "impl", "TrtllmAttentionMetadata") else None
+    if owner == "TrtllmAttention":
+        return FakeTrtllmAttention
+    if owner == "TrtllmAttentionMetadata":
+        cls = FakeOldAttentionMetadata if state == "1.1" else FakeAttentionMetadata
+        return engine_sets(cls(make_manager(V1.get(state, FakeMainKVCacheManagerV2), 8, 8))) if is_made else cls
+    manager = V1.get(state) if owner in ("KVCacheManager", "impl") else None
     if owner == "KVCacheManagerV2" and state == "main V2":
         manager = FakeMainKVCacheManagerV2
     if manager is None or not is_made:
-        return FakeOldAttentionMetadata if owner == "TrtllmAttentionMetadata" and state == "1.1" else manager
+        return manager
     made = make_manager(manager, 8, 8)
-    if owner == "TrtllmAttentionMetadata":
-        metadata = FakeOldAttentionMetadata(made)
-        metadata.request_ids = []  # the model engine sets it before each prepare
-        return metadata
     return made.impl if owner == "impl" else made
+
+
+def engine_sets(metadata):
+    """What the model engine sets before each ``prepare``."""
+    metadata.request_ids = metadata.prompt_lens = []
+    metadata.kv_cache_params = KVCacheParams(True, [])
+    return metadata
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -75,7 +88,7 @@ def modules(release: str, **changes):
         "tensorrt_llm._torch.pyexecutor.llm_request": SimpleNamespace(LlmRequest=FakeLlmRequest),
         "tensorrt_llm.bindings.executor": SimpleNamespace(FinishReason=FinishReason),
         "tensorrt_llm._torch.attention_backend.trtllm": SimpleNamespace(
-            TrtllmAttentionMetadata=FakeOldAttentionMetadata
+            TrtllmAttentionMetadata=FakeOldAttentionMetadata, TrtllmAttention=FakeTrtllmAttention
         ),
     }
     if release.startswith("main"):

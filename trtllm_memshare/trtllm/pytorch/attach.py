@@ -18,13 +18,14 @@ from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend, V1Backend, V2Backend
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints, Failures
-from trtllm_memshare.trtllm.pytorch.guards import unsupported_features
+from trtllm_memshare.trtllm.pytorch.guards import rotation_reasons, unsupported_features
 from trtllm_memshare.trtllm.pytorch.kill_switch import KillSwitch
 from trtllm_memshare.trtllm.pytorch.metrics import Reporter
 from trtllm_memshare.trtllm.pytorch.null_rows import NullKeys, NullRows
 from trtllm_memshare.trtllm.pytorch.overlay import Overlay
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
+from trtllm_memshare.trtllm.pytorch.skipped_rows import SkippedRows
 from trtllm_memshare.trtllm.pytorch.totals import overlay_totals
 
 log = logging.getLogger("trtllm_memshare")
@@ -43,7 +44,8 @@ def attach(
       manager: constructed, V1 or V2.
       kv_cache_config: TensorRT-LLM's ``KvCacheConfig``.
       arguments: keyword arguments of the manager's constructor, and ``is_compressed``: TensorRT-LLM compresses it,
-        ``is_disaggregated``: it serves prompt and generation apart.
+        ``is_disaggregated``: it serves prompt and generation apart, ``rotated_inside``: layers whose kernels rotate
+        keys.
       find_model: the model that a manager of these arguments serves; may raise UserError.
       settings: what the user set.
 
@@ -63,18 +65,13 @@ def attach(
             config = settings.memshare
             compares = config.searches and config.undo_rope and not config.accept_all
             reasons = [*facts.reasons(), *(facts.comparison_reasons() if compares else ())]
+            reasons += rotation_reasons(arguments.get("rotated_inside", ()), settings.options.null_entries)
         if reasons or facts is None:
             raise UserError(reasons[0])
         backend = V2Backend(manager) if hasattr(manager, "kv_cache_map") else V1Backend(manager)
         boundaries = facts.boundaries(settings.options.tokenizer_dir)
         search = make_block_search(backend.pool, facts.inv_freq(), min(settings.memshare.max_pairs, MAX_PAIRS))
         description = f"{type(manager).__name__} of TensorRT-LLM {version()}, preset {settings.memshare.preset}"
-        null_rows = None
-        if settings.memshare.pressure:
-            folder = Path(settings.options.null_pages or "")
-            null_keys = NullKeys.read(folder, backend.pool.shape, manager.mapping, manager.max_seq_len)
-            facts.check_null_pages(folder / KEYS_FILE)
-            null_rows = NullRows(manager, backend, null_keys)
         shared = Sharing(
             backend,
             settings.memshare,
@@ -84,7 +81,7 @@ def attach(
             complain.say,
             Failures(description),
             KillSwitch(settings.off_file),
-            null_rows,
+            _null_rows(manager, backend, facts, settings) if settings.memshare.pressure else None,
             _reserve(manager, backend, agreement, settings),
         )
     except Exception as error:  # TensorRT-LLM must run as it is, whatever it has that is not expected here
@@ -112,6 +109,16 @@ def attach(
     reporter = Reporter(partial(overlay_totals, shared), settings) if manager.mapping.rank == 0 else None
     Overlay(manager, shared, reporter)
     return shared
+
+
+def _null_rows(manager: Any, backend: CacheBackend, facts: ModelFacts, settings: Settings) -> NullRows | SkippedRows:
+    """How rows forget. Raises UserError for null pages that are not there, or not of this model."""
+    if settings.options.null_entries == "skip":
+        return SkippedRows(backend)
+    folder = Path(settings.options.null_pages or "")
+    null_keys = NullKeys.read(folder, backend.pool.shape, manager.mapping, manager.max_seq_len)
+    facts.check_null_pages(folder / KEYS_FILE)
+    return NullRows(manager, backend, null_keys)
 
 
 def _reserve(

@@ -1,8 +1,9 @@
 """The block tables that TensorRT-LLM writes: rearranged as they are written, and missed where they are not.
 
 A row that changed holds from the next table on, and the pages that it no longer names are free at once. So a table must
-come in every iteration. Main (November 2026) prepares a batch that has not changed in a shorter way, and leaves the
-table as it is while nobody opens a page; where compression manages a cache it does not, and ``Overlay`` says it does.
+come in every iteration. Main (November 2026) prepares a batch that has not changed in a shorter way; where it was read
+that writes the table all the same, but a unit test of it, perhaps of a branch, expects one only where somebody opens a
+page.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class BlockTables:
       fail: told of an error, by place.
 
     Attributes:
-      num: tables written so far, rearranged or not.
+      num: tables written so far, rearranged or not. ``num_fitted``: of which lengths were asked before.
       seconds: host time spent on them.
     """
 
@@ -35,9 +36,24 @@ class BlockTables:
         self, rows: TableRows, lost: LostRequests, stream: ForwardStream, fail: Callable[[str, Exception], None]
     ) -> None:
         self._rows, self._lost, self._stream, self._fail = rows, lost, stream, fail
-        self.num, self.seconds = 0, 0.0
+        self.num = self.num_fitted = 0
+        self.seconds = 0.0
         self._last_ids: tuple[int, ...] = ()
         self._last_num = 0
+
+    def shorter(self, request_ids: Sequence[int]) -> list[int] | None:
+        """By how many tokens attention's sequences are shorter than their text; None = all are as long.
+
+        To be asked before each table is written; raises nothing.
+        """
+        self.num_fitted += 1
+        return self._rows.shorter(request_ids)
+
+    def fail_lengths(self, error: Exception) -> None:
+        """Loses requests whose lengths could not be told: each reads and writes its own last page until it ends."""
+        for request_id in self._rows.shortened():
+            self._lost.lose(request_id)
+        self._fail("the lengths of sequences", error)
 
     def rearrange(self, table: torch.Tensor, request_ids: Sequence[int]) -> None:
         """Rearranges the table that the manager has just written, on the current stream; modifies it, raises nothing.

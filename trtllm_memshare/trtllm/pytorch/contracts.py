@@ -21,12 +21,14 @@ MANAGERS = (
     "tensorrt_llm._torch.pyexecutor.resource_manager",
 )
 _UTIL, _RESOURCES = "tensorrt_llm._torch.pyexecutor._util", "tensorrt_llm._torch.pyexecutor.resource_manager"
-_METADATA = ("tensorrt_llm._torch.attention_backend.trtllm", "tensorrt_llm._torch.attention.backends.trtllm")
+_ATTENTION = ("tensorrt_llm._torch.attention_backend.trtllm", "tensorrt_llm._torch.attention.backends.trtllm")
 _REQUEST = "tensorrt_llm._torch.pyexecutor.llm_request"
 _OWNERS = {
     "": (_UTIL,),
     "KVCacheManager": (_RESOURCES,),
     "KVCacheManagerV2": MANAGERS,
+    "TrtllmAttention": _ATTENTION,
+    "TrtllmAttentionMetadata": _ATTENTION,
     "LlmRequest": (_REQUEST,),
     "FinishReason": ("tensorrt_llm.bindings.executor", _REQUEST),
     "KVCacheCompressionManager": (_UTIL,),
@@ -99,14 +101,18 @@ def check_installed(load: Callable[[str], Any] = importlib.import_module) -> Ins
         forms = dict.fromkeys(_LATE, "V2")
         form = forms.get(owner, "V1" if owner != "KVCacheManager" or _has_copy(target) else "V1 old")
         result.missing.extend(differences(target, names_of(owner, form)))
-        if form == "V1 old":
-            metadata, module, why = _find("TrtllmAttentionMetadata", _METADATA, load)
-            found = [why] if metadata is None else differences(metadata, names_of("TrtllmAttentionMetadata", form))
-            result.missing.extend(found)
     if result.has_framework:
         util = load(_UTIL)
         result.missing.extend(differences(util, [n for n in TABLE if n.owner == "" and "1.2" not in n.states]))
     return result
+
+
+def find_attention(load: Callable[[str], Any] = importlib.import_module) -> Any:
+    """The module of ``TrtllmAttention`` and its metadata. Raises ProbeError if there is none."""
+    metadata, module, why = _find("TrtllmAttentionMetadata", _ATTENTION, load)
+    if metadata is None:
+        raise ProbeError(f"no TrtllmAttentionMetadata: {why}")
+    return load(module)
 
 
 def check_here() -> Installed:

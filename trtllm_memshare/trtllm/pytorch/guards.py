@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 DISAGGREGATED = "disaggregated serving (serve prompt and generation in one)"
@@ -49,6 +50,21 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
         "an NVFP4 cache (set kv_cache_config.dtype to fp8 or auto)": getattr(manager.dtype, "name", "") == "NVFP4",
     }
     return [f"sharing excludes {reason}" for reason, is_on in found.items() if is_on]
+
+
+def rotation_reasons(rotated_inside: Collection[int], null_entries: str) -> list[str]:
+    """Why sequences cannot be shorter than their text: a kernel that rotates keys takes the length for the place.
+
+    Args:
+      rotated_inside: layers whose attention kernel rotates keys.
+      null_entries: the setting.
+    """
+    if null_entries != "skip" or not rotated_inside:
+        return []
+    return [
+        f"null_entries skip excludes models whose attention kernels rotate keys, got {len(rotated_inside)} such layers "
+        f"(set null_entries to read, and null_pages)"
+    ]
 
 
 def host_tier_reason(is_v2: bool | None, host_cache_size: int | None) -> str | None:

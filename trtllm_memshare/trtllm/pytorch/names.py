@@ -122,29 +122,25 @@ TABLE: tuple[Name, ...] = (
     Name("impl", "rewind_kv_cache", "frees the end", _V1, (), True, _CPP),
     Name("impl", "copy_batch_block_offsets", "entries of the null pages", _V1, (), True, _CPP),
     Name("impl", "remove_sequence", "frees unregistered, with block reuse", _V1, (), True, _CPP),
-    Name(
-        "TrtllmAttentionMetadata",
-        "prepare",
-        "rows of the block table",
-        ("1.1",),
-        source="attention_backend/trtllm.py, read",
+    Name("TrtllmAttentionMetadata", "prepare", "the block table and its lengths", source=_TRTLLM),
+    Name("TrtllmAttentionMetadata", "kv_cache_block_offsets", "the block table", ("1.1",), (), True, _TRTLLM),
+    *(
+        Name("TrtllmAttentionMetadata", name, use, on_instance=True, source=_TRTLLM)
+        for name, use in (
+            ("request_ids", "rows of the block table"),
+            ("kv_cache_params", "lengths without what was given up (null_entries skip)"),
+            ("prompt_lens", "lengths without what was given up (null_entries skip)"),
+        )
     ),
     Name(
-        "TrtllmAttentionMetadata",
-        "kv_cache_block_offsets",
-        "the block table",
-        ("1.1",),
-        on_instance=True,
-        source="attention_backend/trtllm.py, read",
+        "TrtllmAttention",
+        "__init__",
+        "who rotates keys (null_entries skip)",
+        STATES,
+        ("pos_embd_params",),
+        source=_TRTLLM,
     ),
-    Name(
-        "TrtllmAttentionMetadata",
-        "request_ids",
-        "rows of the block table",
-        ("1.1",),
-        on_instance=True,
-        source="attention_backend/trtllm.py, read",
-    ),
+    Name("TrtllmAttention", "support_fused_rope", "has keys rotated outside (null_entries skip)", source=_TRTLLM),
     *(
         Name("LlmRequest", name, use, on_instance=True, source=_REQUEST)
         for name, use in (

@@ -98,6 +98,11 @@ class NullRows:
             )
         self.entries: torch.Tensor | None = None
 
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool that are taken."""
+        return len(self.pages.blocks)
+
     def take(self, num_promised: int = 0) -> bool:
         """Takes and writes the pages; False if the manager has no room for them now.
 
@@ -130,12 +135,16 @@ class NullRows:
         log.info("MemShare took %d null pages, one for each band up to position %d", count, self.pages.bands[-1])
         return True
 
-    def place(self, row: np.ndarray, table: np.ndarray, is_null: np.ndarray) -> None:
+    def place(self, row: np.ndarray, table: np.ndarray, is_null: np.ndarray) -> int:
         """Lets entries of a row read null pages, which follow the entries of the request's own row; modifies ``row``.
 
         Args:
           row: int ``[width]``, positions.
           table: int32 ``[n]``, virtual block of each logical one.
           is_null: bool ``[n]``.
+
+        Returns:
+          By how many entries the row is shorter than the text: none.
         """
         row[: len(table)][is_null] = len(row) + table[is_null]
+        return 0

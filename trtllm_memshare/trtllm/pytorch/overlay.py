@@ -14,7 +14,6 @@ from typing import Any
 from trtllm_memshare.trtllm.pytorch.metrics import Reporter
 from trtllm_memshare.trtllm.pytorch.sharing import Sharing
 
-_SWITCH = "kv_compression_manages_history"
 _SHADOWED = (
     "prepare_resources",
     "copy_batch_block_offsets",
@@ -39,9 +38,7 @@ class Overlay:
         self._is_v2 = hasattr(manager, "kv_cache_map")
         # Late V2 has a switch that keeps generated tokens from counting as history, which cannot be cut; there the
         # scheduler itself takes the pages of prompts.
-        self._has_switch = hasattr(manager, _SWITCH)
-        if not self._is_v2:
-            setattr(manager, _SWITCH, True)  # V1 has no history; main's model engine asks any manager (table_watch.py)
+        self._has_switch = hasattr(manager, "kv_compression_manages_history")
         self._original = {name: getattr(manager, name) for name in _SHADOWED if hasattr(manager, name)}
         for name in self._original:
             setattr(manager, name, getattr(self, name))
@@ -89,7 +86,7 @@ class Overlay:
         if self._reporter is not None:
             self._reporter.close()
         original = self._original
-        for name in (*original, *(() if self._is_v2 else (_SWITCH,))):
+        for name in original:
             self._manager.__dict__.pop(name, None)
         self._manager.memshare = None
         original["shutdown"]()

@@ -22,11 +22,12 @@ from typing import Any
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.trtllm.pytorch.attach import attach
 from trtllm_memshare.trtllm.pytorch.compression_config import ALGORITHM
-from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, look_up
+from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, find_attention, look_up
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints
 from trtllm_memshare.trtllm.pytorch.framework import make_compression_manager, note_arguments
 from trtllm_memshare.trtllm.pytorch.guards import DISAGGREGATED
+from trtllm_memshare.trtllm.pytorch.lengths import Rotations, check_attention, fit_lengths
 from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 
@@ -40,18 +41,31 @@ _RESERVED_ROWS = "num_reserved_index_slots"
 class Models:
     """Models that TensorRT-LLM has been asked about, so that a manager finds its own.
 
+    Args:
+      rotations: notes layers whose attention kernel rotates keys; None = it does not matter.
+
     Attributes:
       is_compressed: a manager of TensorRT-LLM's framework for KV cache compression was made.
       is_disaggregated: prompt and generation are served apart.
       is_estimating: a manager is being made to measure memory with, which 1.1 tells its maker only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rotations: Rotations | None = None) -> None:
         self._facts: list[ModelFacts] = []
+        self._rotations = rotations
         self.is_compressed = self.is_disaggregated = self.is_estimating = False
 
     def remember(self, facts: ModelFacts) -> None:
         self._facts.append(facts)
+
+    def noticed(self) -> dict[str, Any]:
+        """What ``attach`` is told beside the arguments of a manager's constructor."""
+        inside = self._rotations.inside if self._rotations is not None else ()
+        return {
+            "is_compressed": self.is_compressed,
+            "is_disaggregated": self.is_disaggregated,
+            "rotated_inside": inside,
+        }
 
     def of(self, arguments: dict[str, Any]) -> ModelFacts:
         """The latest model whose geometry a manager's arguments have. Raises UserError if there is none."""
@@ -62,28 +76,37 @@ class Models:
         raise UserError(f"sharing knows no model of this KV cache's geometry {geometry} (serve a plain decoder model)")
 
 
-def install(util_module: Any, settings: Settings, attention_metadata: Callable[[], type] | None = None) -> bool:
+def install(util_module: Any, settings: Settings, attention_module: Callable[[], Any] | None = None) -> bool:
     """Makes TensorRT-LLM's managers share; leaves it exactly as it was if anything is missing.
 
     Args:
       util_module: ``tensorrt_llm._torch.pyexecutor._util``, just imported.
       settings: what the user set.
-      attention_metadata: returns ``TrtllmAttentionMetadata``; called for V1 in the old form only.
+      attention_module: returns the module of ``TrtllmAttention`` and its metadata; called where they are changed: for
+        V1 in the old form, and for ``null_entries: skip``.
 
     Returns:
       Whether sharing is in place. If not, one line in the log says why.
     """
+    skips, rotations = settings.options.null_entries == "skip", None
     try:
         form = _probe(util_module)
-        metadata = (attention_metadata or _trtllm_attention_metadata)() if form == "V1 old" else None
+        attention: Any = (attention_module or find_attention)() if skips or form == "V1 old" else None
+        if form == "V1 old":
+            look_up(attention.TrtllmAttentionMetadata, names_of("TrtllmAttentionMetadata", form))
+        if skips:
+            check_attention(attention)
     except ProbeError as error:
         log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
         return False
     if settings.options.route == "framework":
         return _install_framework(util_module, settings)
-    if metadata is not None:
-        wrap_prepare(metadata)
-    models = Models()
+    if form == "V1 old":
+        wrap_prepare(attention.TrtllmAttentionMetadata)
+    if skips:  # around the above: a table that is rearranged has its lengths
+        rotations = Rotations(attention.TrtllmAttention)
+        fit_lengths(attention.TrtllmAttentionMetadata)
+    models = Models(rotations)
     known = [util_module.KVCacheManager]
     if hasattr(util_module, "KVCacheManagerV2"):
         known.append(util_module.KVCacheManagerV2)
@@ -175,7 +198,7 @@ def _wrap_selector(util_module: Any, models: Models, check: Callable[[type], Non
 def wrap_init(manager_class: type, models: Models, settings: Settings) -> None:
     """Attaches sharing to every instance of exactly this class once it is made; modifies the class."""
     original = manager_class.__init__  # type: ignore[misc]
-    takes_null_pages = settings.memshare.pressure and settings.options.route == "overlay"
+    takes_null_pages = settings.memshare.pressure and settings.options.null_entries == "read"
     reserves_rows = takes_null_pages and _RESERVED_ROWS in inspect.signature(original).parameters
 
     @functools.wraps(original)
@@ -190,8 +213,7 @@ def wrap_init(manager_class: type, models: Models, settings: Settings) -> None:
             keywords[_RESERVED_ROWS] = 1 + (1 if reserved is None else reserved)
         original(self, kv_cache_config, *arguments, **keywords)
         if is_served:
-            noticed = {"is_compressed": models.is_compressed, "is_disaggregated": models.is_disaggregated}
-            attach(self, kv_cache_config, {**keywords, **noticed}, models.of, settings)
+            attach(self, kv_cache_config, {**keywords, **models.noticed()}, models.of, settings)
 
     manager_class.__init__ = __init__  # type: ignore[misc]
 
@@ -232,15 +254,6 @@ def _watch_estimates(creator: Any, models: Models) -> None:
             models.is_estimating = False
 
     creator.build_managers = build_managers
-
-
-def _trtllm_attention_metadata() -> type:
-    try:
-        from tensorrt_llm._torch.attention_backend.trtllm import TrtllmAttentionMetadata
-    except ImportError as error:
-        raise ProbeError(f"no TrtllmAttentionMetadata: {error}") from error
-    look_up(TrtllmAttentionMetadata, names_of("TrtllmAttentionMetadata", "V1 old"))
-    return TrtllmAttentionMetadata
 
 
 def wrap_prepare(metadata: type) -> None:

@@ -30,7 +30,8 @@ class AdapterOptions(BaseModel):
     """Settings beside those of the search.
 
     ``on_unsupported``: stop the start-up, or run unshared and say so, when a feature is on that sharing excludes.
-    ``null_pages``: a folder with the model's null pages, for preset pressure: of ``memshare null-pages`` or an engine.
+    ``null_entries``: of preset pressure: attention reads a null page for what was given up, or is given nothing for it.
+    ``null_pages``: a folder with the model's null pages, to be read: of ``memshare null-pages`` or an engine.
     ``route``: overlay, around TensorRT-LLM's KV cache manager, or framework, a method of its KV cache compression.
     ``tokenizer_dir``: where the tokenizer is that step boundaries come from; default: the model's directory.
     """
@@ -40,6 +41,7 @@ class AdapterOptions(BaseModel):
     on_unsupported: Literal["stop", "warn"] = "stop"
     tokenizer_dir: str | None = None
     null_pages: str | None = None
+    null_entries: Literal["read", "skip"] = "read"
     route: Literal["overlay", "framework"] = "overlay"
     stats_interval: int = Field(100, ge=1, description="iterations between two updates of metrics and statistics")
 
@@ -107,8 +109,8 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         )
     if memshare.retired_becomes == "dropped":
         raise UserError(
-            "retired_becomes must be null or alias with TensorRT-LLM's PyTorch backend, got dropped (its attention "
-            "reads every entry of a block table)"
+            "retired_becomes must be null or alias with TensorRT-LLM's PyTorch backend, got dropped (set null_entries "
+            "to skip with preset pressure: its attention is then given nothing for those entries)"
         )
     if memshare.retired_becomes == "null" and memshare.searches:
         raise UserError(
@@ -123,16 +125,26 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         raise UserError(describe_validation_error(error, AdapterOptions.model_fields, str(path))) from error
     if memshare.pressure:
         check_need(memshare.need)
-        if adapter.null_pages is None and adapter.route == "overlay":
+        skips = adapter.null_entries == "skip"
+        if adapter.null_pages is None and adapter.route == "overlay" and not skips:
             raise UserError(
                 "preset pressure needs null_pages, a folder with the model's null pages, got none (make it with "
-                "memshare null-pages MODEL and name it, with --null-pages or in the settings)"
+                "memshare null-pages MODEL and name it, with --null-pages or in the settings, or set null_entries to "
+                "skip)"
+            )
+        if skips and adapter.null_pages is not None:
+            raise UserError(f"null_entries skip reads no null pages, got null_pages {adapter.null_pages} (keep one)")
+        if skips and adapter.route == "framework":
+            raise UserError(
+                "null_entries is a setting of route overlay, got route framework, which drops pages (leave it out)"
             )
         if adapter.route == "framework" and memshare.protected_steps:
             raise UserError(
                 f"route framework protects tokens and knows no steps, got protected_steps {memshare.protected_steps} "
                 f"(leave it out and set protected_tokens, or take route overlay)"
             )
+    elif adapter.null_entries == "skip":
+        raise UserError(f"null_entries skip needs preset pressure, got {memshare.preset} (take it, or leave this out)")
     elif adapter.route == "framework":
         raise UserError(
             f"route framework drops pages and shares none, got preset {memshare.preset} (take preset pressure, or "

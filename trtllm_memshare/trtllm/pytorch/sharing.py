@@ -44,6 +44,7 @@ from trtllm_memshare.trtllm.pytorch.pressure import Choice, Pressure
 from trtllm_memshare.trtllm.pytorch.rank_meetings import RankMeetings
 from trtllm_memshare.trtllm.pytorch.requests import ActiveRequests, KnownRequests
 from trtllm_memshare.trtllm.pytorch.searcher import Pending, Searcher
+from trtllm_memshare.trtllm.pytorch.skipped_rows import SkippedRows
 from trtllm_memshare.trtllm.pytorch.table_rows import TableRows
 from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 from trtllm_memshare.trtllm.pytorch.wishes import Wishes
@@ -61,7 +62,7 @@ class Sharing:
       say: told once of what sharing excludes and only shows while serving.
       failures: counts errors.
       switch: lets a person stop new sharing while the server runs.
-      null_rows: null pages for what is given up; None = nothing is given up for need.
+      null_rows: how rows forget what is given up; None = nothing is given up for need.
       reserve: see ``Pressure``.
 
     Attributes:
@@ -84,7 +85,7 @@ class Sharing:
         say: Callable[[str], None],
         failures: Failures,
         switch: KillSwitch,
-        null_rows: NullRows | None = None,
+        null_rows: NullRows | SkippedRows | None = None,
         reserve: AdmissionReserve | None = None,
     ) -> None:
         self._backend, self._config, self._say, self._switch = backend, config, say, switch
@@ -118,8 +119,8 @@ class Sharing:
         self.giving_up = GivingUp(self.manager, self.requests, self.tail, self._rows, config.shares, self.lost.lose)
         self._searcher = Searcher(self.manager, self.requests, search, self.tail, config)
         self.pressure = (
-            Pressure(backend, self.manager, self.requests, self.tail, config, reserved, reserve)
-            if config.pressure
+            Pressure(backend, self.manager, self.requests, self.tail, config, null_rows.num_pages, reserve)
+            if config.pressure and null_rows is not None
             else None
         )
         self._meetings = None if agreement is None else RankMeetings(agreement, config.search_interval)
@@ -193,7 +194,7 @@ class Sharing:
         """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
         if all(getattr(r, "is_dummy_request", False) for r in generation_requests):
             return True  # warm-up: TensorRT-LLM expects its manager empty
-        if self.tables.num == 0:
+        if self.tables.num == 0 or (self._rows.skips and not self.tables.num_fitted):
             self._say(
                 "sharing needs the attention backend TRTLLM, got one that does not write its block table through the "
                 "KV cache manager (set attn_backend: TRTLLM)"

@@ -13,6 +13,7 @@ from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
 from trtllm_memshare.trtllm.pytorch.null_rows import NullRows
 from trtllm_memshare.trtllm.pytorch.requests import KnownRequests
 from trtllm_memshare.trtllm.pytorch.row_map import RowMap
+from trtllm_memshare.trtllm.pytorch.skipped_rows import SkippedRows
 
 
 class TableRows:
@@ -22,16 +23,26 @@ class TableRows:
       backend: of TensorRT-LLM's manager.
       manager: this project's, over virtual blocks.
       requests: what is known of TensorRT-LLM's.
-      null_rows: of the null pages; None = there are none.
+      null_rows: how rows forget what was given up; None = nothing is.
+
+    Attributes:
+      skips: rows are shorter than the text, so that ``shorter`` has to be asked before each table.
     """
 
     def __init__(
-        self, backend: CacheBackend, manager: KVCacheManager, requests: KnownRequests, null_rows: NullRows | None
+        self,
+        backend: CacheBackend,
+        manager: KVCacheManager,
+        requests: KnownRequests,
+        null_rows: NullRows | SkippedRows | None,
     ) -> None:
         self._backend, self._manager, self._requests, self._null = backend, manager, requests, null_rows
         self._map = RowMap(backend.max_batch_size, backend.max_blocks_per_seq, backend.pool.device)
         self._crossings = Agenda()  # of bands: when the newest token may reach the next one
         self._width = backend.max_blocks_per_seq
+        self.skips = isinstance(null_rows, SkippedRows)
+        self._shorter: dict[int, int] = {}  # tokens
+        self._is_asked = False  # lengths, since the last table
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._map
@@ -66,7 +77,8 @@ class TableRows:
         origins = np.where(is_null, 0, self._manager.origin_blocks(request_id))
         row = known.pages.row(origins, self._width)
         if self._null is not None and is_null.any():
-            self._null.place(row, table, is_null)
+            if entries := self._null.place(row, table, is_null):
+                self._shorter[request_id] = entries * self._manager.tokens_per_block
             self._crossings.expect(request_id, step + max(1, self._null.pages.end_of_band(position) - position))
         self._map.set_row(request_id, row)
 
@@ -93,6 +105,7 @@ class TableRows:
     def set_own_page(self, request_id: int) -> None:
         """Lets a request that is lost read and write the last page of its own list, until it ends."""
         self._crossings.forget(request_id)
+        self._shorter.pop(request_id, None)
         self._map.set_row(request_id, np.full(self._width, self._own_page(request_id)))
 
     def unread(self) -> list[int]:
@@ -101,10 +114,27 @@ class TableRows:
 
     def forget(self, request_id: int) -> None:
         self._crossings.forget(request_id)
+        self._shorter.pop(request_id, None)
         self._map.forget(request_id)
 
+    def shorter(self, request_ids: Sequence[int]) -> list[int] | None:
+        """By how many tokens rows of the next table are shorter than their requests' text; None = all are as long."""
+        self._is_asked = True
+        return [self._shorter.get(request_id, 0) for request_id in request_ids] if self._shorter else None
+
+    def shortened(self) -> list[int]:
+        """Requests whose rows are shorter than their text."""
+        return list(self._shorter)
+
     def gather(self, table: torch.Tensor, request_ids: Sequence[int]) -> None:
-        """See ``RowMap.gather``."""
+        """See ``RowMap.gather``.
+
+        Raises:
+          RuntimeError: a row is shorter than its text and nobody asked by how much.
+        """
+        is_asked, self._is_asked = self._is_asked, False
+        if self._shorter and not is_asked and any(i in self._shorter for i in request_ids):
+            raise RuntimeError("a block table was written without the lengths of its rows")
         self._map.gather(table, request_ids)
 
     def overwrite(self, table: torch.Tensor, row: int, request_id: int) -> None:

@@ -31,20 +31,22 @@ def main(command: str, arguments: list[str]) -> None:
 
     Args:
       command: serve or bench.
-      arguments: TensorRT-LLM's, ``--memshare-config FILE``, and ``--null-pages FOLDER``, which takes preset pressure.
+      arguments: TensorRT-LLM's, ``--memshare-config FILE``, and ``--null-pages FOLDER`` or ``--null-entries skip``,
+        which take preset pressure.
 
     Raises:
       UserError: wrong settings, a conflict, or TensorRT-LLM is not installed.
     """
     arguments, config = _take_option(arguments, ("--memshare-config",))
     arguments, null_pages = _take_option(arguments, ("--null-pages",))
+    arguments, null_entries = _take_option(arguments, ("--null-entries",))
     environment = {**os.environ, ENABLE: "1", **({PREFIX + "CONFIG": str(Path(config).resolve())} if config else {})}
     is_enabled(environment)
     exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="memshare-") as folder:
-        file, origin = Path(folder) / "settings.json", environment.get(PREFIX + "CONFIG", "--null-pages")
-        if null_pages is not None:
-            file.write_text(json.dumps(with_null_pages(read_values(environment), null_pages)))
+        file, origin = Path(folder) / "settings.json", environment.get(PREFIX + "CONFIG", "the command line")
+        if null_pages is not None or null_entries is not None:
+            file.write_text(json.dumps(with_pressure(read_values(environment), null_pages, null_entries)))
             environment[PREFIX + "CONFIG"] = str(file)
         try:
             status = _run(command, arguments, environment, Path(folder))
@@ -53,28 +55,38 @@ def main(command: str, arguments: list[str]) -> None:
     sys.exit(status)
 
 
-def with_null_pages(values: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A file's settings with ``--null-pages FOLDER``, which asks for preset pressure and beats the file's folder.
+def with_pressure(values: dict[str, Any], null_pages: str | None, null_entries: str | None) -> dict[str, Any]:
+    """A file's settings with ``--null-pages FOLDER`` or ``--null-entries WAY``, which ask for preset pressure.
 
     Raises:
-      UserError: the file has another preset or a route that reads none, or no null pages are there.
+      UserError: the file has another preset or a route that forgets otherwise, or no null pages are in the folder.
     """
+    preset, route = values.get("preset", "pressure"), values.get("route", "overlay")
+    option = "--null-pages" if null_pages is not None else "--null-entries"
+    if preset != "pressure":
+        raise UserError(f"{option} is read by preset pressure, got {quote(preset)} in the settings (keep one)")
+    if route != "overlay":
+        raise UserError(
+            f"{option} is read by route overlay, got {quote(route)} in the settings (leave the option out and set "
+            f"preset pressure)"
+        )
+    added: dict[str, Any] = {"preset": preset}
+    if null_entries is not None:
+        added["null_entries"] = null_entries
+    if null_pages is not None:
+        added["null_pages"] = _folder_of_null_pages(null_pages)
+    return {**values, **added}
+
+
+def _folder_of_null_pages(folder: str) -> str:
     # Not above: it imports torch, which the launcher does without for as long as the server runs.
     from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
 
-    preset, route = values.get("preset", "pressure"), values.get("route", "overlay")
-    if preset != "pressure":
-        raise UserError(f"--null-pages is read by preset pressure, got {quote(preset)} in the settings (keep one)")
-    if route != "overlay":
-        raise UserError(
-            f"--null-pages is read by route overlay, got {quote(route)} in the settings (leave the option out and set "
-            f"preset pressure)"
-        )
     path, remedy = Path(folder).resolve() / KEYS_FILE, "make it with memshare null-pages MODEL --output FOLDER"
     if not folder or not path.is_file():
         raise UserError(f"--null-pages must be a folder with {KEYS_FILE}, got {quote(folder)} ({remedy})")
     read_null_pages(path, remedy)
-    return {**values, "preset": preset, "null_pages": str(path.parent)}
+    return str(path.parent)
 
 
 def _run(command: str, arguments: list[str], environment: dict[str, str], folder: Path) -> int:
