@@ -17,11 +17,15 @@ BAD_PAGE_INDEX = -1
 class Storage:
     """Pages on the GPU and room for copies of them on the host.
 
+    ``max_util_for_resume``: no cache is resumed, a new one neither, while more of the pages than that cannot be had
+    (``KvCacheConfig``, 0.95 by default; ``_resume_gate_refuses`` of main, 29 November 2026).
+
     A suspended cache keeps its pages where they are until somebody needs the room; then they move to the host, if the
     host tier has room, and otherwise stay: nobody can have it.
     """
 
-    def __init__(self, num_slots, shape, tokens_per_block, host_slots):
+    def __init__(self, num_slots, shape, tokens_per_block, host_slots, max_util_for_resume=0.95):
+        self.max_util_for_resume = max_util_for_resume
         self.pool = torch.zeros(num_slots, *shape)
         self.tokens_per_block = tokens_per_block
         self.free = deque(range(num_slots))
@@ -34,6 +38,10 @@ class Storage:
         """Free, or held by suspended caches and movable to the host."""
         evictable = sum(c.num_resident for c in self.suspended)
         return len(self.free) + min(evictable, self.host_free)
+
+    @property
+    def refuses_to_resume(self):
+        return 1 - self.num_available / len(self.is_free) > self.max_util_for_resume
 
     def take(self):
         if not self.free:
@@ -82,6 +90,8 @@ class FakeKVCacheV2:
 
     def resume(self, stream):
         assert not self.is_active
+        if self._storage.refuses_to_resume:
+            return False
         on_host = [i for i, page in enumerate(self._pages) if not isinstance(page, int)]
         storage = self._storage
         if self in storage.suspended:

@@ -174,6 +174,16 @@ def test_disaggregated_serving_runs_unshared_where_the_start_goes_on(release, mo
     assert caplog.text.count("MemShare is off, requests run unshared: sharing excludes disaggregated serving") == 1
 
 
+def test_a_transceiver_without_a_backend_is_none(release, model_config):
+    """Main's arguments may hold one that says nothing."""
+    module = release("main V1")
+    install(module, make_settings())
+    config, none = make_cache_config(40, 8), SimpleNamespace(backend=None)
+    creator = FakeKvCacheCreator(module, model_config, config)
+    module.get_kv_cache_manager_cls(model_config, config, cache_transceiver_config=none)
+    assert creator.create().memshare is not None
+
+
 @pytest.mark.parametrize("on_unsupported", ["stop", "warn"])
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),

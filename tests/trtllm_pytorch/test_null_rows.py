@@ -77,6 +77,28 @@ def test_the_pool_holds_what_was_calibrated_and_the_entries_are_the_managers_own
     assert torch.equal(manager.memshare._rows._map.null_entries, table[:, 0, :, : len(pages)])
 
 
+@pytest.mark.parametrize("kind", ["V1", "V1 old", "V2 main"])
+def test_null_pages_are_written_again_when_a_server_has_been_idle(kind, null_pages):
+    """TensorRT-LLM drops what its pool held when it is put to sleep, which it is while nobody runs."""
+    manager = make_manager(make_sharing_class(MANAGERS[kind], null_pages=null_pages, **PRESSURE), 60, 8)
+    executor, text = FakeExecutor(manager, True), repetitive_text(random.Random(1), 40)
+
+    def serve(request_id):
+        executor.submit(request_id, text[:5], text)
+        while request_id not in manager.memshare.requests._known:
+            executor.step()
+        return executor.pool[resident_pages(manager, NULL_REQUEST)].clone()
+
+    written = serve(0)
+    assert written.abs().sum() > 0
+    while executor.active:
+        executor.step()
+    executor.pool.zero_()
+    assert torch.equal(serve(1), written)
+    executor.pool[resident_pages(manager, NULL_REQUEST)] = 0  # not while somebody runs: it costs a copy a band
+    assert serve(2).abs().sum() == 0
+
+
 class OnePromptAtATime(FakeExecutor):
     """``max_num_tokens`` has room for one prompt in an iteration."""
 

@@ -163,10 +163,13 @@ class V2Backend(_Backend):
         return cache is not None and not cache.is_active
 
     def entries(self, request_id: int, count: int) -> torch.Tensor:
-        """See ``CacheBackend.entries``: the manager's copy reads its rows and writes the tensor that it is given."""
+        """See ``CacheBackend.entries``: the manager's copy reads its rows and writes the tensor that it is given.
+
+        The class's own, not the one that is shadowed: this is no table of a forward pass.
+        """
         shape = (self._manager.num_pools, 1, 2, self.max_blocks_per_seq)
         table = torch.zeros(shape, dtype=torch.int32, device=self.pool.device)
-        self._manager.copy_batch_block_offsets(table, [request_id], 1, 0, 1)
+        type(self._manager).copy_batch_block_offsets(self._manager, table, [request_id], 1, 0, 1)
         return table[:, 0, :, :count].clone()
 
 

@@ -125,15 +125,23 @@ class NullRows:
             pages = self._backend.pages(NULL_REQUEST)
             if len(pages) != count or len(set(pages)) != count:
                 raise RuntimeError(f"{count} null pages were asked for, the KV cache manager gave {pages}")
-            for page, keys in zip(pages, self._keys.keys, strict=True):
-                pool[page, :, 0] = stored_keys(keys, pool.dtype).to(pool.device)[:, :, None]
-                pool[page, :, 1] = torch.zeros((), device=pool.device).to(pool.dtype)
+            self._write(pages)
             self.entries = self._backend.entries(NULL_REQUEST, count)
         except Exception:
             self._manager.free_resources(made[0])  # nobody would ever name them
             raise
         log.info("MemShare took %d null pages, one for each band up to position %d", count, self.pages.bands[-1])
         return True
+
+    def write_again(self) -> None:
+        """Writes the pages anew: TensorRT-LLM may have let go of what its pool held, as it does when it sleeps."""
+        self._write(self._backend.pages(NULL_REQUEST))
+
+    def _write(self, pages: list[int]) -> None:
+        pool = self._backend.pool
+        for page, keys in zip(pages, self._keys.keys, strict=True):
+            pool[page, :, 0] = stored_keys(keys, pool.dtype).to(pool.device)[:, :, None]
+            pool[page, :, 1] = torch.zeros((), device=pool.device).to(pool.dtype)
 
     def place(self, row: np.ndarray, table: np.ndarray, is_null: np.ndarray) -> int:
         """Lets entries of a row read null pages, which follow the entries of the request's own row; modifies ``row``.

@@ -186,8 +186,9 @@ def _wrap_selector(util_module: Any, models: Models, check: Callable[[type], Non
         chosen = original(model_config, *arguments, **keywords)
         models.remember(ModelFacts.of(model_config))
         transceiver = keywords.get("cache_transceiver_config")
+        has_transceiver = getattr(transceiver, "backend", transceiver) is not None  # main's may be there for nothing
         models.is_disaggregated = bool(
-            keywords.get("is_disagg") or transceiver is not None or (len(arguments) > 1 and arguments[1])
+            keywords.get("is_disagg") or has_transceiver or (len(arguments) > 1 and arguments[1])
         )
         check(chosen)
         return chosen

@@ -207,7 +207,7 @@ class Sharing:
             return num_incoming + sum((1 - r.max_beam_num_tokens) % size <= 1 for r in generation_requests)
 
         with self._stream.enter():
-            return self._rows.take_null_pages(promised)
+            return self._rows.take_null_pages(promised, was_idle=not any(True for _ in self.requests))
 
     def _advance(self, active: Mapping[int, Any]) -> None:
         interval = self._config.search_interval

@@ -39,6 +39,9 @@ class SkippedRows:
         """See ``NullRows.take``; there is nothing to take."""
         return True
 
+    def write_again(self) -> None:
+        """See ``NullRows.write_again``; there is nothing to write."""
+
     def place(self, row: np.ndarray, table: np.ndarray, is_null: np.ndarray) -> int:
         """Moves the entries that are left to the front, in order; see ``NullRows.place``."""
         kept = np.delete(row, is_null.nonzero()[0])

@@ -47,16 +47,19 @@ class TableRows:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._map
 
-    def take_null_pages(self, promised: Callable[[], int]) -> bool:
+    def take_null_pages(self, promised: Callable[[], int], was_idle: bool) -> bool:
         """Takes the null pages if that has not been done yet; False while there is no room for them.
 
         Args:
           promised: counts what ``NullRows.take`` leaves; asked only if they are yet to be taken.
+          was_idle: nobody generated until now, so that what the pool held may be gone.
         """
         if self._null is not None and self._null.entries is None:
             if not self._null.take(promised()):
                 return False
             self._map.null_entries = self._null.entries
+        elif self._null is not None and was_idle:
+            self._null.write_again()
         return True
 
     def set(self, request_id: int, step: int) -> None:
