@@ -5,8 +5,8 @@
 # DATASET: JSON lines with task_id, prompt, output_tokens, and answer where answers can be checked. MODEL: a checkpoint
 # folder or hub name; a model of 1.5 billion parameters and a GPU of 24 GB suffice. It takes an hour at most (TIME_LIMIT
 # seconds, STEP_LIMIT of them an arm): an arm that could not end in time is left out, lexical first, and said to be.
-# NULL_PAGES: the folder that memshare null-pages made of the same model, for preset pressure;
-# without it that arm is left out and said to be. EOS_ID: the end token, by default the checkpoint's. Answers end where the
+# NULL_PAGES: the folder that memshare null-pages made of the same model, for preset pressure that reads null pages;
+# without it that arm is left out and said to be (skip, pressure that gives attention nothing, needs none). EOS_ID: the end token, by default the checkpoint's. Answers end where the
 # model ends them. Random text says nothing: use real prompts, and so little memory that TensorRT-LLM alone pauses requests.
 # A step that fails does not keep the others from running; the last lines say which failed, and nothing is reported where
 # nothing was shared or given up.
@@ -62,7 +62,8 @@ if [ -n "${NULL_PAGES:-}" ]; then
 else
   echo "== pressure: left out (set NULL_PAGES to what memshare null-pages makes of $model)"
 fi
-arms+=(lexical)
+echo '{"preset": "pressure", "null_entries": "skip"}' >"$out/skip.settings.json"
+arms+=(skip lexical)
 printf 'attn_backend: TRTLLM\nkv_cache_config: {enable_block_reuse: false}\nenable_iter_perf_stats: true\n' >"$out/alone.yaml"
 
 step doctor "$python" -m trtllm_memshare doctor --surface pytorch

@@ -33,8 +33,8 @@ json.dump({"performance": {"request_throughput_req_s": speed, "system_output_thr
 json.dump(["tokens"] + (os.environ.get("CHANGED", "").split() if arm == "shadow" else []),
           open(value("--output_json"), "w"))
 if "TRTLLM_MEMSHARE_STATS_FILE" in os.environ:
-    shared = 0 if arm in ("shadow", "pressure", os.environ.get("IDLE")) else 5
-    json.dump({"blocks_shared": shared, "blocks_forgotten": 7 * (arm == "pressure"), "blocks_shadowed": 3,
+    shared = 0 if arm in ("shadow", "pressure", "skip", os.environ.get("IDLE")) else 5
+    json.dump({"blocks_shared": shared, "blocks_forgotten": 7 * (arm in ("pressure", "skip")), "blocks_shadowed": 3,
                "errors": int(os.environ.get("ERRORS", "0"))}, open(os.environ["TRTLLM_MEMSHARE_STATS_FILE"], "w"))
 """
 
@@ -63,14 +63,16 @@ def test_all_arms_run_and_are_summed_up(run_suite, tmp_path):
     done = run_suite(NULL_PAGES=str(tmp_path / "engine"))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert list(summary["arms"]) == ["alone", "alone_again", "shadow", "aligned", "pressure", "lexical"]
+    assert list(summary["arms"]) == ["alone", "alone_again", "shadow", "aligned", "pressure", "skip", "lexical"]
     assert summary["arms"]["aligned"]["ratio"] == 2.0
-    assert summary["active"] == ["aligned", "pressure", "lexical"]
+    assert summary["active"] == ["aligned", "pressure", "skip", "lexical"]
     printed = done.stdout
     places = [printed.index(t) for t in ("1 accuracy", "2 activity", "3 A/B", "4 gates: all passed")]
     assert places == sorted(places)
     settings = json.loads((tmp_path / "out" / "pressure.settings.json").read_text())
     assert settings == {"preset": "pressure", "null_pages": str(tmp_path / "engine")}
+    settings = json.loads((tmp_path / "out" / "skip.settings.json").read_text())
+    assert settings == {"preset": "pressure", "null_entries": "skip"}
 
 
 def test_an_arm_that_fails_leaves_the_others_their_summary_and_no_old_report_stands_in_for_it(run_suite, tmp_path):
@@ -78,7 +80,8 @@ def test_an_arm_that_fails_leaves_the_others_their_summary_and_no_old_report_sta
     done = run_suite(BROKEN="aligned alone_again")
     assert done.returncode == 1
     assert "failed: alone_again aligned (see" in done.stdout
-    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["arms"]) == ["alone", "shadow", "lexical"]
+    arms = list(json.loads((tmp_path / "out" / "summary.json").read_text())["arms"])
+    assert arms == ["alone", "shadow", "skip", "lexical"]
     done = run_suite(BROKEN="alone")
     assert "nothing to report, TensorRT-LLM alone did not run to its end" in done.stdout
     assert not (tmp_path / "out" / "summary.json").exists()
@@ -95,7 +98,8 @@ esac
 @pytest.mark.parametrize(
     ("arm_seconds", "summed_up"),
     [
-        (580, "shadow aligned pressure lexical"),
+        (490, "shadow aligned pressure skip lexical"),
+        (580, "shadow aligned pressure skip"),
         (600, "shadow aligned pressure"),
         (700, "shadow aligned"),
         (1300, None),
@@ -122,8 +126,8 @@ def test_an_hour_is_not_passed_and_what_is_left_out_is_said(tmp_path, run_suite,
         return
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"--arms alone_again {summed_up} --dataset" in done.stdout
-    left_out = [arm for arm in ("pressure", "lexical") if arm not in summed_up]
-    assert [arm for arm in ("pressure", "lexical") if f"== {arm}: left out, " in done.stdout] == left_out
+    left_out = [arm for arm in ("pressure", "skip", "lexical") if arm not in summed_up]
+    assert [arm for arm in ("pressure", "skip", "lexical") if f"== {arm}: left out, " in done.stdout] == left_out
     assert (f"left out for want of time: {' '.join(left_out)}" in done.stdout) == bool(left_out)
 
 
