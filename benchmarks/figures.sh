@@ -58,6 +58,8 @@ PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --policies MAX_UTILIZATI
   --presets "${floors[@]}" --output-json "$results/modelled_pools.json"
 PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --policies MAX_UTILIZATION --shares 0.125 0.25 0.5 \
   --in-flight 24 --presets "${floors[@]}" --output-json "$results/modelled_stream.json"
+PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --policies MAX_UTILIZATION --shares 0.125 0.25 0.5 \
+  --in-flight 24 --manager V2 --presets "${floors[@]}" --output-json "$results/modelled_stream_v2.json"
 "$python" -m benchmarks.triton_soak --engine-dir "$engine" --minutes 30 --output-json "$results/triton_soak.json"
 # The weights of the model of the traces come from benchmarks/studies/learning_to_copy/train.py (35 minutes) and are not made anew.
 # Real text: what stage 1 reaches in the traces, and what sharing does to a small model of them.

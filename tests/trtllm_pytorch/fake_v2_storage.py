@@ -32,6 +32,7 @@ class Storage:
         self.is_free = [True] * num_slots
         self.host_free = host_slots
         self.suspended: list[FakeKVCacheV2] = []
+        self.num_copied = 0  # pages, to the host and back
 
     @property
     def num_available(self):
@@ -103,6 +104,7 @@ class FakeKVCacheV2:
             slot, saved = storage.take(), self._pages[index]
             storage.pool[slot] = saved
             storage.host_free += 1
+            storage.num_copied += 1
             self._pages[index] = slot
         self.is_active = True
         self._write_indices()
@@ -119,6 +121,7 @@ class FakeKVCacheV2:
         index = max(i for i, page in enumerate(self._pages) if isinstance(page, int))
         assert self._storage.host_free > 0
         self._storage.host_free -= 1
+        self._storage.num_copied += 1
         slot = self._pages[index]
         self._pages[index] = self._storage.pool[slot].clone()
         self._storage.pool[slot] = -1.0

@@ -12,6 +12,7 @@ from trtllm_pytorch.conftest import TextlessFacts, sharing_class, write_null_pag
 from trtllm_pytorch.fake_executor import FakeExecutor, make_cache_config, make_mapping
 from trtllm_pytorch.fake_requests import LlmRequestState, ScheduledRequests
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 
 from trtllm_memshare.evaluation.texts import make_streams
 from trtllm_memshare.evaluation.variants import parse_variant
@@ -19,6 +20,7 @@ from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.trtllm.pytorch.settings import AdapterOptions, Settings
 
+MANAGERS = {"V1": FakeKVCacheManager, "V2": FakeMainKVCacheManagerV2}
 MAX_UTILIZATION, GUARANTEED_NO_EVICT = "MAX_UTILIZATION", "GUARANTEED_NO_EVICT"
 
 
@@ -86,7 +88,7 @@ class ModelledExecutor(FakeExecutor):
         self.seconds_null_read += max(self._reading(entries), computing) + m.overhead_s
         self.steps += 1
         self.running += len(batch.generation_requests)
-        self.peak_blocks = max(self.peak_blocks, self.pool.shape[0] - self.manager.get_num_free_blocks())
+        self.peak_blocks = max(self.peak_blocks, self.pool.shape[0] - self._num_free())
 
     def _reading(self, kv_tokens: int) -> float:
         """Seconds that the weights and these tokens' K and V take from memory."""
@@ -121,26 +123,32 @@ def make_settings_of(preset: str, longest: int) -> Settings:
 
 def run(
     texts, boundaries, policy: str, preset: str | None, blocks: int, size: int, machine: Machine,
-    in_flight: int | None = None,
+    in_flight: int | None = None, manager: str = "V1",
 ) -> dict:  # fmt: skip
-    """One workload to its end. ``in_flight``: most requests outstanding at once, None = all of them."""
+    """One workload to its end.
+
+    Args:
+      in_flight: most requests outstanding at once, None = all of them.
+      manager: TensorRT-LLM's, see ``MANAGERS``. V2's host tier is as large as the pool; its copies cost nothing here,
+        as if all of them went on behind the computing.
+    """
 
     class Facts(TextlessFacts):
         def boundaries(self, tokenizer_dir):
             return boundaries
 
     longest = max(len(prompt) + len(output) for prompt, output in texts) + size
-    manager_class = FakeKVCacheManager
+    manager_class: Any = MANAGERS[manager]
     if preset is not None:
-        settings = make_settings_of(preset, longest)
-        manager_class = sharing_class(FakeKVCacheManager, Facts(None), settings)
-    manager = manager_class(
+        manager_class = sharing_class(manager_class, Facts(None), make_settings_of(preset, longest))
+    reserved = {"num_reserved_index_slots": 2} if manager == "V2" else {}
+    made = manager_class(
         make_cache_config(blocks, size), "SELF", num_layers=2, num_kv_heads=1, head_dim=2, tokens_per_block=size,
-        max_seq_len=longest, max_batch_size=256, mapping=make_mapping(),
+        max_seq_len=longest, max_batch_size=256, mapping=make_mapping(), **reserved,
     )  # fmt: skip
     # Servers reserve for the longest answer they allow, since nobody knows the length of this one.
     limit = max(len(output) for _, output in texts)
-    executor = ModelledExecutor(manager, policy, machine, dict.fromkeys(range(len(texts)), limit))
+    executor = ModelledExecutor(made, policy, machine, dict.fromkeys(range(len(texts)), limit))
     coming = [(i, prompt, output) for i, (prompt, output) in enumerate(texts)][::-1]
     while coming or executor.active:
         while coming and len(executor.active) < (in_flight or len(texts)):
@@ -148,7 +156,7 @@ def run(
         executor.step()
     if preset is not None:
         executor.add_sharing_time()
-    shared = manager.memshare.manager.stats() if preset is not None else None
+    shared = made.memshare.manager.stats() if preset is not None else None
     return {
         "request_throughput_req_s": len(texts) / executor.seconds,
         "request_throughput_req_s_null_read": len(texts) / executor.seconds_null_read,
@@ -157,6 +165,7 @@ def run(
         "peak_blocks": executor.peak_blocks,
         "paused": executor.num_pauses,
         "recomputed_tokens": executor.recomputed,
+        "pages_copied_to_host_and_back": getattr(made.impl, "num_copied", 0),
         "shared_block_fraction": shared.shared_block_fraction if shared else 0.0,
         "pages_forgotten": shared.forgotten if shared else 0,
     }

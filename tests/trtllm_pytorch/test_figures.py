@@ -34,6 +34,20 @@ def test_the_model_of_a_machine_and_of_the_policies():
     assert full["mean_step_ms"] > (Machine().weights_bytes / Machine().bandwidth + Machine().overhead_s) * 1e3
 
 
+def test_v2_suspends_and_computes_anew_where_its_host_tier_is_full():
+    texts = [([100 + i] * 32, [(7 * i + j) % 61 for j in range(1600)]) for i in range(9)]
+    boundaries = BoundaryTokens.from_texts([chr(97 + i % 26) for i in range(200)])
+    full, pressure = (
+        run(texts, boundaries, MAX_UTILIZATION, preset, 156, 32, Machine(), manager="V2")
+        for preset in (None, "pressure")
+    )
+    assert full["pages_copied_to_host_and_back"] > 0
+    assert full["recomputed_tokens"] > 0
+    assert pressure["pages_forgotten"] > 0
+    assert pressure["paused"] < full["paused"]
+    assert full["request_throughput_req_s"] < pressure["request_throughput_req_s_null_read"]
+
+
 def test_the_hook_needs_all_requests_before_it_counts():
     options = argparse.Namespace(
         traces=TRACES, requests=3, min_length=200, max_length=300, tokens_per_block=32, steps=10, warm_up=4,
