@@ -69,7 +69,7 @@ def test_the_container_files_are_well_formed_and_take_the_image_from_outside():
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
 
 
-PYTORCH = (ROOT / "docs" / "pytorch_backend.md").read_text()
+PYTORCH = "".join((ROOT / "docs" / name).read_text() for name in ("pytorch_backend.md", "pytorch_backend_figures.md"))
 
 
 def test_the_pages_of_the_pytorch_backend_name_what_exists():

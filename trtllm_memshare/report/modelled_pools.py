@@ -17,9 +17,9 @@ def ratios_by_pool(report: dict[str, Any]) -> str:
         rows = {row["preset"]: row for row in report["rows"] if row["share"] == share}
         alone = rows["full"]
         gains = " | ".join(_cell(rows[arm]) for arm in arms)
-        lines.append(f"| {share:g} | {alone['mean_requests_in_flight']:.1f} | {alone['paused']} | {gains} |")
+        lines.append(f"| {share:g} | {alone['mean_requests_in_flight']:.1f} | {alone['paused']:,} | {gains} |")
     return "\n".join(lines)
 
 
 def _cell(row: dict[str, Any]) -> str:
-    return f"{row['ratio']:.2f} / {row['ratio_null_read']:.2f} times, {row['paused']} pauses"
+    return f"{row['ratio']:.2f} / {row['ratio_null_read']:.2f} times, {row['paused']:,} pauses"
