@@ -6,10 +6,10 @@
 # folder or hub name; a model of 1.5 billion parameters and a GPU of 24 GB suffice. It takes an hour at most (TIME_LIMIT
 # seconds, STEP_LIMIT of them an arm): an arm that could not end in time is left out, lexical first, and said to be.
 # NULL_PAGES: the folder that memshare null-pages made of the same model, for preset pressure that reads null pages;
-# without it that arm is left out and said to be (skip, pressure that gives attention nothing, needs none). EOS_ID: the end token, by default the checkpoint's. Answers end where the
-# model ends them. Random text says nothing: use real prompts, and so little memory that TensorRT-LLM alone pauses requests.
-# A step that fails does not keep the others from running; the last lines say which failed, and nothing is reported where
-# nothing was shared or given up.
+# without it that arm is left out and said to be (skip, pressure that gives attention nothing, needs none).
+# EOS_ID: the end token, by default the checkpoint's. Answers end where the model ends them. Random text says nothing: use
+# real prompts, and so little memory that TensorRT-LLM alone pauses requests. A step that fails does not keep the others
+# from running; the last lines say which failed, and nothing is reported where nothing was shared or given up.
 set -u
 cd "$(dirname "$0")/.."
 model=${1:?MODEL, a checkpoint folder or hub name} dataset=${2:?DATASET, JSON lines} out=${3:-benchmarks/results/trtllm}

@@ -201,7 +201,10 @@ class FakeMainKVCacheManagerV2(FakeKVCacheManagerV2):
             assert cache.resize(None if ends else cache.capacity, history)
 
     def copy_batch_block_offsets(self, dst_tensor, request_ids, beam_width, num_contexts, num_seqs, max_blocks=None):
+        """Columns from ``max_blocks`` on hold what they held, which may be anything."""
+        behind = dst_tensor[:, :num_seqs, :, max_blocks or dst_tensor.shape[-1] :].clone()
         super().copy_batch_block_offsets(dst_tensor, request_ids, beam_width, num_contexts, num_seqs)
+        dst_tensor[:, :num_seqs, :, dst_tensor.shape[-1] - behind.shape[-1] :] = behind
 
 
 class FakeKVCacheV2Scheduler:

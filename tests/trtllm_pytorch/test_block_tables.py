@@ -75,7 +75,7 @@ def test_mains_shorter_preparation_keeps_rows_and_lengths_right(kind, null_entri
         assert executor.manager.memshare.failures.num_errors == 0
         num_fast += executor.num_fast
         forgotten += executor.manager.memshare.manager.stats().forgotten
-    assert (num_fast > 600) == (kind == "V1 main")
+    assert num_fast > 600 if kind == "V1 main" else num_fast == 0
     assert forgotten > 50
 
 
@@ -120,7 +120,7 @@ def test_a_request_whose_row_was_not_read_in_time_ends_alone(null_pages):
 
 def test_a_pass_that_failed_for_all_is_no_missed_table():
     """TensorRT-LLM answers every active request with the error; those that come next are others."""
-    tables = BlockTables(SimpleNamespace(unread=list), None, None, None)
+    tables = BlockTables(SimpleNamespace(unread=list, shortened=frozenset), None, None, None)
     tables.num = 5
     tables.look({1: 0, 2: 0})
     tables.look({4: 0})

@@ -57,8 +57,11 @@ PLACES = {
 }
 
 
-def break_at(place: str, kind: str, seed: int, after: int, null_pages: str) -> FakeExecutor:
-    """A schedule in which one call of a place raises, checked as it goes; all pages are free at its end."""
+def break_at(place: str, kind: str, seed: int, after: int, null_pages: str | None) -> FakeExecutor:
+    """A schedule in which one call of a place raises, checked as it goes; all pages are free at its end.
+
+    Without ``null_pages`` null entries are skipped.
+    """
 
     class Broken(FakeExecutor):
         def __init__(self, *arguments):
@@ -71,9 +74,11 @@ def break_at(place: str, kind: str, seed: int, after: int, null_pages: str) -> F
             check_contents(executor)
 
     under_pressure = list(PLACES).index(place) >= list(PLACES).index("null pages") or seed % 2
-    config = {"null_pages": null_pages, **PRESSURE} if under_pressure else {}
+    way = {"null_pages": null_pages} if null_pages else {"null_entries": "skip"}
+    config = {**way, **PRESSURE} if under_pressure else {}
     make = make_sharing_class(MANAGERS[kind], **config)
-    executor = drive(make, random.Random(seed), kind, True, False, check, Broken, 7 if under_pressure else 0)
+    num_null = 7 if under_pressure and null_pages else 0
+    executor = drive(make, random.Random(seed), kind, True, False, check, Broken, num_null)
     failures = executor.manager.memshare.failures
     ended = [
         r
@@ -92,6 +97,14 @@ def break_at(place: str, kind: str, seed: int, after: int, null_pages: str) -> F
 @given(seed=st.integers(0, 10**6), after=st.integers(0, 12))
 def test_an_error_anywhere_stops_new_sharing_and_harms_nobody_else(null_pages, place, kind, seed, after):
     break_at(place, kind, seed, after, null_pages)
+
+
+@pytest.mark.parametrize("kind", ["V1", "V1 old", "V2 main"])
+@pytest.mark.parametrize("place", [*list(PLACES)[list(PLACES).index("page lists") :]])
+@settings(max_examples=max(1, NUM_SCHEDULES // 60), deadline=None)
+@given(seed=st.integers(0, 10**6), after=st.integers(0, 12))
+def test_and_where_rows_are_shorter_than_their_text(place, kind, seed, after):
+    break_at(place, kind, 2 * seed + 1, after, None)
 
 
 @pytest.mark.parametrize(

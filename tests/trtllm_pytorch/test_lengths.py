@@ -83,27 +83,33 @@ def test_rows_keep_their_order_and_what_comes_goes_behind_them():
     assert rows.place(row, np.zeros(5, np.int32), is_null) == 2
     assert row[:6].tolist() == [0, 1, 4, 2, 3, 5]
     assert rows.pages.block_at(8 * 4) == 0
-    assert rows.take()
 
 
 def prepared(metadata_class, shorter, prompts=(5, 40)):
-    """Metadata of two requests of 50 and 60 cached tokens, prepared behind ``fit_lengths``."""
+    """Metadata of two requests of 50 and 60 cached tokens, prepared behind ``fit_lengths``.
+
+    With five numbers in ``shorter``, beside a whole prompt, the second chunk of another, and the padding of a graph.
+    """
     cls = type("Metadata", (metadata_class,), {})
     fit_lengths(cls)
     manager = make_manager(FakeKVCacheManager, 40, 8)
     made = cls(manager)
     failed: list[Exception] = []
-    tables = SimpleNamespace(shorter=lambda ids: shorter, fail_lengths=failed.append)
+    tables = SimpleNamespace(shorter=lambda ids: shorter, fail_lengths=lambda ids, error: failed.append(error))
     manager.memshare = SimpleNamespace(tables=tables)
     manager.copy_batch_block_offsets = lambda *arguments, **keywords: None
     manager.impl.copy_batch_block_offsets = lambda *arguments: None
     made.request_ids, made.prompt_lens, made.num_contexts = [1, 2], list(prompts), 0
-    made.seq_lens = torch.ones(2, dtype=torch.int32)
-    made.kv_cache_params = params = KVCacheParams(True, [50, 60])
+    made.seq_lens, cached = torch.ones(2, dtype=torch.int32), [50, 60]
+    if shorter is not None and len(shorter) == 5:
+        made.request_ids, made.prompt_lens, made.num_contexts = [3, 4, 1, 2, 99], [7, 6, *prompts, 1], 2
+        made.seq_lens, cached = torch.tensor([7, 6, 1, 1, 1], dtype=torch.int32), [0, 16, 50, 60, 1]
+    made.kv_cache_params = params = KVCacheParams(True, list(cached))
+    engines = list(made.prompt_lens)
     made.prepare()
     assert made.kv_cache_params is params
-    assert params.num_cached_tokens_per_seq == [50, 60]
-    assert made.prompt_lens == list(prompts)
+    assert params.num_cached_tokens_per_seq == cached
+    assert made.prompt_lens == engines
     return made, failed
 
 
@@ -115,6 +121,15 @@ def test_every_length_that_kernels_read_is_that_of_the_row(metadata_class):
     assert made.prompt_lens_cuda[:2].tolist() == [5, 40]
     assert not failed
     assert prepared(metadata_class, None)[0].kv_lens_cuda[:2].tolist() == [51, 61]
+
+
+@pytest.mark.parametrize("metadata_class", [FakeAttentionMetadata, FakeOldAttentionMetadata])
+def test_prompts_chunks_and_padding_beside_keep_their_lengths(metadata_class):
+    made, failed = prepared(metadata_class, [0, 0, 16, 0, 0])
+    assert made.kv_lens_cuda[:5].tolist() == [7, 22, 35, 61, 2]
+    assert made.prompt_lens_cuda[:5].tolist() == [7, 6, 5, 40, 1]
+    assert made.host_total_kv_lens.tolist() == [29, 98]
+    assert not failed
 
 
 def test_a_prompt_is_never_longer_than_its_sequence():
@@ -168,12 +183,52 @@ def test_a_table_without_its_lengths_is_not_read(kind):
     assert set(ended) == gave_up
 
 
-def drive_until_shorter(kind) -> FakeExecutor:
+@pytest.mark.parametrize("others", [[], [7, 8]])
+def test_lengths_that_were_asked_for_another_table_do_not_count(others):
+    executor = drive_until_shorter("V1")
+    shared, ids = executor.manager.memshare, list(executor.processed)
+    shared.tables.shorter(others)
+    executor.manager.copy_batch_block_offsets(torch.full_like(executor.table, -7), ids, 1, 0, len(ids))
+    assert shared.failures.num_errors == 1
+
+
+def test_suspended_requests_stay_when_lengths_of_others_cannot_be_told(monkeypatch):
+    executor = drive_until_shorter("V2 main", num_requests=8, until_suspended=True)
+    shared, original = executor.manager.memshare, lengths._fitting
+
+    def fitting(*arguments):
+        monkeypatch.setattr(lengths, "_fitting", original)
+        raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr(lengths, "_fitting", fitting)
+    suspended = {i for i in shared._rows.shortened() if not executor.manager.is_request_active(i)}
+    while not shared.failures.num_errors:
+        executor.step()
+    ended = {r.py_request_id for r in executor.requests if r.finish_reason is FinishReason.CANCELLED}
+    assert suspended
+    assert not ended & (suspended - set(executor._ids))
+
+
+def test_shorter_rows_of_a_missed_iteration_end_their_requests():
+    """TensorRT-LLM would have to have worked their lengths out by itself."""
+    executor = drive_until_shorter("V1")
+    shared = executor.manager.memshare
+    executor.step()
+    shorter = shared._rows.shortened()
+    for _ in range(2):  # the first one takes the ids, the second one finds that no table came in between
+        shared.begin_step([r for r in executor.active if r.py_request_id in executor.processed])
+    ended = {r.py_request_id for r in executor.requests if r.finish_reason is FinishReason.CANCELLED}
+    assert ended >= shorter != set()
+
+
+def drive_until_shorter(kind, num_requests=4, until_suspended=False) -> FakeExecutor:
     manager = make_manager(make_sharing_class(MANAGERS[kind], **SKIP), 60, 8)
     executor, rng = FakeExecutor(manager, True), random.Random(3)
-    for request_id in range(4):
+    for request_id in range(num_requests):
         executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
-    while not manager.memshare._rows.shortened():
+    while not (shorter := manager.memshare._rows.shortened()) or (
+        until_suspended and all(manager.is_request_active(i) for i in shorter)
+    ):
         executor.step()
     return executor
 
@@ -203,6 +258,28 @@ def test_models_rotate_keys_themselves(rope_fusion):
     attention(8, 1, 2, None, None, None, "by place")
     assert rotations.inside == {7, 8}
     assert FakeTrtllmAttention.support_fused_rope()
+    # MLA asks the layer, and hands its kernels a latent cache that they turn themselves.
+    assert attention(9, 1, 2, mla_params="MLA").support_fused_rope()
+    assert not attention(9, 1, 2).support_fused_rope()
+
+
+def test_shadow_leaves_tensorrt_llms_attention_as_it_is(release):
+    module, attention = release("1.2"), make_attention_module()
+    prepare, shadow = attention.TrtllmAttentionMetadata.prepare, make_settings(shadow=True, **SKIP)
+    assert install(module, shadow, lambda: attention)
+    assert attention.TrtllmAttention.support_fused_rope()
+    assert attention.TrtllmAttentionMetadata.prepare is prepare
+
+
+def test_shadow_gives_nothing_up_and_asks_for_no_lengths():
+    manager = make_manager(make_sharing_class(shadow=True, **SKIP), 60, 8)
+    executor, rng = FakeExecutor(manager, True, FakeAttentionMetadata(manager)), random.Random(3)
+    for request_id in range(4):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    while executor.active:
+        executor.step()
+    assert manager.memshare.manager.stats().forgotten == 0
+    assert not manager.memshare.failures.is_off
 
 
 @pytest.mark.parametrize("name", ["1.1", "1.2", "main V1", "main V2"])

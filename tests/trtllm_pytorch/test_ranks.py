@@ -161,13 +161,16 @@ def test_two_ranks_hold_identical_tables():
     assert all(torch.equal(a, b) for a, b in zip(tables, other, strict=True))
 
 
+@pytest.mark.parametrize("null_entries", ["read", "skip"])
 @pytest.mark.parametrize("failing_rank", [None, 0, 1])
-def test_two_ranks_give_up_the_same_pages(null_pages, failing_rank, caplog):
+def test_two_ranks_give_up_the_same_pages(null_pages, failing_rank, null_entries, caplog):
     """Each rank alone would rank its pages differently: the first one's choice counts."""
     text = repetitive_text(random.Random(4), 180)
 
     def serve(agreement, rank):
-        make = make_sharing_class(null_pages=null_pages, **{**PRESSURE, "control_seed": rank})
+        pages = null_pages if null_entries == "read" else None
+        values = {**PRESSURE, "control_seed": rank, "null_entries": null_entries}
+        make = make_sharing_class(null_pages=pages, **values)
         manager = make_manager(make, 52, 8)
         manager.memshare._meetings = RankMeetings(agreement, 2)
         executor = FakeExecutor(manager, True)

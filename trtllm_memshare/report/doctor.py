@@ -83,7 +83,9 @@ def diagnose(components: list[Component]) -> list[Diagnosis]:
             lacks += [
                 Component(what, False, "looked up in TensorRT-LLM's modules", NAMES) for what in installed.missing
             ]
-            note = "" if installed.has_framework else NO_FRAMEWORK
+            notes = [*([] if installed.has_framework else [NO_FRAMEWORK])]
+            notes += [f"null_entries skip cannot be set: {what}" for what in installed.cannot_skip]
+            note = "; ".join(notes)
         found.append(Diagnosis(surface, lacks, note))
     return found
 

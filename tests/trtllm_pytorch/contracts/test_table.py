@@ -105,7 +105,7 @@ def modules(release: str, **changes):
 @pytest.mark.parametrize("release", ["1.1", "1.2", "main V1", "main V2"])
 def test_an_installation_of_each_release_lacks_nothing(release):
     installed = check_installed(modules(release))
-    assert installed.missing == []
+    assert installed.missing == installed.cannot_skip == []
     assert installed.found["KVCacheManager"] == "tensorrt_llm._torch.pyexecutor.resource_manager"
     assert ("KVCacheManagerV2" in installed.found) == installed.has_framework == release.startswith("main")
 
@@ -124,6 +124,19 @@ def test_what_an_installation_lacks_is_named():
     assert (
         check_installed(lambda name: 1 / 0).missing[0].startswith("tensorrt_llm._torch.pyexecutor._util: ZeroDivision")
     )
+
+
+@pytest.mark.parametrize("release", ["1.1", "1.2"])
+def test_what_skipping_alone_needs_is_missed_by_nothing_else(release):
+    load = modules(release)
+    module = load("tensorrt_llm._torch.attention_backend.trtllm")
+    del module.TrtllmAttention
+    installed = check_installed(load)
+    assert installed.missing == []
+    assert "tensorrt_llm._torch.attention_backend.trtllm has no TrtllmAttention" in installed.cannot_skip[0]
+    del module.TrtllmAttentionMetadata
+    installed = check_installed(load)
+    assert (len(installed.missing), len(installed.cannot_skip)) == ((1, 1) if release == "1.1" else (0, 2))
 
 
 def test_hooks_and_reasons_that_are_missing_are_named(monkeypatch):

@@ -49,9 +49,9 @@ class BlockTables:
         self.num_fitted += 1
         return self._rows.shorter(request_ids)
 
-    def fail_lengths(self, error: Exception) -> None:
-        """Loses requests whose lengths could not be told: each reads and writes its own last page until it ends."""
-        for request_id in self._rows.shortened():
+    def fail_lengths(self, request_ids: Sequence[int], error: Exception) -> None:
+        """Loses those whose lengths could not be told: each reads and writes its own last page until it ends."""
+        for request_id in self._rows.shortened().intersection(request_ids):
             self._lost.lose(request_id)
         self._fail("the lengths of sequences", error)
 
@@ -76,7 +76,7 @@ class BlockTables:
         self.seconds += time.perf_counter() - started
 
     def look(self, active: Collection[int]) -> None:
-        """Takes an iteration's requests that generate, and loses those whose rows were not read in the last one.
+        """Takes an iteration's requests that generate, and loses those whose rows or lengths the last one did not have.
 
         Where none of the last one's is left, the forward pass may have failed before it wrote a table.
 
@@ -89,6 +89,6 @@ class BlockTables:
         is_missed = 0 < self.num == self._last_num and any(i in active for i in self._last_ids)
         self._last_ids, self._last_num = tuple(active), self.num
         if is_missed:
-            for request_id in self._rows.unread():
+            for request_id in {*self._rows.unread(), *self._rows.shortened()}:
                 self._lost.lose(request_id)
             raise RuntimeError("TensorRT-LLM ran an iteration without writing its block table")

@@ -49,11 +49,13 @@ class Installed:
     Attributes:
       found: owners that could be looked at, with the module they came from.
       missing: a sentence for each name that is not there, or each owner that could not be imported.
+      cannot_skip: the same of names that ``null_entries: skip`` alone uses.
       has_framework: route framework can be taken, as far as names tell.
     """
 
     found: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    cannot_skip: list[str] = field(default_factory=list)
 
     @property
     def has_framework(self) -> bool:
@@ -90,17 +92,20 @@ def check_installed(load: Callable[[str], Any] = importlib.import_module) -> Ins
     Args:
       load: imports a module by name.
     """
-    result = Installed()
+    result, is_old = Installed(), False
     for owner, modules in _OWNERS.items():
         target, module, why = _find(owner, modules, load)
+        # The oldest form reads the block table of the metadata on every path, the others nothing of attention's.
+        is_needed = not owner.startswith("TrtllmAttention") or (is_old and owner == "TrtllmAttentionMetadata")
+        lacking = result.missing if is_needed else result.cannot_skip
         if target is None:
             if owner not in _LATE:
-                result.missing.append(why)
+                lacking.append(why)
             continue
         result.found[owner or "functions"] = module
-        forms = dict.fromkeys(_LATE, "V2")
-        form = forms.get(owner, "V1" if owner != "KVCacheManager" or _has_copy(target) else "V1 old")
-        result.missing.extend(differences(target, names_of(owner, form)))
+        is_old = is_old or (owner == "KVCacheManager" and not _has_copy(target))
+        form = "V2" if owner in _LATE else "V1 old" if owner == "KVCacheManager" and is_old else "V1"
+        lacking.extend(differences(target, names_of(owner, form)))
     if result.has_framework:
         util = load(_UTIL)
         result.missing.extend(differences(util, [n for n in TABLE if n.owner == "" and "1.2" not in n.states]))

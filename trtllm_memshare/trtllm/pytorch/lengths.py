@@ -45,6 +45,8 @@ class Rotations:
             if given.get("pos_embd_params") is not None:
                 self.inside.add(given.get("layer_idx", -1))
             original(layer, *arguments, **keywords)
+            if given.get("mla_params") is not None:  # asks the layer; its kernels turn the latent cache all the same
+                layer.support_fused_rope = lambda: True
 
         attention.__init__ = __init__
         attention.support_fused_rope = classmethod(lambda cls: False)
@@ -53,7 +55,7 @@ class Rotations:
 def fit_lengths(metadata: Any) -> None:
     """Has ``prepare`` take the lengths of rows; modifies the class.
 
-    What the model engine set is put back afterwards: main goes on from it where a batch has not changed.
+    What the model engine set is put back afterwards: it is the engine's, and of the text.
 
     Args:
       metadata: ``TrtllmAttentionMetadata``.
@@ -70,7 +72,7 @@ def fit_lengths(metadata: Any) -> None:
         try:
             self.kv_cache_params, self.prompt_lens = _fitting(params, prompts, shorter)
         except Exception as error:  # every active request would fail with it
-            shared.tables.fail_lengths(error)
+            shared.tables.fail_lengths(self.request_ids, error)
         try:
             return original(self, *arguments, **keywords)
         finally:

@@ -88,7 +88,8 @@ def install(util_module: Any, settings: Settings, attention_module: Callable[[],
     Returns:
       Whether sharing is in place. If not, one line in the log says why.
     """
-    skips, rotations = settings.options.null_entries == "skip", None
+    skips = settings.options.null_entries == "skip" and settings.memshare.shares  # shadow leaves all as it is
+    rotations = None
     try:
         form = _probe(util_module)
         attention: Any = (attention_module or find_attention)() if skips or form == "V1 old" else None

@@ -194,10 +194,10 @@ class Sharing:
         """Whether rows can be rearranged: a request that generates has had a table for its prompt."""
         if all(getattr(r, "is_dummy_request", False) for r in generation_requests):
             return True  # warm-up: TensorRT-LLM expects its manager empty
-        if self.tables.num == 0 or (self._rows.skips and not self.tables.num_fitted):
+        if self.tables.num == 0 or (self._rows.skips and self._config.shares and not self.tables.num_fitted):
             self._say(
                 "sharing needs the attention backend TRTLLM, got one that does not write its block table through the "
-                "KV cache manager (set attn_backend: TRTLLM)"
+                "KV cache manager, or takes its lengths from elsewhere (set attn_backend: TRTLLM)"
             )
             self.failures.is_off = True
             return False

@@ -11,7 +11,6 @@ the model needs no null pages (``lengths.py``: what TensorRT-LLM has to be told 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.trtllm.pytorch.backends import CacheBackend
@@ -25,22 +24,13 @@ class SkippedRows:
 
     Attributes:
       pages: for this project's own manager: one virtual block stands for whatever was given up, at any position.
-      num_pages: of TensorRT-LLM's pool: none are taken.
-      entries: int32 ``[num_pools, 2, 0]``: rows name none of ours.
+      num_pages: of TensorRT-LLM's pool that are taken: none.
     """
 
     num_pages = 0
 
     def __init__(self, backend: CacheBackend) -> None:
         self.pages = NullPages([0], [0, backend.max_blocks_per_seq * backend.pool.shape[4] + 1])
-        self.entries: torch.Tensor | None = torch.zeros((1, 2, 0), dtype=torch.int32)
-
-    def take(self, num_promised: int = 0) -> bool:
-        """See ``NullRows.take``; there is nothing to take."""
-        return True
-
-    def write_again(self) -> None:
-        """See ``NullRows.write_again``; there is nothing to write."""
 
     def place(self, row: np.ndarray, table: np.ndarray, is_null: np.ndarray) -> int:
         """Moves the entries that are left to the front, in order; see ``NullRows.place``."""

@@ -42,7 +42,7 @@ class TableRows:
         self._width = backend.max_blocks_per_seq
         self.skips = isinstance(null_rows, SkippedRows)
         self._shorter: dict[int, int] = {}  # tokens
-        self._is_asked = False  # lengths, since the last table
+        self._asked: list[int] | None = None  # whose lengths, since the last table
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._map
@@ -54,11 +54,13 @@ class TableRows:
           promised: counts what ``NullRows.take`` leaves; asked only if they are yet to be taken.
           was_idle: nobody generated until now, so that what the pool held may be gone.
         """
-        if self._null is not None and self._null.entries is None:
+        if self._null is None or isinstance(self._null, SkippedRows):
+            return True
+        if self._null.entries is None:
             if not self._null.take(promised()):
                 return False
             self._map.null_entries = self._null.entries
-        elif self._null is not None and was_idle:
+        elif was_idle:
             self._null.write_again()
         return True
 
@@ -122,21 +124,21 @@ class TableRows:
 
     def shorter(self, request_ids: Sequence[int]) -> list[int] | None:
         """By how many tokens rows of the next table are shorter than their requests' text; None = all are as long."""
-        self._is_asked = True
+        self._asked = list(request_ids)
         return [self._shorter.get(request_id, 0) for request_id in request_ids] if self._shorter else None
 
-    def shortened(self) -> list[int]:
+    def shortened(self) -> frozenset[int]:
         """Requests whose rows are shorter than their text."""
-        return list(self._shorter)
+        return frozenset(self._shorter)
 
     def gather(self, table: torch.Tensor, request_ids: Sequence[int]) -> None:
         """See ``RowMap.gather``.
 
         Raises:
-          RuntimeError: a row is shorter than its text and nobody asked by how much.
+          RuntimeError: a row is shorter than its text and nobody asked by how much the rows of this table are.
         """
-        is_asked, self._is_asked = self._is_asked, False
-        if self._shorter and not is_asked and any(i in self._shorter for i in request_ids):
+        asked, self._asked = self._asked, None
+        if self._shorter and asked != list(request_ids) and any(i in self._shorter for i in request_ids):
             raise RuntimeError("a block table was written without the lengths of its rows")
         self._map.gather(table, request_ids)
 
