@@ -86,3 +86,21 @@ def test_skipping_needs_no_null_pages(tmp_path):
     path.write_text(json.dumps({"preset": "pressure", "null_entries": "skip"}))
     options = load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).options
     assert (options.null_entries, options.null_pages) == ("skip", None)
+
+
+@pytest.mark.parametrize(
+    ("values", "title"),
+    [
+        ({}, "preset aligned"),
+        ({"shadow": True}, "preset aligned, shadow"),
+        ({"preset": "pressure", "route": "framework"}, "preset pressure, route framework, min_kept 0.5"),
+        (
+            {"preset": "pressure", "null_entries": "skip", "min_kept": 0.75, "shadow": True},
+            "preset pressure, shadow, null_entries skip, min_kept 0.75",
+        ),
+    ],
+)
+def test_a_line_says_what_was_chosen(values, title, tmp_path):
+    path = tmp_path / "memshare.json"
+    path.write_text(json.dumps(values))
+    assert load_settings({"TRTLLM_MEMSHARE_CONFIG": str(path)}).title == title

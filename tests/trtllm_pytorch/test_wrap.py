@@ -84,7 +84,7 @@ def serve(tmp_path, monkeypatch):
 def test_null_pages_are_all_that_pressure_needs(serve, null_pages, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(null_pages).parent)
     assert serve("--null-pages", Path(null_pages).name) == {"preset": "pressure", "null_pages": str(null_pages)}
-    assert "memshare: preset pressure\n" in capsys.readouterr().out
+    assert "memshare: preset pressure, null_entries read, min_kept 0.5\n" in capsys.readouterr().out
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"min_kept": 0.75, "null_pages": "of another model"}))
     seen = serve(f"--null-pages={null_pages}", "--memshare-config", str(settings))
@@ -92,8 +92,9 @@ def test_null_pages_are_all_that_pressure_needs(serve, null_pages, tmp_path, mon
     assert json.loads(settings.read_text()) == {"min_kept": 0.75, "null_pages": "of another model"}
 
 
-def test_skipping_is_asked_for_by_one_option(serve, tmp_path, null_pages):
+def test_skipping_is_asked_for_by_one_option(serve, tmp_path, null_pages, capsys):
     assert serve("--null-entries", "skip") == {"preset": "pressure", "null_entries": "skip"}
+    assert "memshare: preset pressure, null_entries skip, min_kept 0.5\n" in capsys.readouterr().out
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"min_kept": 0.75}))
     seen = serve("--null-entries=skip", "--memshare-config", str(settings))

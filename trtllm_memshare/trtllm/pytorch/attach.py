@@ -97,9 +97,8 @@ def attach(
     if shared is None or not on_all_ranks:
         return None
     log.info(
-        "MemShare is on: preset %s%s, %s on %d blocks of %d tokens, %s; process %d",
-        settings.memshare.preset,
-        " (shadow)" if settings.memshare.shadow else "",
+        "MemShare is on: %s, %s on %d blocks of %d tokens, %s; process %d",
+        settings.title,
         type(backend).__name__,
         backend.pool.shape[0],
         manager.tokens_per_block,

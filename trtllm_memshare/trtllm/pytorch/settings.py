@@ -1,4 +1,4 @@
-"""What a user sets: three environment variables and one file. TensorRT-LLM's own arguments forbid unknown keys."""
+"""What a user sets: environment variables and one file. TensorRT-LLM's own arguments forbid unknown keys."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ class Settings:
     stats_file: Path | None = None
     metrics_port: int | None = None
     off_file: Path | None = None
+
+    @property
+    def title(self) -> str:
+        """What was chosen, for one line of a log: ``preset pressure, null_entries skip, min_kept 0.5``."""
+        config = self.memshare
+        parts = [f"preset {config.preset}", *(["shadow"] if config.shadow else [])]
+        if config.pressure:
+            way = (
+                "route framework" if self.options.route == "framework" else f"null_entries {self.options.null_entries}"
+            )
+            parts += [way, f"min_kept {config.min_kept:g}"]
+        return ", ".join(parts)
 
 
 def is_enabled(environment: Mapping[str, str]) -> bool:

@@ -112,7 +112,7 @@ def _run(command: str, arguments: list[str], environment: dict[str, str], folder
         environment[PREFIX + "STATS_FILE"] = str(stats_file)
         _remove_earlier(stats_file)
     line = [program, *place_option(command, arguments, str(options_file))]
-    print(f"memshare: preset {settings.memshare.preset}{', shadow' if settings.memshare.shadow else ''}")
+    print(f"memshare: {settings.title}")
     print(describe_added(own_options, route))
     print(f"LLM options: {json.dumps(shown_options(llm_options), default=str)}")
     print(f"+ {ENABLE}=1 {shown_line(line)}", flush=True)
