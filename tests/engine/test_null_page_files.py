@@ -72,7 +72,7 @@ def test_a_command_makes_the_pages_without_an_engine(centred_dir, tmp_path, caps
     model_dir = write_random_checkpoint(tmp_path / "checkpoint", "llama")
     (model_dir / "calibration.txt").write_text(TEXT)
     with pytest.raises(
-        UserError, match=r"for layer \d, head \d.* \(take preset aligned, or vLLM with --null-entries skip"
+        UserError, match=r"for layer \d, head \d.* \(take --null-entries skip with memshare serve, bench or vllm serve"
     ):
         main(["null-pages", str(model_dir), "--max-seq-len", "400", "--output", str(folder)])
 

@@ -22,5 +22,5 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--max-seq-len", type=int, required=True, help="positions that need a page, in tokens")
     parser.add_argument("--dtype", default="auto", help="element type of the KV cache (default: the checkpoint's)")
     options = parser.parse_args(arguments)
-    advice = "--null-entries skip of memshare serve, bench and vllm serve needs none"
+    advice = "take --null-entries skip with memshare serve, bench or vllm serve, which needs none"
     make_null_pages(options.model, options.output, options.max_seq_len, options.dtype, advice)
