@@ -46,6 +46,13 @@ def repetitive_text(rng: random.Random, length: int) -> list[int]:
     return text[:length]
 
 
+def submit_texts(executor: FakeExecutor, num_requests: int) -> None:
+    """Requests of 24 to 25 pages of 8 tokens each, all at once."""
+    rng = random.Random(3)
+    for request_id in range(num_requests):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+
+
 class FakeExecutor:
     """Runs scripted requests. ``metadata``: the attention metadata; None = of the manager's release."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +18,7 @@ from trtllm_pytorch.fake_attention import (
     KVCacheParams,
     make_attention_module,
 )
-from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, repetitive_text
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, submit_texts
 from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.fake_util import FakeKvCacheCreator, make_util_module
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
@@ -60,9 +59,8 @@ def test_the_same_pages_go_as_where_null_pages_are_read(kind, null_pages):
 
     def served(num_blocks, **changes):
         manager = make_manager(make_sharing_class(MANAGERS[kind], **{**PRESSURE, **changes}), num_blocks, 8)
-        executor, rng = FakeExecutor(manager, True), random.Random(3)
-        for request_id in range(4):
-            executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+        executor = FakeExecutor(manager, True)
+        submit_texts(executor, 4)
         while executor.active:
             executor.step()
             check_contents(executor)
@@ -223,9 +221,8 @@ def test_shorter_rows_of_a_missed_iteration_end_their_requests():
 
 def drive_until_shorter(kind, num_requests=4, until_suspended=False) -> FakeExecutor:
     manager = make_manager(make_sharing_class(MANAGERS[kind], **SKIP), 60, 8)
-    executor, rng = FakeExecutor(manager, True), random.Random(3)
-    for request_id in range(num_requests):
-        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    executor = FakeExecutor(manager, True)
+    submit_texts(executor, num_requests)
     while not (shorter := manager.memshare._rows.shortened()) or (
         until_suspended and all(manager.is_request_active(i) for i in shorter)
     ):
@@ -237,9 +234,8 @@ def test_attention_that_never_asks_for_lengths_is_said_and_nothing_is_given_up(c
     make = make_sharing_class(on_unsupported="warn", **SKIP)
     manager = make_manager(make, 60, 8)
     plain = FakeAttentionMetadata(manager)  # not the class that was changed
-    executor, rng = FakeExecutor(manager, True, plain), random.Random(3)
-    for request_id in range(4):
-        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    executor = FakeExecutor(manager, True, plain)
+    submit_texts(executor, 4)
     while executor.active:
         executor.step()
     assert manager.memshare.failures.is_off
@@ -273,9 +269,8 @@ def test_shadow_leaves_tensorrt_llms_attention_as_it_is(release):
 
 def test_shadow_gives_nothing_up_and_asks_for_no_lengths():
     manager = make_manager(make_sharing_class(shadow=True, **SKIP), 60, 8)
-    executor, rng = FakeExecutor(manager, True, FakeAttentionMetadata(manager)), random.Random(3)
-    for request_id in range(4):
-        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    executor = FakeExecutor(manager, True, FakeAttentionMetadata(manager))
+    submit_texts(executor, 4)
     while executor.active:
         executor.step()
     assert manager.memshare.manager.stats().forgotten == 0
