@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test nightly lint resolve demo real figures vllm test-vllm test-transformers-4 aiperf clean
+.PHONY: venv test nightly lint kernels resolve demo real figures vllm test-vllm test-transformers-4 aiperf clean
 
 BIN := .venv/bin
 
@@ -25,6 +25,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Compiles every kernel for every architecture; needs no GPU.
+kernels: venv
+	$(BIN)/python build_scripts/build_plugins.py --check
 
 # `make venv` on Python 3.10 and 3.12, as far as finding versions goes: a pin that needs a newer Python shows up here.
 resolve: venv
@@ -54,7 +58,7 @@ vllm: .venv-vllm/ready
 	touch $@
 
 test-vllm: vllm
-	.venv-vllm/bin/python -m pytest -q tests/vllm_plugin
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm_plugin
 
 # The oldest transformers that is supported, and what it needs older versions of; the rest as everywhere.
 .venv-transformers-4/ready: pyproject.toml constraints.txt constraints-transformers-4.txt build_scripts/find_python.sh

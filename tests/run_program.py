@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import trtllm_memshare
-from trtllm_memshare.vllm import V2_VARIABLE
 
 ROOT = Path(trtllm_memshare.__file__).parents[1]
 _CODE = """
@@ -36,6 +35,6 @@ def run_program(folder: Path, name: str, text: str, *arguments: str, **variables
     settings = {"PATH": f"{folder}{os.pathsep}/bin{os.pathsep}/usr/bin", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", _CODE, *arguments],
-        env={**{k: v for k, v in os.environ.items() if k != V2_VARIABLE}, **settings, **variables},
+        env={**os.environ, **settings, **variables},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip

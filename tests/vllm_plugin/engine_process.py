@@ -1,9 +1,11 @@
 """One vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
-``python engine_process.py plain|memshare|ranks|skip|aliases|refused MODEL NULL_PAGES``; ``ranks`` is two workers, each
-with half of the heads; ``skip`` leaves null entries out of attention, also where there are no null pages; ``aliases``
-is the published method; ``refused`` takes settings as JSON, and what is not to work, and tells how the start ends. A
-second engine in one process is not something vLLM promises, so each arm has its own.
+``python engine_process.py plain|memshare|skip|aliases|refused MODEL NULL_PAGES``; ``skip`` leaves null entries out of
+attention, also where there are no null pages; ``aliases`` is the published method; ``refused`` takes settings as JSON,
+and what is not to work, and tells how the start ends. A second engine in one process is not something vLLM promises, so
+each arm has its own.
+
+``gpu_choices.py`` starts it with vLLM's other model runner.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import json
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1",
-    DO_NOT_TRACK="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", VLLM_USE_V2_MODEL_RUNNER="0",
+    DO_NOT_TRACK="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR",
 )  # fmt: skip
 
 import numpy as np
@@ -25,12 +28,17 @@ import torch
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
+from vllm_plugin.gpu_choices import RUNNER, schedule_asynchronously
 from vllm_plugin.masked_forward import log_probabilities
 from vllm_plugin.shadow import Shadow
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import cache_signatures, probe
+from trtllm_memshare.vllm import cache_signatures, probe, skipped_entries
 
+if "-async" in RUNNER:
+    schedule_asynchronously()
+if "-in-place" in RUNNER:
+    skipped_entries._changes_in_place = lambda device: True
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 
 
@@ -62,20 +70,24 @@ def texts(seed: int, count: int, length: int) -> list[list[int]]:
     return [[draw.randrange(2, 70) for _ in range(length)] for _ in range(count)]
 
 
-def with_room(llm: LLM) -> list[list[int]]:
+def with_room(llm: LLM, lengths: Sequence[int] = (150, 170, 190), sampled_length: int = 120) -> list[list[int]]:
     """Three requests that never fill the pool; with sampling from a seed too."""
-    greedy = generate(llm, texts(1, 3, 40), [150, 170, 190])
-    sampled = llm.generate(
-        [{"prompt_token_ids": p} for p in texts(2, 3, 40)],
-        SamplingParams(temperature=1.0, seed=7, max_tokens=120, ignore_eos=True), use_tqdm=False,
-    )  # fmt: skip
+    greedy = generate(llm, texts(1, 3, 40), list(lengths))
+    sampled = generate(llm, texts(2, 3, 40), [sampled_length] * 3, temperature=1.0, seed=7)
     return [list(o.outputs[0].token_ids) for o in (*greedy, *sampled)]
 
 
-def under_pressure(llm: LLM, model_dir: str, null_pages: str | None) -> dict[str, Any]:
+def under_pressure(
+    llm: LLM,
+    model_dir: str,
+    null_pages: str | None,
+    lengths: Sequence[int] = tuple(300 + 10 * i for i in range(6)),
+    off_lengths: Sequence[int] = (300, 300),
+) -> dict[str, Any]:
     """Log-probabilities of vLLM against a masked forward pass that sees the same pages retired at the same tokens.
 
-    ``null_pages`` None: a pass that leaves them out.
+    ``null_pages`` None: a pass that leaves them out. ``lengths`` of answers, ``off_lengths`` of those whose requests
+    keep everything.
     """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     events: dict[str, list[tuple[int, list[int], dict[int, int]]]] = {}
@@ -92,12 +104,12 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str | None) -> dict[str
         )
 
     scheduler.relief._retire = watched
-    prompts = texts(3, 8, 40)
-    outputs = generate(llm, prompts[:6], [300 + 10 * i for i in range(6)], logprobs=0)
+    prompts, off_prompts = texts(3, len(lengths), 40), texts(6, len(off_lengths), 40)
+    outputs = generate(llm, prompts, list(lengths), logprobs=0)
     retired_before, episodes = scheduler.relief.totals.retired, scheduler.relief.episodes
     over = {"episodes": episodes.num, "is_active": episodes.is_active,
             "gauge": REGISTRY.get_sample_value("memshare_pressure")}  # fmt: skip
-    off = generate(llm, prompts[6:], [300, 300], logprobs=0, extra_args={"memshare": False})
+    off = generate(llm, off_prompts, list(off_lengths), logprobs=0, extra_args={"memshare": False})
     scheduler.relief._retire = retire
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +119,7 @@ def under_pressure(llm: LLM, model_dir: str, null_pages: str | None) -> dict[str
         pages = load_file(Path(null_pages) / "null_pages.safetensors")
     worst = {"as read": 0.0, "once": 0.0, "all": 0.0}
     differences: list[float] = []
-    for output, prompt in zip(outputs, prompts, strict=False):
+    for output, prompt in zip(outputs, prompts, strict=True):
         answer = output.outputs[0]
         tokens = prompt + list(answer.token_ids)
         retired_from = torch.full((len(tokens),), 10**9)
@@ -151,8 +163,11 @@ def _is(outside: str, inside: str) -> bool:
     return inside == outside or inside.startswith(f"{outside}-")
 
 
-def schedules(llm: LLM, count: int) -> dict[str, Any]:
-    """Random schedules on the real model runner: its tables are held against the scheduler's and against the shadow."""
+def schedules(llm: LLM, count: int, most: int = 16, longest: int = 300) -> dict[str, Any]:
+    """Random schedules on the real model runner: its tables are held against the scheduler's and against the shadow.
+
+    ``most``: requests that are there at once, ``longest``: tokens of an answer and steps of a schedule.
+    """
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
@@ -161,22 +176,31 @@ def schedules(llm: LLM, count: int) -> dict[str, Any]:
     begun: set[str] = set()
     execute = worker.execute_model
 
+    def tables(name: str, length: int) -> list[list[int]]:
+        if RUNNER.startswith("V2"):
+            return [runner.block_tables.block_tables[0].gpu[runner.req_states.req_id_to_index[name], :length].tolist()]
+        batch = runner.input_batch
+        row = batch.block_table[0].block_table.np[batch.req_id_to_index[name], :length].tolist()
+        return [row, list(runner.requests[name].block_ids[0])]
+
+    def tokens_of(request: Any) -> list[int]:
+        if not RUNNER.startswith("V2"):
+            return list(request.all_token_ids)
+        states = runner.req_states  # with async scheduling only the runner has the newest
+        return states.all_token_ids.gpu[states.req_id_to_index[request.request_id]].tolist()
+
     def watched(output: Any) -> Any:
         result = execute(output)
-        batch = runner.input_batch
         for name, computed in output.num_scheduled_tokens.items():
             if name not in begun:
                 begun.add(name)
                 shadow.begin(name)
             request = scheduler.requests[name]
             held = scheduler.kv_cache_manager.get_block_ids(name)[0]
-            row = batch.block_table[0].block_table.np[batch.req_id_to_index[name], : len(held)].tolist()
-            assert row == held == list(runner.requests[name].block_ids[0]), f"tables of {name} differ"
+            assert all(table == held for table in tables(name, len(held))), f"tables of {name} differ"
             stop = request.num_computed_tokens
             pages = scheduler.relief.pages(name)
-            shadow.step(
-                name, list(request.all_token_ids), stop - computed, stop, row, set(pages.retired), dict(pages.aliased)
-            )
+            shadow.step(name, tokens_of(request), stop - computed, stop, held, set(pages.retired), dict(pages.aliased))
         return result
 
     worker.execute_model = watched
@@ -184,15 +208,15 @@ def schedules(llm: LLM, count: int) -> dict[str, Any]:
         draw = random.Random(seed)
         answers: list[list[int]] = []
         live: dict[str, list[int]] = {}
-        for step in range(draw.randint(150, 300)):
+        for step in range(draw.randint(longest // 2, longest)):
             chance = draw.random()
-            if chance < 0.3 and len(live) < 16:
-                prompt = [draw.randrange(2, 70) for _ in range(draw.randint(1, 100))]
+            if chance < 0.3 and len(live) < most:
+                prompt = [draw.randrange(2, 70) for _ in range(draw.randint(1, longest // 2))]
                 if answers and draw.random() < 0.6:
-                    prompt = draw.choice(answers)[: draw.randint(1, 200)] + prompt[: draw.choice([0, 20])]
+                    prompt = draw.choice(answers)[: draw.randint(1, longest)] + prompt[: draw.choice([0, 20])]
                 extra = draw.choice([None, None, {"min_kept": 0.0}, {"memshare": False}])
                 parameters = SamplingParams(
-                    temperature=0, max_tokens=draw.randint(1, 250), ignore_eos=True, extra_args=extra
+                    temperature=0, max_tokens=draw.randint(1, longest), ignore_eos=True, extra_args=extra
                 )
                 name = f"s{seed}-{step}"
                 engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
@@ -238,25 +262,18 @@ def main() -> None:
         if "aliases" in sys.argv[5:]:
             probe._WALKERS = ("TRITON_ATTN",)
         result = {"refused": refusal(model, null_pages, json.loads(sys.argv[4]))}
-    elif arm == "ranks":
-        llm = make_engine(model, null_pages, num_ranks=2, min_kept=0.25, need=sys.argv[4])
-        result = {"pressure": under_pressure(llm, model, null_pages)}
     elif arm == "skip":
-        llm = make_engine(model, null_pages, int(sys.argv[5]), min_kept=0.25, need=sys.argv[4], null_entries="skip")
+        llm = make_engine(model, null_pages, min_kept=0.25, need=sys.argv[4], null_entries="skip")
         result = {"with_room": with_room(llm)}
         result["pressure"] = under_pressure(llm, model, None)
-        if len(sys.argv) > 6:
-            result["schedules"] = schedules(llm, int(sys.argv[6]))
-            generate(llm, texts(9, 1, 20), [4])  # workers hear of who ended with the next step
-            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-            result["still_skipped"] = len(worker._skipped._names)
+        result["schedules"] = schedules(llm, int(sys.argv[5]))
+        generate(llm, texts(9, 1, 20), [4])  # workers hear of who ended with the next step
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        result["still_skipped"] = len(worker._skipped._names)
     elif arm == "aliases":
-        llm = make_engine(
-            model, null_pages, int(sys.argv[4]), min_kept=0.25, need="nearest-earlier", retired_becomes="alias"
-        )
+        llm = make_engine(model, null_pages, min_kept=0.25, need="nearest-earlier", retired_becomes="alias")
         result = {"pressure": under_pressure(llm, model, null_pages)}
-        if len(sys.argv) > 5:
-            result["schedules"] = schedules(llm, int(sys.argv[5]))
+        result["schedules"] = schedules(llm, int(sys.argv[4]))
     else:
         llm = make_engine(model, null_pages, min_kept=0.25, need=sys.argv[4])
         totals = llm.llm_engine.engine_core.engine_core.scheduler.relief.totals

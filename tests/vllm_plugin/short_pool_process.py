@@ -78,14 +78,15 @@ def without_null_pages(model: str, need: str) -> dict[str, Any]:
     llm = make_engine(model, "", num_blocks=NUM_BLOCKS - 1, **short_settings(need))
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     block = poison(llm)
-    not_finite, sample = 0, worker.model_runner.sampler.forward
+    not_finite, compute = 0, worker.model_runner.model.compute_logits
 
-    def watched(logits: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def watched(*arguments: Any) -> Any:
         nonlocal not_finite
+        logits = compute(*arguments)
         not_finite += int((~logits.isfinite()).sum())
-        return sample(logits, *arguments, **keywords)
+        return logits
 
-    worker.model_runner.sampler.forward = watched
+    worker.model_runner.model.compute_logits = watched
     result = {"short": short_pool(llm), "schedules": schedules(llm, 2), "not_finite": not_finite}
     result["is_untouched"] = all(bool(view.isnan().all()) for view in block)
     # Were one entry read, it would show: the same requests, nothing skipped.

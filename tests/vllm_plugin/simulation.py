@@ -31,8 +31,9 @@ from vllm_plugin.shadow import Shadow
 from vllm_plugin.step_attention import StepAttention
 
 from trtllm_memshare.vllm.distance_reports import DistanceReports
+from trtllm_memshare.vllm.runner_v1 import RunnerV1
 from trtllm_memshare.vllm.scheduler import MemShareScheduler
-from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner
+from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate
 
 VOCABULARY = range(2, 60)
 
@@ -210,9 +211,9 @@ class Simulation:
     def _execute(self, output: Any, facts: list[Any]) -> ModelRunnerOutput:
         requests = self.worker.requests
         update = getattr(output, ATTRIBUTE, MemShareUpdate())
-        asked = {name: requests[name].block_ids[0] for name in update.asked if name in requests}
-        reports = self._reports.answer(update, asked, output.finished_req_ids)
-        apply_to_v1_runner(self.worker, update)
+        runner = RunnerV1(self.worker, "0.32")
+        reports = self._reports.answer(update, runner.tables(update.asked), output.finished_req_ids)
+        runner.apply(update)
         for name in output.finished_req_ids:
             requests.pop(name, None)
         for new in output.scheduled_new_reqs:

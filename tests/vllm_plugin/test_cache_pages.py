@@ -99,7 +99,7 @@ class Blocks:
 def answer(reports, asked, block_ids, null_entries=None, ended=()):
     """The one report, as lists."""
     update = MemShareUpdate(asked={"a": asked} if asked else {}, null_entries=null_entries or {})
-    found = reports.answer(update, {"a": block_ids}, set(ended))
+    found = reports.answer(update, {"a": np.array(block_ids)}, set(ended))
     return [part.tolist() for part in found["a"].distances] if found else None
 
 

@@ -1,6 +1,6 @@
 """vLLM itself, on the CPU, with the bundled model: with room, under pressure, and on random schedules.
 
-Each arm is a process of its own (``engine_process.py``, ``short_pool_process.py``). Needs vLLM in the environment
+Each arm is a process of its own (``engine_process.py``). Needs vLLM in the environment
 (``make test-vllm``).
 """
 
@@ -10,55 +10,25 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from vllm_plugin.engine_runs import MODEL, ROOT, run, save_null_pages
 
-import trtllm_memshare
-from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
-
-
-def run(arm: str, null_pages: str, *arguments: str, program: str = "engine_process.py") -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(program)), arm, MODEL, null_pages, *arguments],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout.splitlines()[-1])
-
 
 @pytest.fixture(scope="module")
 def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Keys that are far from null, so that an entry at the wrong page, or one that did not move, is seen.
-
-    The bundled model has no null page (``engine.null_page`` refuses it: its rotary base is 10,000 and its heads have 32
-    numbers), and needs none here: the reference reads the same keys.
-    """
     return save_null_pages(tmp_path_factory.mktemp("null_pages"))
-
-
-def save_null_pages(folder: Path, num_layers: int = 4, weights: str | None = None) -> str:
-    keys = 2 * torch.randn(2, num_layers, 2, 32, generator=torch.Generator().manual_seed(0))
-    bands = torch.tensor([0, 256, 1024], dtype=torch.int32)
-    calibrated_on = {"weights": weights or weights_digest(Path(MODEL))}
-    save_file({"keys": keys, "bands": bands}, folder / "null_pages.safetensors", calibrated_on)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def memshare(null_pages: str) -> dict[str, Any]:
-    return run("memshare", null_pages, "surprisal-led-redundancy-recency", "8")
+    return run("memshare", null_pages, "surprisal-led-redundancy-recency", "4")
 
 
 def test_with_room_tokens_are_those_of_vllm_bit_by_bit(null_pages, memshare):
@@ -66,12 +36,8 @@ def test_with_room_tokens_are_those_of_vllm_bit_by_bit(null_pages, memshare):
     assert memshare["retired_with_room"] == 0
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(memshare, null_pages, num_ranks):
-    """Two ranks: vLLM's tensor parallelism, two workers with half of the heads each, over gloo."""
-    pressure = (memshare if num_ranks == 1 else run("ranks", null_pages, "surprisal-led-redundancy-recency"))[
-        "pressure"
-    ]
+def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(memshare):
+    pressure = memshare["pressure"]
     assert pressure["retired"] >= 20
     assert pressure["requests_retired_from"] >= 5
     assert pressure["band_moves"] > 0
@@ -84,54 +50,6 @@ def test_under_pressure_log_probabilities_are_those_of_the_masked_reference(mems
     # What the workers tell of a page is the sum of what vLLM tells of its tokens.
     assert pressure["pages_with_surprisal"] >= 20
     assert pressure["surprisal_difference"] < 1e-3
-
-
-@pytest.fixture(scope="module")
-def skip(null_pages: str) -> dict[str, Any]:
-    return run("skip", null_pages, "surprisal-led-redundancy-recency", "1", "8")
-
-
-def test_skipping_with_room_leaves_tokens_bit_by_bit(skip, null_pages):
-    assert skip["with_room"] == run("plain", null_pages)["with_room"]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_with_null_entries_skipped_log_probabilities_are_those_of_a_pass_without_the_pages(skip, num_ranks):
-    """The null pages of these tests are far from null, so that one that is read all the same would be seen. Two ranks
-    have none."""
-    pressure = (skip if num_ranks == 1 else run("skip", "", "surprisal-led-redundancy-recency", "2"))["pressure"]
-    assert pressure["retired"] >= 20
-    assert pressure["requests_retired_from"] >= 5
-    assert pressure["preemptions"] == 0
-    # As above.
-    assert pressure["difference"] < 1e-4
-    assert pressure["difference_if_nothing_were_retired"] > 1.0
-    assert pressure["surprisal_difference"] < 1e-3
-
-
-def test_block_tables_that_slots_are_worked_out_from_stay_whole_where_entries_are_skipped(skip):
-    schedules = skip["schedules"]
-    assert schedules["null_reads"] > 100  # entries that the scheduler's tables have at null pages
-    assert schedules["idle"]
-    assert skip["still_skipped"] == 0
-
-
-@pytest.mark.parametrize("need", ["surprisal-led-redundancy-recency", "nearest-earlier"])
-def test_without_null_pages_nothing_reads_the_block_that_null_entries_name(null_pages, need):
-    """NaN in it, K and V: answers and log-probabilities are those of skipping null pages, to the last bit."""
-    program = "short_pool_process.py"
-    short = run("short", null_pages, need, program=program)["short"]
-    poisoned = run("poisoned", "", need, program=program)
-    assert poisoned["short"] == short
-    assert short["preempted_with_gaps"] > 0
-    assert short["retired_again"] > 0
-    assert short["cache_hits"] > 0
-    assert short["null_entries"] > 0
-    assert poisoned["schedules"]["null_reads"] > 100  # entries of the scheduler's tables
-    assert poisoned["schedules"]["idle"]
-    assert poisoned["not_finite"] == 0
-    assert poisoned["is_untouched"]
-    assert poisoned["not_finite_if_read"] > 0
 
 
 def test_null_pages_of_other_weights_are_refused_at_the_start(tmp_path):
@@ -181,29 +99,6 @@ def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):
     assert found["pages_retired"] >= 4
     assert found["largest_difference_from_masked_replay"] < 1e-4
     assert found["largest_difference_if_nothing_were_masked"] > 0.01
-
-
-@pytest.fixture(scope="module")
-def aliases(null_pages: str) -> dict[str, Any]:
-    return run("aliases", null_pages, "1", "8")
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_with_aliases_log_probabilities_are_those_of_donors_that_count_more_than_once(aliases, null_pages, num_ranks):
-    pressure = (aliases if num_ranks == 1 else run("aliases", null_pages, "2"))["pressure"]
-    assert pressure["aliased"] >= 20
-    assert pressure["preemptions"] == 0
-    assert not pressure["off_retired"]
-    # As above.
-    assert pressure["difference"] < 1e-4
-    assert pressure["difference_if_donors_counted_once"] > 0.5
-    assert pressure["difference_if_nothing_were_retired"] > 1.0
-
-
-def test_tables_with_aliases_follow_through_random_schedules(aliases):
-    schedules = aliases["schedules"]
-    assert schedules["alias_reads"] > 100
-    assert schedules["idle"]
 
 
 def test_block_tables_of_the_real_model_runner_follow_through_random_schedules(memshare):

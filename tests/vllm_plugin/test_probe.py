@@ -7,7 +7,7 @@ import pytest
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
 from trtllm_memshare.vllm.plugin import choose_classes
-from trtllm_memshare.vllm.probe import check_aliases, check_classes, check_runner, check_scheduler, runner_form
+from trtllm_memshare.vllm.probe import check_aliases, check_classes, check_scheduler
 
 
 def scheduler_class(*missing):
@@ -74,15 +74,6 @@ def test_features_that_are_excluded_are_named(changes, message):
         check_scheduler(a_scheduler(**changes), "0.32.0")
 
 
-def test_the_form_of_a_model_runner_is_told_by_its_tables():
-    batch = SimpleNamespace(block_table=[], req_id_to_index={})
-    assert runner_form(SimpleNamespace(requests={}, input_batch=batch), "0.32.0") == "V1"
-    tables = SimpleNamespace(block_tables=[])
-    assert runner_form(SimpleNamespace(block_tables=tables, req_states=None), "0.32.0") == "V2"
-    with pytest.raises(UserError, match="keeps its block tables in a form that MemShare does not know"):
-        runner_form(SimpleNamespace(), "0.40")
-
-
 def test_the_environment_chooses_the_classes_once():
     class EngineArgs:
         __dataclass_fields__ = {"scheduler_cls": None, "worker_cls": None}  # noqa: RUF012
@@ -100,16 +91,6 @@ def test_the_environment_chooses_the_classes_once():
         taken.create_engine_config()
     with pytest.raises(UserError, match="no scheduler_cls and worker_cls"):
         choose_classes(type("EngineArgs", (), {}))
-
-
-def test_a_need_that_workers_of_runner_v2_cannot_serve_is_refused_before_anything_is_loaded():
-    v2 = SimpleNamespace(use_v2_model_runner=True)
-    with pytest.raises(UserError, match=r"reads redundancy and surprisal.*got V2 .set VLLM_USE_V2_MODEL_RUNNER=0"):
-        check_runner(v2, "surprisal-led-redundancy", "read")
-    with pytest.raises(UserError, match=r"null_entries skip works with .* V1 only, got V2 .set VLLM_USE_V2"):
-        check_runner(v2, "age", "skip")
-    check_runner(v2, "age", "read")
-    check_runner(SimpleNamespace(use_v2_model_runner=False), "surprisal-led-redundancy", "skip")
 
 
 def a_runner(*backends):

@@ -17,7 +17,7 @@ def test_answers_are_those_of_an_index_over_the_pages_that_are_there():
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     source = SimpleNamespace(of_blocks=lambda ids: torch.from_numpy(rows[ids]), device="cpu")
     reports = PageReports(source, None, SIZE)
-    table = list(range(10, 20))
+    table = np.arange(10, 20)
     reports.answer(MemShareUpdate(asked={"a": [2, 3, 4]}), {"a": table}, set())
     update = MemShareUpdate(asked={"a": [5, 6]}, null_entries={"a": {3: 0}, "unknown": {1: 0}})
     answer = reports.answer(update, {"a": table}, set())

@@ -111,6 +111,12 @@ def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
         assert found.seq_lens is lengths
         assert table[:, :2].tolist() == [[7, 5], [3, 4]]
         assert lengths.tolist() == [43, 40]
+    # A request that has come back looks to V2's sampler as if its text were still read, were its length left short.
+    skipped.restore()
+    assert torch.equal(lengths, make_metadata().seq_lens)
+    lengths.fill_(3)  # the next step's
+    skipped.restore()
+    assert lengths.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(

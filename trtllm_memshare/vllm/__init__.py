@@ -7,5 +7,3 @@ that import vLLM are only imported by vLLM itself.
 SCHEDULER_CLASS = "trtllm_memshare.vllm.scheduler.MemShareScheduler"
 WORKER_CLASS = "trtllm_memshare.vllm.worker.MemShareWorker"
 REQUEST_CHECK = "trtllm_memshare.vllm.request_check.RequestCheck"
-V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
-"""vLLM's environment variable; 0 chooses model runner V1, whose parts tell what needs of pages read."""

@@ -21,7 +21,7 @@ from trtllm_memshare.engine.calibrated_weights import check_weights
 from trtllm_memshare.engine.null_page_build import make_null_pages
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import parse_json
-from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, V2_VARIABLE, WORKER_CLASS
+from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, WORKER_CLASS
 from trtllm_memshare.vllm.null_pages import load_bands, null_page_file
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
@@ -122,7 +122,6 @@ def _wrap(arguments: list[str]) -> None:
     else:  # a sweep starts servers, which may read the variable
         print("memshare: this benchmark is a client, the server has the settings")
         line = [*_program(), *arguments]
-    environment.setdefault(V2_VARIABLE, "0")  # on a GPU vLLM would take its runner V2, which tells nothing of pages
     exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="memshare-metrics-") as folder:
         if arguments[0] == "serve":

@@ -28,7 +28,9 @@ class DistanceReports:
         self._blocks = blocks
         self._pages: dict[str, list[int]] = {}
 
-    def answer(self, update: MemShareUpdate, block_ids: dict[str, list[int]], ended: set[str]) -> dict[str, PageReport]:
+    def answer(
+        self, update: MemShareUpdate, block_ids: dict[str, np.ndarray], ended: set[str]
+    ) -> dict[str, PageReport]:
         """Reports of the requests that were asked about, by id.
 
         Args:
@@ -43,7 +45,7 @@ class DistanceReports:
             new, table = update.asked[request_id], block_ids[request_id]
             # After a pause the scheduler asks about all of them anew.
             there = [page for page in self._pages.get(request_id, []) if page < new[0]] + new
-            distance = self._blocks.distances([table[page] for page in new], [table[page] for page in there])
+            distance = self._blocks.distances(table[new].tolist(), table[there].tolist())
             reports[request_id] = PageReport(distances=PageDistances(np.array(new), np.array(there), distance))
             self._pages[request_id] = there
         for request_id, entries in update.null_entries.items():

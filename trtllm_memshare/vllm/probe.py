@@ -6,9 +6,6 @@ import inspect
 from typing import Any
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.search.need import find_need
-from trtllm_memshare.vllm import V2_VARIABLE
-from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 
 _SCHEDULER_METHODS = (
     "schedule",
@@ -110,33 +107,8 @@ def _excluded(feature: str) -> UserError:
     return UserError(f"MemShare excludes {feature} with vLLM (switch it off, or serve without MemShare)")
 
 
-def check_runner(config: Any, need: str, null_entries: str) -> None:
-    """Refuses what the workers cannot serve, before anything is loaded.
-
-    Args:
-      config: vLLM's ``VllmConfig``.
-      null_entries: see ``VllmOptions``.
-
-    Raises:
-      UserError: need or null entries ask for what only model runner V1 has, and vLLM has chosen V2.
-    """
-    if not getattr(config, "use_v2_model_runner", False):
-        return
-    if null_entries == "skip":
-        raise UserError(
-            f"null_entries skip works with vLLM's model runner V1 only, got V2 (set {V2_VARIABLE}=0, or null_entries "
-            f"read)"
-        )
-    read = sorted(WORKERS_FACTS.intersection(find_need(need).facts))
-    if read:
-        raise UserError(
-            f"need {need} reads {' and '.join(read)}, which MemShare tells with vLLM's model runner V1 only, got V2 "
-            f"(set {V2_VARIABLE}=0, or need age)"
-        )
-
-
 def check_aliases(runner: Any) -> None:
-    """Looks at what reads the tables of vLLM's model runner V1.
+    """Looks at what reads the tables of vLLM's model runner.
 
     Raises:
       UserError: an attention backend that may read an alias or its donor and not both, or none that is known.
@@ -149,20 +121,3 @@ def check_aliases(runner: Any) -> None:
             f"retired_becomes alias works with vLLM's attention backends {', '.join(_WALKERS)}, got "
             f"{others or 'none'} (choose one by --attention-backend, or set retired_becomes to null)"
         )
-
-
-def runner_form(runner: Any, version: str) -> str:
-    """Which of vLLM's model runners this is, V1 or V2, by what it keeps its block tables in.
-
-    Raises:
-      UserError: neither.
-    """
-    batch = getattr(runner, "input_batch", None)
-    if hasattr(runner, "requests") and hasattr(batch, "block_table") and hasattr(batch, "req_id_to_index"):
-        return "V1"
-    if hasattr(getattr(runner, "block_tables", None), "block_tables") and hasattr(runner, "req_states"):
-        return "V2"
-    raise UserError(
-        f"vLLM {version}'s {type(runner).__name__} keeps its block tables in a form that MemShare does not know (it "
-        f"was written for vLLM 0.32)"
-    )

@@ -26,7 +26,9 @@ class PageReports:
         self._signatures, self._surprisal, self._block_size = signatures, surprisal, block_size
         self._index = None if signatures is None else SignatureIndex(block_size, device=signatures.device)
 
-    def answer(self, update: MemShareUpdate, block_ids: dict[str, list[int]], ended: set[str]) -> dict[str, PageReport]:
+    def answer(
+        self, update: MemShareUpdate, block_ids: dict[str, np.ndarray], ended: set[str]
+    ) -> dict[str, PageReport]:
         """Reports of the requests of which something changed, by id; surprisal of the pages that are asked about now.
 
         Args:
@@ -42,7 +44,7 @@ class PageReports:
             for name in sorted(asked.keys() | redundancy.keys())
         }
 
-    def _sampled(self, block_ids: list[int], pages: list[int]) -> np.ndarray | None:
+    def _sampled(self, block_ids: np.ndarray, pages: list[int]) -> np.ndarray | None:
         if self._surprisal is None:
             return None
         known = np.full(pages[-1] + 1, np.nan, np.float32)
@@ -53,7 +55,7 @@ class PageReports:
         self,
         asked: dict[str, list[int]],
         null_entries: dict[str, dict[int, int]],
-        block_ids: dict[str, list[int]],
+        block_ids: dict[str, np.ndarray],
         ended: set[str],
     ) -> dict[str, np.ndarray]:
         index = self._index
@@ -62,8 +64,7 @@ class PageReports:
         for request_id in ended:
             index.drop(request_id)
         spans = [
-            (request_id, np.array(pages, np.int32), np.array(block_ids[request_id])[pages])
-            for request_id, pages in asked.items()
+            (request_id, np.array(pages, np.int32), block_ids[request_id][pages]) for request_id, pages in asked.items()
         ]
         index.catch_up(spans, self._signatures.of_blocks)
         changed = [*asked]

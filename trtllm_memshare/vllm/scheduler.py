@@ -27,7 +27,7 @@ from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
 from trtllm_memshare.vllm.metrics import Metrics
 from trtllm_memshare.vllm.null_pages import load_bands
-from trtllm_memshare.vllm.probe import check_classes, check_runner, check_scheduler
+from trtllm_memshare.vllm.probe import check_classes, check_scheduler
 from trtllm_memshare.vllm.relief import Relief
 from trtllm_memshare.vllm.request_options import RequestOptions, parse_request_options
 from trtllm_memshare.vllm.settings import load_settings
@@ -52,7 +52,6 @@ class MemShareScheduler(Scheduler):
     def __init__(self, vllm_config: Any, *arguments: Any, **keywords: Any) -> None:
         check_classes(vllm.__version__, Scheduler, KVCacheManager, BlockPool)
         self.settings = load_settings(vllm_config.additional_config, os.environ)
-        check_runner(vllm_config, self.settings.memshare.need, self.settings.options.null_entries)
         super().__init__(vllm_config, *arguments, **keywords)
         check_scheduler(self, vllm.__version__)
         config, options = self.settings.memshare, self.settings.options

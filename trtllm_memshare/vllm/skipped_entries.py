@@ -46,18 +46,20 @@ class SkippedEntries:
     """Gives a model runner's attention the shorter tables, in steps in which a request has null entries.
 
     In all other steps nothing is touched, so that tokens are vLLM's own. On a GPU tables and lengths of the device are
-    changed in place, since CUDA graphs read them where they are; vLLM writes both anew for every step.
+    changed in place, since CUDA graphs read them where they are. VLLM writes both anew for every step. Model runner V2
+    reads the lengths once more when it samples, so they are put back after the forward pass.
 
     Args:
-      runner: vLLM's model runner V1, of which ``check_skipping`` is told; its attention groups are modified.
+      runner: vLLM's model runner, of which ``check_skipping`` is told; its attention groups are modified.
       null_blocks: blocks that null entries name; what they hold does not matter.
       block_size: tokens of the scheduler's blocks.
     """
 
     def __init__(self, runner: Any, null_blocks: Sequence[int], block_size: int) -> None:
         self._null_blocks = torch.tensor(null_blocks, dtype=torch.int32, device=runner.device)
-        self._block_size, self._in_place = block_size, runner.device.type != "cpu"
+        self._block_size, self._in_place = block_size, _changes_in_place(runner.device)
         self._names: set[str] = set()
+        self._whole: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group in runner.attn_groups[0]:
             group.build_metadata = self._shortened(group.build_metadata)
 
@@ -65,6 +67,12 @@ class SkippedEntries:
         """Takes what changes before a step: requests that give pages up, and those that have ended."""
         self._names.update(with_null_entries)
         self._names.difference_update(ended)
+
+    def restore(self) -> None:
+        """Puts lengths back that were shortened in place, once the model has run, or is queued to run before this."""
+        while self._whole:  # last first: two groups of layers shorten the same lengths
+            lengths, whole = self._whole.pop()
+            lengths.copy_(whole)
 
     def _shortened(self, build: Callable[..., Any]) -> Callable[..., Any]:
         def build_metadata(common_attn_metadata: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -75,14 +83,21 @@ class SkippedEntries:
     def _shorten(self, metadata: Any) -> Any:
         if not self._names:
             return metadata
-        # Rows are as wide as the longest request that may come; what lies behind this step's longest is not looked at.
-        table = metadata.block_table_tensor[:, : -(-metadata.max_seq_len // self._block_size)]
+        # Rows are as wide as the longest request that may come; what lies behind this step's longest is not looked at,
+        # nor rows without a length.
+        width = -(-metadata.max_seq_len // self._block_size)
+        table = metadata.block_table_tensor[: len(metadata.seq_lens), :width]
         shorter, lengths = without_entries(table, metadata.seq_lens, self._null_blocks, self._block_size)
         if not self._in_place:
             return replace(metadata, block_table_tensor=shorter, seq_lens=lengths)
+        self._whole.append((metadata.seq_lens, metadata.seq_lens.clone()))
         table.copy_(shorter)
         metadata.seq_lens.copy_(lengths)
         return metadata
+
+
+def _changes_in_place(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def check_skipping(runner: Any, layers: Sequence[Any]) -> None:

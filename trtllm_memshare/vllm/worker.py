@@ -20,19 +20,19 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from trtllm_memshare.engine.calibrated_weights import check_weights, find_weights
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
-from trtllm_memshare.vllm import V2_VARIABLE
 from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import open_signatures
 from trtllm_memshare.vllm.distance_reports import DistanceReports
+from trtllm_memshare.vllm.model_runner import ModelRunner, open_runner
 from trtllm_memshare.vllm.null_pages import attention_layers, load_keys, null_page_file, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
-from trtllm_memshare.vllm.probe import check_aliases, check_served, runner_form
+from trtllm_memshare.vllm.probe import check_aliases, check_served
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import VllmSettings, load_settings
 from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
 from trtllm_memshare.vllm.trial_block import trial_block
-from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate, apply_to_v1_runner, apply_to_v2_runner
+from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -53,7 +53,7 @@ class MemShareWorker(PlatformWorker):
       UserError: wrong settings, or a model runner of an unknown form.
     """
 
-    _apply: Any = None
+    _runner: ModelRunner
     _reports: PageReports | DistanceReports | None = None
     _answers: dict[str, Any] | None = None
     _null_keys: torch.Tensor | None = None
@@ -99,7 +99,8 @@ class MemShareWorker(PlatformWorker):
                 self._reports = DistanceReports(open_cache_pages(layers, block_size, block))
         result = super().compile_or_warm_up_model(*arguments, **keywords)
         if "surprisal" in read:
-            surprisal = SampledSurprisal(runner, cache.num_blocks * block_size, block_size, vllm.__version__)
+            surprisal = SampledSurprisal(cache.num_blocks * block_size, block_size, runner.device)
+            self._runner.watch_sampler(surprisal)
         if read and self._reports is None:
             self._reports = PageReports(signatures, surprisal, block_size)
         self._is_warm = True
@@ -107,20 +108,13 @@ class MemShareWorker(PlatformWorker):
 
     def _check_runner(self, settings: VllmSettings) -> frozenset[str]:
         """Looks at the model runner; returns which facts of pages the need reads here. Raises UserError."""
-        form = runner_form(self.model_runner, vllm.__version__)
-        self._apply = apply_to_v1_runner if form == "V1" else apply_to_v2_runner
-        read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
-        if read and form != "V1":
-            raise UserError(
-                f"need {settings.memshare.need} reads {' and '.join(sorted(read))}, which MemShare tells with vLLM's "
-                f"model runner V1 only, got {form} (set {V2_VARIABLE}=0, or need age)"
-            )
+        self._runner = open_runner(self.model_runner, vllm.__version__)
         if settings.memshare.retired_becomes == "alias":
             check_aliases(self.model_runner)
         self._skips = settings.options.null_entries == "skip"
         if self._skips:
             check_skipping(self.model_runner, attention_layers(self.model_runner))
-        return read
+        return WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's; before it the tables take over what changed. A step without our scheduler's update is an error."""
@@ -135,12 +129,16 @@ class MemShareWorker(PlatformWorker):
         if update.null_blocks is not None:
             self._take_null_blocks(update.null_blocks)
         if self._reports is not None and (update.asked or update.null_entries or scheduler_output.finished_req_ids):
-            self._answers = self._reports.answer(update, self._tables(update), scheduler_output.finished_req_ids)
+            tables = self._runner.tables(update.asked)
+            self._answers = self._reports.answer(update, tables, scheduler_output.finished_req_ids)
         if update.null_entries:
-            self._apply(self.model_runner, update)
+            self._runner.apply(update)
         if self._skipped is not None:
             self._skipped.follow(update.null_entries, scheduler_output.finished_req_ids)
-        return self._answered(super().execute_model(scheduler_output))
+        output = super().execute_model(scheduler_output)
+        if self._skipped is not None:
+            self._skipped.restore()
+        return self._answered(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """vLLM's second half of a step."""
@@ -156,10 +154,6 @@ class MemShareWorker(PlatformWorker):
         output = copy.copy(output)  # vLLM has one output for all empty steps
         setattr(output, REPORTS, answers)
         return output
-
-    def _tables(self, update: MemShareUpdate) -> dict[str, list[int]]:
-        requests = self.model_runner.requests
-        return {name: requests[name].block_ids[0] for name in update.asked if name in requests}
 
     def _take_null_blocks(self, null_blocks: list[int]) -> None:
         """With the first step: writes the null pages, if there are any, or has attention leave their blocks out."""

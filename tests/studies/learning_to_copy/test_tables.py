@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -10,6 +11,8 @@ import sys
 def test_every_run_differs_from_the_first_by_what_was_changed(monkeypatch, tmp_path, capsys):
     script = importlib.import_module("benchmarks.studies.learning_to_copy.__main__")
     path = tmp_path / "report.json"
+    few = functools.partial(script.TraceTrainingConfig, tokens_per_step=512)
+    monkeypatch.setattr(script, "TraceTrainingConfig", few)
     monkeypatch.setattr(sys, "argv", ["learning_to_copy.py", "--num-steps", "2", "--output-json", str(path)])
     script.main()
     report = json.loads(path.read_text())

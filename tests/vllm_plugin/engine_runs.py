@@ -1,0 +1,69 @@
+"""Runs an engine in a process of its own, and makes the null pages that it is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import trtllm_memshare
+from trtllm_memshare.engine.weights import weights_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
+
+
+def run(
+    arm: str, null_pages: str, *arguments: str, program: str = "engine_process.py", runner: str = "V1"
+) -> dict[str, Any]:
+    """``runner``: see ``gpu_choices``."""
+    programs = [str(Path(__file__).with_name(name)) for name in ("gpu_choices.py", program)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *programs, arm, MODEL, null_pages, *arguments],
+        env={**environment, "MEMSHARE_TEST_RUNNER": runner}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def run_small(
+    arm: str, null_pages: str, num_ranks: int = 1, num_schedules: int = 0, runner: str = "V1"
+) -> dict[str, Any]:
+    """The same of ``small_engine_process.py``."""
+    numbers = (str(num_ranks), str(num_schedules))
+    return run(arm, null_pages, *numbers, program="small_engine_process.py", runner=runner)
+
+
+def save_null_pages(folder: Path, num_layers: int = 4, weights: str | None = None, second_band: int = 256) -> str:
+    """Keys that are far from null, so that an entry at the wrong page, or one that did not move, is seen.
+
+    The bundled model has no null page (``engine.null_page`` refuses it: its rotary base is 10,000 and its heads have 32
+    numbers), and needs none here: the reference reads the same keys.
+    """
+    keys = 2 * torch.randn(2, num_layers, 2, 32, generator=torch.Generator().manual_seed(0))
+    bands = torch.tensor([0, second_band, 1024], dtype=torch.int32)
+    calibrated_on = {"weights": weights or weights_digest(Path(MODEL))}
+    save_file({"keys": keys, "bands": bands}, folder / "null_pages.safetensors", calibrated_on)
+    return str(folder)
+
+
+def check(result: dict[str, Any], runner: str = "") -> dict[str, Any]:
+    """Asserts what a small run's requests under pressure must have, with the bounds of ``test_engine``; returns it."""
+    if runner:
+        assert result["is_async"]
+        assert result["runner"] == f"vllm.v1.worker.{runner}"
+    pressure = result["pressure"]
+    assert pressure["retired"] >= 5
+    assert pressure["requests_retired_from"] == 2
+    assert not pressure["off_retired"]
+    assert pressure["difference"] < 1e-4
+    assert pressure["difference_if_nothing_were_retired"] > 1.0
+    assert pressure["surprisal_difference"] < 1e-3
+    return pressure

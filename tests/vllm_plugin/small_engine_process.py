@@ -1,0 +1,53 @@
+"""One small vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
+
+``python gpu_choices.py small_engine_process.py plain|read|skip|aliases MODEL NULL_PAGES RANKS SCHEDULES``. Fewer
+requests and shorter ones than in ``engine_process``: for model runner V2, each of whose kernels is interpreted, and for
+two ranks, which wait for one another.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from vllm_plugin import engine_process
+from vllm_plugin.engine_process import LLM, make_engine, schedules, under_pressure, with_room
+
+NUM_BLOCKS = 13
+engine_process.MAX_LENGTH = 256
+_NEED = "surprisal-led-redundancy-recency"
+_SETTINGS: dict[str, Any] = {"min_kept": 0.25, "protected_tokens": 32, "admission": "vllm"}
+_ARMS: dict[str, dict[str, Any]] = {
+    "read": {"need": _NEED},
+    "skip": {"need": _NEED, "null_entries": "skip"},
+    "aliases": {"need": "nearest-earlier", "retired_becomes": "alias"},
+}
+
+
+def short_room(llm: LLM) -> list[list[int]]:
+    return with_room(llm, (30, 40, 50), 30)
+
+
+def main() -> None:
+    arm, model, null_pages, *numbers = sys.argv[1:]
+    num_ranks, num_schedules = int(numbers[0]), int(numbers[1])
+    if arm == "plain":
+        llm = make_engine(model, "", num_ranks, NUM_BLOCKS)
+        result: dict[str, Any] = {"with_room": short_room(llm)}
+    else:
+        llm = make_engine(model, null_pages, num_ranks, NUM_BLOCKS, **_SETTINGS, **_ARMS[arm])
+        result = {"with_room": short_room(llm)}
+        masked = None if arm == "skip" else null_pages
+        result["pressure"] = under_pressure(llm, model, masked, (200, 210), (60,))
+        if num_schedules:
+            result["schedules"] = schedules(llm, num_schedules, most=10, longest=120)
+    core = llm.llm_engine.engine_core.engine_core
+    if num_ranks == 1:
+        result["runner"] = type(core.model_executor.driver_worker.worker.model_runner).__module__
+    result["is_async"] = core.batch_queue is not None
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
