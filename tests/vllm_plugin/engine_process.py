@@ -154,7 +154,9 @@ def under_pressure(
         "off_retired": any(_is(o.request_id, n) for o in off for n in events),
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         "band_moves": scheduler.relief.totals.band_moves, "over": over,
-        "pages_with_surprisal": len(differences), "surprisal_difference": float(np.nanmax([0.0, *differences])),
+        "pages_with_surprisal": int(np.isfinite(differences).sum()),
+        "surprisal_difference": float(np.nanmax([0.0, *differences])),
+        "retired_again": scheduler.relief.totals.retired_again,
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def run(
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         [sys.executable, *programs, arm, MODEL, null_pages, *arguments],
-        env={**environment, "MEMSHARE_TEST_RUNNER": runner}, capture_output=True, text=True, check=False,
+        env={**environment, "MEMSHARE_TEST_RUNNER": runner}, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.splitlines()[-1])
@@ -63,7 +63,8 @@ def check(result: dict[str, Any], runner: str = "") -> dict[str, Any]:
     assert pressure["retired"] >= 5
     assert pressure["requests_retired_from"] == 2
     assert not pressure["off_retired"]
-    assert pressure["difference"] < 1e-4
+    # Who was preempted was computed again, many tokens at once.
+    assert pressure["difference"] < (2e-4 if pressure["preemptions"] else 1e-4)
     assert pressure["difference_if_nothing_were_retired"] > 1.0
     assert pressure["surprisal_difference"] < 1e-3
     return pressure

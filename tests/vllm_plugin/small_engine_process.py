@@ -14,7 +14,7 @@ from typing import Any
 from vllm_plugin import engine_process
 from vllm_plugin.engine_process import LLM, make_engine, schedules, under_pressure, with_room
 
-NUM_BLOCKS = 13
+NUM_BLOCKS = {"plain": 13, "read": 13, "skip": 12, "aliases": 13}  # with 12 a request is preempted
 engine_process.MAX_LENGTH = 256
 _NEED = "surprisal-led-redundancy-recency"
 _SETTINGS: dict[str, Any] = {"min_kept": 0.25, "protected_tokens": 32, "admission": "vllm"}
@@ -33,10 +33,10 @@ def main() -> None:
     arm, model, null_pages, *numbers = sys.argv[1:]
     num_ranks, num_schedules = int(numbers[0]), int(numbers[1])
     if arm == "plain":
-        llm = make_engine(model, "", num_ranks, NUM_BLOCKS)
+        llm = make_engine(model, "", num_ranks, NUM_BLOCKS[arm])
         result: dict[str, Any] = {"with_room": short_room(llm)}
     else:
-        llm = make_engine(model, null_pages, num_ranks, NUM_BLOCKS, **_SETTINGS, **_ARMS[arm])
+        llm = make_engine(model, null_pages, num_ranks, NUM_BLOCKS[arm], **_SETTINGS, **_ARMS[arm])
         result = {"with_room": short_room(llm)}
         masked = None if arm == "skip" else null_pages
         result["pressure"] = under_pressure(llm, model, masked, (200, 210), (60,))

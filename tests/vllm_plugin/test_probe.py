@@ -66,6 +66,8 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, **changes):
         ({"decode_context_parallel_size": 2}, "excludes decode context parallelism"),
         ({"cache_dtype": "fp8"}, "excludes a KV cache of fp8"),
         ({"enable_sleep_mode": True}, "excludes sleep mode"),
+        ({"enable_dbo": True}, "excludes dual batch overlap"),
+        ({"enable_elastic_ep": True}, "excludes elastic expert parallelism"),
     ],
 )
 def test_features_that_are_excluded_are_named(changes, message):

@@ -114,6 +114,10 @@ def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
     # A request that has come back looks to V2's sampler as if its text were still read, were its length left short.
     skipped.restore()
     assert torch.equal(lengths, make_metadata().seq_lens)
+    dummy = make_metadata()  # vLLM runs some between two steps
+    build = runner.attn_groups[0][0].build_metadata
+    assert build(dummy)[0] is dummy
+    assert torch.equal(dummy.seq_lens, make_metadata().seq_lens)
     lengths.fill_(3)  # the next step's
     skipped.restore()
     assert lengths.tolist() == [3, 3]

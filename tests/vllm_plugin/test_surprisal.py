@@ -19,7 +19,9 @@ RUNNERS = [FakeRunnerV1, FakeRunnerV2]
 
 def watched(runner):
     surprisal = SampledSurprisal(BLOCKS * SIZE, SIZE, runner.device)
-    open_runner(runner, "0.32").watch_sampler(surprisal)
+    opened = open_runner(runner, "0.32")
+    opened.check_sampler()
+    opened.watch_sampler(surprisal)
     return surprisal
 
 
@@ -84,7 +86,7 @@ def test_a_runner_without_a_sampler_is_refused_by_name(fake):
     runner = fake()
     del runner.sampler
     with pytest.raises(UserError, match=rf"0\.33's {fake.__name__} has no sampler.*choose need redundancy"):
-        open_runner(runner, "0.33").watch_sampler(SampledSurprisal(8, SIZE, runner.device))
+        open_runner(runner, "0.33").check_sampler()
 
 
 def test_a_sampler_of_which_each_rank_has_some_requests_is_refused():
@@ -92,7 +94,7 @@ def test_a_sampler_of_which_each_rank_has_some_requests_is_refused():
     runner = FakeRunnerV2()
     runner.batch_sharder = object()
     with pytest.raises(UserError, match=r"got vLLM's --enable-batch-sharded-sampling .leave it out, or choose need"):
-        watched(runner)
+        open_runner(runner, "0.32").check_sampler()
 
 
 def test_the_sampler_of_runner_v2_keeps_its_parts():

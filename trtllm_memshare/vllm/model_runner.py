@@ -26,8 +26,11 @@ class ModelRunner(Protocol):
         What lies behind a request's last block may be anything.
         """
 
+    def check_sampler(self) -> None:
+        """Raises UserError if how likely tokens were cannot be learned here."""
+
     def watch_sampler(self, surprisal: SampledSurprisal) -> None:
-        """From now on how likely each sampled token was is noted. Raises UserError: vLLM lacks a part that is read."""
+        """From now on how likely each sampled token was is noted."""
 
 
 def open_runner(runner: Any, version: str) -> ModelRunner:

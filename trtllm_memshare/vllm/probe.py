@@ -94,6 +94,8 @@ def check_served(config: Any, groups: list[Any]) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "dual batch overlap": getattr(parallel, "enable_dbo", False),
+        "elastic expert parallelism": getattr(parallel, "enable_elastic_ep", False),
         "sleep mode": config.model_config.enable_sleep_mode,
         f"a KV cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
         not in ("auto", "float32", "float16", "bfloat16"),

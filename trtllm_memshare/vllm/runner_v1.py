@@ -45,14 +45,18 @@ class RunnerV1:
         requests = self._runner.requests
         return {name: np.array(requests[name].block_ids[0]) for name in request_ids if name in requests}
 
-    def watch_sampler(self, surprisal: SampledSurprisal) -> None:
-        """Wraps ``forward`` of the sampler."""
+    def check_sampler(self) -> None:
+        """Raises UserError: vLLM lacks a part that is read."""
         runner = self._runner
         parts = [(runner, part) for part in ("sampler", "query_start_loc", "discard_request_mask")]
         for owner, name in (*parts, (runner.input_batch.block_table[0], "slot_mapping")):
             if not hasattr(owner, name):
                 raise missing_part(self._version, owner, name)
-        runner.sampler.forward = self._watched(runner.sampler.forward, surprisal)
+
+    def watch_sampler(self, surprisal: SampledSurprisal) -> None:
+        """Wraps ``forward`` of the sampler."""
+        sampler = self._runner.sampler
+        sampler.forward = self._watched(sampler.forward, surprisal)
 
     def _watched(self, original: Any, surprisal: SampledSurprisal) -> Any:
         runner = self._runner

@@ -41,8 +41,8 @@ class RunnerV2:
         table, indices = self._runner.block_tables.block_tables[0].gpu, [rows[name] for name in there]
         return dict(zip(there, table[torch.tensor(indices, device=table.device)].cpu().numpy(), strict=True))
 
-    def watch_sampler(self, surprisal: SampledSurprisal) -> None:
-        """Puts something in the sampler's place that calls it."""
+    def check_sampler(self) -> None:
+        """Raises UserError: vLLM lacks a part that is read, or each rank samples for some requests only."""
         runner = self._runner
         for owner, name in ((runner, "sampler"), (getattr(runner, "block_tables", None), "slot_mappings")):
             if getattr(owner, name, None) is None:
@@ -52,6 +52,10 @@ class RunnerV2:
                 "needs that read surprisal need each worker to sample for all requests, got vLLM's "
                 "--enable-batch-sharded-sampling (leave it out, or choose need redundancy)"
             )
+
+    def watch_sampler(self, surprisal: SampledSurprisal) -> None:
+        """Puts something in the sampler's place that calls it."""
+        runner = self._runner
         runner.sampler = _WatchedSampler(runner.sampler, runner.block_tables, surprisal)
 
 

@@ -45,9 +45,10 @@ def without_entries(
 class SkippedEntries:
     """Gives a model runner's attention the shorter tables, in steps in which a request has null entries.
 
-    In all other steps nothing is touched, so that tokens are vLLM's own. On a GPU tables and lengths of the device are
-    changed in place, since CUDA graphs read them where they are. VLLM writes both anew for every step. Model runner V2
-    reads the lengths once more when it samples, so they are put back after the forward pass.
+    In all other steps nothing is touched, so that tokens are vLLM's own, nor in dummy runs between steps. On a GPU
+    tables and lengths of the device are changed in place, since CUDA graphs read them where they are. VLLM writes both
+    anew for every step. Model runner V2 reads the lengths once more when it samples, so they are put back after the
+    forward pass.
 
     Args:
       runner: vLLM's model runner, of which ``check_skipping`` is told; its attention groups are modified.
@@ -59,6 +60,7 @@ class SkippedEntries:
         self._null_blocks = torch.tensor(null_blocks, dtype=torch.int32, device=runner.device)
         self._block_size, self._in_place = block_size, _changes_in_place(runner.device)
         self._names: set[str] = set()
+        self._is_step = False
         self._whole: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group in runner.attn_groups[0]:
             group.build_metadata = self._shortened(group.build_metadata)
@@ -67,9 +69,12 @@ class SkippedEntries:
         """Takes what changes before a step: requests that give pages up, and those that have ended."""
         self._names.update(with_null_entries)
         self._names.difference_update(ended)
+        self._is_step = True
 
+    @torch.inference_mode()  # what vLLM makes in it may be changed in it only
     def restore(self) -> None:
-        """Puts lengths back that were shortened in place, once the model has run, or is queued to run before this."""
+        """Ends a step. Lengths that were shortened in place are as before, once the model has run, or is queued to."""
+        self._is_step = False
         while self._whole:  # last first: two groups of layers shorten the same lengths
             lengths, whole = self._whole.pop()
             lengths.copy_(whole)
@@ -81,7 +86,7 @@ class SkippedEntries:
         return build_metadata
 
     def _shorten(self, metadata: Any) -> Any:
-        if not self._names:
+        if not (self._names and self._is_step):
             return metadata
         # Rows are as wide as the longest request that may come; what lies behind this step's longest is not looked at,
         # nor rows without a length.

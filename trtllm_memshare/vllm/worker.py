@@ -114,7 +114,12 @@ class MemShareWorker(PlatformWorker):
         self._skips = settings.options.null_entries == "skip"
         if self._skips:
             check_skipping(self.model_runner, attention_layers(self.model_runner))
-        return WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
+        if self.model_config.runner_type == "pooling":
+            return frozenset()  # its requests sample nothing, and give nothing up
+        read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
+        if "surprisal" in read:
+            self._runner.check_sampler()
+        return read
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM's; before it the tables take over what changed. A step without our scheduler's update is an error."""
