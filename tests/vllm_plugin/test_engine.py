@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from vllm_plugin.engine_runs import MODEL, ROOT, run, save_null_pages
+from vllm_plugin.fake_runners import FakeRunnerV2
 
 from trtllm_memshare.errors import UserError
 
@@ -83,6 +84,22 @@ def test_steps_of_vllms_own_warm_up_are_no_error(monkeypatch):
     worker._is_warm = True
     with pytest.raises(UserError, match="got a step of another scheduler"):
         worker.execute_model(SimpleNamespace())
+
+
+def test_a_model_that_samples_nothing_is_not_watched():
+    """vLLM's model runner V2 has no sampler then; of another model that is refused before anything is compiled."""
+    from trtllm_memshare.vllm.worker import MemShareWorker
+
+    worker = object.__new__(MemShareWorker)
+    worker.model_runner = FakeRunnerV2()
+    worker.model_runner.sampler = None
+    memshare = SimpleNamespace(need="surprisal-led-redundancy-recency", retired_becomes="null")
+    settings = SimpleNamespace(memshare=memshare, options=SimpleNamespace(null_entries="read"))
+    worker.model_config = SimpleNamespace(runner_type="pooling")
+    assert worker._check_runner(settings) == frozenset()
+    worker.model_config = SimpleNamespace(runner_type="generate")
+    with pytest.raises(UserError, match="FakeRunnerV2 has no sampler"):
+        worker._check_runner(settings)
 
 
 def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):
