@@ -1,8 +1,9 @@
 """One small vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
-``python gpu_choices.py small_engine_process.py plain|read|skip|aliases MODEL NULL_PAGES RANKS SCHEDULES``. Fewer
-requests and shorter ones than in ``engine_process``: for model runner V2, each of whose kernels is interpreted, and for
-two ranks, which wait for one another.
+``python gpu_choices.py small_engine_process.py ARM MODEL NULL_PAGES RANKS SCHEDULES``, ``ARM`` one of those below or
+``plain``; in ``preempted`` the pool is too short for two requests. Fewer requests and shorter ones than in
+``engine_process``: for model runner V2, each of whose kernels is interpreted, and for two ranks, which wait for one
+another.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 from vllm_plugin import engine_process
 from vllm_plugin.engine_process import LLM, make_engine, schedules, under_pressure, with_room
 
-NUM_BLOCKS = {"plain": 13, "read": 13, "skip": 12, "aliases": 13}  # with 12 a request is preempted
 engine_process.MAX_LENGTH = 256
 _NEED = "surprisal-led-redundancy-recency"
 _SETTINGS: dict[str, Any] = {"min_kept": 0.25, "protected_tokens": 32, "admission": "vllm"}
 _ARMS: dict[str, dict[str, Any]] = {
     "read": {"need": _NEED},
     "skip": {"need": _NEED, "null_entries": "skip"},
+    "preempted": {"need": _NEED, "null_entries": "skip"},
     "aliases": {"need": "nearest-earlier", "retired_becomes": "alias"},
 }
 
@@ -31,14 +32,15 @@ def short_room(llm: LLM) -> list[list[int]]:
 
 def main() -> None:
     arm, model, null_pages, *numbers = sys.argv[1:]
-    num_ranks, num_schedules = int(numbers[0]), int(numbers[1])
+    num_ranks, num_schedules = map(int, numbers)
+    num_blocks = 12 if arm == "preempted" else 13
     if arm == "plain":
-        llm = make_engine(model, "", num_ranks, NUM_BLOCKS[arm])
+        llm = make_engine(model, "", num_ranks, num_blocks)
         result: dict[str, Any] = {"with_room": short_room(llm)}
     else:
-        llm = make_engine(model, null_pages, num_ranks, NUM_BLOCKS[arm], **_SETTINGS, **_ARMS[arm])
+        llm = make_engine(model, null_pages, num_ranks, num_blocks, **_SETTINGS, **_ARMS[arm])
         result = {"with_room": short_room(llm)}
-        masked = None if arm == "skip" else null_pages
+        masked = None if "null_entries" in _ARMS[arm] else null_pages
         result["pressure"] = under_pressure(llm, model, masked, (200, 210), (60,))
         if num_schedules:
             result["schedules"] = schedules(llm, num_schedules, most=10, longest=120)

@@ -1,7 +1,6 @@
 """vLLM itself, on the CPU, with the bundled model: with room, under pressure, and on random schedules.
 
-Each arm is a process of its own (``engine_process.py``). Needs vLLM in the environment
-(``make test-vllm``).
+Each arm is a process of its own (``engine_process.py``). Needs vLLM in the environment (``make test-vllm``).
 """
 
 from __future__ import annotations
@@ -20,11 +19,6 @@ from vllm_plugin.fake_runners import FakeRunnerV2
 from trtllm_memshare.errors import UserError
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
-
-
-@pytest.fixture(scope="module")
-def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_null_pages(tmp_path_factory.mktemp("null_pages"))
 
 
 @pytest.fixture(scope="module")

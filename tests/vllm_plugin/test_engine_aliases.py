@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm_plugin.engine_runs import run, save_null_pages
+from vllm_plugin.engine_runs import run
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
-
-
-@pytest.fixture(scope="module")
-def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_null_pages(tmp_path_factory.mktemp("null_pages"))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +20,7 @@ def test_with_aliases_log_probabilities_are_those_of_donors_that_count_more_than
     assert pressure["aliased"] >= 20
     assert pressure["preemptions"] == 0
     assert not pressure["off_retired"]
-    # As above.
+    # The bound of ``test_engine``.
     assert pressure["difference"] < 1e-4
     assert pressure["difference_if_donors_counted_once"] > 0.5
     assert pressure["difference_if_nothing_were_retired"] > 1.0

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm_plugin.engine_runs import run, save_null_pages
+from vllm_plugin.engine_runs import run
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
-
-
-@pytest.fixture(scope="module")
-def null_pages(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_null_pages(tmp_path_factory.mktemp("null_pages"))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +25,7 @@ def test_with_null_entries_skipped_log_probabilities_are_those_of_a_pass_without
     assert pressure["retired"] >= 20
     assert pressure["requests_retired_from"] >= 5
     assert pressure["preemptions"] == 0
-    # As above.
+    # The bound of ``test_engine``.
     assert pressure["difference"] < 1e-4
     assert pressure["difference_if_nothing_were_retired"] > 1.0
     assert pressure["surprisal_difference"] < 1e-3
