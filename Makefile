@@ -54,7 +54,7 @@ vllm: .venv-vllm/ready
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt
 	python3.11 -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
 	touch $@
 
 test-vllm: vllm

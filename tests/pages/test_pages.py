@@ -136,13 +136,13 @@ UNREFERRED = {
     "docs/null_page.md": {"99.9": SETTINGS},
     "docs/plugins.md": {"10.14": VERSION, "11.1": VERSION},
     "docs/pressure.md": {
-        **dict.fromkeys(("0.97", "0.92", "0.5"), SETTINGS),
+        **dict.fromkeys(("0.97", "0.92", "0.5", "0.2", "0.25", "0.75"), SETTINGS),
         **dict.fromkeys(("1.85", "2.2", "1.5", "1.4"), GOAL),
     },
     "docs/pressure_figures.md": {"0.92": SETTINGS, **dict.fromkeys(("1.85", "2.2", "1.5", "1.4"), GOAL)},
     "docs/pytorch_backend.md": {
         **dict.fromkeys(("0.5", "0.97", "0.92"), SETTINGS),
-        **{"1.1": VERSION, "1.4": VERSION, "1.5": SIZE},
+        **{"1.1": VERSION, "1.4": VERSION, "1.5": SIZE, "0.9": SIZE, "3.6": SIZE},
     },
     "docs/pytorch_backend_figures.md": {"0.5": SETTINGS, "1.1": VERSION, "1.2": VERSION, "1.6": GOAL},
     "docs/real_model.md": {"0.1": SETTINGS, "0.9": SETTINGS, "0.8": GOAL, "0.95": GOAL, "2.0": VERSION},
@@ -151,7 +151,7 @@ UNREFERRED = {
     "docs/tensorrt_llm.md": {"10.14": VERSION},
     "docs/toy.md": {"0.8": SIZE, "1.2": SIZE, "23.5": SIZE, "1.85": GOAL, "0.6": SETTINGS, "0.95": SETTINGS},
     "docs/vllm.md": {
-        **dict.fromkeys(("0.5", "0.25", "0.97", "0.92"), SETTINGS),
+        **dict.fromkeys(("0.5", "0.97", "0.92"), SETTINGS),
         **dict.fromkeys(("1.5", "1.85", "2.2"), GOAL),
     },
     "docs/vllm_figures.md": {

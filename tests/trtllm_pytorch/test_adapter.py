@@ -242,9 +242,12 @@ def test_what_sharing_excludes_stops_the_start_or_runs_unshared(arguments, confi
     assert [list(blocks) for blocks in manager.get_batch_cache_indices([1])] == [[0]]
 
 
-def test_mla_is_refused():
-    with pytest.raises(UserError, match="one latent instead of K and V"):
-        construct(make_sharing_class(), {"kv_cache_type": "SELFKONLY"}, {}, {})
+@pytest.mark.parametrize(
+    ("kind", "message"), [("SELFKONLY", "one latent instead of K and V"), ("CROSS", "models with an encoder")]
+)
+def test_a_cache_of_another_kind_is_refused(kind, message):
+    with pytest.raises(UserError, match=message):
+        construct(make_sharing_class(), {"kv_cache_type": kind}, {}, {})
 
 
 @pytest.mark.parametrize(("host_cache_size", "shares"), [(None, True), (1 << 20, True), (0, False)])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtllm_pytorch.conftest import make_settings
+from trtllm_pytorch.fake_attention import FakeAttentionModule, make_attention_module
 from trtllm_pytorch.fake_executor import make_cache_config, make_manager, make_mapping, repetitive_text
 from trtllm_pytorch.fake_framework import (
     FakeKVCacheCompressionManager,
@@ -251,10 +252,12 @@ def test_it_serves_v2_alone():
 def served(release, model_config):
     """Starts TensorRT-LLM with our algorithm; returns ``_util``, the method and the KV cache manager it is bound to."""
 
-    def start(on_unsupported="stop", config=None, draft=None, disaggregated=False, **arguments):
-        module = release("main V2")
+    def start(on_unsupported="stop", config=None, draft=None, disaggregated=False, rope_fusion=False, **arguments):
+        module, attention = release("main V2"), make_attention_module()
         values = make_settings(**SHORT, null_pages="unused", route="framework", on_unsupported=on_unsupported)
-        assert install(module, values)
+        assert install(module, values, lambda: attention)
+        assert attention.TrtllmAttention.support_fused_rope()  # TensorRT-LLM knows from our configuration
+        FakeAttentionModule(attention.TrtllmAttention, 0, rope_fusion=rope_fusion)
         made = module.create_kv_cache_compression_manager(CONFIG, model_engine=None)
         cache_config = make_cache_config(40, 8, use_kv_cache_manager_v2=True, **(config or {}))
         creator = FakeKvCacheCreator(module, model_config, cache_config)
@@ -296,6 +299,7 @@ EXCLUDED = [
     ({"dtype": SimpleNamespace(name="NVFP4")}, "NVFP4"),
     ({"num_layers": 7}, "knows no model of this KV cache's geometry"),
     ({"disaggregated": True}, "disaggregated serving"),
+    ({"rope_fusion": True}, "route framework excludes models whose attention kernels rotate keys, got 1 such layers"),
 ]
 
 
@@ -375,11 +379,13 @@ def test_a_base_class_without_a_hook_leaves_the_factory_as_it_was(release, monke
     module = release("main V2")
     monkeypatch.delattr(FakeKVCacheCompressionManager, "on_request_finish")
     factory = module.create_kv_cache_compression_manager
-    assert not install(module, make_settings(**SHORT, null_pages="unused", route="framework"))
+    assert not install(module, make_settings(**SHORT, null_pages="unused", route="framework"), make_attention_module)
     assert module.create_kv_cache_compression_manager is factory
     assert "KVCacheCompressionManager has no on_request_finish (lets go of a request)" in caplog.text
 
 
 def test_a_release_without_the_framework_has_this_route_not(release, caplog):
-    assert not install(release("1.2"), make_settings(**SHORT, null_pages="unused", route="framework"))
+    assert not install(
+        release("1.2"), make_settings(**SHORT, null_pages="unused", route="framework"), make_attention_module
+    )
     assert "route framework needs KVCacheCompressionManager" in caplog.text

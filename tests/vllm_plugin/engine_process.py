@@ -28,18 +28,22 @@ import torch
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
-from vllm_plugin.gpu_choices import RUNNER, schedule_asynchronously
+from vllm_plugin.gpu_choices import RUNNER, attend_in_triton, schedule_asynchronously
 from vllm_plugin.masked_forward import log_probabilities
 from vllm_plugin.shadow import Shadow
 
+from trtllm_memshare.engine.null_page import stored_keys
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import cache_signatures, probe, skipped_entries
 
 if "-async" in RUNNER:
     schedule_asynchronously()
+if "-triton" in RUNNER:
+    attend_in_triton()
 if "-in-place" in RUNNER:
     skipped_entries._changes_in_place = lambda device: True
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
+STORED = torch.float8_e4m3fn if "-fp8" in RUNNER else None
 
 
 def make_engine(model: str, null_pages: str, num_ranks: int = 1, num_blocks: int = NUM_BLOCKS, **memshare: Any) -> LLM:
@@ -55,7 +59,7 @@ def make_engine(model: str, null_pages: str, num_ranks: int = 1, num_blocks: int
     return LLM(
         model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
         num_gpu_blocks_override=num_blocks, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
-        tensor_parallel_size=num_ranks, **ours,
+        tensor_parallel_size=num_ranks, kv_cache_dtype="auto" if STORED is None else "fp8", **ours,
     )  # fmt: skip
 
 
@@ -117,6 +121,8 @@ def under_pressure(
     pages = {"keys": None, "bands": torch.tensor([0, MAX_LENGTH])}
     if null_pages is not None:
         pages = load_file(Path(null_pages) / "null_pages.safetensors")
+        if STORED is not None:
+            pages["keys"] = stored_keys(pages["keys"], STORED).float()
     worst = {"as read": 0.0, "once": 0.0, "all": 0.0}
     differences: list[float] = []
     for output, prompt in zip(outputs, prompts, strict=True):
@@ -144,7 +150,9 @@ def under_pressure(
             ("all", nothing, None),
         ):
             with torch.no_grad():
-                all_logs = log_probabilities(reference, tokens, gone, pages["keys"], pages["bands"].long(), seen)
+                all_logs = log_probabilities(
+                    reference, tokens, gone, pages["keys"], pages["bands"].long(), seen, STORED
+                )
             expected = all_logs[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
             worst[arm] = max(worst[arm], float((said - expected).abs().max()))
     return {

@@ -63,8 +63,9 @@ def check(result: dict[str, Any], runner: str = "") -> dict[str, Any]:
     assert pressure["retired"] >= 5
     assert pressure["requests_retired_from"] == 2
     assert not pressure["off_retired"]
-    # Who was preempted was computed again, many tokens at once.
-    assert pressure["difference"] < (2e-4 if pressure["preemptions"] else 1e-4)
+    # In fp8 a number at the edge of two may be the other one here; who was preempted was computed anew, all at once.
+    bound = 1e-3 if result["elements"] == "fp8" else 2e-4 if pressure["preemptions"] else 1e-4
+    assert pressure["difference"] < bound
     assert pressure["difference_if_nothing_were_retired"] > 1.0
     assert pressure["surprisal_difference"] < 1e-3
     return pressure

@@ -1,8 +1,9 @@
 """What vLLM 0.32 chooses on a GPU, on the CPU: model runner V2, and async scheduling.
 
-``MEMSHARE_TEST_RUNNER`` is V1 or V2, followed by ``-async`` for async scheduling, and by ``-in-place`` if tables and
-lengths are to be changed where they are, as on a GPU. ``python gpu_choices.py PROGRAM ARGUMENTS`` starts a program with
-that model runner, before it imports vLLM.
+``MEMSHARE_TEST_RUNNER`` is V1 or V2, followed by ``-async`` for async scheduling, by ``-in-place`` if tables and
+lengths are to be changed where they are, as on a GPU, by ``-triton`` for vLLM's attention in Triton, and by
+``-fp8`` for a cache that only such attention has on every CPU. ``python gpu_choices.py PROGRAM ARGUMENTS`` starts a
+program with that model runner, before it imports vLLM.
 
 V2's own kernels are written in Triton, whose wheel has no backend for the CPU: its interpreter runs them here, one
 program after the other. Both choices are vLLM's own code, unchanged; read on 30 November 2026.
@@ -23,7 +24,7 @@ RUNNER = os.environ.get("MEMSHARE_TEST_RUNNER", "V1")
 def choose_runner() -> None:
     """Before vLLM is imported."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(RUNNER.startswith("V2")))
-    if RUNNER.startswith("V1"):
+    if RUNNER.startswith("V1") and "-triton" not in RUNNER:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     from triton import backends
@@ -46,6 +47,40 @@ def schedule_asynchronously() -> None:
         return config
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def attend_in_triton() -> None:
+    """vLLM has a CPU choose its own attention, whatever is asked for."""
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends import triton_attn
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    # Kernels are sized by what the device can do, and fp8 asks for it.
+    round_to_fp8_as_gpus_do()
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    CpuPlatform.has_device_capability = classmethod(lambda *_, **__: True)
+    # A batch that fills no GPU is cut along its texts, sixteen programs for each: here one request alone, and two.
+    triton_attn.MIN_LAUNCH_GRID_SIZE_2D, triton_attn.NUM_PAR_SOFTMAX_SEGMENTS = 2, 2
+    CpuPlatform.get_attn_backend_cls = classmethod(lambda *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path())
+
+
+def round_to_fp8_as_gpus_do() -> None:
+    """The interpreter of Triton 3.9 rounds 0.49 to 0.25 where it is to be 0.5: what is carried into the exponent is
+    lost. A GPU takes the nearest number, and the largest for one that is larger."""
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(numbers: Any, input_type: Any, output_type: Any, rounding_mode: Any) -> Any:
+        if (input_type, output_type) == (tl.float32, tl.float8e4nv):
+            rows = torch.from_numpy(numbers.view("float32")).clamp(-448, 448)
+            return rows.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return original(numbers, input_type, output_type, rounding_mode)
+
+    interpreter._convert_float = convert
 
 
 if __name__ == "__main__":

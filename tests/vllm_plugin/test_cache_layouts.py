@@ -27,31 +27,38 @@ from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import CacheSignatures, PlacedSignatures, open_signatures
 
 BLOCKS, LAYERS, HEADS, SIZE, DIM = 6, 5, 2, 16, 32
+FP8 = torch.float8_e4m3fn
 
 
-def scatter(key, value, key_cache, value_cache, slot_mapping, *_):
+def scatter(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, *scales):
     """``reshape_and_cache_flash`` over caches ``[blocks, tokens, KV heads, head size]``."""
     size = key_cache.shape[1]
-    for row, slot in enumerate(slot_mapping.tolist()):
-        key_cache[slot // size, slot % size], value_cache[slot // size, slot % size] = key[row], value[row]
+    for rows, cache, scale in zip((key, value), (key_cache, value_cache), scales, strict=True):
+        if kv_cache_dtype == "fp8":
+            rows, cache = (rows.float() / scale).to(FP8).view(torch.uint8), cache.view(torch.uint8)
+        for row, slot in zip(rows, slot_mapping.tolist(), strict=True):
+            cache[slot // size, slot % size] = row
 
 
 @pytest.mark.parametrize("kernel_block_size", [SIZE, SIZE // 2])
 @pytest.mark.parametrize("layout", list(KVCacheLayout), ids=lambda layout: layout.name)
 @pytest.mark.parametrize(
-    ("module", "name"),
+    ("module", "name", "kv_cache_dtype"),
     [
-        ("flash_attn", "FlashAttentionImpl"),
-        ("flex_attention", "FlexAttentionImpl"),
-        ("triton_attn", "TritonAttentionImpl"),
+        ("flash_attn", "FlashAttentionImpl", "auto"),
+        ("flash_attn", "FlashAttentionImpl", "fp8"),
+        ("flex_attention", "FlexAttentionImpl", "auto"),
+        ("triton_attn", "TritonAttentionImpl", "auto"),
+        ("triton_attn", "TritonAttentionImpl", "fp8"),
     ],
 )
-def test_v_of_every_backend_and_layout(monkeypatch, module, name, layout, kernel_block_size):
+def test_v_of_every_backend_and_layout(monkeypatch, module, name, kv_cache_dtype, layout, kernel_block_size):
     backend = importlib.import_module(f"vllm.v1.attention.backends.{module}")
     monkeypatch.setattr(backend, "reshape_and_cache_flash", scatter, raising=False)
     monkeypatch.setattr(backend, "triton_reshape_and_cache_flash", scatter, raising=False)
     monkeypatch.setattr(torch.ops._C_cache_ops, "reshape_and_cache_flash", scatter, raising=False)
-    spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16)
+    dtype = torch.uint8 if kv_cache_dtype == "fp8" else torch.bfloat16
+    spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=HEADS, head_size=DIM, dtype=dtype)
     layer_stride, block_stride, *_ = compute_layout_strides(spec, BLOCKS, LAYERS, layout)
     total = LAYERS * BLOCKS * spec.page_size_bytes
     placed = KVCacheTensor(total, [str(i) for i in range(LAYERS)], layer_stride, block_stride)
@@ -61,13 +68,17 @@ def test_v_of_every_backend_and_layout(monkeypatch, module, name, layout, kernel
     except ValueError as error:
         pytest.skip(f"vLLM itself does not cut blocks in this layout: {error}")
     impl = SimpleNamespace(
-        attn_type="decoder", head_size=DIM, kv_cache_dtype="auto", _is_per_token_head_quant=False
+        attn_type="decoder", head_size=DIM, kv_cache_dtype=kv_cache_dtype, _is_per_token_head_quant=False,
+        fp8_dtype=FP8,
     )  # fmt: skip
     impl.do_kv_cache_update = getattr(backend, name).do_kv_cache_update.__get__(impl)
-    scales = {"_k_scale": torch.ones(1), "_v_scale": torch.ones(1)}
     layers = [
-        SimpleNamespace(num_kv_heads=HEADS, head_size=DIM, impl=impl, kv_cache=cache, **scales) for cache in caches
-    ]
+        SimpleNamespace(
+            num_kv_heads=HEADS, head_size=DIM, impl=impl, kv_cache=cache, kv_cache_dtype=kv_cache_dtype,
+            dtype=torch.bfloat16, _k_scale=torch.tensor(0.03 * (i + 1)), _v_scale=torch.tensor(0.07 * (i + 1)),
+        )
+        for i, cache in enumerate(caches)
+    ]  # fmt: skip
     assert isinstance(open_signatures(torch.device("cuda"), layers, BLOCKS, SIZE, BLOCKS - 1), CacheSignatures)
     compare_pages(layers, SIZE)
 
@@ -79,7 +90,8 @@ def test_pages_of_the_cpu_backend_whatever_instructions_it_packs_for(isa, dtype)
     impl.do_kv_cache_update = backend.do_kv_cache_update.__get__(impl)
     layers = [
         SimpleNamespace(
-            num_kv_heads=HEADS, head_size=DIM, impl=impl, isa=isa, _k_scale_float=1.0, _v_scale_float=1.0,
+            num_kv_heads=HEADS, head_size=DIM, impl=impl, isa=isa, kv_cache_dtype="auto", dtype=dtype,
+            _k_scale_float=1.0, _v_scale_float=1.0,
             kv_cache=torch.zeros(BLOCKS, HEADS, 32, 2 * DIM, dtype=dtype),
         )
         for _ in range(LAYERS)
@@ -97,9 +109,10 @@ def test_pages_of_the_cpu_backend_whatever_instructions_it_packs_for(isa, dtype)
 
 def compare_pages(layers, size: int) -> None:
     """Distances of two pages are those of what the backend wrote into them."""
-    rows = [torch.randn(2 * size, HEADS, DIM).to(layers[0].kv_cache.dtype) for _ in ("key", "value")]
+    rows = [torch.randn(2 * size, HEADS, DIM).to(layers[0].dtype) for _ in ("key", "value")]
     pages = open_cache_pages(layers, size, BLOCKS - 1)
     for layer in layers:  # blocks 0 and 1
         layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, torch.arange(2 * size))
     expected = max(relative_distances_of_rows(p[:1], p[1:]).item() for p in (r.float().view(2, -1) for r in rows))
-    assert pages.distances([1], [0]).item() == pytest.approx(expected, rel=1e-4)
+    rounding = 0.02 if layers[0].kv_cache_dtype == "fp8" else 1e-4
+    assert pages.distances([1], [0]).item() == pytest.approx(expected, rel=rounding)

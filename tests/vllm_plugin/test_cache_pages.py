@@ -24,14 +24,21 @@ class Layer:
     of a token in turns, which no backend does.
     """
 
-    num_kv_heads, head_size = HEADS, DIM
+    num_kv_heads, head_size, dtype = HEADS, DIM, torch.float32
+    _k_scale, _v_scale = torch.tensor(0.25), torch.tensor(2.0)
 
     def __init__(self, cache: torch.Tensor, order: str) -> None:
         self.kv_cache, self.order = cache, order
+        self.kv_cache_dtype = "fp8" if cache.dtype is torch.uint8 else "auto"
         self.impl = SimpleNamespace(do_kv_cache_update=self.update)
 
     def update(self, layer, key, value, kv_cache, slot_mapping):
         size = kv_cache.shape[2]
+        if self.kv_cache_dtype == "fp8":
+            key, value = (
+                (rows / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+                for rows, scale in ((key, self._k_scale), (value, self._v_scale))
+            )
         for slot, k, v in zip(slot_mapping.tolist(), key, value, strict=True):
             block, token = kv_cache[slot // size], slot % size
             if self.order == "gpu":
@@ -52,14 +59,16 @@ def make_layers(order: str, size: int = SIZE, dtype: torch.dtype = torch.bfloat1
     return [Layer(torch.zeros(num_blocks, HEADS, size, 2 * DIM, dtype=dtype), order) for _ in range(LAYERS)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(("order", "size"), [("gpu", SIZE), ("gpu", SIZE // 2), ("cpu", SIZE), ("cpu", SIZE // 2)])
 def test_distances_are_those_of_the_pool_that_was_written(order, size, dtype):
     layers = make_layers(order, size, dtype)
     pages = open_cache_pages(layers, SIZE, SPARE)
     generator = torch.Generator().manual_seed(1)
-    pool = torch.randn(BLOCKS, LAYERS, 2, HEADS, SIZE, DIM, generator=generator).to(dtype)
-    pool[3] = pool[0] + (0.1 * torch.randn(pool[0].shape, generator=generator)).to(dtype)
+    rounded = torch.float8_e4m3fn if dtype is torch.uint8 else dtype  # times a power of two: exact with either scale
+    pool = torch.randn(BLOCKS, LAYERS, 2, HEADS, SIZE, DIM, generator=generator)
+    pool[3] = pool[0] + 0.1 * torch.randn(pool[0].shape, generator=generator)
+    pool = (64 * pool).to(rounded).float() / 64  # far from numbers that fp8 has no exponent for
     slots = torch.randperm(BLOCKS * SIZE, generator=generator)
     for index, layer in enumerate(layers):
         key, value = pool[:, index].permute(1, 0, 3, 2, 4).reshape(2, -1, HEADS, DIM)[:, slots]

@@ -17,6 +17,7 @@ from trtllm_memshare.search.signatures import page_signatures
 from trtllm_memshare.vllm.cache_signatures import CacheSignatures, PlacedSignatures, open_signatures
 
 BLOCKS, LAYERS, HEADS, DIM, SPARE = 6, 5, 2, 32, 3
+FP8 = torch.float8_e4m3fn
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -27,16 +28,25 @@ class OnCuda(torch.Tensor):
 
 
 class Layer:
-    """An attention layer. ``packed``: V of a head behind all of its K, two rows interleaved, as AMX has it on a CPU."""
+    """An attention layer. ``packed``: V of a head behind all of its K, two rows interleaved, as AMX has it on a CPU.
 
-    num_kv_heads, head_size = HEADS, DIM
+    A cache of bytes is one of fp8, with scales that are the layer's own.
+    """
+
+    num_kv_heads, head_size, dtype, scales = HEADS, DIM, torch.bfloat16, 0
 
     def __init__(self, cache, packed=False):
         self.kv_cache, self.packed = cache.as_subclass(OnCuda), packed
         self.impl = SimpleNamespace(do_kv_cache_update=self.update)
+        self.kv_cache_dtype = "fp8" if cache.dtype is torch.uint8 else "auto"
+        Layer.scales += 1
+        self._k_scale, self._v_scale = torch.tensor(0.03 * Layer.scales), torch.tensor(0.07 * Layer.scales)
 
     def update(self, layer, key, value, kv_cache, slot_mapping):
         plain = kv_cache.as_subclass(torch.Tensor)
+        if self.kv_cache_dtype == "fp8":
+            both = zip((key, value), (self._k_scale, self._v_scale), strict=True)
+            key, value = ((rows.float() / scale).to(FP8).view(torch.uint8) for rows, scale in both)
         blocks, heads, size, _ = plain.shape
         if self.packed:
             keys, values = plain.view(blocks, heads, 2 * size, DIM).split(size, dim=2)
@@ -52,9 +62,9 @@ class Layer:
                 values[block, :, token] = v
 
 
-def make_layers(size: int, packed: bool = False) -> list[Layer]:
+def make_layers(size: int, packed: bool = False, dtype: torch.dtype = torch.bfloat16) -> list[Layer]:
     """Caches ``[blocks, heads, tokens, 2 * head size]``; in memory blocks, layers, tokens, heads."""
-    pool = torch.zeros(BLOCKS, LAYERS, size, HEADS, 2 * DIM, dtype=torch.bfloat16).transpose(2, 3)
+    pool = torch.zeros(BLOCKS, LAYERS, size, HEADS, 2 * DIM, dtype=dtype).transpose(2, 3)
     return [Layer(torch.zeros_like(pool[:, i]).contiguous() if packed else pool[:, i], packed) for i in range(LAYERS)]
 
 
@@ -68,6 +78,8 @@ def fill(layers: list[Layer], size: int, projection) -> list[torch.Tensor]:
         value = torch.randn(num_blocks * size, HEADS, DIM, generator=generator).bfloat16()
         slots = torch.randperm(len(value), generator=generator)
         layer.impl.do_kv_cache_update(layer, torch.randn_like(value), value, layer.kv_cache, slots)
+        if layer.kv_cache_dtype == "fp8":
+            value = (value.float() / layer._v_scale).to(FP8).float()
         written.append(value[slots.argsort()].view(num_blocks, size, HEADS, DIM).transpose(1, 2))
     return [written[index] for index in projection.layers.tolist()]
 
@@ -79,19 +91,21 @@ def compare(found, written) -> None:
         torch.testing.assert_close(found.of_blocks(np.array(blocks, np.int64)), expected, **SIGNATURE_ERROR)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("parts", [1, 2])  # a backend may cut the scheduler's blocks
-def test_the_kernel_signs_what_the_backend_wrote(tmp_path, monkeypatch, parts):
+def test_the_kernel_signs_what_the_backend_wrote(tmp_path, monkeypatch, parts, dtype):
     monkeypatch.setattr(page_signer, "CudaSignatures", lambda *given: SignaturesOnHost(*given, tmp_path))
-    size, layers = 16, make_layers(16 // parts)
+    size, layers = 16, make_layers(16 // parts, dtype=dtype)
     found = open_signatures(CUDA, layers, BLOCKS // parts, size, BLOCKS // parts - 1)
     assert isinstance(found, CacheSignatures)
     assert found.description == "the kernel, on the host"
     compare(found, fill(layers, size, found.projection))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_v_is_found_where_a_cpu_packs_it(parts):
-    layers = make_layers(16 // parts, packed=True)
+def test_v_is_found_where_a_cpu_packs_it(parts, dtype):
+    layers = make_layers(16 // parts, packed=True, dtype=dtype)
     found = open_signatures(CPU, layers, BLOCKS // parts, 16, BLOCKS // parts - 1)
     compare(found, fill(layers, 16, found.projection))
 

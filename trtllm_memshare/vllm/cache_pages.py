@@ -22,6 +22,7 @@ import torch
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.nearest_page import distances_of_layers
+from trtllm_memshare.vllm.cache_elements import elements, rounded, write_elements
 
 Halves = tuple[torch.Tensor, torch.Tensor]
 Split = Callable[[torch.Tensor], Halves]
@@ -57,12 +58,13 @@ class CachePages:
     """
 
     def __init__(self, layers: list[Any], block_size: int, split: Split) -> None:
-        self._caches, self._split = [layer.kv_cache for layer in layers], split
+        self._layers, self._split = layers, split
         for layer in layers:
             shape, heads, dim = list(getattr(layer.kv_cache, "shape", ())), layer.num_kv_heads, layer.head_size
             if len(shape) != 4 or (shape[1], shape[3]) != (heads, 2 * dim):
                 raise ValueError(f"a layer's cache must be [blocks, {heads}, tokens, {2 * dim}], got {shape}")
-        self._parts = torch.arange(block_size // self._caches[0].shape[2], device=self._caches[0].device)
+        cache = layers[0].kv_cache
+        self._parts = torch.arange(block_size // cache.shape[2], device=cache.device)
 
     @torch.inference_mode()
     def distances(self, new_blocks: list[int], old_blocks: list[int]) -> np.ndarray:
@@ -71,16 +73,17 @@ class CachePages:
         new, old = (torch.tensor(blocks, dtype=torch.int64, device=device) for blocks in (new_blocks, old_blocks))
         rows = [
             torch.cat(
-                [distances_of_layers(self.read, len(self._caches), some, others) for others in old.split(_PAGES)], 1
+                [distances_of_layers(self.read, len(self._layers), some, others) for others in old.split(_PAGES)], 1
             )
             for some in new.split(_PAGES)
         ]
         return torch.cat(rows).cpu().numpy() if len(new) and len(old) else np.zeros((len(new), len(old)), np.float32)
 
     def read(self, layer: int, blocks: torch.Tensor) -> Halves:
-        """K and V of blocks, int64 ``[n]``, in one layer: float32 ``[n, width]`` each."""
+        """Elements of K and V of blocks, int64 ``[n]``, in one layer: float32 ``[n, width]`` each."""
         own = (blocks[:, None] * len(self._parts) + self._parts).flatten()
-        key, value = (half.reshape(len(blocks), -1).float() for half in self._split(self._caches[layer][own]))
+        there = elements(self._layers[layer], self._layers[layer].kv_cache[own])
+        key, value = (half.reshape(len(blocks), -1).float() for half in self._split(there))
         return key, value
 
 
@@ -126,9 +129,9 @@ def _errors(layers: list[Any], found: dict[Split, CachePages], block_size: int, 
     first = torch.randn(shape, generator=generator)
     for far in (0.0, _NEAR), (_NEAR, _FAR), (_FAR, _NEAR):
         noise = torch.randn(shape, generator=generator)
-        page = (first + torch.tensor(far).view(2, 1, 1, 1, 1) * noise).to(cache.device, cache.dtype)
+        page = rounded(layers[0], first + torch.tensor(far).view(2, 1, 1, 1, 1) * noise)
         for index, layer in enumerate(layers):
-            layer.impl.do_kv_cache_update(layer, page[0, index], page[1, index], layer.kv_cache, slots)
+            write_elements(layer, page[0, index], page[1, index], slots)
         written.append([(page[0, i][None], page[1, i][None]) for i in range(len(layers))])
         for split, pages in found.items():
             read[split].append([pages.read(i, blocks) for i in range(len(layers))])

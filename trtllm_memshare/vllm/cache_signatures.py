@@ -19,6 +19,7 @@ import torch
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.page_signer import make_page_signer
 from trtllm_memshare.search.signatures import SignatureProjection, make_projection, page_signatures
+from trtllm_memshare.vllm.cache_elements import elements, rounded, write_elements
 from trtllm_memshare.vllm.placed_values import PlacedValues
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _values(layers: list[Any], projection: SignatureProjection) -> list[torch.Te
         shape = list(getattr(cache, "shape", ()))
         if len(shape) != 4 or (shape[1], shape[3]) != (heads, 2 * dim):
             raise ValueError(f"a layer's cache must be [blocks, {heads}, tokens, {2 * dim}], got {shape}")
-        fields.append(cache[..., dim:])
+        fields.append(elements(layers[index], cache)[..., dim:])
     return fields
 
 
@@ -141,9 +142,9 @@ def _what_differs(signatures: PageSignatures, layers: list[Any], block_size: int
     for index in signatures.projection.layers.tolist():
         layer, cache = layers[index], layers[index].kv_cache
         rows = torch.randn(2, block_size, layer.num_kv_heads, layer.head_size, generator=generator)
-        key, value = rows.to(cache.device, cache.dtype)
+        key, value = rounded(layer, rows)
         slots = torch.arange(block * block_size, (block + 1) * block_size, device=cache.device)
-        layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
+        write_elements(layer, key, value, slots)
         written.append(value.transpose(0, 1)[None])
     first = torch.zeros(1, dtype=torch.int32)
     expected = page_signatures(written, first, torch.empty(0), first, signatures.projection)

@@ -10,6 +10,7 @@ import torch
 
 from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.cache_elements import null_key_elements, write_elements
 
 _AGAIN = "calibrate the model again"
 
@@ -75,9 +76,8 @@ def write_null_pages(runner: Any, keys: torch.Tensor, block_ids: list[int]) -> N
             block_id * block_size, (block_id + 1) * block_size, dtype=torch.int64, device=runner.device
         )
         for index, layer in enumerate(attention_layers(runner)):
-            key = keys[band, index].to(runner.device, runner.kv_cache_dtype)
-            rows = key[None].expand(block_size, -1, -1).contiguous()
-            layer.impl.do_kv_cache_update(layer, rows, torch.zeros_like(rows), layer.kv_cache, slots)
+            rows = null_key_elements(keys[band, index], layer).float()[None].repeat(block_size, 1, 1)
+            write_elements(layer, rows, torch.zeros_like(rows), slots)
 
 
 def attention_layers(runner: Any) -> list[Any]:

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-_BASE = 128
-"""Of the digits: one to this many are exact in every float type of a cache."""
+from trtllm_memshare.vllm.cache_elements import element_type, elements, write_elements
 
 
 class PlacedValues:
@@ -31,7 +30,7 @@ class PlacedValues:
     """
 
     def __init__(self, layer: Any, block_size: int, num_blocks: int, spare_block: int) -> None:
-        self._cache = layer.kv_cache
+        self._layer, self._cache = layer, layer.kv_cache
         shape = list(getattr(self._cache, "shape", ()))
         if not shape or shape[0] % num_blocks:
             raise ValueError(f"a layer's cache must be one tensor of {num_blocks} blocks, got {shape}")
@@ -39,8 +38,8 @@ class PlacedValues:
         self._places = self._find(layer, block_size, spare_block)
 
     def of_blocks(self, block_ids: torch.Tensor) -> torch.Tensor:
-        """V of blocks (int64 ``[n]``), in the cache's type: ``[n, KV heads, tokens, head size]``, a copy."""
-        return self._raw(block_ids)[:, self._places]
+        """V of blocks (int64 ``[n]``), as elements: ``[n, KV heads, tokens, head size]``, a copy."""
+        return elements(self._layer, self._raw(block_ids)[:, self._places])
 
     def _own(self, block_ids: torch.Tensor) -> torch.Tensor:
         """The backend's blocks of the scheduler's."""
@@ -53,19 +52,21 @@ class PlacedValues:
 
     def _find(self, layer: Any, block_size: int, block: int) -> torch.Tensor:
         """Place of each number in a block, int64 ``[KV heads, tokens, head size]``."""
-        device, dtype = self._cache.device, self._cache.dtype
+        device = self._cache.device
+        coarsest = max(torch.finfo(dtype).eps for dtype in (element_type(layer), layer.dtype))
+        base = int(2 / coarsest)  # whole numbers up to it are exact
         shape = (block_size, layer.num_kv_heads, layer.head_size)
         index = torch.arange(math.prod(shape), device=device)
         slots = torch.arange(block * block_size, (block + 1) * block_size, device=device)
         block_ids = torch.tensor([block], device=device)
         self._cache[self._own(block_ids)] = 0
         # A digit is written one too high, so that it differs from the zeros of K.
-        units = [_BASE**digit for digit in range(math.ceil(math.log(len(index), _BASE)))]
+        units = [base**digit for digit in range(math.ceil(math.log(len(index), base)))]
         found = torch.full_like(self._raw(block_ids)[0], -sum(units), dtype=torch.int64)
         for unit in units:
-            digits = (index // unit % _BASE + 1).view(shape).to(dtype)
-            layer.impl.do_kv_cache_update(layer, torch.zeros_like(digits), digits, self._cache, slots)
-            found += unit * self._raw(block_ids)[0].to(torch.int64)
+            digits = (index // unit % base + 1).view(shape)
+            write_elements(layer, torch.zeros_like(digits), digits, slots)
+            found += unit * elements(layer, self._raw(block_ids)[0]).float().long()
         places = (found >= 0).nonzero()[:, 0]
         order = found[places].argsort()
         if not torch.equal(found[places][order], index):

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.cache_elements import SERVED_TYPES
 
 _SCHEDULER_METHODS = (
     "schedule",
@@ -97,8 +98,7 @@ def check_served(config: Any, groups: list[Any]) -> None:
         "dual batch overlap": getattr(parallel, "enable_dbo", False),
         "elastic expert parallelism": getattr(parallel, "enable_elastic_ep", False),
         "sleep mode": config.model_config.enable_sleep_mode,
-        f"a KV cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype
-        not in ("auto", "float32", "float16", "bfloat16"),
+        f"a KV cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype not in SERVED_TYPES,
     }
     for feature, present in excluded.items():
         if present:

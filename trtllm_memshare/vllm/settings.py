@@ -35,7 +35,7 @@ class VllmOptions(BaseModel):
     ``admission``: what a waiting request needs before it gets in. vllm: free blocks for its prompt. lookahead: that the
     pool holds everybody's kept pages ``lookahead_tokens`` further on. max-tokens: the same at any step until each has
     written its max_tokens. ``null_entries``: whether vLLM's kernels read the null page for what was given up, or get
-    tables without it, which needs model runner V1.
+    tables without it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -20,6 +20,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from trtllm_memshare.engine.calibrated_weights import check_weights, find_weights
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.need import find_need
+from trtllm_memshare.vllm.cache_elements import check_null_keys
 from trtllm_memshare.vllm.cache_pages import open_cache_pages
 from trtllm_memshare.vllm.cache_signatures import open_signatures
 from trtllm_memshare.vllm.distance_reports import DistanceReports
@@ -91,6 +92,8 @@ class MemShareWorker(PlatformWorker):
         if settings.options.null_pages is not None:
             rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             self._null_keys = load_keys(settings.options.null_pages, layers, rank, size)
+            if not self._skips:
+                check_null_keys(self._null_keys, layers)
         signatures, surprisal = None, None
         with trial_block(layers, cache.num_blocks) as block:
             if "redundancy" in read:

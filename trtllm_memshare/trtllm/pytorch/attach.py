@@ -65,7 +65,8 @@ def attach(
             config = settings.memshare
             compares = config.searches and config.undo_rope and not config.accept_all
             reasons = [*facts.reasons(), *(facts.comparison_reasons() if compares else ())]
-            reasons += rotation_reasons(arguments.get("rotated_inside", ()), settings.options.null_entries)
+            if settings.options.null_entries == "skip":
+                reasons += rotation_reasons(arguments.get("rotated_inside", ()))
         if reasons or facts is None:
             raise UserError(reasons[0])
         backend = V2Backend(manager) if hasattr(manager, "kv_cache_map") else V1Backend(manager)

@@ -45,6 +45,9 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
             manager.enable_block_reuse and not can_free_unregistered(manager)
         ),
         "models that keep one latent instead of K and V (MLA)": manager.kv_factor != 2,
+        "models with an encoder, whose tokens a cache of its own holds": (
+            str(getattr(manager, "kv_cache_type", "")).endswith("CROSS")
+        ),
         f"several KV pools, got {manager.num_pools}": manager.num_pools != 1,
         f"layers with different numbers of KV heads, got {sorted(heads)}": len(heads) > 1,
         "an NVFP4 cache (set kv_cache_config.dtype to fp8 or auto)": getattr(manager.dtype, "name", "") == "NVFP4",
@@ -52,18 +55,18 @@ def unsupported_features(manager: Any, kv_cache_config: Any, arguments: dict[str
     return [f"sharing excludes {reason}" for reason, is_on in found.items() if is_on]
 
 
-def rotation_reasons(rotated_inside: Collection[int], null_entries: str) -> list[str]:
+def rotation_reasons(rotated_inside: Collection[int], what: str = "null_entries skip") -> list[str]:
     """Why sequences cannot be shorter than their text: a kernel that rotates keys takes the length for the place.
 
     Args:
       rotated_inside: layers whose attention kernel rotates keys.
-      null_entries: the setting.
+      what: the setting that makes them shorter.
     """
-    if null_entries != "skip" or not rotated_inside:
+    if not rotated_inside:
         return []
     return [
-        f"null_entries skip excludes models whose attention kernels rotate keys, got {len(rotated_inside)} such layers "
-        f"(set null_entries to read, and null_pages)"
+        f"{what} excludes models whose attention kernels rotate keys, got {len(rotated_inside)} such layers (take "
+        f"route overlay with null_entries read, and set null_pages)"
     ]
 
 

@@ -30,12 +30,13 @@ class Rotations:
 
     Args:
       attention: ``TrtllmAttention``; its class is modified, before a model is built.
+      asks: False = TensorRT-LLM is to know by its own configuration, as with ``route: framework``; layers are noted.
 
     Attributes:
       inside: layers whose kernel rotates keys, of any model.
     """
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, asks: bool = True) -> None:
         self.inside = set[int]()
         original, parameters = attention.__init__, inspect.signature(attention.__init__)
 
@@ -45,11 +46,14 @@ class Rotations:
             if given.get("pos_embd_params") is not None:
                 self.inside.add(given.get("layer_idx", -1))
             original(layer, *arguments, **keywords)
-            if given.get("mla_params") is not None:  # asks the layer; its kernels turn the latent cache all the same
+            if (
+                asks and given.get("mla_params") is not None
+            ):  # asks the layer; its kernels turn the latent cache all the same
                 layer.support_fused_rope = lambda: True
 
         attention.__init__ = __init__
-        attention.support_fused_rope = classmethod(lambda cls: False)
+        if asks:
+            attention.support_fused_rope = classmethod(lambda cls: False)
 
 
 def fit_lengths(metadata: Any) -> None:

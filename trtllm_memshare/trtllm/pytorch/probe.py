@@ -26,7 +26,7 @@ from trtllm_memshare.trtllm.pytorch.contracts import ProbeError, find_attention,
 from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints
 from trtllm_memshare.trtllm.pytorch.framework import make_compression_manager, note_arguments
-from trtllm_memshare.trtllm.pytorch.guards import DISAGGREGATED
+from trtllm_memshare.trtllm.pytorch.guards import DISAGGREGATED, rotation_reasons
 from trtllm_memshare.trtllm.pytorch.lengths import Rotations, check_attention, fit_lengths
 from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
@@ -89,19 +89,19 @@ def install(util_module: Any, settings: Settings, attention_module: Callable[[],
       Whether sharing is in place. If not, one line in the log says why.
     """
     skips = settings.options.null_entries == "skip" and settings.memshare.shares  # shadow leaves all as it is
-    rotations = None
+    shortens, rotations = settings.options.route == "framework", None
     try:
         form = _probe(util_module)
-        attention: Any = (attention_module or find_attention)() if skips or form == "V1 old" else None
+        attention: Any = (attention_module or find_attention)() if skips or shortens or form == "V1 old" else None
         if form == "V1 old":
             look_up(attention.TrtllmAttentionMetadata, names_of("TrtllmAttentionMetadata", form))
-        if skips:
+        if skips or shortens:
             check_attention(attention)
     except ProbeError as error:
         log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
         return False
-    if settings.options.route == "framework":
-        return _install_framework(util_module, settings)
+    if shortens:
+        return _install_framework(util_module, settings, attention)
     if form == "V1 old":
         wrap_prepare(attention.TrtllmAttentionMetadata)
     if skips:  # around the above: a table that is rearranged has its lengths
@@ -122,7 +122,7 @@ def install(util_module: Any, settings: Settings, attention_module: Callable[[],
     return True
 
 
-def _install_framework(util_module: Any, settings: Settings) -> bool:
+def _install_framework(util_module: Any, settings: Settings, attention: Any) -> bool:
     """Adds our algorithm to TensorRT-LLM's factory of compression methods.
 
     Beside it, the models that it asks about and the arguments of its managers are noted, for what sharing excludes.
@@ -141,15 +141,17 @@ def _install_framework(util_module: Any, settings: Settings) -> bool:
     except ProbeError as error:
         log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
         return False
+    rotations = Rotations(attention.TrtllmAttention, asks=False)
     models = Models()
     _wrap_selector(util_module, models, lambda chosen: None)
     note_arguments(util_module.KVCacheManagerV2)
 
     def model_reasons(arguments: dict[str, Any]) -> list[str]:
-        """The rotation of keys does not matter on this route: they stay as they were written."""
+        """Of any type rotations are served on this route, since keys stay as they were written."""
         if models.is_disaggregated:
             return [f"sharing excludes {DISAGGREGATED}"]
-        return models.of(arguments).window_reasons()
+        # An early release may know our algorithm's name and not that it makes sequences shorter.
+        return models.of(arguments).window_reasons() + rotation_reasons(rotations.inside, "route framework")
 
     @functools.wraps(original)
     def create(config: Any, *arguments: Any, **keywords: Any) -> Any:

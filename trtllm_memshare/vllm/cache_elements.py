@@ -1,0 +1,81 @@
+"""Elements of vLLM's KV cache: in an fp8 cache what lies there, times a scale of the layer for K or V, is K or V.
+
+VLLM 0.32 keeps fp8 as bytes, and its backends read them as e4m3. Signatures and distances of pages bring every vector
+to its own length, so that scales drop out of them. Keys of null pages are as long as elements allow; whether that is
+long enough is what a layer's scale decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trtllm_memshare.engine.null_page import stored_keys
+from trtllm_memshare.errors import UserError
+
+SERVED_TYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3")
+"""Of vLLM's names; a checkpoint may ask for one of them where it says ``auto``."""
+
+_FP8 = torch.float8_e4m3fn
+_ROUNDING = 1e-3  # of a key's length
+
+
+def element_type(layer: Any) -> torch.dtype:
+    """What an attention layer's cache holds."""
+    return _FP8 if layer.kv_cache_dtype.startswith("fp8") else layer.kv_cache.dtype
+
+
+def rounded(layer: Any, numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers that both the model and its cache can hold, as elements on the cache's device, of the same shape."""
+    return numbers.to(layer.kv_cache.device, layer.dtype).to(element_type(layer))
+
+
+def elements(layer: Any, numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers out of a layer's cache, or all of it, as elements: a view of the same shape."""
+    return numbers.view(element_type(layer))
+
+
+def write_elements(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Has the backend's own operator put elements into a layer's cache, which is modified.
+
+    Args:
+      key, value: ``[tokens, num_kv_heads, head_size]``, numbers that the cache can hold, of any float type and device.
+      slots: int64 ``[tokens]``, on the cache's device.
+    """
+    rows = []
+    for numbers, scale in ((key, "_k_scale"), (value, "_v_scale")):
+        numbers = numbers.to(layer.kv_cache.device, torch.float32)
+        if element_type(layer) is _FP8:  # the operator divides by it
+            numbers = numbers * getattr(layer, scale)
+        rows.append(numbers.to(layer.dtype))
+    layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, slots)
+
+
+def null_key_elements(key: torch.Tensor, layer: Any) -> torch.Tensor:
+    """A null page's key, float32 ``[..., head_size]``, as elements of a layer's cache, of their type."""
+    return stored_keys(key, element_type(layer))
+
+
+def check_null_keys(keys: torch.Tensor, layers: list[Any]) -> None:
+    """Looks at whether fp8 caches hold null pages' keys as long as they were calibrated.
+
+    Args:
+      keys: float32 ``[num_bands, num_layers, num_kv_heads, head_dim]``.
+      layers: vLLM's attention layers, first to last, with the scales of their checkpoint.
+
+    Raises:
+      UserError: a layer with too small a scale for that.
+    """
+    for index, layer in enumerate(layers):
+        if element_type(layer) is not _FP8:
+            continue
+        scale = float(layer._k_scale)
+        held = null_key_elements(keys[:, index], layer).float().norm(dim=-1) * scale
+        share = float((held / keys[:, index].norm(dim=-1)).min())
+        if share < 1 - _ROUNDING:
+            raise UserError(
+                f"an fp8 cache with a K scale of {scale:.3g} must hold null pages' keys of layer {index} as long as "
+                f"calibrated, it holds {share:.2f} of that (calibrate with --dtype fp8 if the scale is 1 or more; else "
+                f"set null_entries to skip, which needs none)"
+            )
