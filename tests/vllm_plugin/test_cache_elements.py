@@ -14,29 +14,38 @@ from trtllm_memshare.vllm.cache_elements import check_null_keys, elements, round
 from trtllm_memshare.vllm.null_pages import write_null_pages
 
 FP8 = torch.float8_e4m3fn
+SCALES = st.floats(1e-3, 100)
 BLOCKS, SIZE, HEADS, DIM = 3, 16, 2, 32
 
 
-def a_layer(scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, kv_cache_dtype: str = "fp8") -> SimpleNamespace:
+def a_layer(
+    scale: float | list[float] = 1.0, dtype: torch.dtype = torch.bfloat16, kv_cache_dtype: str = "fp8"
+) -> SimpleNamespace:
     """An attention layer over ``[blocks, heads, tokens, 2 * head size]``, whose operator divides and rounds."""
     is_fp8 = kv_cache_dtype != "auto"
 
     def update(layer, key, value, kv_cache, slot_mapping):
         assert key.dtype is value.dtype is dtype
-        rows = torch.cat([key.float() / layer._k_scale, value.float() / layer._v_scale], -1) if is_fp8 else None
-        rows = torch.cat([key, value], -1) if rows is None else rows.to(FP8).view(torch.uint8)
+        rows = torch.cat([key, value], -1)
+        if is_fp8:
+            both = zip((key, value), (layer._k_scale, layer._v_scale), strict=True)
+            rows = torch.cat([r.float() / scale.view(-1, 1) for r, scale in both], -1).to(FP8).view(torch.uint8)
         for slot, row in zip(slot_mapping.tolist(), rows, strict=True):
             kv_cache[slot // SIZE, :, slot % SIZE] = row
 
     return SimpleNamespace(
         kv_cache=torch.zeros(BLOCKS, HEADS, SIZE, 2 * DIM, dtype=torch.uint8 if is_fp8 else dtype),
         kv_cache_dtype=kv_cache_dtype, dtype=dtype, impl=SimpleNamespace(do_kv_cache_update=update),
-        _k_scale=torch.tensor(scale), _v_scale=torch.tensor(scale / 3), num_kv_heads=HEADS, head_size=DIM,
+        _k_scale=torch.tensor(scale), _v_scale=torch.tensor(scale) / 3, num_kv_heads=HEADS, head_size=DIM,
     )  # fmt: skip
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.floats(1e-3, 100), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(0, 99))
+@given(
+    SCALES | st.lists(SCALES, min_size=HEADS, max_size=HEADS) | st.lists(SCALES, min_size=1, max_size=1),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.integers(0, 99),
+)
 def test_elements_arrive_unchanged_whatever_the_scale(scale, dtype, seed):
     layer = a_layer(scale, dtype)
     key, value = rounded(layer, torch.randn(2, SIZE, HEADS, DIM, generator=torch.Generator().manual_seed(seed)))
@@ -80,5 +89,7 @@ def test_a_scale_with_which_keys_are_shorter_than_calibrated_is_refused():
         UserError, match=r"fp8 cache with a K scale of 0.5 must .* of layer 1 .* holds 0.50 of that .*sk"
     ):
         check_null_keys(for_fp8, [a_layer(), a_layer(0.5)])
+    with pytest.raises(UserError, match=r"K scale of 0.25 must .* of layer 0 .* holds 0.25 of that"):
+        check_null_keys(for_fp8, [a_layer([2.0, 0.25]), a_layer()])
     with pytest.raises(UserError, match=r"of layer 0 .*calibrate with --dtype fp8"):
         check_null_keys(100 * keys, [a_layer(), a_layer()])

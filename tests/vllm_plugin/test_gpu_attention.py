@@ -23,6 +23,6 @@ def test_a_gpus_kernels_read_what_the_masked_reference_reads(null_pages, arm, el
     pressure = check(result, "cpu.model_runner")
     if arm == "aliases":
         assert pressure["aliased"] == pressure["retired"]
-        assert pressure["difference_if_donors_counted_once"] > 1.0
+        assert pressure["difference_if_donors_counted_once"] > 0.05
     else:
         assert pressure["pages_with_surprisal"] >= 5

@@ -64,7 +64,7 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, **changes):
         ({"connector": object()}, "excludes KV transfer"),
         ({"pipeline_parallel_size": 2}, "excludes pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "excludes decode context parallelism"),
-        ({"cache_dtype": "fp8"}, "excludes a KV cache of fp8"),
+        ({"cache_dtype": "fp8_e5m2"}, "excludes a KV cache of fp8_e5m2"),
         ({"enable_sleep_mode": True}, "excludes sleep mode"),
         ({"enable_dbo": True}, "excludes dual batch overlap"),
         ({"enable_elastic_ep": True}, "excludes elastic expert parallelism"),

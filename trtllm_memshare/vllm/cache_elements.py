@@ -1,8 +1,9 @@
 """Elements of vLLM's KV cache: in an fp8 cache what lies there, times a scale of the layer for K or V, is K or V.
 
-VLLM 0.32 keeps fp8 as bytes, and its backends read them as e4m3. Signatures and distances of pages bring every vector
-to its own length, so that scales drop out of them. Keys of null pages are as long as elements allow; whether that is
-long enough is what a layer's scale decides.
+VLLM 0.32 keeps fp8 as bytes, and its backends read them as e4m3. A scale is one number, or one for each KV head.
+Signatures of pages bring every head's vectors to length 1, and distances those of every layer, so that scales drop out
+(of distances where there is one for each layer). Keys of null pages are as long as elements allow; whether that is long
+enough is what the scale decides.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def write_elements(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: to
     for numbers, scale in ((key, "_k_scale"), (value, "_v_scale")):
         numbers = numbers.to(layer.kv_cache.device, torch.float32)
         if element_type(layer) is _FP8:  # the operator divides by it
-            numbers = numbers * getattr(layer, scale)
+            numbers = numbers * getattr(layer, scale).view(-1, 1)
         rows.append(numbers.to(layer.dtype))
     layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, slots)
 
@@ -70,12 +71,13 @@ def check_null_keys(keys: torch.Tensor, layers: list[Any]) -> None:
     for index, layer in enumerate(layers):
         if element_type(layer) is not _FP8:
             continue
-        scale = float(layer._k_scale)
+        scale = layer._k_scale.to(keys.device).view(-1)
         held = null_key_elements(keys[:, index], layer).float().norm(dim=-1) * scale
         share = float((held / keys[:, index].norm(dim=-1)).min())
         if share < 1 - _ROUNDING:
+            least = float(scale.min())
             raise UserError(
-                f"an fp8 cache with a K scale of {scale:.3g} must hold null pages' keys of layer {index} as long as "
+                f"an fp8 cache with a K scale of {least:.3g} must hold null pages' keys of layer {index} as long as "
                 f"calibrated, it holds {share:.2f} of that (calibrate with --dtype fp8 if the scale is 1 or more; else "
                 f"set null_entries to skip, which needs none)"
             )
