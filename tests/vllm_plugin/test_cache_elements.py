@@ -91,5 +91,5 @@ def test_a_scale_with_which_keys_are_shorter_than_calibrated_is_refused():
         check_null_keys(for_fp8, [a_layer(), a_layer(0.5)])
     with pytest.raises(UserError, match=r"K scale of 0.25 must .* of layer 0 .* holds 0.25 of that"):
         check_null_keys(for_fp8, [a_layer([2.0, 0.25]), a_layer()])
-    with pytest.raises(UserError, match=r"of layer 0 .*calibrate with --dtype fp8"):
+    with pytest.raises(UserError, match=r"of layer 0 .*calibrate with --kv-cache-dtype fp8"):
         check_null_keys(100 * keys, [a_layer(), a_layer()])

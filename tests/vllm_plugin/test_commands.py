@@ -37,10 +37,10 @@ def test_vllms_arguments_get_classes_and_settings(tmp_path):
     }  # fmt: skip
 
 
-def test_without_null_pages_one_option_is_enough():
-    line = engine_arguments(["serve", "model", "--null-entries", "skip"])
+def test_no_option_is_needed():
+    line = engine_arguments(["serve", "model"])
     assert line[:2] == ["serve", "model"]
-    assert json.loads(line[-1]) == {"memshare": {"null_entries": "skip"}}
+    assert json.loads(line[-1]) == {"memshare": {}}
 
 
 def test_a_model_without_a_null_page_hears_of_the_other_way(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_a_model_without_a_null_page_hears_of_the_other_way(tmp_path, monkeypatc
         raise NullPageRefused("no null page is found for layer 0", "do this")
 
     monkeypatch.setattr(null_page_build, "calibrate_checkpoint", refuse)
-    with pytest.raises(UserError, match=r"layer 0 \(vllm serve --null-entries skip serves it without\)"):
+    with pytest.raises(UserError, match=r"layer 0 \(vllm serve without --null-pages serves it\)"):
         main("vllm", ["calibrate", "m", "--max-model-len", "64", "--output", str(tmp_path)])
 
 
@@ -64,7 +64,7 @@ def test_help_says_what_comes_out_without_vllm(arguments, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve", "m"], "read needs null_pages, .* got none .*vllm calibrate MODEL, or set null_entries to skip"),
+        (["serve", "m", "--null-entries", "read"], "read needs null_pages, .* got none .*vllm calibrate MODEL"),
         (["serve", "m", "--null-entries", "drop"], "the command line.*null_entries"),
         (["serve", "m", "--null-pages", "x", "--worker-cls=y"], "--worker-cls is set by MemShare"),
         (["serve", "m", "--null-pages", "x", "--additional-config", '{"memshare": {}}'], "has memshare already"),
@@ -149,7 +149,7 @@ def test_the_variable_names_a_settings_file_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-model-len", "64", "--dtype", "blah"], "element type must be one of auto, .* got blah"),
+        (["--max-model-len", "64", "--kv-cache-dtype", "blah"], "element type must be one of auto, .* got blah"),
         (["--max-model-len", "64", "--dtype", "save"], "got save"),  # a name that torch has
         (["--max-model-len", "0"], "must be from 1 to 16777216, got 0"),
         (["--max-model-len", "-64"], "must be from 1 to 16777216, got -64"),

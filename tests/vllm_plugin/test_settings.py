@@ -21,16 +21,28 @@ def test_settings_come_from_additional_config_or_from_a_file(tmp_path):
     assert given.options.admission == "vllm"
     with pytest.raises(UserError, match=r"given twice.*keep one"):
         load_settings({"memshare": values}, environment)
-    with pytest.raises(UserError, match="needs settings with null_pages, or with null_entries skip, got none"):
-        load_settings({}, {})
+    assert load_settings({}, {}) == parse_settings({}, "m.json")
 
 
-def test_null_pages_may_be_missing_only_where_null_entries_are_skipped():
-    assert parse_settings({"null_entries": "skip"}, "m.json").options.null_pages is None
-    assert parse_settings({"null_entries": "skip", "null_pages": "here"}, "m.json").options.null_pages == "here"
-    for values in ({}, {"null_entries": "read"}):
-        with pytest.raises(UserError, match=r"needs null_pages, .* got none .*vllm calibrate MODEL, or .* to skip\)"):
-            parse_settings(values, "m.json")
+@pytest.mark.parametrize(
+    ("values", "null_entries"),
+    [
+        ({}, "skip"),
+        ({"null_pages": None}, "skip"),
+        ({"null_pages": "here"}, "read"),
+        ({"null_pages": "here", "null_entries": "skip"}, "skip"),
+        ({"null_pages": "here", "null_entries": "read"}, "read"),
+    ],
+)
+def test_null_pages_are_read_where_there_are_any(values, null_entries):
+    assert parse_settings(values, "m.json").options.null_entries == null_entries
+
+
+def test_null_pages_that_are_to_be_read_have_to_be_there():
+    with pytest.raises(
+        UserError, match=r"needs null_pages, .* got none .*calibrate MODEL, or leave out null_entries\)"
+    ):
+        parse_settings({"null_entries": "read"}, "m.json")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("model", help="folder of a Hugging Face checkpoint")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--max-seq-len", type=int, required=True, help="positions that need a page, in tokens")
-    parser.add_argument("--dtype", default="auto", help="element type of the KV cache (default: the checkpoint's)")
+    parser.add_argument(
+        "--kv-cache-dtype", "--dtype", default="auto", help="element type of the cache (default: the checkpoint's)"
+    )
     options = parser.parse_args(arguments)
     advice = "take --null-entries skip with memshare serve, bench or vllm serve, which needs none"
-    make_null_pages(options.model, options.output, options.max_seq_len, options.dtype, advice)
+    make_null_pages(options.model, options.output, options.max_seq_len, options.kv_cache_dtype, advice)

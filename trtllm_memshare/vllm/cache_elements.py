@@ -78,6 +78,6 @@ def check_null_keys(keys: torch.Tensor, layers: list[Any]) -> None:
             least = float(scale.min())
             raise UserError(
                 f"an fp8 cache with a K scale of {least:.3g} must hold null pages' keys of layer {index} as long as "
-                f"calibrated, it holds {share:.2f} of that (calibrate with --dtype fp8 if the scale is 1 or more; else "
-                f"set null_entries to skip, which needs none)"
+                f"calibrated, it holds {share:.2f} of that (calibrate with --kv-cache-dtype fp8 if the scale is 1 "
+                f"or more; else set null_entries to skip, which needs none)"
             )

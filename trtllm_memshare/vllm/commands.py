@@ -28,8 +28,8 @@ from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE
 _BENCHMARKS_WITH_ENGINE = ("throughput", "latency", "startup", "mm-processor")
 _OURS = {
     "--memshare-config": "JSON file with settings",
-    "--null-pages": "folder that vllm calibrate wrote",
-    "--null-entries": "read (default), or skip, which needs no null pages",
+    "--null-pages": "folder that vllm calibrate wrote; without it null entries are skipped",
+    "--null-entries": "read or skip, whatever null pages there are",
 }
 _HELP = """serve      vLLM's server, which gives pages up when memory is short
 bench      vLLM's benchmark of such an engine: its table
@@ -160,10 +160,12 @@ def _calibrate(arguments: list[str]) -> None:
     parser.add_argument("model", help="folder of a Hugging Face checkpoint")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--max-model-len", type=int, required=True, help="positions that need a page, in tokens")
-    parser.add_argument("--dtype", default="bfloat16", help="element type of the KV cache (default %(default)s)")
+    parser.add_argument(
+        "--kv-cache-dtype", "--dtype", default="auto", help="element type of the cache (default: the checkpoint's)"
+    )
     options = parser.parse_args(arguments[1:])
-    advice = "vllm serve --null-entries skip serves it without"
-    make_null_pages(options.model, options.output, options.max_model_len, options.dtype, advice)
+    advice = "vllm serve without --null-pages serves it"
+    make_null_pages(options.model, options.output, options.max_model_len, options.kv_cache_dtype, advice)
 
 
 def _take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:

@@ -31,18 +31,18 @@ NullEntries = Literal["read", "skip"]
 class VllmOptions(BaseModel):
     """Settings beside those of the search.
 
-    ``null_pages``: the folder that ``memshare vllm calibrate`` wrote; None only where null entries are skipped.
+    ``null_pages``: the folder that ``memshare vllm calibrate`` wrote; None: null entries are skipped.
     ``admission``: what a waiting request needs before it gets in. vllm: free blocks for its prompt. lookahead: that the
     pool holds everybody's kept pages ``lookahead_tokens`` further on. max-tokens: the same at any step until each has
     written its max_tokens. ``null_entries``: whether vLLM's kernels read the null page for what was given up, or get
-    tables without it.
+    tables without it; read where there are null pages, unless it is set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     null_pages: str | None = None
     admission: Admission = "lookahead"
-    null_entries: NullEntries = "read"
+    null_entries: NullEntries
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_settings(additional_config: object, environment: Mapping[str, str]) -> 
       environment: the process's.
 
     Raises:
-      UserError: neither is given, both are, an unknown key, or a value out of range.
+      UserError: both are given, an unknown key, or a value out of range.
     """
     part = additional_config.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional_config, Mapping) else None
     path = environment.get(CONFIG_VARIABLE)
@@ -69,13 +69,9 @@ def load_settings(additional_config: object, environment: Mapping[str, str]) -> 
         raise UserError(
             f"MemShare's settings are given twice, by --additional-config and by {CONFIG_VARIABLE}={path} (keep one)"
         )
-    if part is None and not path:
-        raise UserError(
-            f"MemShare needs settings with null_pages, or with null_entries skip, got none (--additional-config "
-            f'\'{{"{ADDITIONAL_CONFIG_KEY}": {{"null_pages": "FOLDER"}}}}\' or {CONFIG_VARIABLE}=FILE)'
-        )
-    where = path or f"--additional-config {ADDITIONAL_CONFIG_KEY}"
-    return parse_settings(part if path is None else read_settings(Path(path), CONFIG_VARIABLE), where)
+    if path:
+        return parse_settings(read_settings(Path(path), CONFIG_VARIABLE), path)
+    return parse_settings({} if part is None else part, f"--additional-config {ADDITIONAL_CONFIG_KEY}")
 
 
 def parse_settings(values: object, where: str) -> VllmSettings:
@@ -110,14 +106,16 @@ def parse_settings(values: object, where: str) -> VllmSettings:
             f"surprisal-led-redundancy, surprisal-redundancy, surprisal, redundancy, redundancy-recency, "
             f"nearest-earlier, age or random: its kernels do not report attention)"
         )
+    given = {k: v for k, v in values.items() if k in VllmOptions.model_fields}
+    given.setdefault("null_entries", "skip" if given.get("null_pages") is None else "read")
     try:
-        options = VllmOptions.model_validate({k: v for k, v in values.items() if k in VllmOptions.model_fields})
+        options = VllmOptions.model_validate(given)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, VllmOptions.model_fields, where)) from error
     if options.null_entries == "read" and options.null_pages is None:
         raise UserError(
             "null_entries read needs null_pages, a folder with the model's null pages, got none (make it with memshare "
-            "vllm calibrate MODEL, or set null_entries to skip)"
+            "vllm calibrate MODEL, or leave out null_entries)"
         )
     return VllmSettings(config, options)
 
