@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation.step_by_step import served_at_floor, step_by_step
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from trtllm_memshare.evaluation import masked_attention, masked_replay, page_facts
 from trtllm_memshare.evaluation.masked_attention import MaskedPass
@@ -25,6 +25,7 @@ from trtllm_memshare.search.steps import BoundaryTokens
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "models" / "smollm2"
 SIZE, TOKENS, PROMPT = 8, 203, 11
+FP8 = torch.float8_e4m3fn
 PROTECTED = 24
 IDS = (np.random.default_rng(5).integers(4, 60, TOKENS - 90).tolist() * 2)[:TOKENS]
 
@@ -117,6 +118,30 @@ def test_no_retirement_changes_nothing(replay, full):
     assert not change.loss.any()
     assert not change.divergence.any()
     assert change.agrees.all()
+
+
+def rounded_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention over K and V as a cache in fp8 holds them, by transformers' interface."""
+    key, value = (x.to(FP8).float().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    hidden = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    logits = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden, -torch.inf)
+    return (logits.softmax(-1) @ value).transpose(1, 2), None
+
+
+def test_a_cache_in_fp8_rounds_k_and_v(replay, full, tiny_checkpoint):
+    AttentionInterface.register("rounded", rounded_attention)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, attn_implementation="rounded").eval()
+    with torch.inference_mode():
+        log_p = model(torch.tensor([IDS])).logits[0].log_softmax(-1)
+    expected = -log_p[torch.arange(TOKENS - 1), torch.tensor(IDS[1:])] - torch.from_numpy(full.losses[1:])
+    change = replay.change(full, nothing_retired(TOKENS, SIZE), FP8)
+    torch.testing.assert_close(torch.from_numpy(change.loss), expected, rtol=0, atol=2e-3)
+    assert expected.abs().max() > 0.02
+    # Of pages that go as well, with a type that rounds nothing the change is that of the pages alone.
+    retirements = retire("streaming", Budget(0.5, PROTECTED), PROMPT, TOKENS, full.facts, 0)
+    exact, same = replay.change(full, retirements), replay.change(full, retirements, torch.float32)
+    np.testing.assert_allclose(same.loss, exact.loss, atol=1e-3)
+    assert np.abs(replay.change(full, retirements, FP8).loss - exact.loss).max() > 0.02
 
 
 def test_branches_read_what_is_left_of_the_text_and_not_each_other(replay, full):

@@ -118,6 +118,23 @@ class HeadMaskedPass:
         return _attend(chunks, query, key, value)
 
 
+class RoundedPass:
+    """A pass whose K and V are those that a cache of a coarser type holds, with scales of 1.
+
+    Args:
+      whole: the pass, from the text's first token on.
+      stored: the cache's type. What is larger than its largest number becomes that, as on a GPU.
+    """
+
+    def __init__(self, whole: LayerPass, stored: torch.dtype) -> None:
+        self._whole, self._stored, self._largest = whole, stored, torch.finfo(stored).max
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See ``LayerPass``."""
+        key, value = (x.clamp(-self._largest, self._largest).to(self._stored).float() for x in (key, value))
+        return self._whole.attend(layer, query, key, value)
+
+
 def open_pass(
     retirements: Retirements | HeadRetirements,
     num_tokens: int,

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trtllm_memshare.evaluation.head_retirement import HeadChoicePass, HeadRetirements
-from trtllm_memshare.evaluation.masked_attention import IMPLEMENTATION, LayerPass, MaskedPass, open_pass
+from trtllm_memshare.evaluation.masked_attention import IMPLEMENTATION, LayerPass, MaskedPass, RoundedPass, open_pass
 from trtllm_memshare.evaluation.page_facts import CollectingPass, TextFacts
 from trtllm_memshare.evaluation.retirement import NEVER, NO_DONOR, Retirements
 
@@ -111,14 +111,22 @@ class MaskedReplay:
         return FullPass(tokens, losses, collect.facts(losses), hidden, probabilities, best, collect.states)
 
     @torch.inference_mode()
-    def change(self, full: FullPass, retirements: Retirements | HeadRetirements) -> Change:
-        """An arm's pass. Positions before the first retirement are the full cache's own and are not computed again."""
+    def change(
+        self, full: FullPass, retirements: Retirements | HeadRetirements, stored: torch.dtype | None = None
+    ) -> Change:
+        """An arm's pass. Positions before the first retirement are the full cache's own and are not computed again.
+
+        Args:
+          stored: type of the arm's cache; None: the one of ``full``, float32. All positions are computed with another.
+        """
         count = len(full.ids) - 1
         change = Change(np.zeros(count, np.float32), np.zeros(count, np.float32), np.ones(count, bool))
-        first = retirements.first
+        first = retirements.first if stored is None else 0
         if first is None or first >= count:
             return change
         arm = open_pass(retirements, len(full.ids), first, full.states)
+        if stored is not None:
+            arm = RoundedPass(arm, stored)
         moved = self._hidden(full.ids[first:], torch.arange(first, count + 1), arm) - full.hidden[first:]
         for start in range(first, count, _ROWS):
             stop = min(start + _ROWS, count)

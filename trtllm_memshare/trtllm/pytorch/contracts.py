@@ -49,7 +49,7 @@ class Installed:
     Attributes:
       found: owners that could be looked at, with the module they came from.
       missing: a sentence for each name that is not there, or each owner that could not be imported.
-      cannot_skip: the same of names that ``null_entries: skip`` alone uses.
+      cannot_skip: the same of names that ``null_entries: skip`` uses, one of which ``route: framework`` does too.
       has_framework: route framework can be taken, as far as names tell.
     """
 
@@ -59,7 +59,7 @@ class Installed:
 
     @property
     def has_framework(self) -> bool:
-        return "KVCacheCompressionManager" in self.found
+        return {"KVCacheCompressionManager", "TrtllmAttention"} <= self.found.keys()
 
 
 def look_up(owner: Any, names: Iterable[Name]) -> None:

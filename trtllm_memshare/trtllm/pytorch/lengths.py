@@ -25,6 +25,13 @@ def check_attention(module: Any) -> None:
         look_up(getattr(module, owner), names_of(owner, "V1"))
 
 
+def check_rotations(module: Any) -> None:
+    """Raises ProbeError if it cannot be told whose attention kernel rotates keys."""
+    if not hasattr(module, "TrtllmAttention"):
+        raise ProbeError(f"{module.__name__} has no TrtllmAttention (route framework)")
+    look_up(module.TrtllmAttention, [n for n in names_of("TrtllmAttention", "V2") if n.name == "__init__"])
+
+
 class Rotations:
     """Has keys rotated outside of the attention kernel, and notes layers for which that is not so.
 

@@ -135,7 +135,7 @@ TABLE: tuple[Name, ...] = (
     Name(
         "TrtllmAttention",
         "__init__",
-        "who rotates keys (null_entries skip)",
+        "who rotates keys (null_entries skip, route framework)",
         STATES,
         ("pos_embd_params",),
         source=_TRTLLM,

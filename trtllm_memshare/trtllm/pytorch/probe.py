@@ -27,7 +27,7 @@ from trtllm_memshare.trtllm.pytorch.facts import ModelFacts
 from trtllm_memshare.trtllm.pytorch.failures import Complaints
 from trtllm_memshare.trtllm.pytorch.framework import make_compression_manager, note_arguments
 from trtllm_memshare.trtllm.pytorch.guards import DISAGGREGATED, rotation_reasons
-from trtllm_memshare.trtllm.pytorch.lengths import Rotations, check_attention, fit_lengths
+from trtllm_memshare.trtllm.pytorch.lengths import Rotations, check_attention, check_rotations, fit_lengths
 from trtllm_memshare.trtllm.pytorch.names import names_of
 from trtllm_memshare.trtllm.pytorch.settings import Settings
 
@@ -82,26 +82,29 @@ def install(util_module: Any, settings: Settings, attention_module: Callable[[],
     Args:
       util_module: ``tensorrt_llm._torch.pyexecutor._util``, just imported.
       settings: what the user set.
-      attention_module: returns the module of ``TrtllmAttention`` and its metadata; called where they are changed: for
-        V1 in the old form, and for ``null_entries: skip``.
+      attention_module: returns the module of ``TrtllmAttention`` and its metadata; called where they are changed or
+        watched: for V1 in the old form, for ``null_entries: skip`` and for ``route: framework``.
 
     Returns:
       Whether sharing is in place. If not, one line in the log says why.
     """
-    skips = settings.options.null_entries == "skip" and settings.memshare.shares  # shadow leaves all as it is
-    shortens, rotations = settings.options.route == "framework", None
+    is_framework, shares = settings.options.route == "framework", settings.memshare.shares
+    skips = settings.options.null_entries == "skip" and shares  # shadow leaves all as it is
+    watches, rotations = is_framework and shares, None
     try:
         form = _probe(util_module)
-        attention: Any = (attention_module or find_attention)() if skips or shortens or form == "V1 old" else None
+        attention: Any = (attention_module or find_attention)() if skips or watches or form == "V1 old" else None
         if form == "V1 old":
             look_up(attention.TrtllmAttentionMetadata, names_of("TrtllmAttentionMetadata", form))
-        if skips or shortens:
+        if skips:
             check_attention(attention)
+        if watches:
+            check_rotations(attention)
     except ProbeError as error:
         log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
         return False
-    if shortens:
-        return _install_framework(util_module, settings, attention)
+    if is_framework:
+        return _install_framework(util_module, settings, attention if watches else None)
     if form == "V1 old":
         wrap_prepare(attention.TrtllmAttentionMetadata)
     if skips:  # around the above: a table that is rearranged has its lengths
@@ -125,7 +128,8 @@ def install(util_module: Any, settings: Settings, attention_module: Callable[[],
 def _install_framework(util_module: Any, settings: Settings, attention: Any) -> bool:
     """Adds our algorithm to TensorRT-LLM's factory of compression methods.
 
-    Beside it, the models that it asks about and the arguments of its managers are noted, for what sharing excludes.
+    Beside it, the models that it asks about, the arguments of its managers and layers whose kernels rotate keys are
+    noted, for what sharing excludes. ``attention``: the module of ``TrtllmAttention``; None = nothing is shortened.
     """
     base, original = getattr(util_module, "KVCacheCompressionManager", None), getattr(util_module, _FACTORY, None)
     if base is None or original is None:
@@ -141,7 +145,7 @@ def _install_framework(util_module: Any, settings: Settings, attention: Any) -> 
     except ProbeError as error:
         log.warning("MemShare is off, TensorRT-LLM runs as it is: %s", error)
         return False
-    rotations = Rotations(attention.TrtllmAttention, asks=False)
+    inside = set[int]() if attention is None else Rotations(attention.TrtllmAttention, asks=False).inside
     models = Models()
     _wrap_selector(util_module, models, lambda chosen: None)
     note_arguments(util_module.KVCacheManagerV2)
@@ -151,7 +155,7 @@ def _install_framework(util_module: Any, settings: Settings, attention: Any) -> 
         if models.is_disaggregated:
             return [f"sharing excludes {DISAGGREGATED}"]
         # An early release may know our algorithm's name and not that it makes sequences shorter.
-        return models.of(arguments).window_reasons() + rotation_reasons(rotations.inside, "route framework")
+        return models.of(arguments).window_reasons() + rotation_reasons(inside, "route framework")
 
     @functools.wraps(original)
     def create(config: Any, *arguments: Any, **keywords: Any) -> Any:
