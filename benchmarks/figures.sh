@@ -13,11 +13,11 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 "$python" build_scripts/build_engine.py --memshare --force
 # Accuracy and memory, every arm, a pool that never binds.
 "${bench[@]}" --dataset benchmarks/data/evaluation.jsonl \
-  --variants full paper aligned lexical drop-duplicate random streaming \
+  --variants full paper aligned lexical drop-duplicate random streaming --repeat 3 \
   --output-json "$results/evaluation.json" --plot "$results/evaluation.png" \
   --output-texts "$results/evaluation.texts.jsonl"
 "${bench[@]}" --dataset benchmarks/data/hard.jsonl \
-  --variants full paper aligned lexical shadow drop-duplicate random streaming \
+  --variants full paper aligned lexical shadow drop-duplicate random streaming --repeat 3 \
   --output-json "$results/hard.json" --plot "$results/hard.png" --output-texts "$results/hard.texts.jsonl"
 # Throughput where memory binds: a quarter of the full cache's peak demand.
 "${bench[@]}" --dataset benchmarks/data/evaluation.jsonl --num-requests 150 --kv-cache-share 0.25 \

@@ -1,0 +1,46 @@
+"""The study's table, and figures that pages quote."""
+
+from __future__ import annotations
+
+from benchmarks.studies.fp8_cache.__main__ import ARMS
+from trtllm_memshare.evaluation.page_table import Comparison, Row, Setting, compare
+from trtllm_memshare.report.real_model import p_value
+
+_BYTES = {"bfloat16": 2, "fp8": 1}
+_WHOLE = Setting(1.0)
+
+
+def costs(rows: list[Row]) -> str:
+    """Each type and share, against the whole cache in bfloat16; memory is that of generated tokens."""
+    lines = [
+        "| cache | of the generated pages are kept | memory | Δ loss | p | KL | same top token |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, kept in ARMS:
+        c = _compared(rows, name, kept)
+        share = c.memory_share * _BYTES[name] / _BYTES["bfloat16"]
+        p = "" if (name, kept) == ARMS[0] else p_value(c.p)
+        lines.append(
+            f"| {name} | {kept:.0%} | {share:.0%} | {c.loss_change:+.4f} ± {c.loss_error:.4f} | {p} | "
+            f"{c.divergence:.4f} | {c.agreement:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def cost(rows: list[Row], name: str, kept: float = 1.0, what: str = "loss_change") -> float:
+    """A field of ``Comparison`` of an arm with the whole cache in bfloat16."""
+    return float(getattr(_compared(rows, name, kept), what))
+
+
+def between(rows: list[Row], what: str, kept: float) -> float:
+    """The same of fp8 with bfloat16 at the same share kept."""
+    found = compare(rows, "fp8", "bfloat16", Setting(kept))
+    assert found is not None
+    return float(getattr(found, what))
+
+
+def _compared(rows: list[Row], name: str, kept: float) -> Comparison:
+    found = compare(rows, name, "bfloat16", Setting(kept), _WHOLE)
+    if found is None:
+        raise ValueError(f"{name} at {kept:.0%} has no two problems")
+    return found
