@@ -19,6 +19,7 @@ test: venv
 nightly: venv
 	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 MEMSHARE_SCHEDULE_OPERATIONS=200000 $(BIN)/python -m pytest -q
 	$(BIN)/python tests/fuzz/run.py --seconds 60
+	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 $(MAKE) test-vllm
 
 lint: venv
 	$(BIN)/ruff check .

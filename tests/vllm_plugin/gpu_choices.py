@@ -11,6 +11,7 @@ program after the other. Both choices are vLLM's own code, unchanged; read on 30
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import runpy
@@ -32,6 +33,11 @@ def choose_runner() -> None:
     # vLLM asks whether there is a backend for the CPU that it could compile kernels with; nothing is compiled.
     backends.backends.clear()
     backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+    from triton.runtime import interpreter
+
+    # As a GPU's kernels are compiled: each sum of integers is not computed twice, to see whether it overflows.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def schedule_asynchronously() -> None:
@@ -55,6 +61,7 @@ def attend_in_triton() -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops import triton_unified_attention
 
     # Kernels are sized by what the device can do, and fp8 asks for it.
     round_to_fp8_as_gpus_do()
@@ -62,6 +69,7 @@ def attend_in_triton() -> None:
     CpuPlatform.has_device_capability = classmethod(lambda *_, **__: True)
     # A batch that fills no GPU is cut along its texts, sixteen programs for each: here one request alone, and two.
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D, triton_attn.NUM_PAR_SOFTMAX_SEGMENTS = 2, 2
+    triton_unified_attention._get_tile_size = lambda *_, **__: 64  # keys at a time; fewer take the interpreter longer
     CpuPlatform.get_attn_backend_cls = classmethod(lambda *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path())
 
 
