@@ -21,7 +21,7 @@ def main(command: str, arguments: list[str]) -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--max-seq-len", type=int, required=True, help="positions that need a page, in tokens")
     parser.add_argument(
-        "--kv-cache-dtype", "--dtype", default="auto", help="element type of the cache (default: the checkpoint's)"
+        "--kv-cache-dtype", "--dtype", default="auto", help="element type of the cache (default: that of the weights)"
     )
     options = parser.parse_args(arguments)
     advice = "take --null-entries skip with memshare serve, bench or vllm serve, which needs none"

@@ -23,6 +23,7 @@ _POOL_TYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,  # vLLM has both names
     "int8": torch.int8,
 }
 

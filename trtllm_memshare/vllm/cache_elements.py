@@ -22,7 +22,7 @@ _FP8 = torch.float8_e4m3fn
 _ROUNDING = 1e-3  # of a key's length
 _INSIDE = 1 + 2**-6
 """Numbers that are to become an element are written a little larger: the CPU's operator cuts digits off where those of
-GPUs round. Elements lie 1/16 apart at least."""
+GPUs round. Elements lie a sixteenth of their size apart, or more."""
 
 
 def element_type(layer: Any) -> torch.dtype:

@@ -29,7 +29,7 @@ _BENCHMARKS_WITH_ENGINE = ("throughput", "latency", "startup", "mm-processor")
 _OURS = {
     "--memshare-config": "JSON file with settings",
     "--null-pages": "folder that vllm calibrate wrote; without it null entries are skipped",
-    "--null-entries": "read or skip, whatever null pages there are",
+    "--null-entries": "read, which needs null pages, or skip",
 }
 _HELP = """serve      vLLM's server, which gives pages up when memory is short
 bench      vLLM's benchmark of such an engine: its table
@@ -161,7 +161,7 @@ def _calibrate(arguments: list[str]) -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--max-model-len", type=int, required=True, help="positions that need a page, in tokens")
     parser.add_argument(
-        "--kv-cache-dtype", "--dtype", default="auto", help="element type of the cache (default: the checkpoint's)"
+        "--kv-cache-dtype", "--dtype", default="auto", help="element type of the cache (default: that of the weights)"
     )
     options = parser.parse_args(arguments[1:])
     advice = "vllm serve without --null-pages serves it"

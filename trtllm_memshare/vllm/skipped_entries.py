@@ -111,13 +111,14 @@ def check_skipping(runner: Any, layers: Sequence[Any]) -> None:
     if not groups or not all(callable(getattr(group, "build_metadata", None)) for group in groups[0]):
         raise UserError(
             f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
-            f"(give null pages, which are read; it was written for vLLM 0.32)"
+            f"(set null_entries to read, with null_pages; it was written for vLLM 0.32)"
         )
     others = {group.backend.get_name() for group in groups[0]}.difference(_BACKENDS)
     if others:
         raise UserError(
             f"null_entries skip works with vLLM's attention backends {', '.join(_BACKENDS)}, got "
-            f"{', '.join(sorted(others))} (choose one by --attention-backend, or give null pages, which are read)"
+            f"{', '.join(sorted(others))} (choose one by --attention-backend, or set null_entries to read, with "
+            f"null_pages)"
         )
     model = runner.model_config
     told = {
@@ -129,5 +130,5 @@ def check_skipping(runner: Any, layers: Sequence[Any]) -> None:
         if present:
             raise UserError(
                 f"null_entries skip needs attention that takes positions from keys alone, got a model with {feature} "
-                f"(give null pages, which are read)"
+                f"(set null_entries to read, with null_pages)"
             )

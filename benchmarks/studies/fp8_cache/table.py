@@ -11,7 +11,10 @@ _WHOLE = Setting(1.0)
 
 
 def costs(rows: list[Row]) -> str:
-    """Each type and share, against the whole cache in bfloat16; memory is that of generated tokens."""
+    """Each type and share: changes against the whole cache in float32, p against the whole one in bfloat16.
+
+    Memory is that of generated tokens, the mean over a text.
+    """
     lines = [
         "| cache | of the generated pages are kept | memory | Δ loss | p | KL | same top token |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -27,15 +30,16 @@ def costs(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def cost(rows: list[Row], name: str, kept: float = 1.0, what: str = "loss_change") -> float:
-    """A field of ``Comparison`` of an arm with the whole cache in bfloat16."""
-    return float(getattr(_compared(rows, name, kept), what))
+def cost(rows: list[Row], name: str, kept: float) -> float:
+    """Change of the loss of an arm, nats a token."""
+    return _compared(rows, name, kept).loss_change
 
 
-def between(rows: list[Row], what: str, kept: float) -> float:
-    """The same of fp8 with bfloat16 at the same share kept."""
-    found = compare(rows, "fp8", "bfloat16", Setting(kept))
-    assert found is not None
+def between(rows: list[Row], what: str, kept: float, other: float) -> float:
+    """A field of ``Comparison`` of fp8 with bfloat16 at another share kept."""
+    found = compare(rows, "fp8", "bfloat16", Setting(kept), Setting(other))
+    if found is None:
+        raise ValueError(f"fp8 at {kept:.0%} and bfloat16 at {other:.0%} have no two problems in common")
     return float(getattr(found, what))
 
 

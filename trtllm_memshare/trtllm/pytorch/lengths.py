@@ -53,9 +53,8 @@ class Rotations:
             if given.get("pos_embd_params") is not None:
                 self.inside.add(given.get("layer_idx", -1))
             original(layer, *arguments, **keywords)
-            if (
-                asks and given.get("mla_params") is not None
-            ):  # asks the layer; its kernels turn the latent cache all the same
+            if asks and given.get("mla_params") is not None:
+                # MLA asks the layer, and its kernels turn the latent cache all the same.
                 layer.support_fused_rope = lambda: True
 
         attention.__init__ = __init__

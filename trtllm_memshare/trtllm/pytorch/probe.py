@@ -151,7 +151,7 @@ def _install_framework(util_module: Any, settings: Settings, attention: Any) -> 
     note_arguments(util_module.KVCacheManagerV2)
 
     def model_reasons(arguments: dict[str, Any]) -> list[str]:
-        """Of any type rotations are served on this route, since keys stay as they were written."""
+        """Rotations of any type are served on this route, outside of the kernel: keys stay as they were written."""
         if models.is_disaggregated:
             return [f"sharing excludes {DISAGGREGATED}"]
         # An early release may know our algorithm's name and not that it makes sequences shorter.
