@@ -153,6 +153,10 @@ def test_branches_read_what_is_left_of_the_text_and_not_each_other(replay, full)
         torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
     nothing = replay.answers(full, nothing_retired(TOKENS, SIZE), branches)
     assert (nothing[0] - together[0]).abs().max() > 1e-2
+    whole = replay.answers(full, retirements, branches, torch.float32)  # read from the first token on
+    torch.testing.assert_close(whole[0], together[0], rtol=1e-4, atol=1e-4)
+    rounded = replay.answers(full, retirements, branches, FP8)
+    assert (rounded[0] - together[0]).abs().max() > 1e-2
 
 
 def test_bfloat16_products_agree_with_float32(replay, full, tiny_checkpoint):

@@ -34,7 +34,7 @@ class Asked(MaskedReplay):
         super().__init__(checkpoint)
         self.calls = []
 
-    def answers(self, full, retirements, branches):
+    def answers(self, full, retirements, branches, stored=None):
         self.calls.append((tuple(retirements.retired_at), len(branches)))
         return [torch.zeros(len(branch), 64) for branch in branches]
 

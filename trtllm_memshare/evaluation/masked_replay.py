@@ -154,19 +154,29 @@ class MaskedReplay:
         return choice.retirements()
 
     @torch.inference_mode()
-    def answers(self, full: FullPass, retirements: Retirements, branches: list[list[int]]) -> list[torch.Tensor]:
+    def answers(
+        self,
+        full: FullPass,
+        retirements: Retirements,
+        branches: list[list[int]],
+        stored: torch.dtype | None = None,
+    ) -> list[torch.Tensor]:
         """Logits of continuations of a text, each read after what an arm left of it.
 
         Args:
           branches: token ids of each continuation.
+          stored: see ``change``; of the continuations' own tokens too.
 
         Returns:
           Of each, float32 ``[len(branch), vocab_size]``; row i is the prediction of what follows token i.
         """
         count = len(full.ids)
         first = count if retirements.first is None else min(retirements.first, count)
+        first = first if stored is None else 0
         lengths = [len(branch) for branch in branches]
-        arm = MaskedPass(retirements, count, first, full.states, lengths)
+        arm: LayerPass = MaskedPass(retirements, count, first, full.states, lengths)
+        if stored is not None:
+            arm = RoundedPass(arm, stored)
         tokens = torch.cat([full.ids[first:].cpu(), *map(torch.tensor, branches)])
         positions = torch.cat([torch.arange(first, count), *(torch.arange(count, count + n) for n in lengths)])
         hidden = self._hidden(tokens, positions, arm)[count - first :]

@@ -37,6 +37,7 @@ def compute_recall(
     shard: tuple[int, int] = (0, 1),
     boundaries: BoundaryTokens | None = None,
     num_tokens: int = TEXT_TOKENS,
+    stored: torch.dtype | None = None,
 ) -> None:
     """Computes the rows that are not there yet, all arms of a text before the next.
 
@@ -47,6 +48,7 @@ def compute_recall(
       shard: (i, n): every nth text from the ith.
       boundaries: step boundaries of the tokenizer, which presets need.
       num_tokens: of a text with the facts in it, whole pages.
+      stored: type of every arm's cache, None = float32.
     """
     long_enough = token_texts(read_traces(traces), tokenizer, num_tokens + _MORE_TOKENS)
     for text in islice(long_enough, shard[0], num_texts, shard[1]):
@@ -70,13 +72,15 @@ def compute_recall(
             if arm == ANEW:
                 seeds = [zlib.crc32(f"{text.trace.name} {i}".encode()) for i in range(len(asked.asks))]
                 each = [_retire("random", budget, asked, full, seed) for seed in seeds]
-                logits = [replay.answers(full, r, [ask])[0] for r, ask in zip(each, asked.asks, strict=True)]
+                asks = zip(each, asked.asks, strict=True)
+                logits = [replay.answers(full, r, [ask], stored)[0] for r, ask in asks]
             else:
                 if arm in PRESETS:
                     retirements = retire_as_preset(arm, full, asked.num_prompt_tokens, replay, boundaries)
                 else:
                     retirements = _retire(arm, budget, asked, full, seed)
-                each, logits = [retirements] * len(asked.asks), replay.answers(full, retirements, asked.asks)
+                each = [retirements] * len(asked.asks)
+                logits = replay.answers(full, retirements, asked.asks, stored)
             rows.add({**key, "model": text.trace.model, "questions": judge(asked, logits, each)})
 
 

@@ -1,6 +1,7 @@
-"""What a cache in fp8 costs the next word, with all pages and with pages given up: rows, one for each text and arm.
+"""What a cache in fp8 costs, with all pages and with pages given up: rows, one for each text and arm.
 
-Rows that exist are not computed again. Linear layers are computed in float32.
+The change of the next word, or with ``--facts`` whether facts that were stated once are recalled. Rows that exist are
+not computed again. Linear layers are computed in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ try:
     import torch
     from transformers import AutoTokenizer
 
+    from benchmarks.studies.real_model.plan import parse_shard
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay, nothing_retired
@@ -22,6 +24,7 @@ try:
     from trtllm_memshare.evaluation.page_study import PAGE_TOKENS
     from trtllm_memshare.evaluation.real_rows import RowFile, change_row, full_row
     from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
+    from trtllm_memshare.evaluation.recall_study import compute_recall
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error} in {sys.executable} (make venv; source .venv/bin/activate)")
 
@@ -36,9 +39,16 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=20, help="most texts (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=2048, help="of a text (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/fp8_cache/results/rows.jsonl"))
+    parser.add_argument("--facts", choices=TYPES, help="recall of facts from a cache of this type, half kept and whole")
+    parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="of --facts: every Nth text")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay, rows = MaskedReplay(arguments.model_dir), RowFile(arguments.output)
+    if arguments.facts:
+        stored = TYPES[arguments.facts]
+        arms = ["full", DEFAULT]
+        compute_recall(replay, tokenizer, arms, Budget(), arguments.texts, rows, shard=arguments.shard, stored=stored)
+        return
     for text in islice(token_texts(read_traces(), tokenizer, arguments.tokens), arguments.texts):
         count, full = len(text.ids), None
         for name, kept in ARMS:

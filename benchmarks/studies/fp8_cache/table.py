@@ -43,6 +43,24 @@ def between(rows: list[Row], what: str, kept: float, other: float) -> float:
     return float(getattr(found, what))
 
 
+def recalled(tables: list[list[Row]], name: str, arm: str) -> str:
+    """Facts that an arm recalls from a cache of a type, of those that the whole cache in bfloat16 does: ``42 of 52``.
+
+    Args:
+      tables: rows of facts in bfloat16 and in fp8.
+    """
+    found = dict(zip(_BYTES, tables, strict=True))
+    base = {row["text"]: [q["right"] for q in row["questions"]] for row in found["bfloat16"] if row["arm"] == "full"}
+    known = [
+        question["right"]
+        for row in found[name]
+        if row["arm"] == arm
+        for question, is_known in zip(row["questions"], base[row["text"]], strict=True)
+        if is_known
+    ]
+    return f"{sum(known)} of {len(known)}"
+
+
 def _compared(rows: list[Row], name: str, kept: float) -> Comparison:
     found = compare(rows, name, "bfloat16", Setting(kept), _WHOLE)
     if found is None:
