@@ -16,7 +16,6 @@ try:
     import torch
     from transformers import AutoTokenizer
 
-    from benchmarks.studies.real_model.plan import parse_shard
     from trtllm_memshare.engine.smollm2 import DEFAULT_DIR
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay, nothing_retired
@@ -39,15 +38,13 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=20, help="most texts (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=2048, help="of a text (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/fp8_cache/results/rows.jsonl"))
-    parser.add_argument("--facts", choices=TYPES, help="recall of facts from a cache of this type, half kept and whole")
-    parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="of --facts: every Nth text")
+    parser.add_argument("--facts", choices=TYPES, help="recall of facts from a cache of this type, whole and half kept")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay, rows = MaskedReplay(arguments.model_dir), RowFile(arguments.output)
     if arguments.facts:
         stored = TYPES[arguments.facts]
-        arms = ["full", DEFAULT]
-        compute_recall(replay, tokenizer, arms, Budget(), arguments.texts, rows, shard=arguments.shard, stored=stored)
+        compute_recall(replay, tokenizer, ["full", DEFAULT], Budget(), arguments.texts, rows, stored=stored)
         return
     for text in islice(token_texts(read_traces(), tokenizer, arguments.tokens), arguments.texts):
         count, full = len(text.ids), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.studies.fp8_cache.__main__ import ARMS
+from benchmarks.studies.real_model import figures
 from trtllm_memshare.evaluation.page_table import Comparison, Row, Setting, compare
 from trtllm_memshare.report.real_model import p_value
 
@@ -43,22 +44,24 @@ def between(rows: list[Row], what: str, kept: float, other: float) -> float:
     return float(getattr(found, what))
 
 
-def recalled(tables: list[list[Row]], name: str, arm: str) -> str:
-    """Facts that an arm recalls from a cache of a type, of those that the whole cache in bfloat16 does: ``42 of 52``.
+def recalled(tables: list[list[Row]], arm: str) -> str:
+    """Facts that an arm recalls, of those that the whole cache in bfloat16 does: ``42 of 52``.
 
     Args:
       tables: rows of facts in bfloat16 and in fp8.
+      arm: name of a row's arm, with ``fp8-`` before it for those in fp8.
     """
-    found = dict(zip(_BYTES, tables, strict=True))
-    base = {row["text"]: [q["right"] for q in row["questions"]] for row in found["bfloat16"] if row["arm"] == "full"}
-    known = [
-        question["right"]
-        for row in found[name]
-        if row["arm"] == arm
-        for question, is_known in zip(row["questions"], base[row["text"]], strict=True)
-        if is_known
-    ]
-    return f"{sum(known)} of {len(known)}"
+    return figures.recalled(_joined(tables), arm)
+
+
+def recall_p(tables: list[list[Row]], arm: str, other: str) -> float:
+    """Of the same number of facts by both arms, by signs of texts."""
+    return figures.recall_p(_joined(tables), arm, other)
+
+
+def _joined(tables: list[list[Row]]) -> list[Row]:
+    plain, eight = tables
+    return [*plain, *({**row, "arm": f"fp8-{row['arm']}"} for row in eight)]
 
 
 def _compared(rows: list[Row], name: str, kept: float) -> Comparison:
