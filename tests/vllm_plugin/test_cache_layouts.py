@@ -69,7 +69,7 @@ def test_v_of_every_backend_and_layout(monkeypatch, module, name, kv_cache_dtype
         pytest.skip(f"vLLM itself does not cut blocks in this layout: {error}")
     impl = SimpleNamespace(
         attn_type="decoder", head_size=DIM, kv_cache_dtype=kv_cache_dtype, _is_per_token_head_quant=False,
-        fp8_dtype=FP8,
+        fp8_dtype=FP8, _set_kv_ptr_range=False,
     )  # fmt: skip
     impl.do_kv_cache_update = getattr(backend, name).do_kv_cache_update.__get__(impl)
     layers = [

@@ -29,7 +29,7 @@ class BlockPool:
 
 def test_a_vllm_without_what_is_built_on_is_refused():
     check_classes("0.32.0", scheduler_class(), KVCacheManager, BlockPool)
-    with pytest.raises(UserError, match=r"vLLM 0.40 has no Scheduler._preempt_request.*written for vLLM 0.32"):
+    with pytest.raises(UserError, match=r"vLLM 0.40 has no Scheduler._preempt_request.*tested with vLLM 0.29"):
         check_classes("0.40", scheduler_class("_preempt_request"), KVCacheManager, BlockPool)
     other = type("KVCacheManager", (), {"allocate_slots": lambda self, tokens, request: None})
     with pytest.raises(UserError, match="must take request and num_new_tokens, got tokens, request"):

@@ -1,6 +1,6 @@
 """Elements of vLLM's KV cache: in an fp8 cache what lies there, times a scale of the layer for K or V, is K or V.
 
-VLLM 0.32 keeps fp8 as bytes, and its backends read them as e4m3. A scale is one number, or one for each KV head.
+VLLM keeps fp8 as bytes, and its backends read them as e4m3. A scale is one number, or one for each KV head.
 Signatures of pages bring every head's vectors to length 1, and distances those of every layer, so that scales drop out
 (of distances where there is one for each layer). Keys of null pages are as long as elements allow; whether that is long
 enough is what the scale decides.

@@ -1,7 +1,7 @@
 """K and V of whole pages in vLLM's own cache, compared with one another.
 
 A distance of two pages does not ask how their numbers are ordered inside a block, as long as all blocks are ordered
-alike and K is told from V. vLLM 0.32's backends see a layer's cache as ``[blocks, KV heads, tokens, 2 * head size]``.
+alike and K is told from V. vLLM's backends see a layer's cache as ``[blocks, KV heads, tokens, 2 * head size]``.
 On GPUs K is the first half of the last dimension. On a CPU it is the first half of a head's rows, in an order that
 depends on the instruction set::
 

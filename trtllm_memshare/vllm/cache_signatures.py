@@ -1,6 +1,6 @@
 """KV redundancy on a worker: signatures of full pages, read out of vLLM's own cache when the scheduler asks for them.
 
-On a GPU a kernel reads: vLLM 0.32's backends (FlashAttention, FlashInfer, Triton, FlexAttention) see a layer's cache as
+On a GPU a kernel reads: vLLM's backends (FlashAttention, FlashInfer, Triton, FlexAttention) see a layer's cache as
 ``[blocks, KV heads, tokens, 2 * head size]``, K in front of V, in one of several orders in memory. Elsewhere, and where
 a GPU's cache turns out otherwise, PyTorch reads V from the places at which it is found (``placed_values.py``). Sources
 say where V is and nothing promises it. So a start writes random V through the backend's own operator and signs it where

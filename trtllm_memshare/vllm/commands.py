@@ -21,7 +21,7 @@ from trtllm_memshare.engine.calibrated_weights import check_weights
 from trtllm_memshare.engine.null_page_build import make_null_pages
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import parse_json
-from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm import REQUEST_CHECK, SCHEDULER_CLASS, TESTED, WORKER_CLASS
 from trtllm_memshare.vllm.null_pages import load_bands, null_page_file
 from trtllm_memshare.vllm.settings import ADDITIONAL_CONFIG_KEY, CONFIG_VARIABLE, parse_settings, read_settings
 
@@ -151,7 +151,7 @@ def _program() -> list[str]:
         return [sys.executable, "-m", "trtllm_memshare.vllm.launch"]
     program = shutil.which("vllm")
     if program is None:
-        raise UserError("vllm is not on PATH (install vLLM 0.32, or build its environment with make vllm)")
+        raise UserError(f"vllm is not on PATH (install vLLM {TESTED}, or build its environment with make vllm)")
     return [program]
 
 

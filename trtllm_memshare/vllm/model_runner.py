@@ -1,4 +1,4 @@
-"""What MemShare needs of vLLM's model runner, of which vLLM 0.32 has two: V1, and V2, its choice on a GPU."""
+"""What MemShare needs of vLLM's model runner, of which vLLM has two: V1, and V2, its choice on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm import TESTED
 from trtllm_memshare.vllm.runner_v1 import RunnerV1
 from trtllm_memshare.vllm.runner_v2 import RunnerV2
 from trtllm_memshare.vllm.surprisal import SampledSurprisal
@@ -50,5 +51,5 @@ def open_runner(runner: Any, version: str) -> ModelRunner:
         return RunnerV2(runner, version)
     raise UserError(
         f"vLLM {version}'s {type(runner).__name__} keeps its block tables in a form that MemShare does not know (it "
-        f"was written for vLLM 0.32)"
+        f"was tested with vLLM {TESTED})"
     )

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm import SCHEDULER_CLASS, TESTED, WORKER_CLASS
 from trtllm_memshare.vllm.settings import CONFIG_VARIABLE, load_settings
 
 
@@ -38,7 +38,7 @@ def choose_classes(engine_args: type) -> None:
     original = getattr(engine_args, "create_engine_config", None)
     if original is None or not {"scheduler_cls", "worker_cls"} <= set(fields):
         raise UserError(
-            "this vLLM's EngineArgs has no scheduler_cls and worker_cls (MemShare was written for vLLM 0.32)"
+            f"this vLLM's EngineArgs has no scheduler_cls and worker_cls (MemShare was tested with vLLM {TESTED})"
         )
     if getattr(original, "chooses_memshare", False):
         return

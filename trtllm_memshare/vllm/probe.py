@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm import TESTED
 from trtllm_memshare.vllm.cache_elements import SERVED_TYPES
 
 _SCHEDULER_METHODS = (
@@ -39,14 +40,14 @@ def check_classes(version: str, scheduler: type, kv_cache_manager: type, block_p
         for name in names:
             if not callable(getattr(owner, name, None)):
                 raise UserError(
-                    f"vLLM {version} has no {owner.__name__}.{name}, which MemShare builds on (it was written for "
-                    f"vLLM 0.32)"
+                    f"vLLM {version} has no {owner.__name__}.{name}, which MemShare builds on (it was tested with "
+                    f"vLLM {TESTED})"
                 )
     first = list(inspect.signature(kv_cache_manager.allocate_slots).parameters)[1:3]  # type: ignore[attr-defined]
     if first != ["request", "num_new_tokens"]:
         raise UserError(
             f"vLLM {version}'s allocate_slots must take request and num_new_tokens, got {', '.join(first)} (MemShare "
-            f"was written for vLLM 0.32)"
+            f"was tested with vLLM {TESTED})"
         )
 
 

@@ -22,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.matchers import make_matcher_factory
+from trtllm_memshare.vllm import TESTED, is_tested
 from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
@@ -37,7 +38,7 @@ logger = init_logger("vllm.memshare")
 
 
 class MemShareScheduler(Scheduler):
-    """Scheduler for vLLM 0.32. Takes vLLM's arguments.
+    """Scheduler for vLLM. Takes vLLM's arguments.
 
     Raises:
       UserError: wrong settings, a vLLM or a feature that is not supported, or a pool too small for null pages.
@@ -54,6 +55,8 @@ class MemShareScheduler(Scheduler):
         self.settings = load_settings(vllm_config.additional_config, os.environ)
         super().__init__(vllm_config, *arguments, **keywords)
         check_scheduler(self, vllm.__version__)
+        if not is_tested(vllm.__version__):
+            logger.warning("MemShare was tested with vLLM %s, this is vLLM %s", TESTED, vllm.__version__)
         config, options = self.settings.memshare, self.settings.options
         bands = load_bands(options.null_pages, self.max_model_len)
         has_aliases = config.retired_becomes == "alias"
@@ -150,9 +153,18 @@ class MemShareScheduler(Scheduler):
             return parse_request_options(request.sampling_params.extra_args, default)
         except UserError as error:
             logger.error("request %s is refused: %s", request.request_id, error)
-            # vLLM ends these requests with an error once the step is done, whatever the reason was.
-            self.grammar_compile_error_reqs.add(request.request_id)
+            self._refuse(request.request_id, error)
             return RequestOptions(False, 1.0)
+
+    def _refuse(self, request_id: str, reason: UserError) -> None:
+        """vLLM ends these requests with an error once the step is done, whatever the reason was."""
+        refused = self.grammar_compile_error_reqs
+        if isinstance(refused, set):
+            refused.add(request_id)  # before 0.33: clients read "internal error"
+        else:
+            from vllm.outputs import RequestError
+
+            refused[request_id] = RequestError(code="validation_error", message=str(reason))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm import TESTED
 
 _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """VLLM's attention backends that read lengths where the tables are. FlashInfer counts pages by lengths on the host."""
@@ -111,7 +112,7 @@ def check_skipping(runner: Any, layers: Sequence[Any]) -> None:
     if not groups or not all(callable(getattr(group, "build_metadata", None)) for group in groups[0]):
         raise UserError(
             f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
-            f"(set null_entries to read, with null_pages; it was written for vLLM 0.32)"
+            f"(set null_entries to read, with null_pages; it was tested with vLLM {TESTED})"
         )
     others = {group.backend.get_name() for group in groups[0]}.difference(_BACKENDS)
     if others:
