@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from vllm_plugin.gpu_choices import where_vllm_is
 
 import trtllm_memshare
 from trtllm_memshare.engine.weights import weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
+NIGHTLY = os.environ.get("MEMSHARE_NIGHTLY") == "1"
+"""Whether cases run that differ from others in one thing and take a minute each."""
 MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that imports this project and the vLLM that the test has, which may be on PYTHONPATH itself."""
+    paths = filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
 
 
 def run(
@@ -24,10 +33,10 @@ def run(
 ) -> dict[str, Any]:
     """``runner``: see ``gpu_choices``."""
     programs = [str(Path(__file__).with_name(name)) for name in ("gpu_choices.py", program)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         [sys.executable, *programs, arm, MODEL, null_pages, *arguments],
-        env={**environment, "MEMSHARE_TEST_RUNNER": runner}, capture_output=True, text=True, check=False, timeout=600,
+        env=environment(MEMSHARE_TEST_RUNNER=runner, MEMSHARE_TEST_VLLM=where_vllm_is()), capture_output=True,
+        text=True, check=False, timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.splitlines()[-1])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import runpy
 import sys
@@ -20,6 +21,12 @@ from types import SimpleNamespace
 from typing import Any
 
 RUNNER = os.environ.get("MEMSHARE_TEST_RUNNER", "V1")
+
+
+def where_vllm_is() -> str:
+    """The file that ``import vllm`` would read; "" = none."""
+    found = importlib.util.find_spec("vllm")
+    return (found and found.origin) or ""
 
 
 def choose_runner() -> None:
@@ -92,6 +99,7 @@ def round_to_fp8_as_gpus_do() -> None:
 
 
 if __name__ == "__main__":
+    assert where_vllm_is() == os.environ["MEMSHARE_TEST_VLLM"], "this process has another vLLM than the test"
     choose_runner()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

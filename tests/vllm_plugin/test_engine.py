@@ -6,14 +6,13 @@ Each arm is a process of its own (``engine_process.py``). Needs vLLM in the envi
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_plugin.engine_runs import MODEL, ROOT, run, save_null_pages
+from vllm_plugin.engine_runs import MODEL, ROOT, environment, run, save_null_pages
 from vllm_plugin.fake_runners import FakeRunnerV2
 
 from trtllm_memshare.errors import UserError
@@ -103,7 +102,7 @@ def test_the_fidelity_check_compares_with_a_masked_replay(tmp_path):
     ran = subprocess.run(
         [sys.executable, "benchmarks/vllm_fidelity.py", "--model-dir", MODEL, "--traces", str(traces),
          "--requests", "2", "--null-entries", "skip", "--output-json", str(output)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True,
+        env=environment(), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads(output.read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -11,26 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import trtllm_memshare
+from vllm_plugin.engine_runs import MODEL, ROOT, environment
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
-
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
 
 
 def run(arm: str, blocks: int, traces: Path) -> dict[str, object]:
     """It fails by itself unless the answers are the texts."""
     line = [
-        sys.executable, str(ROOT / "benchmarks" / "vllm_pressure.py"), "--replay", "--model-dir", str(MODEL),
+        sys.executable, str(ROOT / "benchmarks" / "vllm_pressure.py"), "--replay", "--model-dir", MODEL,
         "--traces", str(traces), "--requests", "4", "--in-flight", "4", "--shorter-by", "1", "--longest-answer", "400",
         "--protected-tokens", "32", "--admission", "vllm", "--run-arm", arm, str(blocks),
     ]  # fmt: skip
     from trtllm_memshare.evaluation.vllm_work import ENVIRONMENT
 
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(line, env=environment(**ENVIRONMENT), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1])
 

@@ -173,13 +173,19 @@ class MemShareWorker(PlatformWorker):
             self._skipped = SkippedEntries(self.model_runner, null_blocks, block_size)
 
 
-class _Answered(AsyncModelRunnerOutput):
-    """An async output that carries reports once it is there."""
+class _Answered:
+    """An async output that carries reports once it is there; everything else is the output's own."""
 
     def __init__(self, output: Any, answers: dict[str, Any]) -> None:
         self._output, self._answers = output, answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
 
     def get_output(self) -> Any:
         output = self._output.get_output()
         setattr(output, REPORTS, self._answers)
         return output
+
+
+AsyncModelRunnerOutput.register(_Answered)  # a derived class would owe what releases add to it: 0.33 has a method more
