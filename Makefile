@@ -1,5 +1,5 @@
 # `make test` and `make demo` need only Python 3.10 to 3.12; everything else goes into .venv.
-.PHONY: venv test nightly lint kernels resolve demo real figures vllm test-vllm test-transformers-4 aiperf clean
+.PHONY: venv test nightly lint kernels resolve demo real figures vllm test-vllm test-vllm-newest test-transformers-4 aiperf clean
 
 BIN := .venv/bin
 
@@ -20,6 +20,7 @@ nightly: venv
 	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 MEMSHARE_SCHEDULE_OPERATIONS=200000 $(BIN)/python -m pytest -q
 	$(BIN)/python tests/fuzz/run.py --seconds 60
 	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 $(MAKE) test-vllm
+	$(MAKE) test-vllm-newest
 
 lint: venv
 	$(BIN)/ruff check .
@@ -60,6 +61,10 @@ vllm: .venv-vllm/ready
 
 test-vllm: vllm
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm_plugin
+
+# The newest vLLM, of which there is no build for CPUs: its Python code over the other one's operators.
+test-vllm-newest: vllm
+	bash build_scripts/test_vllm_release.sh 0.33.0
 
 # The oldest transformers that is supported, and what it needs older versions of; the rest as everywhere.
 .venv-transformers-4/ready: pyproject.toml constraints.txt constraints-transformers-4.txt build_scripts/find_python.sh

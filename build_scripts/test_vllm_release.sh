@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Tests the vLLM plugin with another release: bash build_scripts/test_vllm_release.sh 0.29.0 [arguments of pytest]
+# Tests the vLLM plugin with another release: bash build_scripts/test_vllm_release.sh 0.33.0 [arguments of pytest]
 # Its Python code goes before that of .venv-vllm (make vllm), whose other packages it takes as they are. Of a release
 # without a build for CPUs the Python code of the CUDA build runs, over the compiled operators of .venv-vllm's vLLM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-release=${1:?which release of vLLM, as 0.29.0}
+release=${1:?which release of vLLM, as 0.33.0}
 shift
 folder=$PWD/build/vllm/$release python=.venv-vllm/bin/python
 install() {

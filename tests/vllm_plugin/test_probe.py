@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS, is_tested
 from trtllm_memshare.vllm.plugin import choose_classes
 from trtllm_memshare.vllm.probe import check_aliases, check_classes, check_scheduler
 
@@ -29,14 +29,14 @@ class BlockPool:
 
 def test_a_vllm_without_what_is_built_on_is_refused():
     check_classes("0.32.0", scheduler_class(), KVCacheManager, BlockPool)
-    with pytest.raises(UserError, match=r"vLLM 0.40 has no Scheduler._preempt_request.*tested with vLLM 0.29"):
+    with pytest.raises(UserError, match=r"vLLM 0.40 has no Scheduler._preempt_request.*tested with vLLM 0.32"):
         check_classes("0.40", scheduler_class("_preempt_request"), KVCacheManager, BlockPool)
     other = type("KVCacheManager", (), {"allocate_slots": lambda self, tokens, request: None})
     with pytest.raises(UserError, match="must take request and num_new_tokens, got tokens, request"):
         check_classes("0.40", scheduler_class(), other, BlockPool)
 
 
-def a_scheduler(kinds=("FullAttentionSpec",), connector=None, **changes):
+def a_scheduler(kinds=("FullAttentionSpec",), connector=None, refused=(), **changes):
     values = {
         "speculative_config": None, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1, "cache_dtype": "auto", "enable_sleep_mode": False, "sliding_window": None,
@@ -50,7 +50,7 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, **changes):
     group = SimpleNamespace(req_to_blocks={}, num_cached_block={}, block_size=16)
     return SimpleNamespace(
         vllm_config=config, kv_cache_config=SimpleNamespace(kv_cache_groups=groups), connector=connector,
-        is_encoder_decoder=False,
+        is_encoder_decoder=False, grammar_compile_error_reqs=None if refused is None else set(),
         kv_cache_manager=SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=[group])),
     )  # fmt: skip
 
@@ -68,12 +68,18 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, **changes):
         ({"enable_sleep_mode": True}, "excludes sleep mode"),
         ({"enable_dbo": True}, "excludes dual batch overlap"),
         ({"enable_elastic_ep": True}, "excludes elastic expert parallelism"),
+        ({"refused": None}, "has no grammar_compile_error_reqs, by which MemShare ends a request"),
     ],
 )
 def test_features_that_are_excluded_are_named(changes, message):
     check_scheduler(a_scheduler(), "0.32.0")
     with pytest.raises(UserError, match=message):
         check_scheduler(a_scheduler(**changes), "0.32.0")
+
+
+def test_releases_that_were_tested_are_told_from_others():
+    assert all(map(is_tested, ("0.32.0", "0.33.1", "0.33.0+cpu", "0.32.2rc1.dev5+g4ba787ec9")))
+    assert not any(map(is_tested, ("0.31.9", "0.34.0", "1.30.0", "0.34.0.dev1+g1", "dev", "")))
 
 
 def test_the_environment_chooses_the_classes_once():

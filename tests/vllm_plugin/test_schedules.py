@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,13 +223,22 @@ def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes):
     assert simulation.shadow.reads_of_others > 0
 
 
-def test_a_request_whose_options_cannot_be_used_ends_with_an_error(null_pages):
+@pytest.mark.parametrize("kind", [set, dict])
+def test_a_request_whose_options_cannot_be_used_ends_with_an_error(null_pages, monkeypatch, kind):
+    """VLLM 0.33 keeps what clients are told of each, as here (read on 30 November 2026), and 0.32 their names only."""
+    monkeypatch.setattr("vllm.outputs.RequestError", SimpleNamespace, raising=False)
     arguments = make_engine_args(MODEL, null_pages, NUM_BLOCKS, False, need="age")
     scheduler = make_scheduler(arguments, NUM_BLOCKS, False)
+    scheduler.grammar_compile_error_reqs = kind()
     simulation = Simulation(scheduler, 0)
     simulation.add("bad", [7] * 20, 1, {"min_kept": 7})  # its first token would be its last
     simulation.add("good", [7] * 20, 50, {"min_kept": 0.7})
     bad = scheduler.requests["bad"]
+    assert list(scheduler.grammar_compile_error_reqs) == ["bad"]
+    if kind is dict:
+        told = scheduler.grammar_compile_error_reqs["bad"]
+        assert told.code == "validation_error"
+        assert "min_kept" in told.message
     simulation.step()
     assert (bad.status, bad.num_output_tokens) == (RequestStatus.FINISHED_ERROR, 0)
     assert "good" in scheduler.requests

@@ -7,7 +7,7 @@ that import vLLM are only imported by vLLM itself.
 SCHEDULER_CLASS = "trtllm_memshare.vllm.scheduler.MemShareScheduler"
 WORKER_CLASS = "trtllm_memshare.vllm.worker.MemShareWorker"
 REQUEST_CHECK = "trtllm_memshare.vllm.request_check.RequestCheck"
-TESTED = "0.29 to 0.33"
+TESTED = "0.32 to 0.33"
 """Releases of vLLM with which the tests have run (``build_scripts/test_vllm_release.sh``)."""
 
 

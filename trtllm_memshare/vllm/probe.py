@@ -23,6 +23,7 @@ _WALKERS = ("CPU_ATTN", "FLASHINFER", "FLASH_ATTN", "TRITON_ATTN")
 
 FlexAttention turns tables round: of entries that name one block, an alias and its donor, it reads the last one only.
 """
+_REFUSED = "grammar_compile_error_reqs"
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
 
 
@@ -65,6 +66,11 @@ def check_scheduler(scheduler: Any, version: str) -> None:
         if present:
             raise _excluded(feature)
     group = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    if not isinstance(getattr(scheduler, _REFUSED, None), (set, dict)):
+        raise UserError(
+            f"vLLM {version}'s scheduler has no {_REFUSED}, by which MemShare ends a request whose options cannot be "
+            f"used (it was tested with vLLM {TESTED})"
+        )
     for name in _GROUP_ATTRIBUTES:
         if not hasattr(group, name):
             raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
