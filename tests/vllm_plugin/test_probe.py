@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS, is_tested
+from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
 from trtllm_memshare.vllm.plugin import choose_classes
-from trtllm_memshare.vllm.probe import check_aliases, check_classes, check_scheduler
+from trtllm_memshare.vllm.probe import check_aliases, check_classes, check_release, check_scheduler
 
 
 def scheduler_class(*missing):
@@ -66,7 +66,7 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, refused=(), **chan
         ({"decode_context_parallel_size": 2}, "excludes decode context parallelism"),
         ({"cache_dtype": "fp8_e5m2"}, "excludes a KV cache of fp8_e5m2"),
         ({"enable_sleep_mode": True}, "excludes sleep mode"),
-        ({"enable_dbo": True}, "excludes dual batch overlap"),
+        ({"use_ubatching": True}, "excludes dual batch overlap"),
         ({"enable_elastic_ep": True}, "excludes elastic expert parallelism"),
         ({"refused": None}, "has no grammar_compile_error_reqs, by which MemShare ends a request"),
     ],
@@ -77,9 +77,12 @@ def test_features_that_are_excluded_are_named(changes, message):
         check_scheduler(a_scheduler(**changes), "0.32.0")
 
 
-def test_releases_that_were_tested_are_told_from_others():
-    assert all(map(is_tested, ("0.32.0", "0.33.1", "0.33.0+cpu", "0.32.2rc1.dev5+g4ba787ec9")))
-    assert not any(map(is_tested, ("0.31.9", "0.34.0", "1.30.0", "0.34.0.dev1+g1", "dev", "")))
+def test_older_releases_are_refused_and_newer_ones_served_with_a_warning():
+    assert all(map(check_release, ("0.32.0", "0.33.1", "0.33.0+cpu", "0.32.2rc1.dev5+g4ba787ec9")))
+    assert not any(map(check_release, ("0.34.0", "1.0.0", "0.34.0rc1", "0.1.dev1+g4ba787ec9", "dev", "")))
+    for older in ("0.31.2", "0.9.0.1", "0.30.0+cpu", "0.31.1rc1.dev5+g1"):
+        with pytest.raises(UserError, match=r"needs vLLM 0\.32 or later, got 0"):
+            check_release(older)
 
 
 def test_the_environment_chooses_the_classes_once():

@@ -120,7 +120,9 @@ def _wrap(arguments: list[str]) -> None:
         line = [*_program(), *ours]
         environment.pop(CONFIG_VARIABLE, None)  # what its file says is in the arguments now
     else:  # a sweep starts servers, which may read the variable
-        print("memshare: this benchmark is a client, the server has the settings")
+        is_client = arguments[1:2] != ["forward"]
+        does = "is a client, the server has the settings" if is_client else "has no scheduler, so nothing is given up"
+        print(f"memshare: this benchmark {does}")
         line = [*_program(), *arguments]
     exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="memshare-metrics-") as folder:

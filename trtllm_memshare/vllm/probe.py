@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from trtllm_memshare.errors import UserError
@@ -25,6 +26,24 @@ FlexAttention turns tables round: of entries that name one block, an alias and i
 """
 _REFUSED = "grammar_compile_error_reqs"
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
+
+
+def check_release(version: str) -> bool:
+    """Whether a release is one that was tested; False for a newer one and for a build that says no release.
+
+    Args:
+      version: as vLLM tells it: 0.33.0, 0.33.1+cpu, 0.1.dev1+g4ba787ec9.
+
+    Raises:
+      UserError: it is older. Up to 0.31 tables hold a kernel's own blocks where these are smaller, and 0.29's runner V2
+        ends with many entries at once: both as read, on 30 November 2026.
+    """
+    first, last = (tuple(map(int, release.split("."))) for release in TESTED.split(" to "))
+    found = re.match(r"(\d+)\.(\d+)(?!\.dev)", version)
+    release = tuple(map(int, found.groups())) if found else None
+    if release is not None and release < first:
+        raise UserError(f"MemShare needs vLLM {TESTED.split()[0]} or later, got {version} (serve without MemShare)")
+    return release is not None and release <= last
 
 
 def check_classes(version: str, scheduler: type, kv_cache_manager: type, block_pool: type) -> None:
@@ -102,7 +121,7 @@ def check_served(config: Any, groups: list[Any]) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "dual batch overlap": getattr(parallel, "enable_dbo", False),
+        "dual batch overlap": getattr(parallel, "use_ubatching", False),
         "elastic expert parallelism": getattr(parallel, "enable_elastic_ep", False),
         "sleep mode": config.model_config.enable_sleep_mode,
         f"a KV cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype not in SERVED_TYPES,

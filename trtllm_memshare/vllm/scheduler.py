@@ -22,13 +22,13 @@ from vllm.v1.request import Request, RequestStatus
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.matchers import make_matcher_factory
-from trtllm_memshare.vllm import TESTED, is_tested
+from trtllm_memshare.vllm import TESTED
 from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
 from trtllm_memshare.vllm.metrics import Metrics
 from trtllm_memshare.vllm.null_pages import load_bands
-from trtllm_memshare.vllm.probe import check_classes, check_scheduler
+from trtllm_memshare.vllm.probe import check_classes, check_release, check_scheduler
 from trtllm_memshare.vllm.relief import Relief
 from trtllm_memshare.vllm.request_options import RequestOptions, parse_request_options
 from trtllm_memshare.vllm.settings import load_settings
@@ -51,12 +51,12 @@ class MemShareScheduler(Scheduler):
         return super().__new__(cls)
 
     def __init__(self, vllm_config: Any, *arguments: Any, **keywords: Any) -> None:
+        if not check_release(vllm.__version__):
+            logger.warning("MemShare was tested with vLLM %s, this is vLLM %s", TESTED, vllm.__version__)
         check_classes(vllm.__version__, Scheduler, KVCacheManager, BlockPool)
         self.settings = load_settings(vllm_config.additional_config, os.environ)
         super().__init__(vllm_config, *arguments, **keywords)
         check_scheduler(self, vllm.__version__)
-        if not is_tested(vllm.__version__):
-            logger.warning("MemShare was tested with vLLM %s, this is vLLM %s", TESTED, vllm.__version__)
         config, options = self.settings.memshare, self.settings.options
         bands = load_bands(options.null_pages, self.max_model_len)
         has_aliases = config.retired_becomes == "alias"
