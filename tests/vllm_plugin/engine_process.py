@@ -44,6 +44,12 @@ if "-in-place" in RUNNER:
     skipped_entries._changes_in_place = lambda device: True
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 STORED = torch.float8_e4m3fn if "-fp8" in RUNNER else None
+HAS_SCALES = "-scales" in RUNNER
+# As a checkpoint whose KV cache alone is quantized says it (compressed-tensors).
+QUANTIZED = {
+    "quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": ["re:.*"],
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False},
+}  # fmt: skip
 
 
 def make_engine(model: str, null_pages: str, num_ranks: int = 1, num_blocks: int = NUM_BLOCKS, **memshare: Any) -> LLM:
@@ -56,6 +62,8 @@ def make_engine(model: str, null_pages: str, num_ranks: int = 1, num_blocks: int
             "worker_cls": "trtllm_memshare.vllm.worker.MemShareWorker",
             "additional_config": {"memshare": {"protected_tokens": 64, **memshare}},
         }
+    if HAS_SCALES:
+        ours["hf_overrides"] = {"quantization_config": QUANTIZED}
     return LLM(
         model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
         num_gpu_blocks_override=num_blocks, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
@@ -123,6 +131,7 @@ def under_pressure(
         pages = load_file(Path(null_pages) / "null_pages.safetensors")
         if STORED is not None:
             pages["keys"] = stored_keys(pages["keys"], STORED).float()
+    scales = checkpoint_scales(model_dir) if HAS_SCALES else None
     worst = {"as read": 0.0, "once": 0.0, "all": 0.0}
     differences: list[float] = []
     for output, prompt in zip(outputs, prompts, strict=True):
@@ -151,7 +160,7 @@ def under_pressure(
         ):
             with torch.no_grad():
                 all_logs = log_probabilities(
-                    reference, tokens, gone, pages["keys"], pages["bands"].long(), seen, STORED
+                    reference, tokens, gone, pages["keys"], pages["bands"].long(), seen, STORED, scales
                 )
             expected = all_logs[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
             worst[arm] = max(worst[arm], float((said - expected).abs().max()))
@@ -166,6 +175,14 @@ def under_pressure(
         "surprisal_difference": float(np.nanmax([0.0, *differences])),
         "retired_again": scheduler.relief.totals.retired_again,
     }  # fmt: skip
+
+
+def checkpoint_scales(model_dir: str) -> torch.Tensor:
+    """Scales of K and V as the checkpoint has them, float32 ``[layers, 2]``."""
+    weights = load_file(Path(model_dir) / "model.safetensors")
+    count = sum(name.endswith(".k_scale") for name in weights)
+    names = [[f"model.layers.{index}.self_attn.{x}_scale" for x in "kv"] for index in range(count)]
+    return torch.stack([torch.cat([weights[name] for name in pair]) for pair in names])
 
 
 def _is(outside: str, inside: str) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm_plugin.gpu_choices import where_vllm_is
 
 import trtllm_memshare
@@ -29,12 +30,17 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(
-    arm: str, null_pages: str, *arguments: str, program: str = "engine_process.py", runner: str = "V1"
+    arm: str,
+    null_pages: str,
+    *arguments: str,
+    program: str = "engine_process.py",
+    runner: str = "V1",
+    model: str = MODEL,
 ) -> dict[str, Any]:
     """``runner``: see ``gpu_choices``."""
     programs = [str(Path(__file__).with_name(name)) for name in ("gpu_choices.py", program)]
     ran = subprocess.run(
-        [sys.executable, *programs, arm, MODEL, null_pages, *arguments],
+        [sys.executable, *programs, arm, model, null_pages, *arguments],
         env=environment(MEMSHARE_TEST_RUNNER=runner, MEMSHARE_TEST_VLLM=where_vllm_is()), capture_output=True,
         text=True, check=False, timeout=600,
     )  # fmt: skip
@@ -43,11 +49,11 @@ def run(
 
 
 def run_small(
-    arm: str, null_pages: str, num_ranks: int = 1, num_schedules: int = 0, runner: str = "V1"
+    arm: str, null_pages: str, num_ranks: int = 1, num_schedules: int = 0, runner: str = "V1", model: str = MODEL
 ) -> dict[str, Any]:
     """The same of ``small_engine_process.py``."""
     numbers = (str(num_ranks), str(num_schedules))
-    return run(arm, null_pages, *numbers, program="small_engine_process.py", runner=runner)
+    return run(arm, null_pages, *numbers, program="small_engine_process.py", runner=runner, model=model)
 
 
 def save_null_pages(folder: Path, num_layers: int = 4, weights: str | None = None, second_band: int = 256) -> str:
@@ -60,6 +66,17 @@ def save_null_pages(folder: Path, num_layers: int = 4, weights: str | None = Non
     bands = torch.tensor([0, second_band, 1024], dtype=torch.int32)
     calibrated_on = {"weights": weights or weights_digest(Path(MODEL))}
     save_file({"keys": keys, "bands": bands}, folder / "null_pages.safetensors", calibrated_on)
+    return str(folder)
+
+
+def save_with_scales(folder: Path, scales: list[list[float]]) -> str:
+    """The bundled model as a checkpoint with scales of an fp8 cache, K and V of each layer; none fits another."""
+    shutil.copytree(MODEL, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    for index, pair in enumerate(scales):
+        for name, scale in zip("kv", pair, strict=True):
+            weights[f"model.layers.{index}.self_attn.{name}_scale"] = torch.tensor([scale])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 

@@ -20,6 +20,7 @@ def log_probabilities(
     bands: torch.Tensor,
     counts: torch.Tensor | None = None,
     stored: torch.dtype | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probabilities after each token, float32 ``[tokens, vocabulary]``.
 
@@ -30,7 +31,8 @@ def log_probabilities(
       bands: int64 ``[bands + 1]``, first positions.
       counts: ``[query, key]``, how often each query sees each key; None: once. 0 = not at all, another one is in its
         place.
-      stored: type of the cache that K and V lie in, with scales of 1; None: that of the model.
+      stored: type of the cache that K and V lie in; None: that of the model.
+      scales: ``[layers, K and V]``, what lies in such a cache times this is K or V; None: 1.
     """
     config, body = model.config, model.model
     count = len(tokens)
@@ -48,7 +50,8 @@ def log_probabilities(
         key = _rotate(attention.k_proj(normed)[0].view(shape), cos[0], sin[0]).transpose(0, 1)
         value = attention.v_proj(normed)[0].view(shape).transpose(0, 1)
         if stored is not None:
-            key, value = key.to(stored).float(), value.to(stored).float()
+            by = torch.ones(2) if scales is None else scales[index]
+            key, value = ((x / scale).to(stored).float() * scale for x, scale in zip((key, value), by, strict=True))
         key, value = (x.repeat_interleave(heads // groups, 0) for x in (key, value))
         logits = query @ key.transpose(1, 2) * attention.scaling
         if null_keys is None:

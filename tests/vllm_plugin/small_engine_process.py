@@ -53,6 +53,8 @@ def main() -> None:
     result["elements"] = core.vllm_config.cache_config.cache_dtype
     if num_ranks == 1:
         runner = core.model_executor.driver_worker.worker.model_runner
+        layers = [layer for _, layer in sorted(runner.compilation_config.static_forward_context.items())]
+        result["scales"] = [[float(layer._k_scale), float(layer._v_scale)] for layer in layers]
         result["runner"], result["attention"] = type(runner).__module__, runner.attn_groups[0][0].backend.get_name()
     result["is_async"] = core.batch_queue is not None
     print(json.dumps(result))

@@ -6,24 +6,29 @@ minute or two: the default in an fp8 cache runs every time, ``MEMSHARE_NIGHTLY``
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from vllm_plugin.engine_runs import NIGHTLY, check, run_small
+from vllm_plugin.engine_runs import MODEL, NIGHTLY, check, run_small, save_with_scales
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
 
-CASES = [("skip", "fp8")]
+CASES = [("skip", "fp8-scales")]
 if NIGHTLY:
-    CASES += [("read", "fp8"), ("read", "auto"), ("skip", "auto"), ("aliases", "auto")]
+    CASES += [(arm, "fp8") for arm in ("read", "skip")] + [(arm, "auto") for arm in ("read", "skip", "aliases")]
+SCALES = [[0.03 * (i + 1), 0.05 / (i + 1)] for i in range(4)]
 
 
 @pytest.mark.parametrize(("arm", "elements"), CASES, ids=lambda value: value)
-def test_a_gpus_kernels_read_what_the_masked_reference_reads(null_pages, arm, elements):
+def test_a_gpus_kernels_read_what_the_masked_reference_reads(null_pages, tmp_path, arm, elements):
     """With the null page of an fp8 cache as long as it can be; who skips has none."""
-    runner = "V2-async-in-place-triton" + ("-fp8" if elements == "fp8" else "")
-    result = run_small(arm, "" if arm == "skip" else null_pages, runner=runner)
+    has_scales = elements.endswith("-scales")
+    model = save_with_scales(tmp_path, SCALES) if has_scales else MODEL
+    runner = f"V2-async-in-place-triton-{elements}"
+    result = run_small(arm, "" if arm == "skip" else null_pages, runner=runner, model=model)
     assert result["attention"] == "TRITON_ATTN"
-    assert result["elements"] == elements
+    assert result["elements"] == elements.removesuffix("-scales")
+    assert np.allclose(result["scales"], SCALES if has_scales else 1)
     pressure = check(result, "cpu.model_runner")
     if arm == "aliases":
         assert pressure["aliased"] == pressure["retired"]
