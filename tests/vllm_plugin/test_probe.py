@@ -79,7 +79,7 @@ def test_features_that_are_excluded_are_named(changes, message):
 
 def test_older_releases_are_refused_and_newer_ones_served_with_a_warning():
     assert all(map(check_release, ("0.32.0", "0.33.1", "0.33.0+cpu", "0.32.2rc1.dev5+g4ba787ec9")))
-    assert not any(map(check_release, ("0.34.0", "1.0.0", "0.34.0rc1", "0.1.dev1+g4ba787ec9", "dev", "")))
+    assert not any(map(check_release, ("0.34.0", "1.0.0", "0.34.0rc1", "0.1.dev1+g4ba787ec9", "0.12.dev3", "dev", "")))
     for older in ("0.31.2", "0.9.0.1", "0.30.0+cpu", "0.31.1rc1.dev5+g1"):
         with pytest.raises(UserError, match=r"needs vLLM 0\.32 or later, got 0"):
             check_release(older)

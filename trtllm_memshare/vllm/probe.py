@@ -39,10 +39,12 @@ def check_release(version: str) -> bool:
         ends with many entries at once: both as read, on 30 November 2026.
     """
     first, last = (tuple(map(int, release.split("."))) for release in TESTED.split(" to "))
-    found = re.match(r"(\d+)\.(\d+)(?!\.dev)", version)
+    found = re.match(r"(\d+)\.(\d+)(?!\d|\.dev)", version)
     release = tuple(map(int, found.groups())) if found else None
     if release is not None and release < first:
-        raise UserError(f"MemShare needs vLLM {TESTED.split()[0]} or later, got {version} (serve without MemShare)")
+        raise UserError(
+            f"MemShare needs vLLM {TESTED.split()[0]} or later, got {version} (update vLLM, or serve without MemShare)"
+        )
     return release is not None and release <= last
 
 
