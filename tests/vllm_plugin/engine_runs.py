@@ -25,7 +25,8 @@ MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
 
 def environment(**more: str) -> dict[str, str]:
     """Of a process that imports this project and the vLLM that the test has, which may be on PYTHONPATH itself."""
-    paths = filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "tests")])
+    spawned = str(Path(__file__).with_name("spawned"))
+    paths = filter(None, [os.environ.get("PYTHONPATH"), spawned, str(ROOT), str(ROOT / "tests")])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
 
 

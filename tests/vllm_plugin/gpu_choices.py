@@ -36,6 +36,7 @@ def choose_runner() -> None:
     if RUNNER.startswith("V1") and "-triton" not in RUNNER:
         return
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it would take the backend below for one that compiles
     from triton import backends
 
     # vLLM asks whether there is a backend for the CPU that it could compile kernels with; nothing is compiled.

@@ -56,6 +56,7 @@ def main() -> None:
         layers = [layer for _, layer in sorted(runner.compilation_config.static_forward_context.items())]
         result["scales"] = [[float(layer._k_scale), float(layer._v_scale)] for layer in layers]
         result["runner"], result["attention"] = type(runner).__module__, runner.attn_groups[0][0].backend.get_name()
+    result["is_v2"] = core.vllm_config.use_v2_model_runner
     result["is_async"] = core.batch_queue is not None
     print(json.dumps(result))
 

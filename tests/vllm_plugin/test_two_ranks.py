@@ -1,4 +1,4 @@
-"""vLLM's tensor parallelism, on the CPU: two workers with half of the heads each, over gloo."""
+"""vLLM's tensor parallelism, on the CPU: two workers with half of the heads each, over gloo, and both model runners."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from vllm_plugin.engine_runs import NIGHTLY, check, run_small, save_null_pages
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
 
-@pytest.mark.parametrize("arm", ["read", "skip", "aliases"] if NIGHTLY else ["read", "skip"])
-def test_two_ranks_read_what_the_masked_reference_reads(tmp_path: Path, arm: str):
+CASES = [("V1", "read"), ("V2-async", "skip")]
+if NIGHTLY:
+    CASES += [("V1", "skip"), ("V1", "aliases"), ("V2-async", "read"), ("V2-async", "aliases")]
+
+
+@pytest.mark.parametrize(("runner", "arm"), CASES)
+def test_two_ranks_read_what_the_masked_reference_reads(tmp_path: Path, runner: str, arm: str):
     """Those that skip have no null pages."""
-    pressure = check(run_small(arm, "" if arm == "skip" else save_null_pages(tmp_path), num_ranks=2))
+    result = run_small(arm, "" if arm == "skip" else save_null_pages(tmp_path), num_ranks=2, runner=runner)
+    assert (result["is_v2"], result["is_async"]) == (runner == "V2-async",) * 2
+    pressure = check(result)
     assert (pressure["aliased"] == pressure["retired"]) == (arm == "aliases")
