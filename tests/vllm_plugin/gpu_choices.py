@@ -3,8 +3,7 @@
 ``MEMSHARE_TEST_RUNNER`` is V1 or V2, followed by ``-async`` for async scheduling, by ``-in-place`` if tables and
 lengths are to be changed where they are, as on a GPU, by ``-triton`` for vLLM's attention in Triton, and by
 ``-fp8`` for a cache that only such attention has on every CPU, and by ``-scales`` for a checkpoint that has scales for
-it. ``python gpu_choices.py PROGRAM ARGUMENTS`` starts a
-program with that model runner, before it imports vLLM.
+it. ``python gpu_choices.py PROGRAM ARGUMENTS`` starts a program with that model runner, before it imports vLLM.
 
 V2's own kernels are written in Triton, whose wheel has no backend for the CPU: its interpreter runs them here, one
 program after the other. Both choices are vLLM's own code, unchanged; read on 30 November 2026.

@@ -229,7 +229,8 @@ def test_a_request_whose_options_cannot_be_used_ends_with_an_error(null_pages, m
     monkeypatch.setattr("vllm.outputs.RequestError", SimpleNamespace, raising=False)
     arguments = make_engine_args(MODEL, null_pages, NUM_BLOCKS, False, need="age")
     scheduler = make_scheduler(arguments, NUM_BLOCKS, False)
-    scheduler.grammar_compile_error_reqs = kind() if kind else scheduler.grammar_compile_error_reqs
+    if kind is not None:
+        scheduler.grammar_compile_error_reqs = kind()
     simulation = Simulation(scheduler, 0)
     simulation.add("bad", [7] * 20, 1, {"min_kept": 7})  # its first token would be its last
     simulation.add("good", [7] * 20, 50, {"min_kept": 0.7})
