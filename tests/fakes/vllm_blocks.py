@@ -125,7 +125,7 @@ class Host:
             **{"need": "age", "protected_tokens": 4, "high_watermark": 0.9, "low_watermark": 0.8, **config},
         )
         has_aliases = self.config.retired_becomes == "alias"
-        self.blocks = VllmBlocks(self.manager, len(bands) - 1, longest, has_aliases)
+        self.blocks = VllmBlocks(self.manager, 0, len(bands) - 1, longest, has_aliases)
         factory = make_matcher_factory(self.config, BLOCK_SIZE, BOUNDARIES)
         self.relief = Relief(self.config, self.blocks, np.array(bands, np.int32), factory)
         self.requests: dict[str, Request] = {}

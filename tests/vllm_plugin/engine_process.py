@@ -43,6 +43,8 @@ if "-triton" in RUNNER:
 if "-in-place" in RUNNER:
     skipped_entries._changes_in_place = lambda device: True
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
+_Event = tuple[int, list[int], dict[int, int]]  # tokens computed then, pages forgotten by then, pages aliased by then
+_NEVER = 10**9
 STORED = torch.float8_e4m3fn if "-fp8" in RUNNER else None
 HAS_SCALES = "-scales" in RUNNER
 # As a checkpoint whose KV cache alone is quantized says it (compressed-tensors).
@@ -102,7 +104,8 @@ def under_pressure(
     keep everything.
     """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    events: dict[str, list[tuple[int, list[int], dict[int, int]]]] = {}
+    # By request, a stretch from the start or from each preemption: the first token sampled in it, what went in it when.
+    stretches: dict[str, list[tuple[int, list[_Event]]]] = {}
     told: dict[str, dict[int, float]] = {}
     retire = scheduler.relief._retire
 
@@ -111,18 +114,23 @@ def under_pressure(
         whole = [p for p in range(known.first_generated, len(known._surprisal)) if p - 1 not in known.retired]
         told.setdefault(request.request_id, {}).update({p: float(known._surprisal[p]) for p in whole})
         retire(request, pages, *rest)
-        events.setdefault(request.request_id, []).append(
-            (request.num_computed_tokens, list(known.forgotten), dict(known.aliased))
-        )
+        _, events = stretches.setdefault(request.request_id, [(0, [])])[-1]
+        events.append((request.num_computed_tokens, list(known.forgotten), dict(known.aliased)))
 
-    scheduler.relief._retire = watched
+    def watched_loss(name: str) -> None:
+        stretches.setdefault(name, [(0, [])]).append((scheduler.requests[name].num_tokens, []))
+        lose_blocks(name)
+
+    scheduler.relief._retire, lose_blocks = watched, scheduler.relief.lose_blocks
+    scheduler.relief.lose_blocks = watched_loss
     prompts, off_prompts = texts(3, len(lengths), 40), texts(6, len(off_lengths), 40)
     outputs = generate(llm, prompts, list(lengths), logprobs=0)
     retired_before, episodes = scheduler.relief.totals.retired, scheduler.relief.episodes
     over = {"episodes": episodes.num, "is_active": episodes.is_active,
             "gauge": REGISTRY.get_sample_value("memshare_pressure")}  # fmt: skip
     off = generate(llm, off_prompts, list(off_lengths), logprobs=0, extra_args={"memshare": False})
-    scheduler.relief._retire = retire
+    scheduler.relief._retire, scheduler.relief.lose_blocks = retire, lose_blocks
+    retired_from = {name for name, parts in stretches.items() if any(events for _, events in parts)}
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
@@ -137,44 +145,54 @@ def under_pressure(
     for output, prompt in zip(outputs, prompts, strict=True):
         answer = output.outputs[0]
         tokens = prompt + list(answer.token_ids)
-        retired_from = torch.full((len(tokens),), 10**9)
-        counts = torch.ones(len(tokens), len(tokens))
-        name = next((n for n in events if _is(output.request_id, n)), None)
-        for position, forgotten, aliased in events.get(name or "", []):
-            for page in forgotten:
-                tokens_of_page = slice(page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE)
-                retired_from[tokens_of_page] = retired_from[tokens_of_page].clamp_max(position)
-            counts[position:] = 1
-            for page, donor in aliased.items():
-                counts[position:, page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE] = 0
-                counts[position:, donor * BLOCK_SIZE : (donor + 1) * BLOCK_SIZE] += 1
+        name = next((n for n in stretches if _is(output.request_id, n)), "")
         said = torch.tensor([next(iter(step.values())).logprob for step in answer.logprobs])
-        for page, nats in told.get(name or "", {}).items():
+        for page, nats in told.get(name, {}).items():
             start = page * BLOCK_SIZE - len(prompt)
             differences.append(abs(nats + float(said[start : start + BLOCK_SIZE].sum())))
-        nothing, once = torch.full_like(retired_from, 10**9), counts.clamp_max(1)
-        for arm, gone, seen in (
-            ("as read", retired_from, counts),
-            ("once", retired_from, once),
-            ("all", nothing, None),
-        ):
-            with torch.no_grad():
-                all_logs = log_probabilities(
-                    reference, tokens, gone, pages["keys"], pages["bands"].long(), seen, STORED, scales
-                )
-            expected = all_logs[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-            worst[arm] = max(worst[arm], float((said - expected).abs().max()))
+        parts = stretches.get(name, [(0, [])])
+        ends = [start - len(prompt) for start, _ in parts[1:]] + [len(said)]
+        for arm in worst:
+            expected, first = [], 0
+            for (_, events), end in zip(parts, ends, strict=True):
+                gone, seen = _seen(len(tokens), events)
+                if arm != "as read":
+                    seen = None if arm == "all" else seen.clamp_max(1)
+                if arm == "all":
+                    gone = torch.full_like(gone, _NEVER)
+                with torch.no_grad():
+                    logs = log_probabilities(
+                        reference, tokens, gone, pages["keys"], pages["bands"].long(), seen, STORED, scales
+                    )
+                logs = logs[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+                expected.append(logs[first:end])
+                first = end
+            worst[arm] = max(worst[arm], float((said - torch.cat(expected)).abs().max()))
     return {
         "difference": worst["as read"], "difference_if_nothing_were_retired": worst["all"],
         "difference_if_donors_counted_once": worst["once"], "aliased": scheduler.relief.totals.retired_aliased,
-        "retired": retired_before, "requests_retired_from": len(events),
-        "off_retired": any(_is(o.request_id, n) for o in off for n in events),
+        "retired": retired_before, "requests_retired_from": len(retired_from),
+        "off_retired": any(_is(o.request_id, n) for o in off for n in retired_from),
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         "band_moves": scheduler.relief.totals.band_moves, "over": over,
         "pages_with_surprisal": int(np.isfinite(differences).sum()),
         "surprisal_difference": float(np.nanmax([0.0, *differences])),
         "retired_again": scheduler.relief.totals.retired_again,
     }  # fmt: skip
+
+
+def _seen(count: int, events: list[_Event]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``retired_from`` and ``counts`` of ``log_probabilities`` after these events."""
+    retired_from, counts = torch.full((count,), _NEVER), torch.ones(count, count)
+    for position, forgotten, aliased in events:
+        for page in forgotten:
+            tokens_of_page = slice(page * BLOCK_SIZE, (page + 1) * BLOCK_SIZE)
+            retired_from[tokens_of_page] = retired_from[tokens_of_page].clamp_max(position)
+        counts[position:] = 1
+        for page, donor in aliased.items():
+            counts[position:, page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE] = 0
+            counts[position:, donor * BLOCK_SIZE : (donor + 1) * BLOCK_SIZE] += 1
+    return retired_from, counts
 
 
 def checkpoint_scales(model_dir: str) -> torch.Tensor:
@@ -200,15 +218,18 @@ def schedules(llm: LLM, count: int, most: int = 16, longest: int = 300) -> dict[
     scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
     runner = worker.model_runner
     shadow = Shadow(BLOCK_SIZE, scheduler.blocks.null_block_ids)
+    specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
+    full = next(i for i, spec in enumerate(specs) if spec.sliding_window is None)
     begun: set[str] = set()
     execute = worker.execute_model
 
     def tables(name: str, length: int) -> list[list[int]]:
         if RUNNER.startswith("V2"):
-            return [runner.block_tables.block_tables[0].gpu[runner.req_states.req_id_to_index[name], :length].tolist()]
+            rows = runner.block_tables.block_tables[full].gpu
+            return [rows[runner.req_states.req_id_to_index[name], :length].tolist()]
         batch = runner.input_batch
-        row = batch.block_table[0].block_table.np[batch.req_id_to_index[name], :length].tolist()
-        return [row, list(runner.requests[name].block_ids[0])]
+        row = batch.block_table[full].block_table.np[batch.req_id_to_index[name], :length].tolist()
+        return [row, list(runner.requests[name].block_ids[full])]
 
     def tokens_of(request: Any) -> list[int]:
         if not RUNNER.startswith("V2"):
@@ -223,11 +244,14 @@ def schedules(llm: LLM, count: int, most: int = 16, longest: int = 300) -> dict[
                 begun.add(name)
                 shadow.begin(name)
             request = scheduler.requests[name]
-            held = scheduler.kv_cache_manager.get_block_ids(name)[0]
+            blocks = scheduler.kv_cache_manager.get_block_ids(name)
+            held = blocks[full]
+            windows = [(specs[g].sliding_window, table) for g, table in enumerate(blocks) if g != full]
             assert all(table == held for table in tables(name, len(held))), f"tables of {name} differ"
             stop = request.num_computed_tokens
             pages = scheduler.relief.pages(name)
-            shadow.step(name, tokens_of(request), stop - computed, stop, held, set(pages.retired), dict(pages.aliased))
+            gone, aliased = set(pages.retired), dict(pages.aliased)
+            shadow.step(name, tokens_of(request), stop - computed, stop, held, gone, aliased, windows)
         return result
 
     worker.execute_model = watched
@@ -261,7 +285,8 @@ def schedules(llm: LLM, count: int, most: int = 16, longest: int = 300) -> dict[
         assert scheduler.blocks.num_free == scheduler.blocks.num_blocks, f"blocks leaked in schedule {seed}"
     worker.execute_model = execute
     return {"reads": shadow.reads, "null_reads": shadow.null_reads, "reads_of_others": shadow.reads_of_others,
-            "alias_reads": shadow.alias_reads, "idle": scheduler.reset_prefix_cache()}  # fmt: skip
+            "alias_reads": shadow.alias_reads, "window_reads": shadow.window_reads,
+            "idle": scheduler.reset_prefix_cache()}  # fmt: skip
 
 
 def _take(engine: Any, live: dict[str, list[int]], answers: list[list[int]]) -> None:

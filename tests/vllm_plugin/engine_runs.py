@@ -81,6 +81,26 @@ def save_with_scales(folder: Path, scales: list[list[float]]) -> str:
     return str(folder)
 
 
+def save_with_windows(folder: Path, window: int) -> str:
+    """The bundled model with sliding windows in every other layer, as a Llama, of which vLLM serves such.
+
+    What it says then has no sense; how likely it was is what counts.
+    """
+    shutil.copytree(MODEL, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
+    config |= {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "layer_types": kinds,
+        "sliding_window": window,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for index in range(config["num_hidden_layers"]):
+        weights[f"model.layers.{index}.self_attn.o_proj.bias"] = torch.zeros(config["hidden_size"])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
 def check(result: dict[str, Any], runner: str = "") -> dict[str, Any]:
     """Asserts what a small run's requests under pressure must have, with the bounds of ``test_engine``; returns it."""
     if runner:
@@ -90,9 +110,8 @@ def check(result: dict[str, Any], runner: str = "") -> dict[str, Any]:
     assert pressure["retired"] >= 5
     assert pressure["requests_retired_from"] == 2
     assert not pressure["off_retired"]
-    # In fp8 a number at the edge of two may be the other one here; who was preempted was computed anew, all at once.
-    bound = 1e-3 if result["elements"] == "fp8" else 2e-4 if pressure["preemptions"] else 1e-4
-    assert pressure["difference"] < bound
+    # In fp8 a number at the edge of two may be the other one here.
+    assert pressure["difference"] < (1e-3 if result["elements"] == "fp8" else 1e-4)
     assert pressure["difference_if_nothing_were_retired"] > 1.0
     assert pressure["surprisal_difference"] < 1e-3
     return pressure

@@ -2,7 +2,7 @@
 
 Qwen2 and Llama shapes. Query ``t`` sees key ``j`` as it is, or, once ``j``'s page is retired, as the null page's key
 with a value of zero; ``dropped`` leaves such keys out altogether, which is what a calibrated null page amounts to. A
-key that stands for others too counts so many times.
+key that stands for others too counts so many times. Layers with sliding windows see all that these reach.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def log_probabilities(
             by = torch.ones(2) if scales is None else scales[index]
             key, value = ((x / scale).to(stored).float() * scale for x, scale in zip((key, value), by, strict=True))
         key, value = (x.repeat_interleave(heads // groups, 0) for x in (key, value))
+        if _is_sliding(config, index):  # nothing is given up here
+            near = causal & (position[:, None] - position[None] < config.sliding_window)
+            read = torch.nn.functional.scaled_dot_product_attention(query, key, value, near, scale=attention.scaling)
+            hidden = _finish(layer, hidden, read.transpose(0, 1))
+            continue
         logits = query @ key.transpose(1, 2) * attention.scaling
         if null_keys is None:
             logits = logits.masked_fill(gone, -torch.inf)
@@ -62,10 +67,18 @@ def log_probabilities(
         if counts is not None:
             logits = logits + counts.log()
         weights = logits.masked_fill(~causal, -torch.inf).softmax(-1).masked_fill(gone, 0.0)
-        read = (weights @ value).transpose(0, 1).reshape(1, count, -1)
-        hidden = hidden + attention.o_proj(read)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = _finish(layer, hidden, (weights @ value).transpose(0, 1))
     return model.lm_head(body.norm(hidden))[0].log_softmax(-1)
+
+
+def _is_sliding(config: Any, index: int) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    return kinds is not None and kinds[index] == "sliding_attention"
+
+
+def _finish(layer: Any, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + layer.self_attn.o_proj(read.reshape(1, len(read), -1))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Shadow:
         self._blocks: dict[int, list[Slot]] = {}
         self._writers: dict[str, int] = {}
         self._prefixes: dict[str, list[int]] = {}  # hash of the tokens up to each position
-        self.reads = self.reads_of_others = self.null_reads = self.alias_reads = 0
+        self.reads = self.reads_of_others = self.null_reads = self.alias_reads = self.window_reads = 0
 
     def begin(self, request_id: str) -> None:
         """A request begins."""
@@ -46,6 +46,7 @@ class Shadow:
         table: Sequence[int],
         retired: set[int],
         aliased: Mapping[int, int],
+        windows: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> None:
         """One request's part of a step: it reads ``[0, start)`` and computes ``[start, stop)``.
 
@@ -54,6 +55,7 @@ class Shadow:
           table: block ids by logical block, as the worker holds them.
           retired: its logical blocks that are retired, as the scheduler sees them.
           aliased: the earlier logical block that is read in place of each of those that are not forgotten.
+          windows: tokens that a query sees, its own among them, and block ids, of each group of sliding windows.
         """
         assert aliased.keys() <= retired, f"an alias that is not retired: {request_id} {dict(aliased)} {retired}"
         there = [block for logical, block in enumerate(table[: -(-stop // self._size)]) if logical not in retired]
@@ -71,6 +73,27 @@ class Shadow:
                 exact = self._read_alias(request_id, logical, aliased[logical], table, retired, where)
             elif first < start:
                 exact = self._read(request_id, block, prefixes[min(start, first + self._size) - 1], where) and exact
+            for position in range(max(start, first), min(stop, first + self._size)):
+                self._write(request_id, block, position - first, prefixes[position], exact, where)
+        for group, (window, blocks) in enumerate(windows, 1):
+            self._step_in_window(request_id, group, window, blocks, start, stop, exact)
+
+    def _step_in_window(
+        self, request_id: str, group: int, window: int, table: Sequence[int], start: int, stop: int, exact: bool
+    ) -> None:
+        """The same of a group of sliding windows, whose blocks are of the same pool.
+
+        Args:
+          exact: whether all that full attention has read is.
+        """
+        prefixes = [hash((group, prefix)) for prefix in self._prefixes[request_id][:stop]]
+        for logical in range(max(0, start + 1 - window) // self._size, -(-stop // self._size)):
+            first, block = logical * self._size, table[logical]
+            where = f"{request_id} block {block} (logical {logical} of window {group}), {start} to {stop}"
+            assert block not in self._null, f"a null page in a window: {where}"
+            if first < start:
+                exact = self._read(request_id, block, prefixes[min(start, first + self._size) - 1], where) and exact
+                self.window_reads += 1
             for position in range(max(start, first), min(stop, first + self._size)):
                 self._write(request_id, block, position - first, prefixes[position], exact, where)
 

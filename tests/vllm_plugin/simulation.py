@@ -13,6 +13,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -39,17 +40,21 @@ VOCABULARY = range(2, 60)
 
 
 def make_scheduler(
-    engine_args: EngineArgs, num_blocks: int, async_scheduling: bool, kind: type = MemShareScheduler
+    engine_args: EngineArgs,
+    num_blocks: int,
+    async_scheduling: bool,
+    kind: type = MemShareScheduler,
+    windows: tuple[int, ...] = (),
 ) -> Any:
-    """A scheduler as vLLM's engine core makes it, for a model of one layer."""
+    """A scheduler as vLLM's engine core makes it, for a model of one layer, behind layers with sliding windows."""
     config = engine_args.create_engine_config()
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.num_gpu_blocks = num_blocks
     size = config.cache_config.block_size
-    spec = FullAttentionSpec(block_size=size, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    cache = KVCacheConfig(
-        num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-    )
+    shape = {"block_size": size, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+    specs = [*(SlidingWindowSpec(**shape, sliding_window=window) for window in windows), FullAttentionSpec(**shape)]
+    groups = [KVCacheGroupSpec([f"layer{index}"], spec) for index, spec in enumerate(specs)]
+    cache = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     return (Scheduler if kind is None else MemShareScheduler)(
         vllm_config=config,
         kv_cache_config=cache,
@@ -69,15 +74,20 @@ class Simulation:
         self.scheduler = scheduler
         self.draw, self.text_of = random.Random(seed), text_of
         self.size = scheduler.block_size
+        specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
+        self.windows, self.full = [spec.sliding_window for spec in specs[:-1]], len(specs) - 1
         self.shadow = Shadow(self.size, scheduler.blocks.null_block_ids if hasattr(scheduler, "blocks") else [])
         self.worker = SimpleNamespace(requests={}, input_batch=SimpleNamespace(
-            req_id_to_index={}, block_table=[SimpleNamespace(block_table=SimpleNamespace(np=None))]))  # fmt: skip
+            req_id_to_index={}, block_table=[SimpleNamespace(block_table=SimpleNamespace(np=None)) for _ in specs]
+        ))  # fmt: skip
         self.sampled: dict[str, dict[int, int]] = {}
         self.answers: list[list[int]] = []  # of requests that ended: later prompts begin with them
         self.prompts: list[list[int]] = []
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
         self.num_submitted = self.num_steps = self.most_entries = 0
         self.num_below_floor = 0  # looks at a request that had given up more than its floor leaves
+        self.most_in_windows = 0
+        self._in_a_row = Counter[str]()  # steps of one token each, by request
         self._outsiders: list[Any] = []
         self.attention = None if not self._skips() else StepAttention(scheduler.blocks.null_block_ids, self.size)
         self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier
@@ -134,6 +144,7 @@ class Simulation:
         output = self.scheduler.schedule()
         self.check_references()
         self.check_floors()
+        self.check_windows(output.num_scheduled_tokens)
         facts = [self._facts(name, count) for name, count in output.num_scheduled_tokens.items()]
         self.in_flight.append((output, facts))
         depth = 2 if self.scheduler.scheduler_config.async_scheduling else 1
@@ -143,12 +154,12 @@ class Simulation:
     def check_references(self) -> None:
         """Every block has as many references as there are entries that name it."""
         manager = self.scheduler.kv_cache_manager
-        tables = manager.coordinator.single_type_managers[0].req_to_blocks
-        entries = Counter(block.block_id for blocks in (*tables.values(), self._outsiders) for block in blocks)
+        groups = [list(group.req_to_blocks.values()) for group in manager.coordinator.single_type_managers]
+        entries = Counter(block.block_id for blocks in (*chain(*groups), self._outsiders) for block in blocks)
         for block in manager.block_pool.blocks:
             if not block.is_null:
                 assert block.ref_cnt == entries[block.block_id], f"{block} is named {entries[block.block_id]} times"
-        for blocks in tables.values():
+        for blocks in groups[self.full]:
             self.most_entries = max([self.most_entries, *Counter(b.block_id for b in blocks if not b.is_null).values()])
 
     def check_floors(self) -> None:
@@ -167,6 +178,17 @@ class Simulation:
                 standing = [p for p in pages.retired if found[p * self.size : (p + 1) * self.size].all()]
                 assert len(standing) >= missing, f"{name} is below its floor: of {pages.retired} {standing} stand again"
                 self.num_below_floor += 1
+
+    def check_windows(self, num_scheduled: dict[str, int]) -> None:
+        """Who has generated for some steps holds no more in windows than admission counts."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers[: self.full]
+        for name, request in self.scheduler.requests.items():
+            is_one_more = num_scheduled.get(name) == 1
+            self._in_a_row[name] = self._in_a_row[name] + 1 if is_one_more else 0
+            held = sum(not block.is_null for manager in managers for block in manager.req_to_blocks.get(name, ()))
+            if self._in_a_row[name] > 3:
+                assert held <= self.scheduler.blocks.windows.most_held(request.num_tokens + 2)
+                self.most_in_windows = max(self.most_in_windows, held)
 
     @contextmanager
     def outsiders(self, blocks: list[Any]) -> Iterator[None]:
@@ -211,7 +233,7 @@ class Simulation:
     def _execute(self, output: Any, facts: list[Any]) -> ModelRunnerOutput:
         requests = self.worker.requests
         update = getattr(output, ATTRIBUTE, MemShareUpdate())
-        runner = RunnerV1(self.worker, "0.32")
+        runner = RunnerV1(self.worker, "0.32", self.full)
         reports = self._reports.answer(update, runner.tables(update.asked), output.finished_req_ids)
         runner.apply(update)
         for name in output.finished_req_ids:
@@ -225,17 +247,19 @@ class Simulation:
                 requests[name].block_ids = new_ids
                 self.sampled[name] = {}
             elif new_ids is not None:
-                requests[name].block_ids[0].extend(new_ids[0])
+                for table, ids in zip(requests[name].block_ids, new_ids, strict=True):
+                    table.extend(ids)
         if self.attention is not None:
             self.attention.follow(update.null_entries, output.finished_req_ids)
-            self.attention.check([(requests[fact.name].block_ids[0], fact.stop) for fact in facts])
+            self.attention.check([(requests[fact.name].block_ids[self.full], fact.stop) for fact in facts])
         names, sampled = [], []
         for fact in facts:
             made = self.sampled[fact.name]
             tokens = fact.tokens + [made[p] for p in range(len(fact.tokens), fact.stop)]
-            table = requests[fact.name].block_ids[0]
+            *others, table = requests[fact.name].block_ids
             self._check_band(fact, table)
-            self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased)
+            windows = tuple(zip(self.windows, others, strict=True))
+            self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased, windows)
             names.append(fact.name)
             # Greedy: by the text alone.
             made_up = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]

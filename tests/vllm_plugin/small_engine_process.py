@@ -1,9 +1,10 @@
 """One small vLLM engine in a process of its own, for tests: prints what it did as one JSON line.
 
 ``python gpu_choices.py small_engine_process.py ARM MODEL NULL_PAGES RANKS SCHEDULES``, ``ARM`` one of those below or
-``plain``; in ``preempted`` the pool is too short for two requests. Fewer requests and shorter ones than in
-``engine_process``: for model runner V2, each of whose kernels is interpreted, and for two ranks, which wait for one
-another. Where attention is interpreted too texts are half as long once more, in smaller blocks.
+``plain``; in ``preempted`` the pool is too short for two requests, in ``windows`` the model has sliding windows in some
+of its layers. Fewer requests and shorter ones than in ``engine_process``: for model runner V2, each of whose kernels is
+interpreted, and for two ranks, which wait for one another. Where attention is interpreted too texts are half as long
+once more, in smaller blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     "skip": {"need": _NEED, "null_entries": "skip"},
     "preempted": {"need": _NEED, "null_entries": "skip"},
     "aliases": {"need": "nearest-earlier", "retired_becomes": "alias"},
+    "windows": {"need": _NEED, "null_entries": "skip"},
 }
 
 
@@ -37,9 +39,9 @@ def short_room(llm: LLM) -> list[list[int]]:
 def main() -> None:
     arm, model, null_pages, *numbers = sys.argv[1:]
     num_ranks, num_schedules = map(int, numbers)
-    num_blocks = 12 if arm == "preempted" else 15 if _IN_TRITON else 13
+    num_blocks = {"preempted": 12, "windows": 20 if _IN_TRITON else 19}.get(arm, 15 if _IN_TRITON else 13)
     if arm == "plain":
-        llm = make_engine(model, "", num_ranks, num_blocks)
+        llm = make_engine(model, "", num_ranks, 19)
         result: dict[str, Any] = {"with_room": short_room(llm)}
     else:
         llm = make_engine(model, null_pages, num_ranks, num_blocks, **_SETTINGS, **_ARMS[arm])

@@ -7,6 +7,7 @@ from fakes.vllm_blocks import BLOCK_SIZE, Host
 
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.vllm.admission import FloorAdmission
+from trtllm_memshare.vllm.groups import WindowGroups
 from trtllm_memshare.vllm.request_options import RequestOptions
 from trtllm_memshare.vllm.update import MemShareUpdate
 
@@ -21,12 +22,15 @@ def request(name, tokens, max_tokens, prompt=8):
     )
 
 
-def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=True, num_retired=0):
+def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=True, num_retired=0, windows=()):
     """Of requests in which nothing stands again."""
     options = RequestOptions(memshare, min_kept)
     pages = SimpleNamespace(num_retired=num_retired, options=options, num_full=lambda num_computed: 0)
     relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()))
-    blocks = SimpleNamespace(num_blocks=num_blocks, block_size=4, longest_request_tokens=4096)
+    managers = [SimpleNamespace(block_size=4, sliding_window=window) for window in windows]
+    blocks = SimpleNamespace(
+        num_blocks=num_blocks, block_size=4, longest_request_tokens=4096, windows=WindowGroups(managers)
+    )
     return FloorAdmission(relief, blocks, config, admission).admits(waiting, running)
 
 
@@ -70,6 +74,16 @@ def test_nobody_is_counted_beyond_the_longest_request_that_there_can_be():
     running, waiting = [request("a", 8, 10**9)], request("b", 8, 10**9)
     assert admits(waiting, running, 1.0, "max-tokens", settings(), 2 * 1024)
     assert not admits(waiting, running, 1.0, "max-tokens", settings(), 2 * 1024 - 1)
+
+
+@pytest.mark.parametrize("admission", ["lookahead", "max-tokens"])
+def test_windows_are_counted_beside_pages_and_grow_no_longer_than_they_are(admission):
+    """A window of 9 tokens lies in 4 blocks of 4 at most, two steps in flight among them; one of 400 grows on."""
+    running, waiting = [request("a", 8, 40)], request("b", 8, 40)
+    for windows, held in ((), 0), ((9,), 4), ((9, 400), 4 + 12):
+        needed = 2 * (12 + held)
+        assert admits(waiting, running, 1.0, admission, settings(40), needed, windows=windows)
+        assert not admits(waiting, running, 1.0, admission, settings(40), needed - 1, windows=windows)
 
 
 def test_what_steps_may_protect_is_counted_as_recent_tokens_are():

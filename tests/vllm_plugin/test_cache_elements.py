@@ -19,6 +19,10 @@ SCALES = st.floats(1e-3, 100)
 BLOCKS, SIZE, HEADS, DIM = 3, 16, 2, 32
 
 
+class FullAttentionSpec:
+    """As vLLM's is called."""
+
+
 def nearest(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Elements as operators of GPUs make them."""
     return (rows.float() / scale).to(FP8)
@@ -74,11 +78,12 @@ def test_elements_arrive_unchanged_whatever_the_scale(to_elements, scale, dtype,
 
 def a_runner(layers: list[SimpleNamespace]) -> SimpleNamespace:
     names = [f"model.layers.{i}.attn" for i in range(len(layers))]
+    group = SimpleNamespace(layer_names=names, kv_cache_spec=FullAttentionSpec())
     return SimpleNamespace(
         vllm_config=SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context=dict(zip(names, layers, strict=True)))
         ),
-        kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=names)]),
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[group]),
         cache_config=SimpleNamespace(block_size=SIZE), device=torch.device("cpu"),
     )  # fmt: skip
 

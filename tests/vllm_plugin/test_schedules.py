@@ -88,6 +88,26 @@ def test_without_null_pages_attention_gets_what_is_kept_in_every_step(async_sche
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("admission", ["vllm", "lookahead", "max-tokens"])
+def test_beside_sliding_windows_pages_of_full_attention_are_given_up(async_scheduling, admission):
+    """Two groups with windows and one without share the pool; windows are read whole and never skipped."""
+    counts, most = Counter(), 0
+    for seed in range(6):
+        becomes = {"need": "nearest-earlier", "retired_becomes": "alias"} if seed % 3 == 2 else {"need": "random"}
+        arguments = make_engine_args(
+            MODEL, None, 52, seed % 2 == 1, null_entries="skip", admission=admission, min_kept=0.25, **becomes
+        )
+        scheduler = make_scheduler(arguments, 52, async_scheduling, windows=(20, 48))
+        simulation = run_schedule(scheduler, seed)
+        totals, shadow = scheduler.relief.totals, simulation.shadow
+        counts.update(retired=totals.retired, aliased=totals.retired_aliased, hits=shadow.reads_of_others)
+        counts.update(skipped=simulation.attention.num_skipped, windows=shadow.window_reads)
+        most = max(most, simulation.most_in_windows)
+    assert min(counts.values()) > 10, counts
+    assert most >= scheduler.blocks.windows.most_held(384) - 1, "admission counts more in windows than anybody holds"
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["no-prefix-cache", "prefix-cache"])
 def test_aliases_are_earlier_blocks_that_are_there(null_pages, async_scheduling, prefix_caching):
     """The published method, one schedule in four without its aliases; references add up after every step."""
@@ -197,13 +217,14 @@ def under_pressure(simulation: Simulation) -> None:
 
 
 @pytest.mark.parametrize("becomes", [{"need": "age"}, {"need": "nearest-earlier", "retired_becomes": "alias"}])
-def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes):
+@pytest.mark.parametrize("windows", [(), (24,)])
+def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes, windows):
     """A and B have one prompt and say the same. A gives pages up and writes on; B's copies fill the gaps of A's chain.
 
     Whoever then asks for all of that text must not read what A wrote after it had forgotten.
     """
     arguments = make_engine_args(MODEL, null_pages, 60, True, admission="vllm", min_kept=0.0, **becomes)
-    scheduler = make_scheduler(arguments, 60, False)
+    scheduler = make_scheduler(arguments, 60, False, windows=windows)
     simulation = Simulation(scheduler, 0)
     prompt = [7] * 20
     simulation.add("a", prompt, 300, {"min_kept": 0.0})
@@ -215,12 +236,39 @@ def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes):
     while scheduler.requests["a"].num_output_tokens < 250:
         simulation.step()
     text = list(scheduler.requests["a"].all_token_ids)
-    simulation.add("b", prompt, 150, {"memshare": False})
+    # With windows B goes on, so that a hit would be found where A wrote into its window what B has of full attention.
+    simulation.add("b", prompt, 230 if windows else 150, {"memshare": False})
     while "b" in scheduler.requests:
         simulation.step()
     simulation.add("c", text[:240], 5, {"memshare": False})
     simulation.finish()  # the shadow raises if c reads what a computed with gaps
     assert simulation.shadow.reads_of_others > 0
+
+
+def test_a_block_that_is_filled_in_the_step_in_which_pages_go_is_nobodys_hit(null_pages):
+    """VLLM caches a block when it plans the step that fills it; then somebody else needs room."""
+    arguments = make_engine_args(MODEL, null_pages, 60, True, need="age", min_kept=0.0)
+    scheduler = make_scheduler(arguments, 60, False, windows=(24,))
+    simulation = Simulation(scheduler, 0)
+    simulation.add("a", [7] * 20, 300, None)
+    request = scheduler.requests["a"]
+    while request.num_computed_tokens < 160 + 15:
+        simulation.step()
+    allocate = scheduler._allocate
+
+    def and_make_room(*arguments, **keywords):
+        blocks = allocate(*arguments, **keywords)
+        assert [group.req_to_blocks["a"][10].block_hash is None for group in groups] == [False, False]
+        scheduler.relief.make_room([request], scheduler.blocks.num_free + 3, scheduler._update)
+        return blocks
+
+    groups = scheduler.kv_cache_manager.coordinator.single_type_managers
+    scheduler._allocate = and_make_room
+    simulation.step()
+    scheduler._allocate = allocate
+    assert scheduler.relief.pages("a").retired
+    assert [group.req_to_blocks["a"][10].block_hash for group in groups] == [None, None]
+    simulation.finish()
 
 
 @pytest.mark.parametrize("kind", [None, dict])

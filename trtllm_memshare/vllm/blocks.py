@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.groups import WindowGroups
 
 _NEVER_CACHED = 2**62
 """More blocks than any request has: vLLM then takes all of its blocks for cached already, and caches no more."""
@@ -31,23 +32,34 @@ class VllmBlocks:
 
     Args:
       kv_cache_manager: vLLM's ``KVCacheManager`` with one group of full attention.
+      group: index of that group, see ``find_full_group``.
       num_null_pages: how many bands of positions the model has; 1 without null pages.
       longest_request_tokens: vLLM's ``max_model_len``; one such request must still fit.
       has_aliases: entries of a request may come to point at its earlier blocks.
+
+    Attributes:
+      windows: what requests hold in the other groups.
 
     Raises:
       UserError: the pool is too small for null pages beside one request of full length.
     """
 
     def __init__(
-        self, kv_cache_manager: Any, num_null_pages: int, longest_request_tokens: int, has_aliases: bool = False
+        self,
+        kv_cache_manager: Any,
+        group: int,
+        num_null_pages: int,
+        longest_request_tokens: int,
+        has_aliases: bool = False,
     ) -> None:
         self._has_aliases = has_aliases
-        self._group = kv_cache_manager.coordinator.single_type_managers[0]
+        managers = list(kv_cache_manager.coordinator.single_type_managers)
+        self._group = managers.pop(group)
+        self.windows = WindowGroups(managers)
         self._pool = kv_cache_manager.block_pool
         self.block_size: int = self._group.block_size
         self.longest_request_tokens = longest_request_tokens
-        longest = -(-longest_request_tokens // self.block_size)
+        longest = -(-longest_request_tokens // self.block_size) + self.windows.most_ever(longest_request_tokens)
         usable = self._pool.num_gpu_blocks - 1 - num_null_pages
         if usable < longest:
             raise UserError(
@@ -71,9 +83,14 @@ class VllmBlocks:
         """Blocks that vLLM could hand out now, cached ones that nobody uses included."""
         return self._pool.get_num_free_blocks()
 
-    def num_held(self, request_id: str) -> int:
-        """Entries of a request's table, retired ones included."""
-        return len(self._group.req_to_blocks.get(request_id, ()))
+    def num_missing(self, request_id: str, num_tokens: int) -> int:
+        """Blocks of the pool that a request takes until it holds so many tokens."""
+        held = len(self._group.req_to_blocks.get(request_id, ()))
+        return -(-num_tokens // self.block_size) - held + self.windows.num_missing(request_id, num_tokens)
+
+    def num_wanted(self, num_computed: int) -> int:
+        """Blocks that a request of so many computed tokens takes for its next one."""
+        return (num_computed % self.block_size == 0) + self.windows.num_wanted(num_computed)
 
     def owned(self, request_id: str, first: int, last: int) -> list[int]:
         """Logical blocks in ``[first, last)`` that are there and this request's alone, whatever they stand for."""
@@ -159,9 +176,11 @@ class VllmBlocks:
         """Frees blocks that no table names any more; one stands in the list for each entry that named it."""
         blocks = self._table(request_id)
         gapped = [block for block in blocks[num_computed // self.block_size :] if not block.is_null]
+        gapped += self.windows.own_blocks(request_id, num_computed)  # the next layer reads what this one has computed
         self._pool.evict_blocks({block.block_id for block in (*freed, *gapped)})
         self._pool.free_blocks(freed)
         self._group.num_cached_block[request_id] = _NEVER_CACHED
+        self.windows.cache_no_more(request_id, _NEVER_CACHED)
 
     def move_band(self, request_id: str, logical_blocks: Iterable[int], band: int) -> None:
         """Points retired entries at another band's null page."""

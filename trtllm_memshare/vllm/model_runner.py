@@ -34,21 +34,22 @@ class ModelRunner(Protocol):
         """From now on how likely each sampled token was is noted."""
 
 
-def open_runner(runner: Any, version: str) -> ModelRunner:
+def open_runner(runner: Any, version: str, group: int = 0) -> ModelRunner:
     """Tells which one it is by what it keeps its block tables in.
 
     Args:
       runner: a worker's ``model_runner``, its KV cache in place.
       version: of vLLM, for errors.
+      group: the KV cache group whose tables follow.
 
     Raises:
       UserError: neither.
     """
     batch = getattr(runner, "input_batch", None)
     if hasattr(runner, "requests") and hasattr(batch, "block_table") and hasattr(batch, "req_id_to_index"):
-        return RunnerV1(runner, version)
+        return RunnerV1(runner, version, group)
     if hasattr(getattr(runner, "block_tables", None), "block_tables") and hasattr(runner, "req_states"):
-        return RunnerV2(runner, version)
+        return RunnerV2(runner, version, group)
     raise UserError(
         f"vLLM {version}'s {type(runner).__name__} keeps its block tables in a form that MemShare does not know (it "
         f"was tested with vLLM {TESTED})"

@@ -11,6 +11,7 @@ import torch
 from trtllm_memshare.engine.null_page_files import KEYS_FILE, read_null_pages
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm.cache_elements import null_key_elements, write_elements
+from trtllm_memshare.vllm.groups import find_full_group
 
 _AGAIN = "calibrate the model again"
 
@@ -81,9 +82,10 @@ def write_null_pages(runner: Any, keys: torch.Tensor, block_ids: list[int]) -> N
 
 
 def attention_layers(runner: Any) -> list[Any]:
-    """The model's attention layers that own KV cache, first to last."""
+    """The model's layers of full attention that own KV cache, first to last."""
     context = runner.vllm_config.compilation_config.static_forward_context
-    names = [name for group in runner.kv_cache_config.kv_cache_groups for name in group.layer_names]
+    groups = runner.kv_cache_config.kv_cache_groups
+    names = groups[find_full_group(groups)].layer_names
     return [context[name] for name in sorted(names, key=_layer_index)]
 
 

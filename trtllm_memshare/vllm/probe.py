@@ -9,6 +9,7 @@ from typing import Any
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import TESTED
 from trtllm_memshare.vllm.cache_elements import SERVED_TYPES
+from trtllm_memshare.vllm.groups import find_full_group
 
 _SCHEDULER_METHODS = (
     "schedule",
@@ -26,6 +27,7 @@ FlexAttention turns tables round: of entries that name one block, an alias and i
 """
 _REFUSED = "grammar_compile_error_reqs"
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
+_WINDOW_ATTRIBUTES = (*_GROUP_ATTRIBUTES, "sliding_window", "max_admission_blocks_per_request")
 
 
 def check_release(version: str) -> bool:
@@ -73,50 +75,45 @@ def check_classes(version: str, scheduler: type, kv_cache_manager: type, block_p
         )
 
 
-def check_scheduler(scheduler: Any, version: str) -> None:
-    """Looks at a scheduler that vLLM has just made.
+def check_scheduler(scheduler: Any, version: str) -> int:
+    """Looks at a scheduler that vLLM has just made; returns the index of its group of full attention.
 
     Raises:
       UserError: a feature that MemShare excludes, or a part of the scheduler is missing.
     """
-    check_served(scheduler.vllm_config, scheduler.kv_cache_config.kv_cache_groups)
+    full = check_served(scheduler.vllm_config, scheduler.kv_cache_config.kv_cache_groups)
     for feature, present in {
         "KV transfer": scheduler.connector is not None,
         "an encoder": scheduler.is_encoder_decoder,
     }.items():
         if present:
             raise _excluded(feature)
-    group = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
     if not isinstance(getattr(scheduler, _REFUSED, None), (set, dict)):
         raise UserError(
             f"vLLM {version}'s scheduler has no {_REFUSED}, by which MemShare ends a request whose options cannot be "
             f"used (it was tested with vLLM {TESTED})"
         )
-    for name in _GROUP_ATTRIBUTES:
-        if not hasattr(group, name):
-            raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
+    for index, group in enumerate(scheduler.kv_cache_manager.coordinator.single_type_managers):
+        for name in _GROUP_ATTRIBUTES if index == full else _WINDOW_ATTRIBUTES:
+            if not hasattr(group, name):
+                raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
+    return full
 
 
-def check_served(config: Any, groups: list[Any]) -> None:
+def check_served(config: Any, groups: list[Any]) -> int:
     """Looks at what is served; workers ask too, since they try the cache out before there is a scheduler.
 
     Args:
       config: vLLM's ``VllmConfig``.
       groups: its KV cache groups.
 
+    Returns:
+      Index of the group that gives pages up.
+
     Raises:
       UserError: a model or a feature that MemShare excludes.
     """
-    if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ != "FullAttentionSpec":
-        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
-        raise UserError(
-            f"MemShare needs a model whose layers all have full attention, got KV cache groups of {kinds} (serve this "
-            f"model without MemShare)"
-        )
-    spec = groups[0].kv_cache_spec
-    for window in ("sliding_window", "attention_chunk_size"):
-        if getattr(spec, window, None) is not None:
-            raise UserError(f"MemShare excludes {window}, got {getattr(spec, window)} (serve without MemShare)")
+    full = find_full_group(groups)
     parallel = config.parallel_config
     excluded = {
         "speculative decoding": config.speculative_config is not None,
@@ -131,20 +128,43 @@ def check_served(config: Any, groups: list[Any]) -> None:
     for feature, present in excluded.items():
         if present:
             raise _excluded(feature)
+    return full
+
+
+def check_null_entries(config: Any, num_groups: int, null_entries: str) -> None:
+    """Looks at whether null entries can be what the settings say, where some layers have sliding windows.
+
+    Raises:
+      UserError: null pages are to be read, which ``calibrate`` does not make for such a model; or CUDA graphs read the
+        lengths of all groups at one address, and entries that are skipped make them shorter in one group only.
+    """
+    if num_groups == 1:
+        return
+    if null_entries == "read":
+        raise UserError(
+            "null_entries read needs a model whose layers all have full attention, got one with sliding windows in "
+            "some (leave null_pages out, and set null_entries to skip, the default then)"
+        )
+    mode = config.compilation_config.cudagraph_mode
+    if mode is not None and mode.has_full_cudagraphs():
+        raise UserError(
+            f"null_entries skip needs attention outside CUDA graphs where some layers have sliding windows, got "
+            f'cudagraph_mode {mode.name} (give --compilation-config \'{{"cudagraph_mode": "PIECEWISE"}}\')'
+        )
 
 
 def _excluded(feature: str) -> UserError:
     return UserError(f"MemShare excludes {feature} with vLLM (switch it off, or serve without MemShare)")
 
 
-def check_aliases(runner: Any) -> None:
-    """Looks at what reads the tables of vLLM's model runner.
+def check_aliases(runner: Any, group: int = 0) -> None:
+    """Looks at what reads the tables of one group of vLLM's model runner.
 
     Raises:
       UserError: an attention backend that may read an alias or its donor and not both, or none that is known.
     """
     groups = getattr(runner, "attn_groups", None)
-    names = {group.backend.get_name() for group in groups[0]} if groups else set()
+    names = {layers.backend.get_name() for layers in groups[group]} if groups else set()
     others = ", ".join(sorted(names.difference(_WALKERS)))
     if others or not names:
         raise UserError(

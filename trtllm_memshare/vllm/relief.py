@@ -113,12 +113,11 @@ class Relief:
             pages = self._pages[request.request_id]
             if pages.to_retire_again:
                 self._retire_again(request, pages, update)
-        size = self._blocks.block_size
         if self._asks and self._blocks.num_free < self._ask_below:
             with self.faults.caught():
                 for request in running:
                     self._ask(request, update)
-        wanted = sum(request.num_computed_tokens % size == 0 for request in running)
+        wanted = sum(self._blocks.num_wanted(request.num_computed_tokens) for request in running)
         is_short = wanted > self._blocks.num_free
         self.make_room(running, wanted, update, force=False)
         self.totals.pauses_avoided += is_short and wanted <= self._blocks.num_free

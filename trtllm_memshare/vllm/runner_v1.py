@@ -16,8 +16,8 @@ from trtllm_memshare.vllm.update import MemShareUpdate
 class RunnerV1:
     """See ``ModelRunner``."""
 
-    def __init__(self, runner: Any, version: str) -> None:
-        self._runner, self._version = runner, version
+    def __init__(self, runner: Any, version: str, group: int = 0) -> None:
+        self._runner, self._version, self._group = runner, version, group
         # Kept from step to step: to get so much memory anew takes longer than to fill it.
         self._room = torch.empty(0, device=getattr(runner, "device", None))
 
@@ -28,12 +28,12 @@ class RunnerV1:
         if getattr(runner, "prepare_inputs_event", None) is not None:
             runner.prepare_inputs_event.synchronize()  # the step before may still be copying the rows to the device
         batch = runner.input_batch
-        table = batch.block_table[0].block_table.np
+        table = batch.block_table[self._group].block_table.np
         for request_id, entries in update.null_entries.items():
             state = runner.requests.get(request_id)
             if state is None:
                 continue  # it ended in the step in which its blocks were retired
-            block_ids = state.block_ids[0]
+            block_ids = state.block_ids[self._group]
             row = batch.req_id_to_index.get(request_id)
             for logical, block_id in entries.items():
                 block_ids[logical] = block_id
@@ -43,13 +43,13 @@ class RunnerV1:
     def tables(self, request_ids: Iterable[str]) -> dict[str, np.ndarray]:
         """Block ids of those requests that are here."""
         requests = self._runner.requests
-        return {name: np.array(requests[name].block_ids[0]) for name in request_ids if name in requests}
+        return {name: np.array(requests[name].block_ids[self._group]) for name in request_ids if name in requests}
 
     def check_sampler(self) -> None:
         """Raises UserError: vLLM lacks a part that is read."""
         runner = self._runner
         parts = [(runner, part) for part in ("sampler", "query_start_loc", "discard_request_mask")]
-        for owner, name in (*parts, (runner.input_batch.block_table[0], "slot_mapping")):
+        for owner, name in (*parts, (runner.input_batch.block_table[self._group], "slot_mapping")):
             if not hasattr(owner, name):
                 raise missing_part(self._version, owner, name)
 
@@ -75,7 +75,7 @@ class RunnerV1:
                 nats = torch.cat([-self._log_probs(rows).gather(1, tokens)[:, 0] for rows, tokens in parts])
             # Of a text that is not read to its end vLLM discards what it sampled.
             nats = nats.masked_fill(runner.discard_request_mask.gpu[:count], torch.nan)
-            slots = runner.input_batch.block_table[0].slot_mapping.gpu[: int(starts.np[count])]
+            slots = runner.input_batch.block_table[self._group].slot_mapping.gpu[: int(starts.np[count])]
             surprisal.note(slots, starts.gpu[1 : count + 1].long() - 1, nats)
             return output
 

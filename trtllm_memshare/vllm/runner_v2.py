@@ -16,15 +16,15 @@ from trtllm_memshare.vllm.update import MemShareUpdate
 class RunnerV2:
     """See ``ModelRunner``."""
 
-    def __init__(self, runner: Any, version: str) -> None:
-        self._runner, self._version = runner, version
+    def __init__(self, runner: Any, version: str, group: int = 0) -> None:
+        self._runner, self._version, self._group = runner, version, group
 
     def apply(self, update: MemShareUpdate) -> None:
         """What is staged here is written with what the step itself changes, all at once and in any order.
 
         No two of these writes meet: a request of which blocks are retired keeps its row in this step.
         """
-        table = self._runner.block_tables.block_tables[0]
+        table = self._runner.block_tables.block_tables[self._group]
         for request_id, entries in update.null_entries.items():
             row = self._runner.req_states.req_id_to_index.get(request_id)
             if row is None:
@@ -38,7 +38,7 @@ class RunnerV2:
         there = [name for name in request_ids if name in rows]
         if not there:
             return {}
-        table, indices = self._runner.block_tables.block_tables[0].gpu, [rows[name] for name in there]
+        table, indices = self._runner.block_tables.block_tables[self._group].gpu, [rows[name] for name in there]
         return dict(zip(there, table[torch.tensor(indices, device=table.device)].cpu().numpy(), strict=True))
 
     def check_sampler(self) -> None:
@@ -56,14 +56,14 @@ class RunnerV2:
     def watch_sampler(self, surprisal: SampledSurprisal) -> None:
         """Puts something in the sampler's place that calls it."""
         runner = self._runner
-        runner.sampler = _WatchedSampler(runner.sampler, runner.block_tables, surprisal)
+        runner.sampler = _WatchedSampler(runner.sampler, runner.block_tables, self._group, surprisal)
 
 
 class _WatchedSampler:
     """The sampler, which notes what it sampled; everything but the call is the sampler's own."""
 
-    def __init__(self, sampler: Callable[..., Any], block_tables: Any, surprisal: SampledSurprisal) -> None:
-        self._sampler, self._block_tables, self._surprisal = sampler, block_tables, surprisal
+    def __init__(self, sampler: Callable[..., Any], block_tables: Any, group: int, surprisal: SampledSurprisal) -> None:
+        self._sampler, self._block_tables, self._group, self._surprisal = sampler, block_tables, group, surprisal
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -76,6 +76,6 @@ class _WatchedSampler:
         nats = sums - logits.gather(1, chosen)[:, 0].float()
         # Of a text that is not read to its end nothing is taken.
         nats = nats.masked_fill(output.num_sampled == 0, torch.nan)
-        slots = self._block_tables.slot_mappings[0, : input_batch.num_tokens]
+        slots = self._block_tables.slot_mappings[self._group, : input_batch.num_tokens]
         self._surprisal.note(slots, input_batch.logits_indices.long(), nats)
         return output

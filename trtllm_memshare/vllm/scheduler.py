@@ -8,6 +8,7 @@ are told. Everything else, order, budgets and preemption as the last resort, is 
 from __future__ import annotations
 
 import os
+from itertools import chain
 from typing import Any
 
 import vllm
@@ -56,19 +57,20 @@ class MemShareScheduler(Scheduler):
         check_classes(vllm.__version__, Scheduler, KVCacheManager, BlockPool)
         self.settings = load_settings(vllm_config.additional_config, os.environ)
         super().__init__(vllm_config, *arguments, **keywords)
-        check_scheduler(self, vllm.__version__)
+        full = check_scheduler(self, vllm.__version__)
         config, options = self.settings.memshare, self.settings.options
         bands = load_bands(options.null_pages, self.max_model_len)
         has_aliases = config.retired_becomes == "alias"
-        self.blocks = VllmBlocks(self.kv_cache_manager, len(bands) - 1, self.max_model_len, has_aliases)
+        self.blocks = VllmBlocks(self.kv_cache_manager, full, len(bands) - 1, self.max_model_len, has_aliases)
         factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
         self.relief = Relief(config, self.blocks, bands, factory)
         self._admission = FloorAdmission(self.relief, self.blocks, config, options.admission)
         if has_aliases:
             # A donor has as many references as entries. VLLM before 0.32 looked for a prefix that all running requests
             # share, to read it once for all, by blocks with as many references as there are requests.
-            self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: [0]
-        group = self.kv_cache_config.kv_cache_groups[0]
+            none = [0] * len(self.kv_cache_config.kv_cache_groups)
+            self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: none
+        group = self.kv_cache_config.kv_cache_groups[full]
         self._metrics = Metrics(group.kv_cache_spec.page_size_bytes * len(group.layer_names))
         self._wanted_by_waiting = 0
         self._untold = True  # no step has named the null pages to the workers yet
@@ -117,14 +119,14 @@ class MemShareScheduler(Scheduler):
         blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
         if blocks is not None:
             return blocks
-        size, held = self.blocks.block_size, self.blocks.num_held(request.request_id)
         end = max(request.num_tokens if waiting else 0, request.num_computed_tokens + num_new_tokens)
-        wanted = -(-min(end + self.num_lookahead_tokens, self.max_model_len) // size) - held
+        wanted = self.blocks.num_missing(request.request_id, min(end + self.num_lookahead_tokens, self.max_model_len))
         if waiting:
             # It may have hit blocks that are filled in this very step, exactly as long as their owner keeps its pages
             # until then: room for it is made before the next step.
             hits = keywords.get("new_computed_blocks")
-            in_use = 0 if hits is None else sum(block.ref_cnt > 0 for block in hits.blocks[0])
+            hit = () if hits is None else chain.from_iterable(hits.blocks)
+            in_use = sum(block.ref_cnt > 0 and not block.is_null for block in hit)
             self._wanted_by_waiting = wanted - in_use + self.kv_cache_manager.watermark_blocks
             return None
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]

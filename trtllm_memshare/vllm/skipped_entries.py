@@ -55,16 +55,19 @@ class SkippedEntries:
       runner: vLLM's model runner, of which ``check_skipping`` is told; its attention groups are modified.
       null_blocks: blocks that null entries name; what they hold does not matter.
       block_size: tokens of the scheduler's blocks.
+      group: the KV cache group that gives pages up. Where there are others, they read the same lengths whole, so
+        nothing is changed in place (``probe.check_null_entries`` keeps such attention out of CUDA graphs).
     """
 
-    def __init__(self, runner: Any, null_blocks: Sequence[int], block_size: int) -> None:
+    def __init__(self, runner: Any, null_blocks: Sequence[int], block_size: int, group: int = 0) -> None:
         self._null_blocks = torch.tensor(null_blocks, dtype=torch.int32, device=runner.device)
-        self._block_size, self._in_place = block_size, _changes_in_place(runner.device)
+        self._block_size = block_size
+        self._in_place = len(runner.attn_groups) == 1 and _changes_in_place(runner.device)
         self._names: set[str] = set()
         self._is_step = False
         self._whole: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for group in runner.attn_groups[0]:
-            group.build_metadata = self._shortened(group.build_metadata)
+        for layers in runner.attn_groups[group]:
+            layers.build_metadata = self._shortened(layers.build_metadata)
 
     def follow(self, with_null_entries: Iterable[str], ended: Iterable[str]) -> None:
         """Takes what changes before a step: requests that give pages up, and those that have ended."""
@@ -106,15 +109,15 @@ def _changes_in_place(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def check_skipping(runner: Any, layers: Sequence[Any]) -> None:
+def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
     """Raises UserError for a model or a vLLM with which attention without null entries would be another attention."""
     groups = getattr(runner, "attn_groups", None)
-    if not groups or not all(callable(getattr(group, "build_metadata", None)) for group in groups[0]):
+    if not groups or not all(callable(getattr(one, "build_metadata", None)) for one in groups[group]):
         raise UserError(
             f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
             f"(set null_entries to read, with null_pages; it was tested with vLLM {TESTED})"
         )
-    others = {group.backend.get_name() for group in groups[0]}.difference(_BACKENDS)
+    others = {one.backend.get_name() for one in groups[group]}.difference(_BACKENDS)
     if others:
         raise UserError(
             f"null_entries skip works with vLLM's attention backends {', '.join(_BACKENDS)}, got "

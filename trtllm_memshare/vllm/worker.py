@@ -27,7 +27,7 @@ from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.model_runner import ModelRunner, open_runner
 from trtllm_memshare.vllm.null_pages import attention_layers, load_keys, null_page_file, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
-from trtllm_memshare.vllm.probe import check_aliases, check_served
+from trtllm_memshare.vllm.probe import check_aliases, check_null_entries, check_served
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import VllmSettings, load_settings
 from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping
@@ -55,6 +55,7 @@ class MemShareWorker(PlatformWorker):
     """
 
     _runner: ModelRunner
+    _group = 0
     _reports: PageReports | DistanceReports | None = None
     _answers: dict[str, Any] | None = None
     _null_keys: torch.Tensor | None = None
@@ -86,9 +87,10 @@ class MemShareWorker(PlatformWorker):
         """
         settings = load_settings(self.vllm_config.additional_config, os.environ)
         runner, cache = self.model_runner, self.model_runner.kv_cache_config
-        check_served(self.vllm_config, cache.kv_cache_groups)
+        self._group = check_served(self.vllm_config, cache.kv_cache_groups)
+        check_null_entries(self.vllm_config, len(cache.kv_cache_groups), settings.options.null_entries)
         read = self._check_runner(settings)
-        layers, block_size = attention_layers(runner), cache.kv_cache_groups[0].kv_cache_spec.block_size
+        layers, block_size = attention_layers(runner), cache.kv_cache_groups[self._group].kv_cache_spec.block_size
         if settings.options.null_pages is not None:
             rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             self._null_keys = load_keys(settings.options.null_pages, layers, rank, size)
@@ -111,12 +113,12 @@ class MemShareWorker(PlatformWorker):
 
     def _check_runner(self, settings: VllmSettings) -> frozenset[str]:
         """Looks at the model runner; returns which facts of pages the need reads here. Raises UserError."""
-        self._runner = open_runner(self.model_runner, vllm.__version__)
+        self._runner = open_runner(self.model_runner, vllm.__version__, self._group)
         if settings.memshare.retired_becomes == "alias":
-            check_aliases(self.model_runner)
+            check_aliases(self.model_runner, self._group)
         self._skips = settings.options.null_entries == "skip"
         if self._skips:
-            check_skipping(self.model_runner, attention_layers(self.model_runner))
+            check_skipping(self.model_runner, attention_layers(self.model_runner), self._group)
         if self.model_config.runner_type == "pooling":
             return frozenset()  # its requests sample nothing, and give nothing up
         read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)
@@ -169,8 +171,8 @@ class MemShareWorker(PlatformWorker):
             write_null_pages(self.model_runner, self._null_keys, null_blocks)
             self._null_keys = None
         if self._skips:
-            block_size = self.model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            self._skipped = SkippedEntries(self.model_runner, null_blocks, block_size)
+            block_size = self.model_runner.kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
+            self._skipped = SkippedEntries(self.model_runner, null_blocks, block_size, self._group)
 
 
 class _Answered:

@@ -1,0 +1,92 @@
+"""Groups of sliding windows beside the one of full attention, over stand-ins of vLLM's managers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.groups import WindowGroups, find_full_group
+from trtllm_memshare.vllm.probe import check_null_entries
+
+
+def a_group(kind, **more):
+    return SimpleNamespace(kv_cache_spec=type(kind, (), {"sliding_window": None, **more})())
+
+
+FULL, WINDOW = a_group("FullAttentionSpec"), a_group("SlidingWindowSpec", sliding_window=64)
+
+
+def test_one_group_of_full_attention_is_found_wherever_it_stands():
+    assert find_full_group([FULL]) == 0
+    assert find_full_group([WINDOW, FULL, WINDOW]) == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "got"),
+    [
+        ([], "got KV cache groups of none"),
+        ([WINDOW], "got KV cache groups of SlidingWindowSpec"),
+        ([FULL, WINDOW, FULL], "got KV cache groups of FullAttentionSpec, SlidingWindowSpec, FullAttentionSpec"),
+        ([FULL, a_group("MambaSpec")], "got KV cache groups of FullAttentionSpec, MambaSpec"),
+        ([a_group("MLAAttentionSpec")], "got KV cache groups of MLAAttentionSpec"),
+        ([WINDOW, a_group("FullAttentionSpec", sliding_window=64)], "excludes sliding_window, got 64"),
+        ([a_group("FullAttentionSpec", attention_chunk_size=8192)], "excludes attention_chunk_size, got 8192"),
+    ],
+)
+def test_other_groups_are_refused_by_name(groups, got):
+    with pytest.raises(UserError, match=got):
+        find_full_group(groups)
+
+
+def a_manager(window, block_size=16, most=40, **held):
+    """``held``: block ids by request, 0 = vLLM's null block."""
+    blocks = {name: [SimpleNamespace(block_id=i, is_null=i == 0) for i in ids] for name, ids in held.items()}
+    return SimpleNamespace(
+        sliding_window=window, block_size=block_size, req_to_blocks=blocks, num_cached_block={},
+        max_admission_blocks_per_request=most,
+    )  # fmt: skip
+
+
+def test_a_window_holds_its_blocks_and_what_lies_in_flight():
+    windows = WindowGroups([a_manager(20), a_manager(128, 32, 7)])
+    # 19 tokens before a query and 2 in flight lie in 3 blocks of 16 at most, 127 and 2 in 6 of 32.
+    assert [windows.most_held(n) for n in (1, 17, 1000)] == [2, 2 + 1, 3 + 6]
+    assert [windows.most_ever(n) for n in (17, 10_000)] == [2 + 1, 40 + 7]
+    assert WindowGroups([]).most_held(1000) == 0
+
+
+def test_what_a_request_misses_is_counted_in_every_group():
+    windows = WindowGroups([a_manager(20, a=[0, 0, 5, 6]), a_manager(300, most=7, a=[7, 8, 9, 10])])
+    assert [windows.num_missing("a", n) for n in (60, 64, 65, 97)] == [0, 0, 2, 6]
+    assert windows.num_missing("new", 1000) == 40 + 7  # it never holds more than vLLM says
+    # At a new block the shorter window gives one back for the one that it takes.
+    assert [windows.num_wanted(n) for n in (0, 15, 16, 32, 304)] == [2, 0, 2, 1, 0]
+
+
+def test_blocks_of_a_window_are_told_from_those_that_it_has_left_behind():
+    managers = [a_manager(20, a=[0, 0, 5, 6]), a_manager(300, 32, a=[7, 8])]
+    windows = WindowGroups(managers)
+    assert [block.block_id for block in windows.own_blocks("a", 31)] == [5, 6, 7, 8]
+    assert [block.block_id for block in windows.own_blocks("a", 50)] == [6, 8]
+    windows.cache_no_more("a", 99)
+    assert [manager.num_cached_block for manager in managers] == [{"a": 99}, {"a": 99}]
+
+
+def test_beside_windows_null_pages_and_whole_cuda_graphs_are_refused():
+    def config(mode):
+        return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
+
+    whole, pieces = (
+        SimpleNamespace(name=n, has_full_cudagraphs=lambda n=n: n == "FULL") for n in ("FULL", "PIECEWISE")
+    )
+    for mode in (None, whole, pieces):
+        check_null_entries(config(mode), 1, "read")
+        check_null_entries(config(mode), 1, "skip")
+    check_null_entries(config(None), 2, "skip")
+    check_null_entries(config(pieces), 2, "skip")
+    with pytest.raises(UserError, match=r"outside CUDA graphs.*got cudagraph_mode FULL \(give --compilation-config"):
+        check_null_entries(config(whole), 2, "skip")
+    with pytest.raises(UserError, match="null_entries read needs a model whose layers all have full attention"):
+        check_null_entries(config(None), 2, "read")

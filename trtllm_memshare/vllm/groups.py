@@ -1,0 +1,95 @@
+"""vLLM's KV cache groups: which one gives pages up, and what a request holds in the others.
+
+A model with sliding windows in some of its layers (gpt-oss, Gemma 3, Olmo 3) has a group of layers with full attention
+and others with windows, with a block table each, all out of one pool. Windows give back by themselves what they have
+left behind, so pages are given up in the group of full attention alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trtllm_memshare.errors import UserError
+
+_FULL, _WINDOW = "FullAttentionSpec", "SlidingWindowSpec"
+_IN_FLIGHT = 2
+"""Steps that may run or wait to run with async scheduling: until they have, vLLM keeps what their tokens see."""
+
+
+def find_full_group(groups: Sequence[Any]) -> int:
+    """Index of the group whose layers have full attention.
+
+    Args:
+      groups: vLLM's ``KVCacheGroupSpec`` of each group.
+
+    Raises:
+      UserError: none, more than one, or a group of another kind than full attention and sliding windows.
+    """
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    if kinds.count(_FULL) != 1 or not {_FULL, _WINDOW}.issuperset(kinds):
+        raise UserError(
+            f"MemShare needs a model with one KV cache group of full attention, beside it sliding windows at most, got "
+            f"KV cache groups of {', '.join(kinds) or 'none'} (serve this model without MemShare)"
+        )
+    index = kinds.index(_FULL)
+    spec = groups[index].kv_cache_spec
+    for window in ("sliding_window", "attention_chunk_size"):
+        if getattr(spec, window, None) is not None:
+            raise UserError(f"MemShare excludes {window}, got {getattr(spec, window)} (serve without MemShare)")
+    return index
+
+
+class WindowGroups:
+    """What requests hold of the pool beside their pages.
+
+    Args:
+      managers: vLLM's ``SlidingWindowManager`` of each group of sliding windows; none for most models.
+    """
+
+    def __init__(self, managers: Sequence[Any]) -> None:
+        self._managers = managers
+
+    def most_held(self, num_tokens: int) -> int:
+        """Blocks that a request of so many tokens holds while it generates, at most."""
+        return sum(
+            min(-(-num_tokens // m.block_size), -(-(m.sliding_window - 1 + _IN_FLIGHT) // m.block_size) + 1)
+            for m in self._managers
+        )
+
+    def most_ever(self, num_tokens: int) -> int:
+        """The same while its prompt is read too: pieces of it are held whole."""
+        return sum(self._capped(manager, num_tokens) for manager in self._managers)
+
+    def num_missing(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that vLLM takes until a request holds so many tokens; it has given back what a window left."""
+        missing = 0
+        for manager in self._managers:
+            held = len(manager.req_to_blocks.get(request_id, ()))
+            if held:  # entries stay in the list when their blocks have gone
+                missing += max(0, -(-num_tokens // manager.block_size) - held)
+            else:
+                missing += self._capped(manager, num_tokens)
+        return missing
+
+    def num_wanted(self, num_computed: int) -> int:
+        """Blocks that a request takes more than it gives back for its next token, about."""
+        return sum(num_computed % m.block_size == 0 and num_computed < m.sliding_window for m in self._managers)
+
+    def own_blocks(self, request_id: str, first_token: int) -> list[Any]:
+        """Blocks that hold tokens from ``first_token`` on."""
+        return [
+            block
+            for manager in self._managers
+            for block in manager.req_to_blocks.get(request_id, ())[first_token // manager.block_size :]
+            if not block.is_null
+        ]
+
+    def cache_no_more(self, request_id: str, never: int) -> None:
+        """None of this request's blocks enters the prefix cache from now on."""
+        for manager in self._managers:
+            manager.num_cached_block[request_id] = never
+
+    @staticmethod
+    def _capped(manager: Any, num_tokens: int) -> int:
+        return min(-(-num_tokens // manager.block_size), manager.max_admission_blocks_per_request)
