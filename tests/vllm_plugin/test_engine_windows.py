@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vllm_plugin.engine_runs import check, run, run_small, save_null_pages, save_with_windows
+from vllm_plugin.engine_runs import NIGHTLY, check, run, run_small, save_null_pages, save_with_windows
 
 from trtllm_memshare.engine.weights import weights_digest
 
@@ -24,6 +24,20 @@ def test_full_attention_is_given_what_is_kept_and_windows_all_that_they_reach(mo
     assert check(result)["pages_with_surprisal"] >= 5
     schedules = result["schedules"]
     assert min(schedules["null_reads"], schedules["window_reads"], schedules["reads_of_others"]) > 10
+    assert schedules["idle"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "groups"),
+    [("GptOssForCausalLM", [3, 3]), *[("Gemma3ForCausalLM", [1] * 6), ("Olmo3ForCausalLM", [2] * 3)][: 2 * NIGHTLY]],
+)
+def test_architectures_of_vllm_give_pages_up_in_one_group_of_several(tmp_path, architecture, groups):
+    """Their tables against the oracle, and vLLM's own code of each; what attention reads is as in the test above."""
+    result = run(architecture, str(tmp_path), program="architectures_process.py")
+    assert result["groups"] == groups
+    assert result["retired"] > 20
+    schedules = result["schedules"]
+    assert min(schedules["window_reads"], schedules["reads_of_others"]) > 1000
     assert schedules["idle"]
 
 
