@@ -198,11 +198,18 @@ class FakeExecutor:
                 continue
             blocks = -(-request.prompt_len // size)
             taken = len(running) + len(ending) + len(context)
-            if taken >= self.manager.max_batch_size or blocks > free:
+            if taken >= self.manager.max_batch_size or blocks > free or self._is_too_full_to_begin(free):
                 break
             free -= blocks
             context.append(request)
         return ScheduledRequests(context, running), paused
+
+    def _is_too_full_to_begin(self, free: int) -> bool:
+        """Early V2 asserts that a new cache is resumed, which its storage refuses above a threshold."""
+        storage = getattr(self.manager, "impl", None)
+        if not hasattr(storage, "max_util_for_resume"):
+            return False
+        return 1 - free / len(storage.is_free) > storage.max_util_for_resume
 
     def _num_free(self) -> int:
         """What a scheduler of each generation asks: V1 the manager, V2 its storage."""

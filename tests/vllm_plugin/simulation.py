@@ -86,7 +86,9 @@ class Simulation:
         self.in_flight: deque[tuple[Any, list[Any]]] = deque()
         self.num_submitted = self.num_steps = self.most_entries = 0
         self.num_below_floor = 0  # looks at a request that had given up more than its floor leaves
-        self.most_in_windows = 0
+        self.most_in_windows = self.num_waiting_counted = 0
+        if hasattr(scheduler, "blocks"):
+            self._watch_waiting(scheduler.kv_cache_manager)
         self._in_a_row = Counter[str]()  # steps of one token each, by request
         self._outsiders: list[Any] = []
         self.attention = None if not self._skips() else StepAttention(scheduler.blocks.null_block_ids, self.size)
@@ -178,6 +180,32 @@ class Simulation:
                 standing = [p for p in pages.retired if found[p * self.size : (p + 1) * self.size].all()]
                 assert len(standing) >= missing, f"{name} is below its floor: of {pages.retired} {standing} stand again"
                 self.num_below_floor += 1
+
+    def _watch_waiting(self, manager: Any) -> None:
+        """What is to be made free for who waits is what vLLM counts, but for windows that a long text never fills."""
+        scheduler, allocate = self.scheduler, manager.allocate_slots
+
+        def watched(request: Request, num_new: int, **keywords: Any) -> Any:
+            before, scheduler._wanted_by_waiting = scheduler._wanted_by_waiting, 0
+            blocks = allocate(request, num_new, **keywords)
+            if blocks is None and scheduler._wanted_by_waiting:
+                computed = request.num_computed_tokens + keywords.get("num_new_computed_tokens", 0)
+                end = min(max(request.num_tokens, request.num_computed_tokens + num_new), scheduler.max_model_len)
+                hits, wanted = keywords["new_computed_blocks"].blocks, manager.watermark_blocks
+                for index, group in enumerate(manager.coordinator.single_type_managers):
+                    count = group.get_num_blocks_to_allocate(
+                        request.request_id, end, hits[index], computed, computed, end
+                    )
+                    unused = sum(block.ref_cnt == 0 and not block.is_null for block in hits[index])
+                    most = group.max_admission_blocks_per_request
+                    wanted += count if most is None else min(count - unused, most) + unused
+                assert scheduler._wanted_by_waiting == wanted
+                self.num_waiting_counted += 1
+            else:
+                scheduler._wanted_by_waiting = before
+            return blocks
+
+        manager.allocate_slots = watched
 
     def check_windows(self, num_scheduled: dict[str, int]) -> None:
         """Who has generated for some steps holds no more in windows than admission counts."""

@@ -8,7 +8,7 @@ import pytest
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm.groups import WindowGroups, find_full_group
-from trtllm_memshare.vllm.probe import check_null_entries
+from trtllm_memshare.vllm.probe import check_null_entries, says_windows
 
 
 def a_group(kind, **more):
@@ -61,6 +61,10 @@ def test_what_a_request_misses_is_counted_in_every_group():
     windows = WindowGroups([a_manager(20, a=[0, 0, 5, 6]), a_manager(300, most=7, a=[7, 8, 9, 10])])
     assert [windows.num_missing("a", n) for n in (60, 64, 65, 97)] == [0, 0, 2, 6]
     assert windows.num_missing("new", 1000) == 40 + 7  # it never holds more than vLLM says
+    # Of a hit vLLM lists null blocks for all that lies before a window. One of the others nobody uses: it is taken too.
+    block = lambda ref_cnt, is_null=False: SimpleNamespace(ref_cnt=ref_cnt, is_null=is_null)  # noqa: E731
+    hits = [[block(0, True)] * 58 + [block(1), block(0)], [block(0, True)] * 40 + [block(1)] * 20]
+    assert [windows.num_missing("new", n, hits) for n in (960, 961, 1000)] == [1, 1 + 2, 1 + 6]
     # At a new block the shorter window gives one back for the one that it takes.
     assert [windows.num_wanted(n) for n in (0, 15, 16, 32, 304)] == [2, 0, 2, 1, 0]
 
@@ -82,11 +86,22 @@ def test_beside_windows_null_pages_and_whole_cuda_graphs_are_refused():
         SimpleNamespace(name=n, has_full_cudagraphs=lambda n=n: n == "FULL") for n in ("FULL", "PIECEWISE")
     )
     for mode in (None, whole, pieces):
-        check_null_entries(config(mode), 1, "read")
-        check_null_entries(config(mode), 1, "skip")
-    check_null_entries(config(None), 2, "skip")
-    check_null_entries(config(pieces), 2, "skip")
+        check_null_entries(config(mode), False, "read")
+        check_null_entries(config(mode), False, "skip")
+    check_null_entries(config(None), True, "skip")
+    check_null_entries(config(pieces), True, "skip")
     with pytest.raises(UserError, match=r"outside CUDA graphs.*got cudagraph_mode FULL \(give --compilation-config"):
-        check_null_entries(config(whole), 2, "skip")
+        check_null_entries(config(whole), True, "skip")
     with pytest.raises(UserError, match="null_entries read needs a model whose layers all have full attention"):
-        check_null_entries(config(None), 2, "read")
+        check_null_entries(config(None), True, "read")
+
+
+def test_a_configuration_says_whether_some_layers_have_windows():
+    def model(*kinds):
+        return SimpleNamespace(hf_text_config=SimpleNamespace(layer_types=kinds))
+
+    assert says_windows(model("sliding_attention", "full_attention"))
+    assert not says_windows(model("full_attention", "full_attention"))
+    assert not says_windows(model("sliding_attention", "sliding_attention"))
+    assert not says_windows(model("linear_attention", "full_attention"))
+    assert not says_windows(SimpleNamespace(hf_text_config=SimpleNamespace()))

@@ -17,11 +17,11 @@ of their own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm.groups import WindowGroups
+from trtllm_memshare.vllm.groups import WindowGroups, num_unused
 
 _NEVER_CACHED = 2**62
 """More blocks than any request has: vLLM then takes all of its blocks for cached already, and caches no more."""
@@ -54,7 +54,7 @@ class VllmBlocks:
     ) -> None:
         self._has_aliases = has_aliases
         managers = list(kv_cache_manager.coordinator.single_type_managers)
-        self._group = managers.pop(group)
+        self._index, self._group = group, managers.pop(group)
         self.windows = WindowGroups(managers)
         self._pool = kv_cache_manager.block_pool
         self.block_size: int = self._group.block_size
@@ -83,10 +83,17 @@ class VllmBlocks:
         """Blocks that vLLM could hand out now, cached ones that nobody uses included."""
         return self._pool.get_num_free_blocks()
 
-    def num_missing(self, request_id: str, num_tokens: int) -> int:
-        """Blocks of the pool that a request takes until it holds so many tokens."""
-        held = len(self._group.req_to_blocks.get(request_id, ()))
-        return -(-num_tokens // self.block_size) - held + self.windows.num_missing(request_id, num_tokens)
+    def num_missing(self, request_id: str, num_tokens: int, hits: Sequence[Sequence[Any]] = ()) -> int:
+        """Blocks of the pool that a request takes until it holds so many tokens.
+
+        Args:
+          hits: blocks of every group that a request which holds none finds in the prefix cache.
+        """
+        others = list(hits)
+        found = others.pop(self._index) if hits else ()
+        there = len(self._group.req_to_blocks.get(request_id, ())) or len(found)
+        missing = -(-num_tokens // self.block_size) - there + num_unused(found)
+        return missing + self.windows.num_missing(request_id, num_tokens, others)
 
     def num_wanted(self, num_computed: int) -> int:
         """Blocks that a request of so many computed tokens takes for its next one."""

@@ -7,7 +7,7 @@ left behind, so pages are given up in the group of full attention alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trtllm_memshare.errors import UserError
@@ -40,6 +40,11 @@ def find_full_group(groups: Sequence[Any]) -> int:
     return index
 
 
+def num_unused(hits: Iterable[Any]) -> int:
+    """How many of a request's hits in the prefix cache nobody uses: they are taken from the pool as new ones are."""
+    return sum(block.ref_cnt == 0 and not block.is_null for block in hits)
+
+
 class WindowGroups:
     """What requests hold of the pool beside their pages.
 
@@ -59,17 +64,22 @@ class WindowGroups:
 
     def most_ever(self, num_tokens: int) -> int:
         """The same while its prompt is read too: pieces of it are held whole."""
-        return sum(self._capped(manager, num_tokens) for manager in self._managers)
+        return sum(min(-(-num_tokens // m.block_size), m.max_admission_blocks_per_request) for m in self._managers)
 
-    def num_missing(self, request_id: str, num_tokens: int) -> int:
-        """Blocks that vLLM takes until a request holds so many tokens; it has given back what a window left."""
+    def num_missing(self, request_id: str, num_tokens: int, hits: Sequence[Sequence[Any]] = ()) -> int:
+        """Blocks that vLLM takes until a request holds so many tokens; it has given back what a window left.
+
+        Args:
+          hits: blocks of each group that a request which holds none finds in the prefix cache; null blocks stand for
+            those that its window leaves out.
+        """
         missing = 0
-        for manager in self._managers:
-            held = len(manager.req_to_blocks.get(request_id, ()))
-            if held:  # entries stay in the list when their blocks have gone
-                missing += max(0, -(-num_tokens // manager.block_size) - held)
-            else:
-                missing += self._capped(manager, num_tokens)
+        for index, manager in enumerate(self._managers):
+            found = hits[index] if hits else ()
+            # Entries stay in the list when their blocks have gone.
+            there = len(manager.req_to_blocks.get(request_id, ())) or len(found)
+            new = max(0, -(-num_tokens // manager.block_size) - there)
+            missing += min(new, manager.max_admission_blocks_per_request) + num_unused(found)
         return missing
 
     def num_wanted(self, num_computed: int) -> int:
@@ -89,7 +99,3 @@ class WindowGroups:
         """None of this request's blocks enters the prefix cache from now on."""
         for manager in self._managers:
             manager.num_cached_block[request_id] = never
-
-    @staticmethod
-    def _capped(manager: Any, num_tokens: int) -> int:
-        return min(-(-num_tokens // manager.block_size), manager.max_admission_blocks_per_request)

@@ -82,11 +82,12 @@ def write_null_pages(runner: Any, keys: torch.Tensor, block_ids: list[int]) -> N
 
 
 def attention_layers(runner: Any) -> list[Any]:
-    """The model's layers of full attention that own KV cache, first to last."""
+    """The model's layers of full attention that own KV cache, first to last; not those that read another one's."""
     context = runner.vllm_config.compilation_config.static_forward_context
     groups = runner.kv_cache_config.kv_cache_groups
     names = groups[find_full_group(groups)].layer_names
-    return [context[name] for name in sorted(names, key=_layer_index)]
+    layers = [context[name] for name in sorted(names, key=_layer_index)]
+    return [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
 
 
 def _layer_index(name: str) -> int:

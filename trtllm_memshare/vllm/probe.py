@@ -131,14 +131,20 @@ def check_served(config: Any, groups: list[Any]) -> int:
     return full
 
 
-def check_null_entries(config: Any, num_groups: int, null_entries: str) -> None:
+def says_windows(model_config: Any) -> bool:
+    """Whether a model's configuration names layers with sliding windows beside others; there may be no groups yet."""
+    kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
+    return "sliding_attention" in kinds and len(kinds) > 1
+
+
+def check_null_entries(config: Any, has_windows: bool, null_entries: str) -> None:
     """Looks at whether null entries can be what the settings say, where some layers have sliding windows.
 
     Raises:
       UserError: null pages are to be read, which ``calibrate`` does not make for such a model; or CUDA graphs read the
         lengths of all groups at one address, and entries that are skipped make them shorter in one group only.
     """
-    if num_groups == 1:
+    if not has_windows:
         return
     if null_entries == "read":
         raise UserError(

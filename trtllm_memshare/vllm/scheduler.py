@@ -8,7 +8,6 @@ are told. Everything else, order, budgets and preemption as the last resort, is 
 from __future__ import annotations
 
 import os
-from itertools import chain
 from typing import Any
 
 import vllm
@@ -120,17 +119,16 @@ class MemShareScheduler(Scheduler):
         if blocks is not None:
             return blocks
         end = max(request.num_tokens if waiting else 0, request.num_computed_tokens + num_new_tokens)
-        wanted = self.blocks.num_missing(request.request_id, min(end + self.num_lookahead_tokens, self.max_model_len))
+        end = min(end + self.num_lookahead_tokens, self.max_model_len)
         if waiting:
             # It may have hit blocks that are filled in this very step, exactly as long as their owner keeps its pages
             # until then: room for it is made before the next step.
             hits = keywords.get("new_computed_blocks")
-            hit = () if hits is None else chain.from_iterable(hits.blocks)
-            in_use = sum(block.ref_cnt > 0 and not block.is_null for block in hit)
-            self._wanted_by_waiting = wanted - in_use + self.kv_cache_manager.watermark_blocks
+            missing = self.blocks.num_missing(request.request_id, end, () if hits is None else hits.blocks)
+            self._wanted_by_waiting = missing + self.kv_cache_manager.watermark_blocks
             return None
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
-        if self.relief.make_room(running, wanted, self._update) == 0:
+        if self.relief.make_room(running, self.blocks.num_missing(request.request_id, end), self._update) == 0:
             return None
         blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
         self.relief.totals.pauses_avoided += blocks is not None

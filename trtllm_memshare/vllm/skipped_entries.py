@@ -20,6 +20,8 @@ from trtllm_memshare.vllm import TESTED
 _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """VLLM's attention backends that read lengths where the tables are. FlashInfer counts pages by lengths on the host."""
 
+_PREFIXES = "bidirectional prefixes"
+
 
 def without_entries(
     table: torch.Tensor, lengths: torch.Tensor, entries: torch.Tensor, block_size: int
@@ -117,22 +119,29 @@ def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
             f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
             f"(set null_entries to read, with null_pages; it was tested with vLLM {TESTED})"
         )
+    has_windows = len(groups) > 1
+    way_out = "serve this model without MemShare" if has_windows else "set null_entries to read, with null_pages"
     others = {one.backend.get_name() for one in groups[group]}.difference(_BACKENDS)
     if others:
         raise UserError(
             f"null_entries skip works with vLLM's attention backends {', '.join(_BACKENDS)}, got "
-            f"{', '.join(sorted(others))} (choose one by --attention-backend, or set null_entries to read, with "
-            f"null_pages)"
+            f"{', '.join(sorted(others))} (choose one by --attention-backend, or {way_out})"
+        )
+    if has_windows and len(groups[group]) > 1:  # V1 makes the tables of one out of the other's, past what shortens them
+        raise UserError(
+            f"null_entries skip beside sliding windows needs one attention group for all layers of full attention, got "
+            f"{len(groups[group])} ({way_out})"
         )
     model = runner.model_config
     told = {
         "ALiBi": any(getattr(layer.impl, "alibi_slopes", None) is not None for layer in layers),
         "reference sliding windows": getattr(model, "rswa_window", None) is not None,
-        "bidirectional prefixes": bool(getattr(model, "is_mm_prefix_lm", False)),
+        _PREFIXES: bool(getattr(model, "is_mm_prefix_lm", False)),
     }
     for feature, present in told.items():
         if present:
+            text_alone = "for text alone give --language-model-only, or " if feature == _PREFIXES else ""
             raise UserError(
                 f"null_entries skip needs attention that takes positions from keys alone, got a model with {feature} "
-                f"(set null_entries to read, with null_pages)"
+                f"({text_alone}{way_out})"
             )

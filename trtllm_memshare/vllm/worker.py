@@ -27,7 +27,7 @@ from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.model_runner import ModelRunner, open_runner
 from trtllm_memshare.vllm.null_pages import attention_layers, load_keys, null_page_file, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
-from trtllm_memshare.vllm.probe import check_aliases, check_null_entries, check_served
+from trtllm_memshare.vllm.probe import check_aliases, check_null_entries, check_served, says_windows
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import VllmSettings, load_settings
 from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping
@@ -64,7 +64,12 @@ class MemShareWorker(PlatformWorker):
     _skipped: SkippedEntries | None = None
 
     def load_model(self, *arguments: Any, **keywords: Any) -> Any:
-        """vLLM's; null pages of other weights are refused before it, or after it where it is what downloads them."""
+        """vLLM's; before it, and not after minutes, what is wrong for this model is refused.
+
+        So are null pages of other weights, or after it where it is what downloads them.
+        """
+        options = load_settings(self.vllm_config.additional_config, os.environ).options
+        check_null_entries(self.vllm_config, says_windows(self.model_config), options.null_entries)
         is_here = Path(self.model_config.model).is_dir()
         if is_here:
             self._check_weights()
@@ -88,7 +93,7 @@ class MemShareWorker(PlatformWorker):
         settings = load_settings(self.vllm_config.additional_config, os.environ)
         runner, cache = self.model_runner, self.model_runner.kv_cache_config
         self._group = check_served(self.vllm_config, cache.kv_cache_groups)
-        check_null_entries(self.vllm_config, len(cache.kv_cache_groups), settings.options.null_entries)
+        check_null_entries(self.vllm_config, len(cache.kv_cache_groups) > 1, settings.options.null_entries)
         read = self._check_runner(settings)
         layers, block_size = attention_layers(runner), cache.kv_cache_groups[self._group].kv_cache_spec.block_size
         if settings.options.null_pages is not None:
