@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm.cache_elements import check_null_keys, elements, rounded, write_elements
-from trtllm_memshare.vllm.null_pages import write_null_pages
+from trtllm_memshare.vllm.null_pages import attention_layers, write_null_pages
 
 FP8 = torch.float8_e4m3fn
 SCALES = st.floats(1e-3, 100)
@@ -100,6 +100,13 @@ def test_a_null_page_is_as_long_as_an_fp8_cache_can_hold_it():
         longest = keys[band, 0] * (448 / keys[band, 0].abs().amax(-1, keepdim=True))
         torch.testing.assert_close(eight[..., :DIM], longest[:, None].expand(-1, SIZE, -1), rtol=2**-4, atol=2**-9)
     assert not any(layer.kv_cache[0].any() for layer in layers)
+
+
+def test_layers_that_read_another_ones_cache_are_none_of_its_own():
+    """VLLM lists them with the group of the layer that they read (Gemma 3n; read on 30 November 2026)."""
+    layers = [a_layer() for _ in range(4)]
+    layers[2].kv_sharing_target_layer_name, layers[3].kv_sharing_target_layer_name = "model.layers.1.attn", None
+    assert attention_layers(a_runner(layers)) == [layers[0], layers[1], layers[3]]
 
 
 def test_a_scale_with_which_keys_are_shorter_than_calibrated_is_refused():

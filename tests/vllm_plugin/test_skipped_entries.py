@@ -136,3 +136,22 @@ def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
 def test_other_attention_is_refused_by_name(runner, layers, message):
     with pytest.raises(UserError, match=message):
         check_skipping(runner, layers)
+
+
+def test_beside_sliding_windows_the_one_group_is_looked_at_and_nobody_is_sent_to_read():
+    """What is refused there has no other way with null entries: null pages are not read beside windows."""
+    runner = make_runner("FLEX_ATTENTION")
+    runner.attn_groups += make_runner("CPU_ATTN").attn_groups
+    check_skipping(runner, make_layers(), 1)
+    runner.attn_groups.append([Group("CPU_ATTN"), Group("CPU_ATTN")])
+    runner.model_config.is_mm_prefix_lm = True
+    for group, message in (
+        (0, r"got FLEX_ATTENTION \(choose one by --attention-backend, or serve this model without MemShare\)"),
+        (
+            1,
+            r"bidirectional prefixes \(for text alone give --language-model-only, or serve this model without MemShare",
+        ),
+        (2, r"needs one attention group for all layers of full attention, got 2 \(serve this model without"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_skipping(runner, make_layers(), group)
