@@ -194,6 +194,7 @@ def without_a_weight(folder):
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "has rope_type dynamic, expected one of default"),
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0, "layer_types": None},
          "uses a sliding window"),
+        ({"kv_lora_rank": 512}, r"has multi-head latent attention \(MLA\), whose cache holds no K and V of heads"),
     ],
 )  # fmt: skip
 def test_nothing_is_calibrated_for_a_model_that_is_not_what_it_would_be_served_as(

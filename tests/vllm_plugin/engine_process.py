@@ -45,6 +45,7 @@ if "-in-place" in RUNNER:
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 _Event = tuple[int, list[int], dict[int, int]]  # tokens computed then, pages forgotten by then, pages aliased by then
 _NEVER = 10**9
+MORE: dict[str, Any] = {}  # arguments of an engine that other programs add
 STORED = torch.float8_e4m3fn if "-fp8" in RUNNER else None
 HAS_SCALES = "-scales" in RUNNER
 # As a checkpoint whose KV cache alone is quantized says it (compressed-tensors).
@@ -69,7 +70,7 @@ def make_engine(model: str, null_pages: str, num_ranks: int = 1, num_blocks: int
     return LLM(
         model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
         num_gpu_blocks_override=num_blocks, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
-        tensor_parallel_size=num_ranks, kv_cache_dtype="auto" if STORED is None else "fp8", **ours,
+        tensor_parallel_size=num_ranks, kv_cache_dtype="auto" if STORED is None else "fp8", **MORE, **ours,
     )  # fmt: skip
 
 

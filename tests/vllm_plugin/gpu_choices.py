@@ -63,11 +63,30 @@ def schedule_asynchronously() -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
+def read_in_pieces(num_tokens: int) -> None:
+    """vLLM has a CPU read texts whole where a model has latent attention, without a prefix cache; both work there.
+
+    Args:
+      num_tokens: of a step at most.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(config: Any) -> None:
+        original(config)
+        config.scheduler_config.enable_chunked_prefill = config.cache_config.enable_prefix_caching = True
+        config.scheduler_config.max_num_batched_tokens = num_tokens
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+
+
 def attend_in_triton() -> None:
     """vLLM has a CPU choose its own attention, whatever is asked for."""
     import torch
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends import triton_attn
+    from vllm.v1.attention.backends.mla import cpu_mla, triton_mla
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops import triton_unified_attention
 
@@ -78,7 +97,14 @@ def attend_in_triton() -> None:
     # A batch that fills no GPU is cut along its texts, sixteen programs for each: here one request alone, and two.
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D, triton_attn.NUM_PAR_SOFTMAX_SEGMENTS = 2, 2
     triton_unified_attention._get_tile_size = lambda *_, **__: 64  # keys at a time; fewer take the interpreter longer
-    CpuPlatform.get_attn_backend_cls = classmethod(lambda *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path())
+
+    def chosen(cls: type, selected_backend: Any, attn_selector_config: Any, **others: Any) -> str:
+        is_mla = attn_selector_config.use_mla
+        return (AttentionBackendEnum.TRITON_MLA if is_mla else AttentionBackendEnum.TRITON_ATTN).get_path()
+
+    CpuPlatform.get_attn_backend_cls = classmethod(chosen)
+    # What it calls to write latents is not in the CPU's build.
+    triton_mla.TritonMLAImpl.do_kv_cache_update = cpu_mla.CPUMLAImpl.do_kv_cache_update
 
 
 def round_to_fp8_as_gpus_do() -> None:

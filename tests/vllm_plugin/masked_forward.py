@@ -1,8 +1,9 @@
 """What a model says when retired pages read as null pages: a plain forward pass over one text, and the reference.
 
-Qwen2 and Llama shapes. Query ``t`` sees key ``j`` as it is, or, once ``j``'s page is retired, as the null page's key
-with a value of zero; ``dropped`` leaves such keys out altogether, which is what a calibrated null page amounts to. A
-key that stands for others too counts so many times. Layers with sliding windows see all that these reach.
+Qwen2 and Llama shapes, and DeepSeek's without null pages. Query ``t`` sees key ``j`` as it is, or, once ``j``'s page is
+retired, as the null page's key with a value of zero; ``dropped`` leaves such keys out altogether, which is what a
+calibrated null page amounts to. A key that stands for others too counts so many times. Layers with sliding windows see
+all that these reach.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def log_probabilities(
     position = torch.arange(count)
     causal = position[None] <= position[:, None]  # [query, key]
     gone = retired_from[None] <= position[:, None]
+    if getattr(config, "kv_lora_rank", None) is not None:  # latent attention: what transformers makes of a mask
+        assert null_keys is None
+        assert counts is None or bool((counts == 1).all())
+        mask = torch.zeros(count, count).masked_fill(~causal | gone, -torch.inf)
+        return model(torch.tensor([tokens]), attention_mask=mask[None, None]).logits[0].log_softmax(-1)
     band = torch.searchsorted(bands[1:-1].contiguous(), position, right=True)
     hidden = body.embed_tokens(torch.tensor([tokens]))
     cos, sin = body.rotary_emb(hidden, position[None])

@@ -16,11 +16,13 @@ def a_group(kind, **more):
 
 
 FULL, WINDOW = a_group("FullAttentionSpec"), a_group("SlidingWindowSpec", sliding_window=64)
+LATENTS = a_group("MLAAttentionSpec")
 
 
 def test_one_group_of_full_attention_is_found_wherever_it_stands():
     assert find_full_group([FULL]) == 0
     assert find_full_group([WINDOW, FULL, WINDOW]) == 1
+    assert find_full_group([LATENTS]) == 0
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,8 @@ def test_one_group_of_full_attention_is_found_wherever_it_stands():
         ([WINDOW], "got KV cache groups of SlidingWindowSpec"),
         ([FULL, WINDOW, FULL], "got KV cache groups of FullAttentionSpec, SlidingWindowSpec, FullAttentionSpec"),
         ([FULL, a_group("MambaSpec")], "got KV cache groups of FullAttentionSpec, MambaSpec"),
-        ([a_group("MLAAttentionSpec")], "got KV cache groups of MLAAttentionSpec"),
+        ([LATENTS, LATENTS], "got KV cache groups of MLAAttentionSpec, MLAAttentionSpec"),
+        ([LATENTS, WINDOW], "or with one of MLA alone, got KV cache groups of MLAAttentionSpec, SlidingWindowSpec"),
         ([WINDOW, a_group("FullAttentionSpec", sliding_window=64)], "excludes sliding_window, got 64"),
         ([a_group("FullAttentionSpec", attention_chunk_size=8192)], "excludes attention_chunk_size, got 8192"),
     ],
@@ -78,9 +81,11 @@ def test_blocks_of_a_window_are_told_from_those_that_it_has_left_behind():
     assert [manager.num_cached_block for manager in managers] == [{"a": 99}, {"a": 99}]
 
 
-def test_beside_windows_null_pages_and_whole_cuda_graphs_are_refused():
-    def config(mode):
-        return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
+def test_null_pages_are_refused_beside_windows_and_with_latents_and_whole_cuda_graphs_beside_windows():
+    def config(mode, **model):
+        return SimpleNamespace(
+            compilation_config=SimpleNamespace(cudagraph_mode=mode), model_config=SimpleNamespace(**model)
+        )
 
     whole, pieces = (
         SimpleNamespace(name=n, has_full_cudagraphs=lambda n=n: n == "FULL") for n in ("FULL", "PIECEWISE")
@@ -92,8 +97,13 @@ def test_beside_windows_null_pages_and_whole_cuda_graphs_are_refused():
     check_null_entries(config(pieces), True, "skip")
     with pytest.raises(UserError, match=r"outside CUDA graphs.*got cudagraph_mode FULL \(give --compilation-config"):
         check_null_entries(config(whole), True, "skip")
-    with pytest.raises(UserError, match="null_entries read needs a model whose layers all have full attention"):
+    with pytest.raises(
+        UserError, match=r"null_entries read needs a model whose layers.*sliding windows in some \(leave"
+    ):
         check_null_entries(config(None), True, "read")
+    check_null_entries(config(whole, use_mla=True), False, "skip")
+    with pytest.raises(UserError, match=r"got one with multi-head latent attention \(MLA\) \(leave null_pages out"):
+        check_null_entries(config(None, use_mla=True), False, "read")
 
 
 def test_a_configuration_says_whether_some_layers_have_windows():

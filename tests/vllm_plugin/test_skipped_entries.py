@@ -48,6 +48,9 @@ def make_layers(alibi_slopes: Any = None) -> list[Any]:
     return [SimpleNamespace(impl=SimpleNamespace(alibi_slopes=alibi_slopes))]
 
 
+LATENTS = [SimpleNamespace(impl=SimpleNamespace(), kv_lora_rank=512)]
+
+
 def make_metadata() -> Metadata:
     """Two requests of 75 and 40 tokens; 0 and 9 are null pages, and one lies where the second row ends."""
     table = torch.tensor([[7, 0, 5, 0, 9], [3, 4, 9, 0, 9]], dtype=torch.int32)
@@ -131,11 +134,19 @@ def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
         (make_runner(is_mm_prefix_lm=True), make_layers(), "bidirectional"),
         (make_runner("FLASH_ATTN", "FLASHINFER"), make_layers(), "CPU_ATTN, FLASH_ATTN, TRITON_ATTN, got FLASHINFER"),
         (SimpleNamespace(device=torch.device("cpu")), make_layers(), "build_metadata"),
+        (make_runner("FLASHMLA_SPARSE"), LATENTS, r"CPU_MLA, .*, got FLASHMLA_SPARSE \(.* or serve this model without"),
+        (make_runner("TRITON_ATTN"), LATENTS, "got TRITON_ATTN"),
+        (make_runner("CPU_MLA"), make_layers(), r"got CPU_MLA \(.* or set null_entries to read"),
     ],
 )
 def test_other_attention_is_refused_by_name(runner, layers, message):
     with pytest.raises(UserError, match=message):
         check_skipping(runner, layers)
+
+
+def test_backends_of_latent_attention_are_those_of_its_layers():
+    check_skipping(make_runner("CPU_MLA"), LATENTS)
+    check_skipping(make_runner("CPU_ATTN"), make_layers())
 
 
 def test_beside_sliding_windows_the_one_group_is_looked_at_and_nobody_is_sent_to_read():

@@ -82,7 +82,7 @@ def read_checkpoint(model_dir: Path, with_weights: bool = True) -> Checkpoint:
     path = model_dir / "config.json"
     num_layers = _positive(config, "num_hidden_layers", path, most=_MAX_LAYERS)
     architecture = _check_architecture(config, model_dir)
-    check_attention(config, model_dir)
+    _check_attention(config, model_dir)
     theta = rope_theta(config, path)
     tensors = stored_tensors(model_dir) if with_weights else None
     if tensors is not None:
@@ -156,19 +156,29 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_attention(config: dict[str, Any], model_dir: Path) -> None:
-    """Raises UserError for rotations and windows that neither sharing nor null pages can work with.
+def excluded_attention(config: dict[str, Any], model_dir: Path) -> str | None:
+    """What neither sharing nor null pages can work with in a decoder of any architecture, as a sentence; None: nothing.
 
     Args:
-      config: of a decoder of any architecture.
+      config: the decoder's.
     """
     path = model_dir / "config.json"
     if _slides(config, _architecture(config), _positive(config, "num_hidden_layers", path, most=_MAX_LAYERS), path):
+        return f"{model_dir} uses a sliding window, which rewrites cache slots that sharing relies on"
+    if config.get("kv_lora_rank") is not None:
+        return f"{model_dir} has multi-head latent attention (MLA), whose cache holds no K and V of heads"
+    return None
+
+
+def _check_attention(config: dict[str, Any], model_dir: Path) -> None:
+    """Raises UserError for windows, latents and rotations that sharing cannot work with."""
+    excluded = excluded_attention(config, model_dir)
+    if excluded is not None:
         raise UserError(
-            f"{model_dir} uses a sliding window, which rewrites cache slots that sharing relies on (take a model "
-            f"without one, or switch it off in config.json if the model was trained for full attention)"
+            f"{excluded} (take a model without one, or switch it off in config.json if the model was trained for full "
+            f"attention)"
         )
-    check_rope(config, path)
+    check_rope(config, model_dir / "config.json")
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from trtllm_memshare.engine.checkpoint import check_attention, refuse_adapter
+from trtllm_memshare.engine.checkpoint import excluded_attention, refuse_adapter
 from trtllm_memshare.engine.load import check_loaded, load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet, calibrate_null_pages
 from trtllm_memshare.engine.null_page_files import KEYS_FILE, calibration_texts, save_null_pages, save_refusal
+from trtllm_memshare.engine.rope import check_rope
 from trtllm_memshare.engine.weights import weights_digest
 from trtllm_memshare.errors import UserError, quote, shorten
 from trtllm_memshare.json_input import read_json
@@ -88,9 +89,9 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
         checkpoint's.
 
     Raises:
-      UserError: no positions, a type that no pool has, a model whose rotations change or that has a sliding window, or
-        weights that are not all there.
-      NullPageRefused: see ``calibrate_null_pages``.
+      UserError: no positions, a type that no pool has, a model whose rotations change, or weights that are not all
+        there.
+      NullPageRefused: a model with a sliding window or with MLA, or see ``calibrate_null_pages``.
     """
     from transformers import AutoTokenizer
 
@@ -105,7 +106,11 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
             f"text that is to be served, in tokens)"
         )
     # Not ``read_checkpoint``: other hosts serve architectures and quantized weights that our executor does not.
-    check_attention(read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint"), model_dir)
+    config = read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint")
+    excluded = excluded_attention(config, model_dir)
+    if excluded is not None:
+        raise NullPageRefused(excluded, "take a model without one")
+    check_rope(config, model_dir / "config.json")
     refuse_adapter(model_dir)
     model, report = load_decoder(model_dir)
     check_loaded(model_dir, report, "copy or download the checkpoint again")

@@ -14,6 +14,7 @@ import torch
 
 from trtllm_memshare.engine.null_page import stored_keys
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.vllm.latents import keeps_latents
 
 SERVED_TYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3")
 """Of vLLM's names; a checkpoint may ask for one of them where it says ``auto``."""
@@ -32,7 +33,14 @@ def element_type(layer: Any) -> torch.dtype:
 
 def rounded(layer: Any, numbers: torch.Tensor) -> torch.Tensor:
     """Numbers that both the model and its cache can hold, as elements on the cache's device, of the same shape."""
-    return numbers.to(layer.kv_cache.device, layer.dtype).to(element_type(layer))
+    return numbers.to(layer.kv_cache.device, operator_type(layer)).to(element_type(layer))
+
+
+def operator_type(layer: Any) -> torch.dtype:
+    """In which the backend's operator takes K and V: the model's. A layer of MLA does not say it."""
+    if not keeps_latents(layer):
+        return layer.dtype
+    return torch.bfloat16 if element_type(layer) is _FP8 else layer.kv_cache.dtype
 
 
 def elements(layer: Any, numbers: torch.Tensor) -> torch.Tensor:
@@ -44,16 +52,22 @@ def write_elements(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: to
     """Has the backend's own operator put elements into a layer's cache, which is modified.
 
     Args:
-      key, value: ``[tokens, num_kv_heads, head_size]``, numbers that the cache can hold, of any float type and device.
+      key, value: ``[tokens, num_kv_heads, head_size]``, numbers that the cache can hold, of any float type and device;
+        of MLA see ``latents.key_and_value_shapes``.
       slots: int64 ``[tokens]``, on the cache's device.
     """
+    is_mla = keeps_latents(layer)
     rows = []
-    for numbers, scale in ((key, "_k_scale"), (value, "_v_scale")):
+    for numbers, scale in ((key, "_k_scale"), (value, "_k_scale" if is_mla else "_v_scale")):
         numbers = numbers.to(layer.kv_cache.device, torch.float32)
         if element_type(layer) is _FP8:  # the operator divides by the scale
             numbers = numbers * getattr(layer, scale).view(-1, 1) * _INSIDE
-        rows.append(numbers.to(layer.dtype))
-    layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, slots)
+        rows.append(numbers.to(operator_type(layer)))
+    if is_mla:
+        latents, cache_type = rows[1].flatten(1), layer.kv_cache_dtype
+        layer.impl.do_kv_cache_update(latents, rows[0], layer.kv_cache, slots, cache_type, layer._k_scale)
+    else:
+        layer.impl.do_kv_cache_update(layer, *rows, layer.kv_cache, slots)
 
 
 def null_key_elements(key: torch.Tensor, layer: Any) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 On a GPU a kernel reads: vLLM's backends (FlashAttention, FlashInfer, Triton, FlexAttention) see a layer's cache as
 ``[blocks, KV heads, tokens, 2 * head size]``, K in front of V, in one of several orders in memory. Elsewhere, and where
-a GPU's cache turns out otherwise, PyTorch reads V from the places at which it is found (``placed_values.py``). Sources
-say where V is and nothing promises it. So a start writes random V through the backend's own operator and signs it where
-we read: what comes back decides.
+a GPU's cache turns out otherwise, PyTorch reads V from the places at which it is found (``placed_values.py``). Of MLA
+latents are read in place of V (``latents.py``); they lie alike on every device. Sources say where V is and nothing
+promises it. So a start writes random V through the backend's own operator and signs it where we read: what comes back
+decides.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.page_signer import make_page_signer
 from trtllm_memshare.search.signatures import SignatureProjection, make_projection, page_signatures
 from trtllm_memshare.vllm.cache_elements import elements, rounded, write_elements
+from trtllm_memshare.vllm.latents import keeps_latents, key_and_value_shapes, pieces_of_latents
 from trtllm_memshare.vllm.placed_values import PlacedValues
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class PageSignatures(Protocol):
 
 
 class CacheSignatures:
-    """Signatures of pages by the CUDA kernel, or by PyTorch where ``cuda.core`` is missing.
+    """Signatures of pages by the CUDA kernel, or by PyTorch without a GPU or where ``cuda.core`` is missing.
 
     Args:
       layers: vLLM's attention layers, first to last, caches in place.
@@ -50,7 +52,7 @@ class CacheSignatures:
     """
 
     def __init__(self, layers: list[Any], block_size: int) -> None:
-        self.projection = make_projection(len(layers), layers[0].num_kv_heads, layers[0].head_size)
+        self.projection = make_projection(len(layers), *key_and_value_shapes(layers[0])[1])
         fields = _values(layers, self.projection)
         self._signer = make_page_signer(fields, torch.empty(0), self.projection)  # V is not rotated
         self._block_size, self._parts = block_size, torch.arange(block_size // fields[0].shape[2], dtype=torch.int32)
@@ -103,9 +105,10 @@ def open_signatures(
       UserError: neither finds V.
     """
     ways: list[Callable[[], PageSignatures]] = []
-    if device.type == "cuda":
+    if device.type == "cuda" or keeps_latents(layers[0]):
         ways.append(lambda: CacheSignatures(layers, block_size))
-    ways.append(lambda: PlacedSignatures(layers, block_size, num_blocks, spare_block))
+    if not keeps_latents(layers[0]):
+        ways.append(lambda: PlacedSignatures(layers, block_size, num_blocks, spare_block))
     reasons: list[str] = []
     for way in ways:
         try:
@@ -128,6 +131,9 @@ def _values(layers: list[Any], projection: SignatureProjection) -> list[torch.Te
     fields = []
     for index in projection.layers.tolist():
         cache, heads, dim = layers[index].kv_cache, layers[index].num_kv_heads, layers[index].head_size
+        if keeps_latents(layers[index]):
+            fields.append(pieces_of_latents(layers[index], elements(layers[index], cache)))
+            continue
         shape = list(getattr(cache, "shape", ()))
         if len(shape) != 4 or (shape[1], shape[3]) != (heads, 2 * dim):
             raise ValueError(f"a layer's cache must be [blocks, {heads}, tokens, {2 * dim}], got {shape}")
@@ -141,8 +147,10 @@ def _what_differs(signatures: PageSignatures, layers: list[Any], block_size: int
     written = []
     for index in signatures.projection.layers.tolist():
         layer, cache = layers[index], layers[index].kv_cache
-        rows = torch.randn(2, block_size, layer.num_kv_heads, layer.head_size, generator=generator)
-        key, value = rounded(layer, rows)
+        key, value = (
+            rounded(layer, torch.randn(block_size, *shape, generator=generator))
+            for shape in key_and_value_shapes(layer)
+        )
         slots = torch.arange(block * block_size, (block + 1) * block_size, device=cache.device)
         write_elements(layer, key, value, slots)
         written.append(value.transpose(0, 1)[None])

@@ -2,7 +2,8 @@
 
 A model with sliding windows in some of its layers (gpt-oss, Gemma 3, Olmo 3) has a group of layers with full attention
 and others with windows, with a block table each, all out of one pool. Windows give back by themselves what they have
-left behind, so pages are given up in the group of full attention alone.
+left behind, so pages are given up in the group of full attention alone. A model with multi-head latent attention (MLA:
+DeepSeek-R1) has one group.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 
-_FULL, _WINDOW = "FullAttentionSpec", "SlidingWindowSpec"
+_FULL, _WINDOW, _MLA = "FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"
 _IN_FLIGHT = 2
 """Steps that may run or wait to run with async scheduling: until they have, vLLM keeps what their tokens see."""
 
 
 def find_full_group(groups: Sequence[Any]) -> int:
-    """Index of the group whose layers have full attention.
+    """Index of the group whose layers have full attention, or MLA.
 
     Args:
       groups: vLLM's ``KVCacheGroupSpec`` of each group.
@@ -27,12 +28,13 @@ def find_full_group(groups: Sequence[Any]) -> int:
       UserError: none, more than one, or a group of another kind than full attention and sliding windows.
     """
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if kinds.count(_FULL) != 1 or not {_FULL, _WINDOW}.issuperset(kinds):
+    if kinds != [_MLA] and (kinds.count(_FULL) != 1 or not {_FULL, _WINDOW}.issuperset(kinds)):
         raise UserError(
-            f"MemShare needs a model with one KV cache group of full attention, beside it sliding windows at most, got "
-            f"KV cache groups of {', '.join(kinds) or 'none'} (serve this model without MemShare)"
+            f"MemShare needs a model with one KV cache group of full attention, beside it sliding windows at most, or "
+            f"with one of MLA alone, got KV cache groups of {', '.join(kinds) or 'none'} (serve this model without "
+            f"MemShare)"
         )
-    index = kinds.index(_FULL)
+    index = 0 if kinds == [_MLA] else kinds.index(_FULL)
     spec = groups[index].kv_cache_spec
     for window in ("sliding_window", "attention_chunk_size"):
         if getattr(spec, window, None) is not None:

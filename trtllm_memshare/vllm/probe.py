@@ -138,19 +138,22 @@ def says_windows(model_config: Any) -> bool:
 
 
 def check_null_entries(config: Any, has_windows: bool, null_entries: str) -> None:
-    """Looks at whether null entries can be what the settings say, where some layers have sliding windows.
+    """Looks at whether null entries can be what the settings say, for this model.
 
     Raises:
-      UserError: null pages are to be read, which ``calibrate`` does not make for such a model; or CUDA graphs read the
-        lengths of all groups at one address, and entries that are skipped make them shorter in one group only.
+      UserError: null pages are to be read, which ``calibrate`` does not make for a model with sliding windows in some
+        layers or with MLA; or CUDA graphs read the lengths of all groups at one address, and entries that are skipped
+        make them shorter in one group only.
     """
+    is_mla = bool(getattr(config.model_config, "use_mla", False))
+    if null_entries == "read" and (has_windows or is_mla):
+        raise UserError(
+            f"null_entries read needs a model whose layers all have full attention, with K and V in the cache, got one "
+            f"with {'multi-head latent attention (MLA)' if is_mla else 'sliding windows in some'} (leave null_pages "
+            f"out, and set null_entries to skip, the default then)"
+        )
     if not has_windows:
         return
-    if null_entries == "read":
-        raise UserError(
-            "null_entries read needs a model whose layers all have full attention, got one with sliding windows in "
-            "some (leave null_pages out, and set null_entries to skip, the default then)"
-        )
     mode = config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_full_cudagraphs():
         raise UserError(

@@ -16,9 +16,14 @@ import torch
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import TESTED
+from trtllm_memshare.vllm.latents import keeps_latents
 
 _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """VLLM's attention backends that read lengths where the tables are. FlashInfer counts pages by lengths on the host."""
+
+_MLA_BACKENDS = ("CPU_MLA", "TRITON_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "CUTLASS_MLA", "FLASHINFER_MLA")
+"""Those of multi-head latent attention. On the host they count what stands before a text that is read in pieces, where
+nothing is left out: only who has read all gives pages up."""
 
 _PREFIXES = "bidirectional prefixes"
 
@@ -119,12 +124,15 @@ def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
             f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
             f"(set null_entries to read, with null_pages; it was tested with vLLM {TESTED})"
         )
-    has_windows = len(groups) > 1
-    way_out = "serve this model without MemShare" if has_windows else "set null_entries to read, with null_pages"
-    others = {one.backend.get_name() for one in groups[group]}.difference(_BACKENDS)
+    has_windows, is_mla = len(groups) > 1, any(map(keeps_latents, layers))
+    way_out = "set null_entries to read, with null_pages"
+    if has_windows or is_mla:  # for which null pages are not made
+        way_out = "serve this model without MemShare"
+    served = _MLA_BACKENDS if is_mla else _BACKENDS
+    others = {one.backend.get_name() for one in groups[group]}.difference(served)
     if others:
         raise UserError(
-            f"null_entries skip works with vLLM's attention backends {', '.join(_BACKENDS)}, got "
+            f"null_entries skip works with vLLM's attention backends {', '.join(served)}, got "
             f"{', '.join(sorted(others))} (choose one by --attention-backend, or {way_out})"
         )
     if has_windows and len(groups[group]) > 1:  # V1 makes the tables of one out of the other's, past what shortens them
