@@ -15,8 +15,8 @@ test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/triton_server
 	$(BIN)/python -m pytest -q tests/triton_server
 
-# Every test with its long parts (killed servers, a soak, thousands of schedules), then a minute of fuzzing for each of 18 parsers.
-nightly: venv
+# Every test with its long parts (killed servers, a soak, AIPerf, thousands of schedules), then a minute of fuzzing for each of 18 parsers.
+nightly: venv aiperf
 	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 MEMSHARE_SCHEDULE_OPERATIONS=200000 $(BIN)/python -m pytest -q
 	$(BIN)/python tests/fuzz/run.py --seconds 60
 	MEMSHARE_NIGHTLY=1 MEMSHARE_SCHEDULES=1000 $(MAKE) test-vllm

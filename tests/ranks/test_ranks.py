@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import write_random_checkpoint
 from fakes.counting_runner import CountingRunner, expected
+from nightly import at_night
 from ranks import ranked_worker
 
 from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, plan_build
@@ -69,7 +70,7 @@ def run_ranks(function, place, tmp_path, size, *arguments, within_s=240):
     return [json.loads(path.read_text()) for path in paths]
 
 
-@pytest.mark.parametrize(("size", "rounds", "preset"), [(2, 3, "aligned"), (4, 2, "aligned")])
+@pytest.mark.parametrize(("size", "rounds", "preset"), [(2, 3, "aligned"), at_night(4, 2, "aligned")])
 def test_ranks_hold_identical_tables_over_thousands_of_steps(checkpoint, run_alone, tmp_path, size, rounds, preset):
     results = run_ranks(ranked_worker.run, checkpoint, tmp_path, size, rounds, preset, -1)
     assert all(r == results[0] for r in results)

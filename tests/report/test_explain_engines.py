@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nightly import at_night
 from report.test_explain import PROMPT
 
 from trtllm_memshare.__main__ import main
@@ -92,7 +93,7 @@ def test_the_pool_has_the_type_that_the_engine_was_built_with(bundled_model, tmp
 
 @pytest.mark.parametrize(
     "config",
-    [make_config("aligned", search_interval=1), make_config("pressure", retired_becomes="dropped")],
+    [make_config("pressure", retired_becomes="dropped"), at_night(make_config("aligned", search_interval=1))],
     ids=lambda config: config.preset,
 )
 def test_a_prompt_that_takes_several_steps_is_counted_in_tokens(engine, config):

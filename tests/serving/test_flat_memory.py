@@ -6,12 +6,11 @@ since protection by whole steps held all of a step that never ends.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from fakes.counting_runner import CountingRunner
 from fakes.reading_runner import repeating_text
+from nightly import only_nightly
 
 from trtllm_memshare.cache.offsets import decode_block_offsets
 from trtllm_memshare.evaluation.replay import ReplaySampler
@@ -95,7 +94,7 @@ class RowTokens(TorchRunner):
         return super().prepare(batch)
 
 
-@pytest.mark.skipif(os.environ.get("MEMSHARE_NIGHTLY") != "1", reason="takes minutes: run `make nightly`")
+@only_nightly
 @pytest.mark.parametrize("preset", ["lexical", "aligned"])
 def test_forty_problems_in_three_hundred_blocks(bundled_model, boundaries, prompts, preset, monkeypatch):
     """The review's run: with the fault up to 19 % of the remaps named rows of other tokens."""

@@ -9,14 +9,14 @@ import threading
 import time
 
 import psutil
-import pytest
 from fakes.counting_runner import CountingRunner, expected
+from nightly import only_nightly
 
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.executor import Executor
 from trtllm_memshare.serving.request import SamplingParams
 
-pytestmark = pytest.mark.skipif(os.environ.get("MEMSHARE_NIGHTLY") != "1", reason="minutes long: run `make nightly`")
+pytestmark = only_nightly
 SOAK_S = float(os.environ.get("MEMSHARE_SOAK_S", "600"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -14,15 +13,14 @@ from http.client import HTTPException
 
 import psutil
 import pytest
+from nightly import only_nightly
 from triton_server.conftest import ROOT, Triton, start_triton, stop_triton
 from triton_server.test_clients import tensors
 
 QUESTION = "Q: 51 + 142 + 217 - 254 = ?\n"
 LONG = "Q: 980 + 9 - 640 - 337 - 11 - 1 = ?\n"
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("MEMSHARE_NIGHTLY") != "1", reason="starts several servers: run `make nightly`"
-)
+pytestmark = only_nightly  # starts several servers
 
 
 def how_it_ended(server: Triton, **inputs) -> str:

@@ -8,13 +8,13 @@ sample of the rows, `make nightly` takes all.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from nightly import NIGHTLY
 
 from trtllm_memshare.triton.inputs import INPUTS, Input
 from trtllm_memshare.triton.probe import why_not_alive, why_not_ready
@@ -34,7 +34,7 @@ DTYPES = {
 FLOATS = (np.nan, np.inf, -np.inf, -1.0, 0.0, 1e-39, 1e-7, 6e4, 3e38)
 TEXTS = (b"", b"\0", b"\xff\xfe", b"a" * 100_000, "\ud7ff\U0001f9ee".encode() * 100, b"{" * 1000)
 ROWS = [(level, known) for level in ("text", "token") for known in INPUTS if getattr(known, level)]
-SAMPLE = ROWS if os.environ.get("MEMSHARE_NIGHTLY") == "1" else ROWS[::12]
+SAMPLE = ROWS if NIGHTLY else ROWS[::12]
 
 
 def extremes(dtype: str) -> tuple:

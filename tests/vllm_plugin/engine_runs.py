@@ -18,8 +18,6 @@ import trtllm_memshare
 from trtllm_memshare.engine.weights import weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
-NIGHTLY = os.environ.get("MEMSHARE_NIGHTLY") == "1"
-"""Whether cases run that differ from others in one thing and take a minute each."""
 MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from vllm_plugin.engine_runs import NIGHTLY, check, run
+from nightly import only_nightly
+from vllm_plugin.engine_runs import check, run
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
@@ -28,7 +29,7 @@ def test_after_a_preemption_too_attention_is_given_what_is_kept(tmp_path):
     assert result["left_out_before_pieces"] == 0
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="only in make nightly: a minute")
+@only_nightly
 @pytest.mark.parametrize("runner", ["V1", "V2-async-in-place"])
 def test_with_room_tokens_are_those_of_vllm(tmp_path, runner):
     result = run_latents("pressure", tmp_path, runner)
@@ -37,7 +38,7 @@ def test_with_room_tokens_are_those_of_vllm(tmp_path, runner):
     assert result["schedules"]["null_reads"] > 1000
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="only in make nightly: a minute")
+@only_nightly
 def test_triton_s_kernels_of_vllm_read_what_is_kept(tmp_path):
     result = run_latents("pressure", tmp_path, "V2-async-in-place-triton")
     assert result["attention"] == "TRITON_MLA"

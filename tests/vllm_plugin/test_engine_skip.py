@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm_plugin.engine_runs import NIGHTLY, run
+from nightly import NIGHTLY
+from vllm_plugin.engine_runs import run
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vllm_plugin.engine_runs import NIGHTLY, check, run, run_small, save_null_pages, save_with_windows
+from nightly import NIGHTLY
+from vllm_plugin.engine_runs import check, run, run_small, save_null_pages, save_with_windows
 
 from trtllm_memshare.engine.weights import weights_digest
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vllm_plugin.engine_runs import MODEL, NIGHTLY, check, run_small, save_with_scales, save_with_windows
+from nightly import NIGHTLY
+from vllm_plugin.engine_runs import MODEL, check, run_small, save_with_scales, save_with_windows
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vllm_plugin.engine_runs import NIGHTLY, check, run_small, save_null_pages
+from nightly import NIGHTLY
+from vllm_plugin.engine_runs import check, run_small, save_null_pages
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 

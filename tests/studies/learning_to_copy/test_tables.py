@@ -7,7 +7,10 @@ import importlib
 import json
 import sys
 
+from nightly import only_nightly
 
+
+@only_nightly
 def test_every_run_differs_from_the_first_by_what_was_changed(monkeypatch, tmp_path, capsys):
     script = importlib.import_module("benchmarks.studies.learning_to_copy.__main__")
     path = tmp_path / "report.json"
