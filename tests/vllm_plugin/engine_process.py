@@ -45,6 +45,7 @@ if "-in-place" in RUNNER:
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 _Event = tuple[int, list[int], dict[int, int]]  # tokens computed then, pages forgotten by then, pages aliased by then
 _NEVER = 10**9
+DTYPE = "float32"
 MORE: dict[str, Any] = {}  # arguments of an engine that other programs add
 STORED = torch.float8_e4m3fn if "-fp8" in RUNNER else None
 HAS_SCALES = "-scales" in RUNNER
@@ -68,7 +69,7 @@ def make_engine(model: str, null_pages: str, num_ranks: int = 1, num_blocks: int
     if HAS_SCALES:
         ours["hf_overrides"] = {"quantization_config": QUANTIZED}
     return LLM(
-        model, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
+        model, dtype=DTYPE, max_model_len=MAX_LENGTH, enforce_eager=True, max_num_seqs=10, block_size=BLOCK_SIZE,
         num_gpu_blocks_override=num_blocks, max_num_batched_tokens=128, disable_log_stats=False, seed=0,
         tensor_parallel_size=num_ranks, kv_cache_dtype="auto" if STORED is None else "fp8", **MORE, **ours,
     )  # fmt: skip
@@ -223,7 +224,8 @@ def schedules(llm: LLM, count: int, most: int = 16, longest: int = 300) -> dict[
     runner = worker.model_runner
     shadow = Shadow(BLOCK_SIZE, scheduler.blocks.null_block_ids)
     specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
-    full = next(i for i, spec in enumerate(specs) if spec.sliding_window is None)
+    full = next(i for i, spec in enumerate(specs) if getattr(spec, "sliding_window", 0) is None)
+    is_window = [getattr(spec, "sliding_window", None) is not None for spec in specs]
     begun: set[str] = set()
     execute = worker.execute_model
 
@@ -250,7 +252,7 @@ def schedules(llm: LLM, count: int, most: int = 16, longest: int = 300) -> dict[
             request = scheduler.requests[name]
             blocks = scheduler.kv_cache_manager.get_block_ids(name)
             held = blocks[full]
-            windows = [(specs[g].sliding_window, table) for g, table in enumerate(blocks) if g != full]
+            windows = [(specs[g].sliding_window, table) for g, table in enumerate(blocks) if is_window[g]]
             assert all(table == held for table in tables(name, len(held))), f"tables of {name} differ"
             stop = request.num_computed_tokens
             pages = scheduler.relief.pages(name)

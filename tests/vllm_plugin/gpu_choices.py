@@ -81,6 +81,13 @@ def read_in_pieces(num_tokens: int) -> None:
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
 
 
+def rotate_in_pytorch() -> None:
+    """vLLM's operator for CPUs rotates queries that have an axis for heads otherwise than its own PyTorch code does."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
+
+
 def attend_in_triton() -> None:
     """vLLM has a CPU choose its own attention, whatever is asked for."""
     import torch

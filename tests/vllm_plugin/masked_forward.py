@@ -1,6 +1,6 @@
 """What a model says when retired pages read as null pages: a plain forward pass over one text, and the reference.
 
-Qwen2 and Llama shapes, and DeepSeek's without null pages. Query ``t`` sees key ``j`` as it is, or, once ``j``'s page is
+Qwen2 and Llama shapes, and any other without null pages. Query ``t`` sees key ``j`` as it is, or, once ``j``'s page is
 retired, as the null page's key with a value of zero; ``dropped`` leaves such keys out altogether, which is what a
 calibrated null page amounts to. A key that stands for others too counts so many times. Layers with sliding windows see
 all that these reach.
@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+_KNOWN = ("Qwen2ForCausalLM", "LlamaForCausalLM")
 
 
 def log_probabilities(
@@ -40,11 +42,10 @@ def log_probabilities(
     position = torch.arange(count)
     causal = position[None] <= position[:, None]  # [query, key]
     gone = retired_from[None] <= position[:, None]
-    if getattr(config, "kv_lora_rank", None) is not None:  # latent attention: what transformers makes of a mask
+    if type(model).__name__ not in _KNOWN:
         assert null_keys is None
         assert counts is None or bool((counts == 1).all())
-        mask = torch.zeros(count, count).masked_fill(~causal | gone, -torch.inf)
-        return model(torch.tensor([tokens]), attention_mask=mask[None, None]).logits[0].log_softmax(-1)
+        return _by_transformers(model, tokens, torch.zeros(count, count).masked_fill(~causal | gone, -torch.inf))
     band = torch.searchsorted(bands[1:-1].contiguous(), position, right=True)
     hidden = body.embed_tokens(torch.tensor([tokens]))
     cos, sin = body.rotary_emb(hidden, position[None])
@@ -75,6 +76,20 @@ def log_probabilities(
         weights = logits.masked_fill(~causal, -torch.inf).softmax(-1).masked_fill(gone, 0.0)
         hidden = _finish(layer, hidden, (weights @ value).transpose(0, 1))
     return model.lm_head(body.norm(hidden))[0].log_softmax(-1)
+
+
+def _by_transformers(model: Any, tokens: list[int], mask: torch.Tensor) -> torch.Tensor:
+    """The same for any model, by transformers' own code: its layers of full attention are given the mask."""
+
+    def given(module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        return arguments, {**keywords, "attention_mask": mask[None, None]}
+
+    layers = [layer.self_attn for layer in model.model.layers if hasattr(layer, "self_attn")]
+    hooks = [layer.register_forward_pre_hook(given, with_kwargs=True) for layer in layers]
+    logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits.log_softmax(-1)
 
 
 def _is_sliding(config: Any, index: int) -> bool:

@@ -24,7 +24,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -45,21 +45,27 @@ def make_scheduler(
     async_scheduling: bool,
     kind: type = MemShareScheduler,
     windows: tuple[int, ...] = (),
+    num_states: int = 0,
 ) -> Any:
-    """A scheduler as vLLM's engine core makes it, for a model of one layer, behind layers with sliding windows."""
+    """A scheduler as vLLM's engine core makes it, for a model of one layer, behind layers with sliding windows and
+    others with linear attention."""
     config = engine_args.create_engine_config()
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.num_gpu_blocks = num_blocks
     size = config.cache_config.block_size
     shape = {"block_size": size, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
-    specs = [*(SlidingWindowSpec(**shape, sliding_window=window) for window in windows), FullAttentionSpec(**shape)]
+    full = FullAttentionSpec(**shape)
+    specs = [SlidingWindowSpec(**shape, sliding_window=window) for window in windows]
+    state = {"shapes": ((2, 32),), "dtypes": (torch.float32,), "page_size_padded": full.page_size_bytes}
+    specs += [MambaSpec(config.model_config.max_model_len, **state)] * num_states + [full]
     groups = [KVCacheGroupSpec([f"layer{index}"], spec) for index, spec in enumerate(specs)]
     cache = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     return (Scheduler if kind is None else MemShareScheduler)(
         vllm_config=config,
         kv_cache_config=cache,
         structured_output_manager=StructuredOutputManager(config),
-        block_size=size,
+        block_size=math.lcm(*(spec.block_size for spec in specs)),
+        hash_block_size=size,
         log_stats=True,
     )
 
@@ -73,9 +79,9 @@ class Simulation:
     def __init__(self, scheduler: Any, seed: int, text_of: Callable[[int], list[int]] | None = None) -> None:
         self.scheduler = scheduler
         self.draw, self.text_of = random.Random(seed), text_of
-        self.size = scheduler.block_size
+        self.size = scheduler.hash_block_size
         specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
-        self.windows, self.full = [spec.sliding_window for spec in specs[:-1]], len(specs) - 1
+        self.windows, self.full = [getattr(spec, "sliding_window", None) for spec in specs[:-1]], len(specs) - 1
         self.shadow = Shadow(self.size, scheduler.blocks.null_block_ids if hasattr(scheduler, "blocks") else [])
         self.worker = SimpleNamespace(requests={}, input_batch=SimpleNamespace(
             req_id_to_index={}, block_table=[SimpleNamespace(block_table=SimpleNamespace(np=None)) for _ in specs]
@@ -215,7 +221,7 @@ class Simulation:
             self._in_a_row[name] = self._in_a_row[name] + 1 if is_one_more else 0
             held = sum(not block.is_null for manager in managers for block in manager.req_to_blocks.get(name, ()))
             if self._in_a_row[name] > 3:
-                assert held <= self.scheduler.blocks.windows.most_held(request.num_tokens + 2)
+                assert held <= self.scheduler.blocks.others.most_held(request.num_tokens + 2)
                 self.most_in_windows = max(self.most_in_windows, held)
 
     @contextmanager
@@ -286,7 +292,8 @@ class Simulation:
             tokens = fact.tokens + [made[p] for p in range(len(fact.tokens), fact.stop)]
             *others, table = requests[fact.name].block_ids
             self._check_band(fact, table)
-            windows = tuple(zip(self.windows, others, strict=True))
+            assert all(len(blocks) == 1 for window, blocks in zip(self.windows, others, strict=True) if window is None)
+            windows = tuple(pair for pair in zip(self.windows, others, strict=True) if pair[0] is not None)
             self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased, windows)
             names.append(fact.name)
             # Greedy: by the text alone.

@@ -7,7 +7,7 @@ from fakes.vllm_blocks import BLOCK_SIZE, Host
 
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.vllm.admission import FloorAdmission
-from trtllm_memshare.vllm.groups import WindowGroups
+from trtllm_memshare.vllm.groups import OtherGroups
 from trtllm_memshare.vllm.request_options import RequestOptions
 from trtllm_memshare.vllm.update import MemShareUpdate
 
@@ -29,7 +29,7 @@ def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=T
     relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()))
     managers = [SimpleNamespace(block_size=4, sliding_window=window) for window in windows]
     blocks = SimpleNamespace(
-        num_blocks=num_blocks, block_size=4, longest_request_tokens=4096, windows=WindowGroups(managers)
+        num_blocks=num_blocks, block_size=4, longest_request_tokens=4096, others=OtherGroups(managers)
     )
     return FloorAdmission(relief, blocks, config, admission).admits(waiting, running)
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm.groups import WindowGroups, find_full_group
-from trtllm_memshare.vllm.probe import check_null_entries, says_windows
+from trtllm_memshare.vllm.groups import OtherGroups, find_full_group
+from trtllm_memshare.vllm.probe import check_model, check_null_entries, check_served
 
 
 def a_group(kind, **more):
@@ -16,13 +16,14 @@ def a_group(kind, **more):
 
 
 FULL, WINDOW = a_group("FullAttentionSpec"), a_group("SlidingWindowSpec", sliding_window=64)
-LATENTS = a_group("MLAAttentionSpec")
+LATENTS, STATE = a_group("MLAAttentionSpec"), a_group("MambaSpec")
 
 
 def test_one_group_of_full_attention_is_found_wherever_it_stands():
     assert find_full_group([FULL]) == 0
     assert find_full_group([WINDOW, FULL, WINDOW]) == 1
     assert find_full_group([LATENTS]) == 0
+    assert find_full_group([STATE, WINDOW, STATE, FULL]) == 3
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,9 @@ def test_one_group_of_full_attention_is_found_wherever_it_stands():
         ([], "got KV cache groups of none"),
         ([WINDOW], "got KV cache groups of SlidingWindowSpec"),
         ([FULL, WINDOW, FULL], "got KV cache groups of FullAttentionSpec, SlidingWindowSpec, FullAttentionSpec"),
-        ([FULL, a_group("MambaSpec")], "got KV cache groups of FullAttentionSpec, MambaSpec"),
+        ([FULL, a_group("CrossAttentionSpec")], "got KV cache groups of FullAttentionSpec, CrossAttentionSpec"),
+        ([STATE], "got KV cache groups of MambaSpec"),
+        ([LATENTS, STATE], "got KV cache groups of MLAAttentionSpec, MambaSpec"),
         ([LATENTS, LATENTS], "got KV cache groups of MLAAttentionSpec, MLAAttentionSpec"),
         ([LATENTS, WINDOW], "or with one of MLA alone, got KV cache groups of MLAAttentionSpec, SlidingWindowSpec"),
         ([WINDOW, a_group("FullAttentionSpec", sliding_window=64)], "excludes sliding_window, got 64"),
@@ -53,15 +56,15 @@ def a_manager(window, block_size=16, most=40, **held):
 
 
 def test_a_window_holds_its_blocks_and_what_lies_in_flight():
-    windows = WindowGroups([a_manager(20), a_manager(128, 32, 7)])
+    windows = OtherGroups([a_manager(20), a_manager(128, 32, 7)])
     # 19 tokens before a query and 2 in flight lie in 3 blocks of 16 at most, 127 and 2 in 6 of 32.
     assert [windows.most_held(n) for n in (1, 17, 1000)] == [2, 2 + 1, 3 + 6]
     assert [windows.most_ever(n) for n in (17, 10_000)] == [2 + 1, 40 + 7]
-    assert WindowGroups([]).most_held(1000) == 0
+    assert OtherGroups([]).most_held(1000) == 0
 
 
 def test_what_a_request_misses_is_counted_in_every_group():
-    windows = WindowGroups([a_manager(20, a=[0, 0, 5, 6]), a_manager(300, most=7, a=[7, 8, 9, 10])])
+    windows = OtherGroups([a_manager(20, a=[0, 0, 5, 6]), a_manager(300, most=7, a=[7, 8, 9, 10])])
     assert [windows.num_missing("a", n) for n in (60, 64, 65, 97)] == [0, 0, 2, 6]
     assert windows.num_missing("new", 1000) == 40 + 7  # it never holds more than vLLM says
     # Of a hit vLLM lists null blocks for all that lies before a window. One of the others nobody uses: it is taken too.
@@ -74,7 +77,7 @@ def test_what_a_request_misses_is_counted_in_every_group():
 
 def test_blocks_of_a_window_are_told_from_those_that_it_has_left_behind():
     managers = [a_manager(20, a=[0, 0, 5, 6]), a_manager(300, 32, a=[7, 8])]
-    windows = WindowGroups(managers)
+    windows = OtherGroups(managers)
     assert [block.block_id for block in windows.own_blocks("a", 31)] == [5, 6, 7, 8]
     assert [block.block_id for block in windows.own_blocks("a", 50)] == [6, 8]
     windows.cache_no_more("a", 99)
@@ -98,7 +101,7 @@ def test_null_pages_are_refused_beside_windows_and_with_latents_and_whole_cuda_g
     with pytest.raises(UserError, match=r"outside CUDA graphs.*got cudagraph_mode FULL \(give --compilation-config"):
         check_null_entries(config(whole), True, "skip")
     with pytest.raises(
-        UserError, match=r"null_entries read needs a model whose layers.*sliding windows in some \(leave"
+        UserError, match=r"null_entries read needs a model whose layers.*sliding windows or linear attention in some"
     ):
         check_null_entries(config(None), True, "read")
     check_null_entries(config(whole, use_mla=True), False, "skip")
@@ -106,12 +109,47 @@ def test_null_pages_are_refused_beside_windows_and_with_latents_and_whole_cuda_g
         check_null_entries(config(None, use_mla=True), False, "read")
 
 
-def test_a_configuration_says_whether_some_layers_have_windows():
-    def model(*kinds):
-        return SimpleNamespace(hf_text_config=SimpleNamespace(layer_types=kinds))
+def a_config(*kinds, mode="none", **model):
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(layer_types=kinds or None), **model),
+        cache_config=SimpleNamespace(mamba_cache_mode=mode),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+    )
 
-    assert says_windows(model("sliding_attention", "full_attention"))
-    assert not says_windows(model("full_attention", "full_attention"))
-    assert not says_windows(model("sliding_attention", "sliding_attention"))
-    assert not says_windows(model("linear_attention", "full_attention"))
-    assert not says_windows(SimpleNamespace(hf_text_config=SimpleNamespace()))
+
+def test_what_a_configuration_says_is_refused_before_weights_are_loaded():
+    for config in (
+        a_config("sliding_attention", "full_attention"),
+        a_config("linear_attention", "full_attention", is_hybrid=True),
+        a_config(is_hybrid=True),
+        a_config(use_mla=True),
+    ):
+        check_model(config, "skip")
+        with pytest.raises(UserError, match="null_entries read needs a model whose layers all have full attention"):
+            check_model(config, "read")
+    for config in (
+        a_config("full_attention", "full_attention"),
+        a_config("sliding_attention", "sliding_attention"),
+        a_config(),
+    ):
+        check_model(config, "read")
+    with pytest.raises(UserError, match=r"without prefix caching, got mamba_cache_mode align \(give --no-ena"):
+        check_model(a_config(is_hybrid=True, mode="align"), "skip")
+
+
+def test_states_that_can_be_hits_are_refused_when_there_are_groups_too():
+    with pytest.raises(UserError, match="got mamba_cache_mode all"):
+        check_served(a_config(mode="all"), [STATE, FULL])
+
+
+def test_a_state_is_one_block_of_a_request_whatever_its_length():
+    managers = [
+        SimpleNamespace(block_size=4096, req_to_blocks={"a": [SimpleNamespace(is_null=False)]}, num_cached_block={},
+                        max_admission_blocks_per_request=most)
+        for most in (None, 1)
+    ]  # fmt: skip
+    states = OtherGroups(managers)
+    for num_tokens in (1, 4096):
+        assert states.most_held(num_tokens) == states.most_ever(num_tokens) == 2
+        assert [states.num_missing(name, num_tokens) for name in ("a", "b")] == [0, 2]
+    assert [states.num_wanted(n) for n in (0, 1, 4095)] == [2, 0, 0]

@@ -58,7 +58,7 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, refused=(), **chan
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kinds": ("FullAttentionSpec", "MambaSpec")}, "got KV cache groups of FullAttentionSpec, MambaSpec"),
+        ({"kinds": ("FullAttentionSpec", "CrossAttentionSpec")}, "got KV cache groups of FullAttentionSpec, CrossAtt"),
         ({"sliding_window": 128}, "excludes sliding_window, got 128"),
         ({"speculative_config": object()}, "excludes speculative decoding with vLLM"),
         ({"connector": object()}, "excludes KV transfer"),

@@ -106,7 +106,25 @@ def test_beside_sliding_windows_pages_of_full_attention_are_given_up(async_sched
             counts.update(waiting=simulation.num_waiting_counted)
         most = max(most, simulation.most_in_windows)
     assert min(counts.values()) > 10, counts
-    assert most >= scheduler.blocks.windows.most_held(384) - 1, "admission counts more in windows than anybody holds"
+    assert most >= scheduler.blocks.others.most_held(384) - 1, "admission counts more in windows than anybody holds"
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("admission", ["vllm", "lookahead", "max-tokens"])
+def test_beside_linear_attention_each_request_has_one_block_for_every_state(async_scheduling, admission):
+    """Two groups of states and one of full attention share the pool; states are never given up."""
+    counts = Counter()
+    for seed in range(4):
+        arguments = make_engine_args(
+            MODEL, None, 52, False, null_entries="skip", admission=admission, min_kept=0.25, need="random"
+        )
+        scheduler = make_scheduler(arguments, 52, async_scheduling, num_states=2)
+        simulation = run_schedule(scheduler, seed)
+        assert simulation.most_in_windows == scheduler.blocks.others.most_held(384) == 2
+        counts.update(retired=scheduler.relief.totals.retired, skipped=simulation.attention.num_skipped)
+        if admission == "vllm":
+            counts.update(waiting=simulation.num_waiting_counted)
+    assert min(counts.values()) > 10, counts
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])

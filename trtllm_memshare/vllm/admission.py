@@ -95,10 +95,10 @@ class FloorAdmission:
             np.array([p.num_retired + self._repeats.of(r) for p, r in zip(pages, requests, strict=True)]),
         )
         ahead = lengths + np.minimum(left, self._config.lookahead_tokens)
-        # Windows do not grow for long: the other rule counts them too, although some have ended by its peak.
-        in_windows = sum(map(self._blocks.windows.most_held, ahead.tolist()))
+        # They do not grow for long: the other rule counts them too, although some have ended by its peak.
+        in_others = sum(map(self._blocks.others.most_held, ahead.tolist()))
         if self._admission == "lookahead":
-            return blocks_at_floors(ahead, *floors) + in_windows
+            return blocks_at_floors(ahead, *floors) + in_others
         # Who computes what it has starts some steps later, and ends as many later: it is never counted as gone.
         writes = np.array([r.num_computed_tokens >= r.num_tokens - 1 for r in requests])
-        return peak_at_floors(lengths, left, np.where(writes, left, left.max()), *floors) + in_windows
+        return peak_at_floors(lengths, left, np.where(writes, left, left.max()), *floors) + in_others

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm.groups import WindowGroups, num_unused
+from trtllm_memshare.vllm.groups import OtherGroups, num_unused
 
 _NEVER_CACHED = 2**62
 """More blocks than any request has: vLLM then takes all of its blocks for cached already, and caches no more."""
@@ -38,7 +38,7 @@ class VllmBlocks:
       has_aliases: entries of a request may come to point at its earlier blocks.
 
     Attributes:
-      windows: what requests hold in the other groups.
+      others: what requests hold in the other groups.
 
     Raises:
       UserError: the pool is too small for null pages beside one request of full length.
@@ -55,11 +55,11 @@ class VllmBlocks:
         self._has_aliases = has_aliases
         managers = list(kv_cache_manager.coordinator.single_type_managers)
         self._index, self._group = group, managers.pop(group)
-        self.windows = WindowGroups(managers)
+        self.others = OtherGroups(managers)
         self._pool = kv_cache_manager.block_pool
         self.block_size: int = self._group.block_size
         self.longest_request_tokens = longest_request_tokens
-        longest = -(-longest_request_tokens // self.block_size) + self.windows.most_ever(longest_request_tokens)
+        longest = -(-longest_request_tokens // self.block_size) + self.others.most_ever(longest_request_tokens)
         usable = self._pool.num_gpu_blocks - 1 - num_null_pages
         if usable < longest:
             raise UserError(
@@ -93,11 +93,11 @@ class VllmBlocks:
         found = others.pop(self._index) if hits else ()
         there = len(self._group.req_to_blocks.get(request_id, ())) or len(found)
         missing = -(-num_tokens // self.block_size) - there + num_unused(found)
-        return missing + self.windows.num_missing(request_id, num_tokens, others)
+        return missing + self.others.num_missing(request_id, num_tokens, others)
 
     def num_wanted(self, num_computed: int) -> int:
         """Blocks that a request of so many computed tokens takes for its next one."""
-        return (num_computed % self.block_size == 0) + self.windows.num_wanted(num_computed)
+        return (num_computed % self.block_size == 0) + self.others.num_wanted(num_computed)
 
     def owned(self, request_id: str, first: int, last: int) -> list[int]:
         """Logical blocks in ``[first, last)`` that are there and this request's alone, whatever they stand for."""
@@ -183,11 +183,11 @@ class VllmBlocks:
         """Frees blocks that no table names any more; one stands in the list for each entry that named it."""
         blocks = self._table(request_id)
         gapped = [block for block in blocks[num_computed // self.block_size :] if not block.is_null]
-        gapped += self.windows.own_blocks(request_id, num_computed)  # the next layer reads what this one has computed
+        gapped += self.others.own_blocks(request_id, num_computed)  # the next layer reads what this one has computed
         self._pool.evict_blocks({block.block_id for block in (*freed, *gapped)})
         self._pool.free_blocks(freed)
         self._group.num_cached_block[request_id] = _NEVER_CACHED
-        self.windows.cache_no_more(request_id, _NEVER_CACHED)
+        self.others.cache_no_more(request_id, _NEVER_CACHED)
 
     def move_band(self, request_id: str, logical_blocks: Iterable[int], band: int) -> None:
         """Points retired entries at another band's null page."""

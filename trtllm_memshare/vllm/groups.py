@@ -2,8 +2,9 @@
 
 A model with sliding windows in some of its layers (gpt-oss, Gemma 3, Olmo 3) has a group of layers with full attention
 and others with windows, with a block table each, all out of one pool. Windows give back by themselves what they have
-left behind, so pages are given up in the group of full attention alone. A model with multi-head latent attention (MLA:
-DeepSeek-R1) has one group.
+left behind, so pages are given up in the group of full attention alone. In a model with linear attention (Qwen3.5) the
+others hold one state for each request, a block of the pool. A model with multi-head latent attention (MLA: DeepSeek-R1)
+has one group.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from trtllm_memshare.errors import UserError
 
-_FULL, _WINDOW, _MLA = "FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"
+_FULL, _WINDOW, _STATE, _MLA = "FullAttentionSpec", "SlidingWindowSpec", "MambaSpec", "MLAAttentionSpec"
+_ALL = 2**62  # tokens or blocks, more than any request has
 _IN_FLIGHT = 2
 """Steps that may run or wait to run with async scheduling: until they have, vLLM keeps what their tokens see."""
 
@@ -28,11 +30,11 @@ def find_full_group(groups: Sequence[Any]) -> int:
       UserError: none, more than one, or a group of another kind than full attention and sliding windows.
     """
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if kinds != [_MLA] and (kinds.count(_FULL) != 1 or not {_FULL, _WINDOW}.issuperset(kinds)):
+    if kinds != [_MLA] and (kinds.count(_FULL) != 1 or not {_FULL, _WINDOW, _STATE}.issuperset(kinds)):
         raise UserError(
-            f"MemShare needs a model with one KV cache group of full attention, beside it sliding windows at most, or "
-            f"with one of MLA alone, got KV cache groups of {', '.join(kinds) or 'none'} (serve this model without "
-            f"MemShare)"
+            f"MemShare needs a model with one KV cache group of full attention, beside it sliding windows and linear "
+            f"attention at most, or with one of MLA alone, got KV cache groups of {', '.join(kinds) or 'none'} (serve "
+            f"this model without MemShare)"
         )
     index = 0 if kinds == [_MLA] else kinds.index(_FULL)
     spec = groups[index].kv_cache_spec
@@ -47,26 +49,32 @@ def num_unused(hits: Iterable[Any]) -> int:
     return sum(block.ref_cnt == 0 and not block.is_null for block in hits)
 
 
-class WindowGroups:
+def has_states(groups: Iterable[Any]) -> bool:
+    """Whether some layers have linear attention, or another one that keeps a state of each request."""
+    return any(type(group.kv_cache_spec).__name__ == _STATE for group in groups)
+
+
+class OtherGroups:
     """What requests hold of the pool beside their pages.
 
     Args:
-      managers: vLLM's ``SlidingWindowManager`` of each group of sliding windows; none for most models.
+      managers: vLLM's ``SlidingWindowManager`` of each group of sliding windows, its ``MambaManager`` of each group of
+        states, whose blocks are as long as any request; none for most models.
     """
 
     def __init__(self, managers: Sequence[Any]) -> None:
-        self._managers = managers
+        self._managers = [(manager, getattr(manager, "sliding_window", _ALL)) for manager in managers]
 
     def most_held(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens holds while it generates, at most."""
         return sum(
-            min(-(-num_tokens // m.block_size), -(-(m.sliding_window - 1 + _IN_FLIGHT) // m.block_size) + 1)
-            for m in self._managers
+            min(-(-num_tokens // m.block_size), -(-(window - 1 + _IN_FLIGHT) // m.block_size) + 1)
+            for m, window in self._managers
         )
 
     def most_ever(self, num_tokens: int) -> int:
         """The same while its prompt is read too: pieces of it are held whole."""
-        return sum(min(-(-num_tokens // m.block_size), m.max_admission_blocks_per_request) for m in self._managers)
+        return sum(min(-(-num_tokens // m.block_size), _most_admitted(m)) for m, _ in self._managers)
 
     def num_missing(self, request_id: str, num_tokens: int, hits: Sequence[Sequence[Any]] = ()) -> int:
         """Blocks that vLLM takes until a request holds so many tokens; it has given back what a window left.
@@ -76,28 +84,33 @@ class WindowGroups:
             those that its window leaves out.
         """
         missing = 0
-        for index, manager in enumerate(self._managers):
+        for index, (manager, _) in enumerate(self._managers):
             found = hits[index] if hits else ()
             # Entries stay in the list when their blocks have gone.
             there = len(manager.req_to_blocks.get(request_id, ())) or len(found)
             new = max(0, -(-num_tokens // manager.block_size) - there)
-            missing += min(new, manager.max_admission_blocks_per_request) + num_unused(found)
+            missing += min(new, _most_admitted(manager)) + num_unused(found)
         return missing
 
     def num_wanted(self, num_computed: int) -> int:
         """Blocks that a request takes more than it gives back for its next token, about."""
-        return sum(num_computed % m.block_size == 0 and num_computed < m.sliding_window for m in self._managers)
+        return sum(num_computed % m.block_size == 0 and num_computed < window for m, window in self._managers)
 
     def own_blocks(self, request_id: str, first_token: int) -> list[Any]:
         """Blocks that hold tokens from ``first_token`` on."""
         return [
             block
-            for manager in self._managers
+            for manager, _ in self._managers
             for block in manager.req_to_blocks.get(request_id, ())[first_token // manager.block_size :]
             if not block.is_null
         ]
 
     def cache_no_more(self, request_id: str, never: int) -> None:
         """None of this request's blocks enters the prefix cache from now on."""
-        for manager in self._managers:
+        for manager, _ in self._managers:
             manager.num_cached_block[request_id] = never
+
+
+def _most_admitted(manager: Any) -> int:
+    most = manager.max_admission_blocks_per_request
+    return _ALL if most is None else int(most)

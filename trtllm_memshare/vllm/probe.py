@@ -9,7 +9,7 @@ from typing import Any
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import TESTED
 from trtllm_memshare.vllm.cache_elements import SERVED_TYPES
-from trtllm_memshare.vllm.groups import find_full_group
+from trtllm_memshare.vllm.groups import find_full_group, has_states
 
 _SCHEDULER_METHODS = (
     "schedule",
@@ -27,7 +27,8 @@ FlexAttention turns tables round: of entries that name one block, an alias and i
 """
 _REFUSED = "grammar_compile_error_reqs"
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
-_WINDOW_ATTRIBUTES = (*_GROUP_ATTRIBUTES, "sliding_window", "max_admission_blocks_per_request")
+_STATE_ATTRIBUTES = (*_GROUP_ATTRIBUTES, "max_admission_blocks_per_request")
+_WINDOW_ATTRIBUTES = (*_STATE_ATTRIBUTES, "sliding_window")
 
 
 def check_release(version: str) -> bool:
@@ -93,10 +94,12 @@ def check_scheduler(scheduler: Any, version: str) -> int:
             f"vLLM {version}'s scheduler has no {_REFUSED}, by which MemShare ends a request whose options cannot be "
             f"used (it was tested with vLLM {TESTED})"
         )
-    for index, group in enumerate(scheduler.kv_cache_manager.coordinator.single_type_managers):
-        for name in _GROUP_ATTRIBUTES if index == full else _WINDOW_ATTRIBUTES:
-            if not hasattr(group, name):
-                raise UserError(f"vLLM {version}'s {type(group).__name__} has no {name}, which MemShare builds on")
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    for index, manager in enumerate(scheduler.kv_cache_manager.coordinator.single_type_managers):
+        others = _STATE_ATTRIBUTES if has_states(groups[index : index + 1]) else _WINDOW_ATTRIBUTES
+        for name in _GROUP_ATTRIBUTES if index == full else others:
+            if not hasattr(manager, name):
+                raise UserError(f"vLLM {version}'s {type(manager).__name__} has no {name}, which MemShare builds on")
     return full
 
 
@@ -114,6 +117,8 @@ def check_served(config: Any, groups: list[Any]) -> int:
       UserError: a model or a feature that MemShare excludes.
     """
     full = find_full_group(groups)
+    if has_states(groups):
+        check_prefix_cache(config)
     parallel = config.parallel_config
     excluded = {
         "speculative decoding": config.speculative_config is not None,
@@ -131,34 +136,56 @@ def check_served(config: Any, groups: list[Any]) -> int:
     return full
 
 
-def says_windows(model_config: Any) -> bool:
-    """Whether a model's configuration names layers with sliding windows beside others; there may be no groups yet."""
-    kinds = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
-    return "sliding_attention" in kinds and len(kinds) > 1
+def check_prefix_cache(config: Any) -> None:
+    """Looks at how states of linear attention are kept. Raises UserError if they can be hits in the prefix cache."""
+    mode = config.cache_config.mamba_cache_mode
+    if mode != "none":
+        raise UserError(
+            f"MemShare serves a model with linear attention without prefix caching, got mamba_cache_mode {mode} (give "
+            f"--no-enable-prefix-caching)"
+        )
 
 
-def check_null_entries(config: Any, has_windows: bool, null_entries: str) -> None:
-    """Looks at whether null entries can be what the settings say, for this model.
+def check_model(config: Any, null_entries: str) -> None:
+    """Looks at what a model's configuration says, before its weights are loaded and there are groups.
 
     Raises:
-      UserError: null pages are to be read, which ``calibrate`` does not make for a model with sliding windows in some
-        layers or with MLA; or CUDA graphs read the lengths of all groups at one address, and entries that are skipped
-        make them shorter in one group only.
+      UserError: see ``check_prefix_cache`` and ``check_null_entries``.
+    """
+    model = config.model_config
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    is_hybrid = bool(getattr(model, "is_hybrid", False))
+    if is_hybrid:
+        check_prefix_cache(config)
+    check_null_entries(config, is_hybrid or ("sliding_attention" in kinds and len(kinds) > 1), null_entries)
+
+
+def check_null_entries(config: Any, has_others: bool, null_entries: str) -> None:
+    """Looks at whether null entries can be what the settings say, for this model.
+
+    Args:
+      has_others: whether some layers have sliding windows or linear attention.
+
+    Raises:
+      UserError: null pages are to be read, which ``calibrate`` does not make for such a model, nor for one with MLA; or
+        CUDA graphs read the lengths of all groups at one address, and entries that are skipped make them shorter in one
+        group only.
     """
     is_mla = bool(getattr(config.model_config, "use_mla", False))
-    if null_entries == "read" and (has_windows or is_mla):
+    if null_entries == "read" and (has_others or is_mla):
+        got = "multi-head latent attention (MLA)" if is_mla else "sliding windows or linear attention in some"
         raise UserError(
             f"null_entries read needs a model whose layers all have full attention, with K and V in the cache, got one "
-            f"with {'multi-head latent attention (MLA)' if is_mla else 'sliding windows in some'} (leave null_pages "
-            f"out, and set null_entries to skip, the default then)"
+            f"with {got} (leave null_pages out, and set null_entries to skip, the default then)"
         )
-    if not has_windows:
+    if not has_others:
         return
     mode = config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_full_cudagraphs():
         raise UserError(
-            f"null_entries skip needs attention outside CUDA graphs where some layers have sliding windows, got "
-            f'cudagraph_mode {mode.name} (give --compilation-config \'{{"cudagraph_mode": "PIECEWISE"}}\')'
+            f"null_entries skip needs attention outside CUDA graphs where some layers have sliding windows or linear "
+            f'attention, got cudagraph_mode {mode.name} (give --compilation-config \'{{"cudagraph_mode": '
+            f'"PIECEWISE"}}\')'
         )
 
 

@@ -124,9 +124,9 @@ def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
             f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
             f"(set null_entries to read, with null_pages; it was tested with vLLM {TESTED})"
         )
-    has_windows, is_mla = len(groups) > 1, any(map(keeps_latents, layers))
+    has_others, is_mla = len(groups) > 1, any(map(keeps_latents, layers))
     way_out = "set null_entries to read, with null_pages"
-    if has_windows or is_mla:  # for which null pages are not made
+    if has_others or is_mla:  # for which null pages are not made
         way_out = "serve this model without MemShare"
     served = _MLA_BACKENDS if is_mla else _BACKENDS
     others = {one.backend.get_name() for one in groups[group]}.difference(served)
@@ -135,10 +135,10 @@ def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
             f"null_entries skip works with vLLM's attention backends {', '.join(served)}, got "
             f"{', '.join(sorted(others))} (choose one by --attention-backend, or {way_out})"
         )
-    if has_windows and len(groups[group]) > 1:  # V1 makes the tables of one out of the other's, past what shortens them
+    if has_others and len(groups[group]) > 1:  # V1 makes the tables of one out of the other's, past what shortens them
         raise UserError(
-            f"null_entries skip beside sliding windows needs one attention group for all layers of full attention, got "
-            f"{len(groups[group])} ({way_out})"
+            f"null_entries skip beside sliding windows or linear attention needs one attention group for all layers of "
+            f"full attention, got {len(groups[group])} ({way_out})"
         )
     model = runner.model_config
     told = {

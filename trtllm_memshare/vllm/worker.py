@@ -27,7 +27,7 @@ from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.model_runner import ModelRunner, open_runner
 from trtllm_memshare.vllm.null_pages import attention_layers, load_keys, null_page_file, write_null_pages
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
-from trtllm_memshare.vllm.probe import check_aliases, check_null_entries, check_served, says_windows
+from trtllm_memshare.vllm.probe import check_aliases, check_model, check_null_entries, check_served
 from trtllm_memshare.vllm.redundancy import PageReports
 from trtllm_memshare.vllm.settings import VllmSettings, load_settings
 from trtllm_memshare.vllm.skipped_entries import SkippedEntries, check_skipping
@@ -69,7 +69,7 @@ class MemShareWorker(PlatformWorker):
         So are null pages of other weights, or after it where it is what downloads them.
         """
         options = load_settings(self.vllm_config.additional_config, os.environ).options
-        check_null_entries(self.vllm_config, says_windows(self.model_config), options.null_entries)
+        check_model(self.vllm_config, options.null_entries)
         is_here = Path(self.model_config.model).is_dir()
         if is_here:
             self._check_weights()

@@ -1,0 +1,126 @@
+"""One vLLM engine of an architecture that the bundled model is not of, small and with random weights, for tests.
+
+``python gpu_choices.py made_models_process.py ARM MODEL FOLDER ARCHITECTURE``: makes the model in ``FOLDER`` by
+transformers' class of it, with the tokenizer of ``MODEL``. ``plain``: vLLM alone with room; ``pressure``: with
+MemShare, under pressure and in random schedules; ``preempted``: in a pool too short for all. Where attention is
+interpreted texts are half as long, without a schedule. Prints what it did as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm_plugin import engine_process
+from vllm_plugin.engine_process import LLM, RUNNER, make_engine, schedules, under_pressure, with_room
+from vllm_plugin.gpu_choices import read_in_pieces, rotate_in_pytorch
+
+from trtllm_memshare.vllm.skipped_entries import SkippedEntries
+
+engine_process.MAX_LENGTH = 256
+_SETTINGS: dict[str, Any] = {"min_kept": 0.25, "protected_tokens": 32, "admission": "vllm"}
+_IN_TRITON = "-triton" in RUNNER
+if _IN_TRITON:
+    engine_process.MAX_LENGTH, _SETTINGS["protected_tokens"] = 144, 16
+_SHAPE = {
+    "vocab_size": 80, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 1,
+    "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+_OWN: dict[str, dict[str, Any]] = {
+    "DeepseekV3": {
+        "q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
+        "first_k_dense_replace": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10_000, "factor": 4, "original_max_position_embeddings": 1024,
+            "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    "Qwen3Next": {
+        "head_dim": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_only_layers": [0, 1, 2], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "conv_dim": 64, "block_dim": 64,
+             "block_ff_dim": 128, "block_auto_adjust_ff_dim": False},
+}  # fmt: skip
+
+
+_NUM_BLOCKS = {"DeepseekV3": {"pressure": 21, "preempted": 18}, "Lfm2": {"pressure": 15, "preempted": 13},
+               "Qwen3Next": {"pressure": 12}}  # fmt: skip
+_LENGTHS = {"pressure": (200, 210), "preempted": (190, 200, 210)}
+
+
+def save(architecture: str, tokenizer: str, folder: Path) -> None:
+    import transformers
+
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**_SHAPE, **_OWN[architecture])
+    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
+
+
+def short_room(llm: LLM) -> list[list[int]]:
+    return with_room(llm, (30, 40, 50), 30)
+
+
+def watch_pieces() -> list[int]:
+    """Collects, of each text that is read in pieces while others have gaps, how many tokens are left out before it."""
+    collected: list[int] = []
+    original = SkippedEntries._shorten
+
+    def shorten(self: SkippedEntries, metadata: Any) -> Any:
+        lengths, is_piece = metadata.seq_lens.clone(), metadata.query_start_loc_cpu.diff() > 1
+        shorter = original(self, metadata)
+        if self._names and self._is_step:
+            collected.extend((lengths - shorter.seq_lens)[is_piece].tolist())
+        return shorter
+
+    SkippedEntries._shorten = shorten
+    return collected
+
+
+def main() -> None:
+    arm, tokenizer, folder, architecture = sys.argv[1:]
+    save(architecture, tokenizer, Path(folder))
+    rotate_in_pytorch()
+    if architecture == "DeepseekV3":
+        read_in_pieces(32 if arm == "preempted" else 128)
+        # On a CPU with AMX vLLM would choose another one, which has no float32.
+        engine_process.BLOCK_SIZE, engine_process.MORE["attention_backend"] = 16, "CPU_MLA"
+    else:
+        engine_process.MORE["enable_prefix_caching"] = False
+    if architecture == "Qwen3Next":
+        engine_process.DTYPE = "bfloat16"  # all that vLLM's gated delta net on CPUs takes
+        engine_process.MAX_LENGTH = 1024  # a state is as large as 160 tokens, so blocks are as long
+    if arm == "plain":
+        print(json.dumps({"with_room": short_room(make_engine(folder, "", num_blocks=38))}))
+        return
+    pieces = watch_pieces()
+    num_blocks, lengths = (15, (95, 100)) if _IN_TRITON else (_NUM_BLOCKS[architecture][arm], _LENGTHS[arm])
+    if architecture == "Qwen3Next":
+        lengths = (700, 800)
+    llm = make_engine(folder, "", num_blocks=num_blocks, **_SETTINGS)
+    core = llm.llm_engine.engine_core.engine_core
+    runner, scheduler = core.model_executor.driver_worker.worker.model_runner, core.scheduler
+    engine_process.BLOCK_SIZE = scheduler.blocks.block_size  # a state makes blocks longer that are too small for it
+    groups = [type(group.kv_cache_spec).__name__ for group in scheduler.kv_cache_config.kv_cache_groups]
+    result: dict[str, Any] = {"elements": "auto", "groups": groups}
+    if arm == "pressure" and not _IN_TRITON:
+        result["with_room"] = short_room(llm)
+    result["pressure"] = under_pressure(llm, folder, None, lengths, (20 if _IN_TRITON else 60,))
+    result["schedules"] = schedules(llm, 0 if _IN_TRITON else 3, most=10, longest=200)
+    # Backends of latent attention count these on the host, where nothing makes lengths shorter.
+    result["pieces"], result["left_out_before_pieces"] = len(pieces), sum(pieces)
+    result["attention"] = [group[0].backend.get_name() for group in runner.attn_groups]
+    result["runner"], result["is_async"] = type(runner).__module__, core.batch_queue is not None
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
