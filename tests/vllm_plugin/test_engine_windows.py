@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nightly import NIGHTLY
+from nightly import NIGHTLY, only_nightly
 from vllm_plugin.engine_runs import check, run, run_small, save_null_pages, save_with_windows
 
 from trtllm_memshare.engine.weights import weights_digest
@@ -28,12 +28,11 @@ def test_full_attention_is_given_what_is_kept_and_windows_all_that_they_reach(mo
     assert schedules["idle"]
 
 
-ARCHITECTURES = [("GptOssForCausalLM", [3, 3])]
-if NIGHTLY:
-    ARCHITECTURES += [("Gemma3ForCausalLM", [1] * 6), ("Olmo3ForCausalLM", [2] * 3)]
-
-
-@pytest.mark.parametrize(("architecture", "groups"), ARCHITECTURES)
+@only_nightly
+@pytest.mark.parametrize(
+    ("architecture", "groups"),
+    [("GptOssForCausalLM", [3, 3]), ("Gemma3ForCausalLM", [1] * 6), ("Olmo3ForCausalLM", [2] * 3)],
+)
 def test_architectures_of_vllm_give_pages_up_in_one_group_of_several(tmp_path, architecture, groups):
     """Their tables against the oracle, and vLLM's own code of each; what attention reads is as in the test above."""
     result = run(architecture, str(tmp_path), program="architectures_process.py")
@@ -44,6 +43,7 @@ def test_architectures_of_vllm_give_pages_up_in_one_group_of_several(tmp_path, a
     assert schedules["idle"]
 
 
+@only_nightly
 def test_null_pages_are_refused_beside_windows(model, tmp_path):
     null_pages = save_null_pages(tmp_path, weights=weights_digest(Path(model)))
     told = run("refused", null_pages, "{}", model=model)["refused"]

@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nightly import NIGHTLY
+from nightly import at_night
 from vllm_plugin.engine_runs import check, run_small, save_null_pages
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
 
 
-CASES = [("V1", "read"), ("V2-async", "skip")]
-if NIGHTLY:
-    CASES += [("V1", "skip"), ("V1", "aliases"), ("V2-async", "read"), ("V2-async", "aliases")]
+CASES = [("V1", "read"), ("V1", "skip"), ("V1", "aliases"), ("V2-async", "read"), ("V2-async", "aliases")]
 
 
-@pytest.mark.parametrize(("runner", "arm"), CASES)
+@pytest.mark.parametrize(("runner", "arm"), [("V2-async", "skip"), *(at_night(*case) for case in CASES)])
 def test_two_ranks_read_what_the_masked_reference_reads(tmp_path: Path, runner: str, arm: str):
     """Those that skip have no null pages."""
     result = run_small(arm, "" if arm == "skip" else save_null_pages(tmp_path), num_ranks=2, runner=runner)
