@@ -18,6 +18,7 @@ from trtllm_memshare.builder.build_engine import BuildOptions, build_engine, des
 from trtllm_memshare.builder.summary import summarize
 from trtllm_memshare.engine import checkpoint, null_page_build
 from trtllm_memshare.engine.checkpoint import read_checkpoint
+from trtllm_memshare.engine.load import load_decoder
 from trtllm_memshare.engine.null_page import NullPageRefused, NullPageSet
 from trtllm_memshare.engine.null_page_build import calibrate_checkpoint
 from trtllm_memshare.engine.null_page_files import (
@@ -195,6 +196,8 @@ def without_a_weight(folder):
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0, "layer_types": None},
          "uses a sliding window"),
         ({"kv_lora_rank": 512}, r"has multi-head latent attention \(MLA\), whose cache holds no K and V of heads"),
+        ({"layer_types": ["conv", "full_attention"] * 2}, r"has other layers than those of full attention \(conv\)"),
+        ({"layer_types": None, "mamba_d_state": 16}, r"other layers than those of full attention \(mamba_d_state\)"),
     ],
 )  # fmt: skip
 def test_nothing_is_calibrated_for_a_model_that_is_not_what_it_would_be_served_as(
@@ -209,6 +212,17 @@ def test_nothing_is_calibrated_for_a_model_that_is_not_what_it_would_be_served_a
         (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=message):
         calibrate_checkpoint(folder, 512, "float32")
+
+
+def test_a_model_with_layers_without_attention_is_refused_whatever_its_configuration_says(centred_dir, monkeypatch):
+    def load(folder):
+        model, report = load_decoder(folder)
+        del model.model.layers[1].self_attn
+        return model, report
+
+    monkeypatch.setattr(null_page_build, "load_decoder", load)
+    with pytest.raises(NullPageRefused, match="has layers without attention"):
+        calibrate_checkpoint(centred_dir, 512, "float32")
 
 
 def test_architectures_that_only_other_hosts_serve_are_calibrated(centred_dir, tmp_path, monkeypatch):

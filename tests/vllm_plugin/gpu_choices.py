@@ -81,6 +81,34 @@ def read_in_pieces(num_tokens: int) -> None:
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
 
 
+def order_as_flash_mla() -> None:
+    """Has latent attention on a CPU tell requests that decode from those that read a text as vLLM's FlashMLA does.
+
+    Up to 128 tokens decode if there are as many of each request, and what differs goes to the prefill path.
+    """
+    import copy
+
+    import torch
+    from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder, QueryLenSupport
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
+
+    MLACommonMetadataBuilder.query_len_support = QueryLenSupport.UNIFORM
+    MLACommonMetadataBuilder.reorder_batch_threshold = 128
+    forward = CPUMLAImpl.forward_mqa
+
+    def one_by_one(self: Any, query: Any, cache: Any, metadata: Any, layer: Any) -> Any:
+        """The kernel for CPUs has one token of each request, so one with more stands for as many."""
+        decode, metadata = copy.copy(metadata.decode), copy.copy(metadata)
+        count = metadata.num_decode_tokens // len(decode.seq_lens)
+        seen = torch.arange(1 - count, 1, dtype=decode.seq_lens.dtype)
+        decode.block_table = decode.block_table.repeat_interleave(count, 0)
+        decode.seq_lens = (decode.seq_lens[:, None] + seen).flatten()
+        metadata.decode = decode
+        return forward(self, query, cache, metadata, layer)
+
+    CPUMLAImpl.forward_mqa = one_by_one
+
+
 def rotate_in_pytorch() -> None:
     """vLLM's operator for CPUs rotates queries that have an axis for heads otherwise than its own PyTorch code does."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding

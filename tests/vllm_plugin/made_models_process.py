@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from vllm_plugin import engine_process
 from vllm_plugin.engine_process import LLM, RUNNER, make_engine, schedules, under_pressure, with_room
-from vllm_plugin.gpu_choices import read_in_pieces, rotate_in_pytorch
+from vllm_plugin.gpu_choices import order_as_flash_mla, read_in_pieces, rotate_in_pytorch
 
 from trtllm_memshare.vllm.skipped_entries import SkippedEntries
 
@@ -51,9 +51,10 @@ _OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-_NUM_BLOCKS = {"DeepseekV3": {"pressure": 21, "preempted": 18}, "Lfm2": {"pressure": 15, "preempted": 13},
+_NUM_BLOCKS = {"DeepseekV3": {"pressure": 21, "preempted": 34}, "Lfm2": {"pressure": 15, "preempted": 13},
                "Qwen3Next": {"pressure": 12}}  # fmt: skip
 _LENGTHS = {"pressure": (200, 210), "preempted": (190, 200, 210)}
+_MORE_LENGTHS = tuple(range(150, 220, 10))  # of so many that some come and go while others run
 
 
 def save(architecture: str, tokenizer: str, folder: Path) -> None:
@@ -69,19 +70,25 @@ def short_room(llm: LLM) -> list[list[int]]:
     return with_room(llm, (30, 40, 50), 30)
 
 
-def watch_pieces() -> list[int]:
-    """Collects, of each text that is read in pieces while others have gaps, how many tokens are left out before it."""
-    collected: list[int] = []
-    original = SkippedEntries._shorten
+def watch_prefill_path() -> list[int]:
+    """Collects how many tokens are left out of each request that latent attention has in its prefill path, if any."""
+    from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
 
-    def shorten(self: SkippedEntries, metadata: Any) -> Any:
-        lengths, is_piece = metadata.seq_lens.clone(), metadata.query_start_loc_cpu.diff() > 1
-        shorter = original(self, metadata)
-        if self._names and self._is_step:
-            collected.extend((lengths - shorter.seq_lens)[is_piece].tolist())
-        return shorter
+    collected, whole = list[int](), list[torch.Tensor]()
+    build, shorten = MLACommonMetadataBuilder.build, SkippedEntries._shorten
 
-    SkippedEntries._shorten = shorten
+    def shorten_and_keep(self: SkippedEntries, metadata: Any) -> Any:
+        whole[:] = [metadata.seq_lens.clone()]
+        return shorten(self, metadata)
+
+    def build_and_look(self: Any, prefix: int, common: Any, *rest: Any, **keywords: Any) -> Any:
+        metadata = build(self, prefix, common, *rest, **keywords)
+        if whole and len(whole[0]) == len(common.seq_lens):
+            left_out = (whole[0] - common.seq_lens)[metadata.num_decodes : metadata.num_reqs]
+            collected.extend(left_out[left_out > 0].tolist())
+        return metadata
+
+    MLACommonMetadataBuilder.build, SkippedEntries._shorten = build_and_look, shorten_and_keep
     return collected
 
 
@@ -101,10 +108,14 @@ def main() -> None:
     if arm == "plain":
         print(json.dumps({"with_room": short_room(make_engine(folder, "", num_blocks=38))}))
         return
-    pieces = watch_pieces()
+    gaps = watch_prefill_path()
+    if architecture == "DeepseekV3" and arm == "preempted":
+        order_as_flash_mla()
     num_blocks, lengths = (15, (95, 100)) if _IN_TRITON else (_NUM_BLOCKS[architecture][arm], _LENGTHS[arm])
     if architecture == "Qwen3Next":
         lengths = (700, 800)
+    elif architecture == "DeepseekV3" and arm == "preempted":
+        lengths = _MORE_LENGTHS
     llm = make_engine(folder, "", num_blocks=num_blocks, **_SETTINGS)
     core = llm.llm_engine.engine_core.engine_core
     runner, scheduler = core.model_executor.driver_worker.worker.model_runner, core.scheduler
@@ -115,8 +126,7 @@ def main() -> None:
         result["with_room"] = short_room(llm)
     result["pressure"] = under_pressure(llm, folder, None, lengths, (20 if _IN_TRITON else 60,))
     result["schedules"] = schedules(llm, 0 if _IN_TRITON else 3, most=10, longest=200)
-    # Backends of latent attention count these on the host, where nothing makes lengths shorter.
-    result["pieces"], result["left_out_before_pieces"] = len(pieces), sum(pieces)
+    result["gaps_in_prefill_path"] = len(gaps)
     result["attention"] = [group[0].backend.get_name() for group in runner.attn_groups]
     result["runner"], result["is_async"] = type(runner).__module__, core.batch_queue is not None
     print(json.dumps(result))

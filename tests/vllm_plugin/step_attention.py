@@ -25,7 +25,8 @@ class StepAttention:
 
     def __init__(self, null_blocks: list[int], block_size: int) -> None:
         self._null, self._size = set(null_blocks), block_size
-        group = SimpleNamespace(build_metadata=lambda metadata: metadata)
+        backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
+        group = SimpleNamespace(build_metadata=lambda metadata: metadata, backend=backend)
         runner = SimpleNamespace(device=torch.device("cpu"), attn_groups=[[group]])
         self._skipped = SkippedEntries(runner, null_blocks, block_size)
         self._build = group.build_metadata

@@ -133,6 +133,18 @@ def test_what_a_configuration_says_is_refused_before_weights_are_loaded():
         a_config(),
     ):
         check_model(config, "read")
+    for config, got in (
+        (a_config(is_attention_free=True), "got one without attention"),
+        (
+            a_config(is_hybrid=True, use_mla=True, mode="align"),
+            "got one with latent attention .* beside linear",
+        ),
+        (a_config(use_mla=True), "got one with sparse attention by an indexer"),
+    ):
+        if "indexer" in got:
+            config.model_config.hf_text_config.index_topk = 2048
+        with pytest.raises(UserError, match=got):
+            check_model(config, "skip")
     with pytest.raises(UserError, match=r"without prefix caching, got mamba_cache_mode align \(give --no-ena"):
         check_model(a_config(is_hybrid=True, mode="align"), "skip")
 

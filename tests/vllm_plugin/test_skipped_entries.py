@@ -27,11 +27,19 @@ class Metadata:
     block_table_tensor: torch.Tensor
     seq_lens: torch.Tensor
     max_seq_len: int
+    max_query_len: int = 1
+    seq_lens_cpu_upper_bound: torch.Tensor | None = None
 
 
 class Group:
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, threshold: int = 1, support: str = "SINGLE_ONLY") -> None:
         self.backend = SimpleNamespace(get_name=lambda: backend)
+        self.builder = SimpleNamespace(
+            reorder_batch_threshold=threshold, query_len_support=SimpleNamespace(name=support)
+        )
+
+    def get_metadata_builder(self) -> SimpleNamespace:
+        return self.builder
 
     def build_metadata(self, common_attn_metadata: Metadata, ubatch_idx: int = 0, **kwargs: Any) -> tuple:
         return common_attn_metadata, ubatch_idx, kwargs
@@ -142,6 +150,32 @@ def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
 def test_other_attention_is_refused_by_name(runner, layers, message):
     with pytest.raises(UserError, match=message):
         check_skipping(runner, layers)
+
+
+@pytest.mark.parametrize(
+    ("group", "is_counted"),
+    [
+        (Group("FLASHMLA", 128, "UNIFORM"), True),
+        (Group("FLASH_ATTN_MLA", 512, "VARLEN"), False),  # takes any lengths together
+        (Group("TRITON_MLA", 1, "UNIFORM"), False),
+        (Group("FLASH_ATTN", 128, "UNIFORM"), False),
+    ],
+)
+@pytest.mark.parametrize("is_on_device", [False, True])
+def test_what_latent_attention_counts_on_the_host_is_shorter_too(group, is_counted, is_on_device):
+    """Where one that reads a text stands first, others with gaps take the path that counts there."""
+    runner = SimpleNamespace(device=torch.device("meta" if is_on_device else "cpu"), attn_groups=[[group]])
+    skipped = SkippedEntries(runner, [0, 9], SIZE)
+    skipped._null_blocks = torch.tensor([0, 9], dtype=torch.int32)
+    skipped.follow({"a": {1: 0}}, ())
+    for longest in (1, 29):
+        metadata = make_metadata()
+        metadata.max_query_len, metadata.seq_lens_cpu_upper_bound = longest, metadata.seq_lens.clone()
+        shorter = group.build_metadata(metadata)[0]
+        assert shorter.seq_lens.tolist() == [43, 40]
+        counted = [43, 40] if is_counted and longest > 1 else [75, 40]
+        assert shorter.seq_lens_cpu_upper_bound.tolist() == counted
+        assert metadata.seq_lens_cpu_upper_bound.tolist() == [75, 40]  # vLLM reads it once more
 
 
 def test_backends_of_latent_attention_are_those_of_its_layers():

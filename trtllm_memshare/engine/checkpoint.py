@@ -17,6 +17,7 @@ SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_FULL = {"full_attention", "attention"}
 _MAX_LAYERS = 1000  # the largest model served anywhere has 126
 _MAX_SIZE = 2**31 - 1
 
@@ -167,6 +168,10 @@ def excluded_attention(config: dict[str, Any], model_dir: Path) -> str | None:
         return f"{model_dir} uses a sliding window, which rewrites cache slots that sharing relies on"
     if config.get("kv_lora_rank") is not None:
         return f"{model_dir} has multi-head latent attention (MLA), whose cache holds no K and V of heads"
+    kinds = config.get("layer_types")  # a list, or missing: looked at above
+    others = {str(kind) for kind in kinds} - _FULL if kinds else {key for key in config if key.startswith("mamba_")}
+    if others:
+        return f"{model_dir} has other layers than those of full attention ({shorten(', '.join(sorted(others)))})"
     return None
 
 
@@ -174,10 +179,8 @@ def _check_attention(config: dict[str, Any], model_dir: Path) -> None:
     """Raises UserError for windows, latents and rotations that sharing cannot work with."""
     excluded = excluded_attention(config, model_dir)
     if excluded is not None:
-        raise UserError(
-            f"{excluded} (take a model without one, or switch it off in config.json if the model was trained for full "
-            f"attention)"
-        )
+        # Some checkpoints name a window that they do not use.
+        raise UserError(f"{excluded} (take a model without, or switch it off in config.json if it was trained so)")
     check_rope(config, model_dir / "config.json")
 
 

@@ -91,7 +91,7 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
     Raises:
       UserError: no positions, a type that no pool has, a model whose rotations change, or weights that are not all
         there.
-      NullPageRefused: a model with a sliding window or with MLA, or see ``calibrate_null_pages``.
+      NullPageRefused: a model with other layers than those of full attention, or see ``calibrate_null_pages``.
     """
     from transformers import AutoTokenizer
 
@@ -109,11 +109,13 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
     config = read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint")
     excluded = excluded_attention(config, model_dir)
     if excluded is not None:
-        raise NullPageRefused(excluded, "take a model without one")
+        raise NullPageRefused(excluded, "take a model without such")
     check_rope(config, model_dir / "config.json")
     refuse_adapter(model_dir)
     model, report = load_decoder(model_dir)
     check_loaded(model_dir, report, "copy or download the checkpoint again")
+    if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
+        raise NullPageRefused(f"{model_dir} has layers without attention", "take a model without such")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     longest = int(model.config.max_position_embeddings)

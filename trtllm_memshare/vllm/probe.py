@@ -150,11 +150,22 @@ def check_model(config: Any, null_entries: str) -> None:
     """Looks at what a model's configuration says, before its weights are loaded and there are groups.
 
     Raises:
-      UserError: see ``check_prefix_cache`` and ``check_null_entries``.
+      UserError: a model that is not served, or see ``check_prefix_cache`` and ``check_null_entries``.
     """
     model = config.model_config
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
     is_hybrid = bool(getattr(model, "is_hybrid", False))
+    never = {
+        "without attention": getattr(model, "is_attention_free", False),
+        "with sparse attention by an indexer": getattr(model.hf_text_config, "index_topk", None) is not None,
+        "with latent attention (MLA) beside linear attention": is_hybrid and getattr(model, "use_mla", False),
+    }
+    for what, present in never.items():
+        if present:
+            raise UserError(
+                f"MemShare needs a model with full attention, or latent attention alone, got one {what} (serve this "
+                f"model without MemShare)"
+            )
     if is_hybrid:
         check_prefix_cache(config)
     check_null_entries(config, is_hybrid or ("sliding_attention" in kinds and len(kinds) > 1), null_entries)

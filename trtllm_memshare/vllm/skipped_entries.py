@@ -22,8 +22,7 @@ _BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """VLLM's attention backends that read lengths where the tables are. FlashInfer counts pages by lengths on the host."""
 
 _MLA_BACKENDS = ("CPU_MLA", "TRITON_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "CUTLASS_MLA", "FLASHINFER_MLA")
-"""Those of multi-head latent attention. On the host they count what stands before a text that is read in pieces, where
-nothing is left out: only who has read all gives pages up."""
+"""Those of multi-head latent attention. What their prefill path reads they count on the host."""
 
 _PREFIXES = "bidirectional prefixes"
 
@@ -73,6 +72,7 @@ class SkippedEntries:
         self._names: set[str] = set()
         self._is_step = False
         self._whole: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._on_host = any(map(_counts_on_host, runner.attn_groups[group]))
         for layers in runner.attn_groups[group]:
             layers.build_metadata = self._shortened(layers.build_metadata)
 
@@ -104,12 +104,29 @@ class SkippedEntries:
         width = -(-metadata.max_seq_len // self._block_size)
         table = metadata.block_table_tensor[: len(metadata.seq_lens), :width]
         shorter, lengths = without_entries(table, metadata.seq_lens, self._null_blocks, self._block_size)
+        if self._on_host and metadata.max_query_len > 1:
+            left_out = (metadata.seq_lens - lengths).cpu()  # the device is waited for, in a step that reads a text
+            on_host = metadata.seq_lens_cpu_upper_bound
+            metadata = replace(metadata, seq_lens_cpu_upper_bound=on_host - left_out.to(on_host.dtype))
         if not self._in_place:
             return replace(metadata, block_table_tensor=shorter, seq_lens=lengths)
         self._whole.append((metadata.seq_lens, metadata.seq_lens.clone()))
         table.copy_(shorter)
         metadata.seq_lens.copy_(lengths)
         return metadata
+
+
+def _counts_on_host(layers: Any) -> bool:
+    """Whether lengths of requests that have gaps are read on the host.
+
+    Whose text is read in pieces has no gaps. But FlashMLA wants requests of one length in its decode path, of up to 128
+    tokens, and with model runner V1 one whose last piece is as short may stand first: those behind it, of one token and
+    with gaps, then take the prefill path.
+    """
+    if layers.backend.get_name() not in _MLA_BACKENDS:
+        return False
+    builder = layers.get_metadata_builder()
+    return bool(builder.reorder_batch_threshold > 1 and builder.query_len_support.name == "UNIFORM")
 
 
 def _changes_in_place(device: torch.device) -> bool:
