@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nightly import only_nightly
 from vllm_plugin.engine_runs import MODEL, ROOT, environment
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
@@ -62,6 +63,7 @@ def test_the_loss_is_the_model_s_own(with_room, texts):
     assert with_room["preemptions"] == 0
 
 
+@only_nightly
 def test_preempted_requests_go_on_with_their_texts(with_room, traces):
     alone = run("vllm", 30, traces)
     assert alone["preemptions"] > 0

@@ -126,7 +126,7 @@ def _counts_on_host(layers: Any) -> bool:
     if layers.backend.get_name() not in _MLA_BACKENDS:
         return False
     builder = layers.get_metadata_builder()
-    return bool(builder.reorder_batch_threshold > 1 and builder.query_len_support.name == "UNIFORM")
+    return bool((builder.reorder_batch_threshold or 1) > 1 and builder.query_len_support.name == "UNIFORM")
 
 
 def _changes_in_place(device: torch.device) -> bool:
