@@ -25,6 +25,7 @@ from fakes.wrong_repeats import always, if_one_copy_is_kept, whether_or_not_copi
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from nightly import NIGHTLY
 
 from trtllm_memshare.cache import givable
 from trtllm_memshare.cache.null_pages import NullPages
@@ -318,7 +319,7 @@ def settings_for(share):
         max_examples=max(1, round(share * OPERATIONS / OPERATIONS_AN_EXAMPLE)),
         stateful_step_count=40,
         deadline=None,
-        derandomize=os.environ.get("MEMSHARE_NIGHTLY") != "1",  # other schedules every night
+        derandomize=not NIGHTLY,  # other schedules every night
         suppress_health_check=list(HealthCheck),
     )
 

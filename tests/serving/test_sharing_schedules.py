@@ -20,6 +20,7 @@ from fakes.schedule_record import ScheduleRecord, counts_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from nightly import NIGHTLY
 
 from trtllm_memshare.cache.offsets import NO_BLOCK
 from trtllm_memshare.runners.protocol import StepBatch, StepOutput
@@ -220,7 +221,7 @@ SharingMachine.TestCase.settings = settings(
     max_examples=max(1, OPERATIONS // OPERATIONS_AN_EXAMPLE),
     stateful_step_count=50,
     deadline=None,
-    derandomize=os.environ.get("MEMSHARE_NIGHTLY") != "1",  # other schedules every night
+    derandomize=not NIGHTLY,  # other schedules every night
     suppress_health_check=list(HealthCheck),
 )
 TestSharingMachine = SharingMachine.TestCase

@@ -49,8 +49,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "Lfm2": {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "conv_dim": 64, "block_dim": 64,
              "block_ff_dim": 128, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
-
-
 _NUM_BLOCKS = {"DeepseekV3": {"pressure": 21, "preempted": 34}, "Lfm2": {"pressure": 15, "preempted": 13},
                "Qwen3Next": {"pressure": 12}}  # fmt: skip
 _LENGTHS = {"pressure": (200, 210), "preempted": (190, 200, 210)}

@@ -130,10 +130,10 @@ def _values(layers: list[Any], projection: SignatureProjection) -> list[torch.Te
     """V of the chosen layers, ``[blocks, KV heads, tokens, head size]``, views. Raises ValueError for another form."""
     fields = []
     for index in projection.layers.tolist():
-        cache, heads, dim = layers[index].kv_cache, layers[index].num_kv_heads, layers[index].head_size
         if keeps_latents(layers[index]):
-            fields.append(pieces_of_latents(layers[index], elements(layers[index], cache)))
+            fields.append(pieces_of_latents(layers[index], elements(layers[index], layers[index].kv_cache)))
             continue
+        cache, heads, dim = layers[index].kv_cache, layers[index].num_kv_heads, layers[index].head_size
         shape = list(getattr(cache, "shape", ()))
         if len(shape) != 4 or (shape[1], shape[3]) != (heads, 2 * dim):
             raise ValueError(f"a layer's cache must be [blocks, {heads}, tokens, {2 * dim}], got {shape}")
