@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 
 import pytest
 import torch
@@ -205,14 +206,16 @@ def test_steps_that_go_on_failing_stop_the_executor_with_every_waiter_answered(b
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_ends_a_thread_is_loud_and_leaves_nobody_waiting(boundaries, error):
-    runner = CountingRunner()
+    runner, all_there = CountingRunner(), threading.Event()
 
     def fail(batch):
+        assert all_there.wait(WAIT)  # who comes later is refused, which is another test
         raise error
 
     runner.before_step = fail
     with make(boundaries, runner, max_batch_size=1) as executor:
         handles = [executor.submit(p, SamplingParams(30)) for p in PROMPTS]
+        all_there.set()
         for handle in handles:
             with pytest.raises(ExecutorStoppedError, match=type(error).__name__):
                 handle.result(WAIT)
