@@ -86,10 +86,12 @@ def texts(seed: int, count: int, length: int) -> list[list[int]]:
     return [[draw.randrange(2, 70) for _ in range(length)] for _ in range(count)]
 
 
-def with_room(llm: LLM, lengths: Sequence[int] = (150, 170, 190), sampled_length: int = 120) -> list[list[int]]:
+def with_room(
+    llm: LLM, lengths: Sequence[int] = (150, 170, 190), sampled_length: int = 120, prompt_length: int = 40
+) -> list[list[int]]:
     """Three requests that never fill the pool; with sampling from a seed too."""
-    greedy = generate(llm, texts(1, 3, 40), list(lengths))
-    sampled = generate(llm, texts(2, 3, 40), [sampled_length] * 3, temperature=1.0, seed=7)
+    greedy = generate(llm, texts(1, 3, prompt_length), list(lengths))
+    sampled = generate(llm, texts(2, 3, prompt_length), [sampled_length] * 3, temperature=1.0, seed=7)
     return [list(o.outputs[0].token_ids) for o in (*greedy, *sampled)]
 
 

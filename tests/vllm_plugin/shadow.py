@@ -26,7 +26,9 @@ class Shadow:
         self._blocks: dict[int, list[Slot]] = {}
         self._writers: dict[str, int] = {}
         self._prefixes: dict[str, list[int]] = {}  # hash of the tokens up to each position
-        self.reads = self.reads_of_others = self.null_reads = self.alias_reads = self.window_reads = 0
+        self.reads = self.reads_of_others = self.null_reads = self.alias_reads = self.window_reads = (
+            self.state_reads
+        ) = self.checkpoints = 0
 
     def begin(self, request_id: str) -> None:
         """A request begins."""
@@ -47,6 +49,8 @@ class Shadow:
         retired: set[int],
         aliased: Mapping[int, int],
         windows: Sequence[tuple[int, Sequence[int]]] = (),
+        states: Sequence[Sequence[int]] = (),
+        checkpoint: tuple[int, int] | None = None,
     ) -> None:
         """One request's part of a step: it reads ``[0, start)`` and computes ``[start, stop)``.
 
@@ -56,6 +60,8 @@ class Shadow:
           retired: its logical blocks that are retired, as the scheduler sees them.
           aliased: the earlier logical block that is read in place of each of those that are not forgotten.
           windows: tokens that a query sees, its own among them, and block ids, of each group of sliding windows.
+          states: block ids of each group of states that go on in a new block wherever one ends.
+          checkpoint: tokens in ``(start, stop)`` whose state is kept too, and the logical block that gets it.
         """
         assert aliased.keys() <= retired, f"an alias that is not retired: {request_id} {dict(aliased)} {retired}"
         there = [block for logical, block in enumerate(table[: -(-stop // self._size)]) if logical not in retired]
@@ -77,6 +83,29 @@ class Shadow:
                 self._write(request_id, block, position - first, prefixes[position], exact, where)
         for group, (window, blocks) in enumerate(windows, 1):
             self._step_in_window(request_id, group, window, blocks, start, stop, exact)
+        for group, blocks in enumerate(states, 1):
+            ends = {stop: (stop - 1) // self._size} | ({} if checkpoint is None else {checkpoint[0]: checkpoint[1]})
+            self._step_of_state(request_id, group, blocks, start, ends, exact)
+
+    def _step_of_state(
+        self, request_id: str, group: int, table: Sequence[int], start: int, ends: Mapping[int, int], exact: bool
+    ) -> None:
+        """The same of a group of states: the one after ``start`` tokens goes on.
+
+        Args:
+          ends: the logical blocks in which the states after so many tokens are kept.
+          exact: whether all that full attention has read is.
+        """
+        prefixes, where = self._prefixes[request_id], f"{request_id} states {group}, {start} to {dict(ends)}"
+        if start:
+            before = table[(start - 1) // self._size]
+            exact = self._read(request_id, before, hash((-group, prefixes[start - 1])), where) and exact
+            self.state_reads += 1
+        self.checkpoints += len(ends) - 1
+        for end, logical in ends.items():
+            assert table[logical] not in self._null, f"a state written into a null page: {where}"
+            slot = Slot(hash((-group, prefixes[end - 1])), self._writers[request_id], exact)
+            self._blocks[table[logical]] = [slot]
 
     def _step_in_window(
         self, request_id: str, group: int, window: int, table: Sequence[int], start: int, stop: int, exact: bool

@@ -18,56 +18,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from fakes.later_copies import copies, stand_again
 from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
+from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
+from vllm_plugin.schedulers import hash_function
 from vllm_plugin.shadow import Shadow
 from vllm_plugin.step_attention import StepAttention
 
 from trtllm_memshare.vllm.distance_reports import DistanceReports
 from trtllm_memshare.vllm.runner_v1 import RunnerV1
-from trtllm_memshare.vllm.scheduler import MemShareScheduler
 from trtllm_memshare.vllm.update import ATTRIBUTE, REPORTS, MemShareUpdate
 
 VOCABULARY = range(2, 60)
-
-
-def make_scheduler(
-    engine_args: EngineArgs,
-    num_blocks: int,
-    async_scheduling: bool,
-    kind: type = MemShareScheduler,
-    windows: tuple[int, ...] = (),
-    num_states: int = 0,
-) -> Any:
-    """A scheduler as vLLM's engine core makes it, for a model of one layer, behind layers with sliding windows and
-    others with linear attention."""
-    config = engine_args.create_engine_config()
-    config.scheduler_config.async_scheduling = async_scheduling
-    config.cache_config.num_gpu_blocks = num_blocks
-    size = config.cache_config.block_size
-    shape = {"block_size": size, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
-    full = FullAttentionSpec(**shape)
-    specs = [SlidingWindowSpec(**shape, sliding_window=window) for window in windows]
-    state = {"shapes": ((2, 32),), "dtypes": (torch.float32,), "page_size_padded": full.page_size_bytes}
-    specs += [MambaSpec(config.model_config.max_model_len, **state)] * num_states + [full]
-    groups = [KVCacheGroupSpec([f"layer{index}"], spec) for index, spec in enumerate(specs)]
-    cache = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
-    return (Scheduler if kind is None else MemShareScheduler)(
-        vllm_config=config,
-        kv_cache_config=cache,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=math.lcm(*(spec.block_size for spec in specs)),
-        hash_block_size=size,
-        log_stats=True,
-    )
 
 
 class Simulation:
@@ -82,6 +47,7 @@ class Simulation:
         self.size = scheduler.hash_block_size
         specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
         self.windows, self.full = [getattr(spec, "sliding_window", None) for spec in specs[:-1]], len(specs) - 1
+        self.is_aligned = scheduler.cache_config.mamba_cache_mode == "align"
         self.shadow = Shadow(self.size, scheduler.blocks.null_block_ids if hasattr(scheduler, "blocks") else [])
         self.worker = SimpleNamespace(requests={}, input_batch=SimpleNamespace(
             req_id_to_index={}, block_table=[SimpleNamespace(block_table=SimpleNamespace(np=None)) for _ in specs]
@@ -197,15 +163,18 @@ class Simulation:
             if blocks is None and scheduler._wanted_by_waiting:
                 computed = request.num_computed_tokens + keywords.get("num_new_computed_tokens", 0)
                 end = min(max(request.num_tokens, request.num_computed_tokens + num_new), scheduler.max_model_len)
-                hits, wanted = keywords["new_computed_blocks"].blocks, manager.watermark_blocks
+                hits, wanted, more = keywords["new_computed_blocks"].blocks, manager.watermark_blocks, 0
                 for index, group in enumerate(manager.coordinator.single_type_managers):
                     count = group.get_num_blocks_to_allocate(
                         request.request_id, end, hits[index], computed, computed, end
                     )
+                    if count > scheduler.blocks.num_blocks:  # it waits until a hit of this very step is there
+                        return blocks
                     unused = sum(block.ref_cnt == 0 and not block.is_null for block in hits[index])
                     most = group.max_admission_blocks_per_request
                     wanted += count if most is None else min(count - unused, most) + unused
-                assert scheduler._wanted_by_waiting == wanted
+                    more += getattr(group.kv_cache_spec, "num_prefill_checkpoint_blocks", 0)  # not of every prompt
+                assert wanted <= scheduler._wanted_by_waiting <= wanted + more
                 self.num_waiting_counted += 1
             else:
                 scheduler._wanted_by_waiting = before
@@ -214,14 +183,16 @@ class Simulation:
         manager.allocate_slots = watched
 
     def check_windows(self, num_scheduled: dict[str, int]) -> None:
-        """Who has generated for some steps holds no more in windows than admission counts."""
+        """Who has generated for some steps holds no more in windows and states than admission counts."""
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers[: self.full]
         for name, request in self.scheduler.requests.items():
             is_one_more = num_scheduled.get(name) == 1
             self._in_a_row[name] = self._in_a_row[name] + 1 if is_one_more else 0
             held = sum(not block.is_null for manager in managers for block in manager.req_to_blocks.get(name, ()))
             if self._in_a_row[name] > 3:
-                assert held <= self.scheduler.blocks.others.most_held(request.num_tokens + 2)
+                goes_on = self.is_aligned and request.num_computed_tokens % self.size in (1, 2)  # in the next block
+                twice = len(managers) if goes_on else 0
+                assert held - twice <= self.scheduler.blocks.others.most_held(request.num_tokens + 2)
                 self.most_in_windows = max(self.most_in_windows, held)
 
     @contextmanager
@@ -292,9 +263,15 @@ class Simulation:
             tokens = fact.tokens + [made[p] for p in range(len(fact.tokens), fact.stop)]
             *others, table = requests[fact.name].block_ids
             self._check_band(fact, table)
-            assert all(len(blocks) == 1 for window, blocks in zip(self.windows, others, strict=True) if window is None)
+            states = [blocks for window, blocks in zip(self.windows, others, strict=True) if window is None]
+            if not self.is_aligned:
+                assert all(len(blocks) == 1 for blocks in states)
+                states = []  # in one block for as long as their request runs
             windows = tuple(pair for pair in zip(self.windows, others, strict=True) if pair[0] is not None)
-            self.shadow.step(fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased, windows)
+            self.shadow.step(
+                fact.name, tokens, fact.start, fact.stop, table, fact.retired, fact.aliased, windows, states,
+                self._checkpoint(fact),
+            )  # fmt: skip
             names.append(fact.name)
             # Greedy: by the text alone.
             made_up = VOCABULARY[self.shadow.prefix(fact.name, fact.stop) % len(VOCABULARY)]
@@ -307,6 +284,16 @@ class Simulation:
         )  # fmt: skip
         setattr(result, REPORTS, reports)
         return result
+
+    def _checkpoint(self, fact: Any) -> tuple[int, int] | None:
+        """Tokens after which a kernel keeps one more state in this step, and the logical block that gets it."""
+        alignment = getattr(
+            self.scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec, "prefill_checkpoint_alignment", None
+        )
+        offsets, blocks = compute_mamba_prefill_checkpoints(
+            [fact.stop], [fact.stop - fact.start], self.size, self.size, alignment, False, self.size
+        )
+        return (fact.start + offsets[0], blocks[0]) if blocks[0] >= 0 else None
 
     def _check_band(self, fact: Any, table: list[int]) -> None:
         """All queries of a step are in the band of positions that the null pages they meet are made for."""
@@ -348,11 +335,6 @@ class Simulation:
         assert scheduler.reset_prefix_cache(), "vLLM does not find its pool idle"
 
 
-def hash_function(value: Any) -> bytes:
-    """Stands for vLLM's sha256 of a block's tokens and its parent's hash; quick, and as good within one run."""
-    return hash(value).to_bytes(8, "little", signed=True)
-
-
 def run_schedule(scheduler: Any, seed: int, text_of: Callable[[int], list[int]] | None = None) -> Simulation:
     """One random schedule from an idle scheduler to an idle scheduler."""
     simulation = Simulation(scheduler, seed, text_of)
@@ -369,19 +351,3 @@ def run_schedule(scheduler: Any, seed: int, text_of: Callable[[int], list[int]] 
             simulation.step()
     simulation.finish()
     return simulation
-
-
-def make_engine_args(
-    model: str, null_pages: str | None, num_blocks: int, prefix_caching: bool, **memshare: Any
-) -> EngineArgs:
-    init_none_hash(hash_function)
-    if null_pages is not None:
-        memshare["null_pages"] = null_pages
-    return EngineArgs(
-        model=model, dtype="float32", max_model_len=384, block_size=16, max_num_seqs=12, max_num_batched_tokens=64,
-        enforce_eager=True, enable_prefix_caching=prefix_caching, num_gpu_blocks_override=num_blocks,
-        additional_config={"memshare": {"protected_tokens": 32, **memshare}},
-    )  # fmt: skip
-
-
-__all__ = ["Scheduler", "Simulation", "make_engine_args", "make_scheduler", "run_schedule"]

@@ -6,7 +6,7 @@ DeepSeek-V3 keeps latents, LFM2 states of convolutions and Qwen3-Next states of 
 from __future__ import annotations
 
 import pytest
-from nightly import only_nightly
+from nightly import at_night, only_nightly
 from vllm_plugin.engine_runs import check, run
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment (make test-vllm has its own)")
@@ -17,11 +17,16 @@ def run_made(arm, folder, architecture, runner="V1"):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "groups", "least"),
-    [("DeepseekV3", ["MLAAttentionSpec"], 1.0), ("Lfm2", ["MambaSpec", "FullAttentionSpec"], 0.2)],
+    ("architecture", "arm", "groups", "least"),
+    [
+        ("DeepseekV3", "preempted", ["MLAAttentionSpec"], 1.0),
+        ("Lfm2", "preempted", ["MambaSpec", "FullAttentionSpec"], 0.2),
+        at_night("Lfm2", "uncached", ["MambaSpec", "FullAttentionSpec"], 0.2),
+    ],
 )
-def test_after_a_preemption_too_attention_is_given_what_is_kept(tmp_path, architecture, groups, least):
-    result = run_made("preempted", tmp_path, architecture)
+def test_after_a_preemption_too_attention_is_given_what_is_kept(tmp_path, architecture, arm, groups, least):
+    result = run_made(arm, tmp_path, architecture)
+    assert (result["cache_mode"] == "align") == (architecture == "Lfm2" and arm != "uncached")
     pressure, schedules = result["pressure"], result["schedules"]
     assert result["groups"] == groups
     assert pressure["preemptions"] > 0
@@ -30,7 +35,7 @@ def test_after_a_preemption_too_attention_is_given_what_is_kept(tmp_path, archit
     assert pressure["difference_if_nothing_were_retired"] > least
     assert not pressure["off_retired"]
     assert schedules["null_reads"] > 100
-    assert (schedules["reads_of_others"] > 100) == (architecture == "DeepseekV3")  # which alone has a prefix cache
+    assert (schedules["reads_of_others"] > 100) == (arm != "uncached")
     assert schedules["idle"]
     # As FlashMLA orders them some requests with gaps are counted on the host.
     assert (result["gaps_in_prefill_path"] > 0) == (architecture == "DeepseekV3")
@@ -59,9 +64,9 @@ def test_triton_s_kernels_of_vllm_read_what_is_kept_of_latents(tmp_path):
 
 @only_nightly
 def test_beside_gated_delta_nets_pages_are_longer_than_a_kernel_s_blocks(tmp_path):
-    """In bfloat16, which is all that vLLM's operators for CPUs take: rounding alone makes a third of a nat."""
+    """In bfloat16, which is all that vLLM's operators for CPUs take: rounding alone makes half of a nat."""
     pressure = run_made("pressure", tmp_path, "Qwen3Next")["pressure"]
     assert pressure["retired"] >= 3
     assert pressure["requests_retired_from"] == 2
-    assert pressure["difference"] < 0.5
+    assert pressure["difference"] < 0.8
     assert pressure["difference_if_nothing_were_retired"] > 1.5

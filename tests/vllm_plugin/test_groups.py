@@ -109,10 +109,10 @@ def test_null_pages_are_refused_beside_windows_and_with_latents_and_whole_cuda_g
         check_null_entries(config(None, use_mla=True), False, "read")
 
 
-def a_config(*kinds, mode="none", **model):
+def a_config(*kinds, mode="none", unit=None, **model):
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(layer_types=kinds or None), **model),
-        cache_config=SimpleNamespace(mamba_cache_mode=mode),
+        cache_config=SimpleNamespace(mamba_cache_mode=mode, prefix_match_unit=unit),
         compilation_config=SimpleNamespace(cudagraph_mode=None),
     )
 
@@ -145,12 +145,13 @@ def test_what_a_configuration_says_is_refused_before_weights_are_loaded():
             config.model_config.hf_text_config.index_topk = 2048
         with pytest.raises(UserError, match=got):
             check_model(config, "skip")
-    with pytest.raises(UserError, match=r"without prefix caching, got mamba_cache_mode align \(give --no-ena"):
-        check_model(a_config(is_hybrid=True, mode="align"), "skip")
+    check_model(a_config(is_hybrid=True, mode="align"), "skip")
+    with pytest.raises(UserError, match=r"that end with a block, got --prefix-match-unit 16 \(leave --prefix-match"):
+        check_model(a_config(is_hybrid=True, mode="align", unit=16), "skip")
 
 
-def test_states_that_can_be_hits_are_refused_when_there_are_groups_too():
-    with pytest.raises(UserError, match="got mamba_cache_mode all"):
+def test_states_that_are_kept_in_another_way_are_refused_when_there_are_groups_too():
+    with pytest.raises(UserError, match="in mamba_cache_mode none or align, got all"):
         check_served(a_config(mode="all"), [STATE, FULL])
 
 
@@ -165,3 +166,25 @@ def test_a_state_is_one_block_of_a_request_whatever_its_length():
         assert states.most_held(num_tokens) == states.most_ever(num_tokens) == 2
         assert [states.num_missing(name, num_tokens) for name in ("a", "b")] == [0, 2]
     assert [states.num_wanted(n) for n in (0, 1, 4095)] == [2, 0, 0]
+
+
+def test_a_state_that_can_be_a_hit_goes_on_in_a_new_block():
+    """Beside the two groups one in which a kernel keeps another state when it has read a prompt."""
+    block = lambda ref_cnt, is_null=False: SimpleNamespace(ref_cnt=ref_cnt, is_null=is_null)  # noqa: E731
+    managers = [
+        SimpleNamespace(
+            block_size=16, mamba_cache_mode="align", max_admission_blocks_per_request=None, num_cached_block={},
+            kv_cache_spec=SimpleNamespace(num_prefill_checkpoint_blocks=more),
+            req_to_blocks={"a": [block(0, True), block(1)]},
+        )
+        for more in (0, 0, 1)
+    ]  # fmt: skip
+    states = OtherGroups(managers)
+    assert [states.most_held(n) for n in (1, 16, 1000)] == [3, 3, 3]
+    assert [states.most_ever(n) for n in (16, 1000)] == [3, 2 + 2 + 3]
+    assert [states.num_missing("a", n) for n in (20, 32, 33, 500)] == [0, 0, 3, 1 + 1 + 2]
+    assert states.num_missing("new", 1000) == 1 + 1 + 2  # what lies between is never there
+    hits = [[block(0, True)] * 3 + [block(used)] for used in (0, 1, 1)]
+    assert [states.num_missing("new", n, hits) for n in (64, 65, 1000)] == [1, 1 + 3, 1 + 4]
+    assert [states.num_wanted(n) for n in (0, 15, 16, 17, 32)] == [3, 0, 3, 0, 3]
+    assert [len(states.own_blocks("a", n)) for n in (15, 16, 31, 32)] == [3, 3, 3, 0]

@@ -89,18 +89,26 @@ def test_what_is_read_of_each_group_s_manager_is_looked_for():
     """A state has no window, and both have blocks that a request takes at most."""
     scheduler = a_scheduler(("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec"), mamba_cache_mode="none")
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    more = {"SlidingWindowManager": {"sliding_window": 64}, "MambaManager": {}}
+    more = {
+        "SlidingWindowManager": {"sliding_window": 64},
+        "MambaManager": {"mamba_cache_mode": "none", "kv_cache_spec": None},
+    }
     for kind, attributes in more.items():
         known = {**vars(managers[0]), "max_admission_blocks_per_request": 5, **attributes}
         managers.append(type(kind, (), known)())
     assert check_scheduler(scheduler, "0.32.0") == 0
-    for manager, name in (("SlidingWindowManager", "sliding_window"), ("MambaManager", "req_to_blocks")):
+    for manager, name in (("SlidingWindowManager", "sliding_window"), ("MambaManager", "mamba_cache_mode")):
         kind = next(type(m) for m in managers if type(m).__name__ == manager)
         whole = getattr(kind, name)
         delattr(kind, name)
         with pytest.raises(UserError, match=f"vLLM 0.40's {manager} has no {name}, which MemShare builds on"):
             check_scheduler(scheduler, "0.40")
         setattr(kind, name, whole)
+    scheduler.kv_cache_manager.coordinator.enable_partial_hash_hits = True
+    with pytest.raises(
+        UserError, match="that end with a block, got blocks of states that are longer than those of att"
+    ):
+        check_scheduler(scheduler, "0.32.0")
 
 
 def test_the_environment_chooses_the_classes_once():

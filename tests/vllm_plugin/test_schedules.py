@@ -22,9 +22,11 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment (mak
 from fakes.reading_runner import patchwork_text
 from fakes.schedule_record import ScheduleRecord
 from fakes.wrong_repeats import whether_or_not_copies_are_kept
+from nightly import at_night
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
-from vllm_plugin.simulation import Simulation, make_engine_args, make_scheduler, run_schedule
+from vllm_plugin.schedulers import make_engine_args, make_scheduler
+from vllm_plugin.simulation import Simulation, run_schedule
 
 from trtllm_memshare.vllm import pages as request_pages
 from trtllm_memshare.vllm import relief
@@ -125,6 +127,30 @@ def test_beside_linear_attention_each_request_has_one_block_for_every_state(asyn
         if admission == "vllm":
             counts.update(waiting=simulation.num_waiting_counted)
     assert min(counts.values()) > 10, counts
+
+
+@pytest.mark.parametrize(
+    ("admission", "async_scheduling"),
+    [("vllm", False), ("vllm", True), ("lookahead", True), at_night("lookahead", False), at_night("max-tokens", False),
+     at_night("max-tokens", True)],
+)  # fmt: skip
+def test_with_a_prefix_cache_states_go_on_in_new_blocks_and_whole_ones_are_hits(async_scheduling, admission):
+    counts, most = Counter(), 0
+    for seed in range(6):
+        becomes = {"need": "nearest-earlier", "retired_becomes": "alias"} if seed % 3 == 2 else {"need": "random"}
+        arguments = make_engine_args(
+            MODEL, None, 52, True, null_entries="skip", admission=admission, min_kept=0.25, **becomes
+        )
+        scheduler = make_scheduler(arguments, 52, async_scheduling, num_states=2, has_checkpoints=seed % 2 == 1)
+        simulation = run_schedule(scheduler, seed)
+        totals, shadow = scheduler.relief.totals, simulation.shadow
+        counts.update(retired=totals.retired, hits=shadow.reads_of_others, states=shadow.state_reads)
+        counts.update(skipped=simulation.attention.num_skipped, checkpoints=shadow.checkpoints)
+        if admission == "vllm":
+            counts.update(waiting=simulation.num_waiting_counted)
+        most = max(most, simulation.most_in_windows)
+    assert min(counts.values()) > 10, counts
+    assert most == 2 * 2, "no state was in two blocks"
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
@@ -237,14 +263,14 @@ def under_pressure(simulation: Simulation) -> None:
 
 
 @pytest.mark.parametrize("becomes", [{"need": "age"}, {"need": "nearest-earlier", "retired_becomes": "alias"}])
-@pytest.mark.parametrize("windows", [(), (24,)])
-def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes, windows):
+@pytest.mark.parametrize("others", [{}, {"windows": (24,)}, {"num_states": 1}], ids=["alone", "window", "states"])
+def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes, others):
     """A and B have one prompt and say the same. A gives pages up and writes on; B's copies fill the gaps of A's chain.
 
     Whoever then asks for all of that text must not read what A wrote after it had forgotten.
     """
     arguments = make_engine_args(MODEL, null_pages, 60, True, admission="vllm", min_kept=0.0, **becomes)
-    scheduler = make_scheduler(arguments, 60, False, windows=windows)
+    scheduler = make_scheduler(arguments, 60, False, **others)
     simulation = Simulation(scheduler, 0)
     prompt = [7] * 20
     simulation.add("a", prompt, 300, {"min_kept": 0.0})
@@ -256,8 +282,8 @@ def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes, wi
     while scheduler.requests["a"].num_output_tokens < 250:
         simulation.step()
     text = list(scheduler.requests["a"].all_token_ids)
-    # With windows B goes on, so that a hit would be found where A wrote into its window what B has of full attention.
-    simulation.add("b", prompt, 230 if windows else 150, {"memshare": False})
+    # With others B goes on, so that a hit would be found where A wrote into those what B has of full attention.
+    simulation.add("b", prompt, 230 if others else 150, {"memshare": False})
     while "b" in scheduler.requests:
         simulation.step()
     simulation.add("c", text[:240], 5, {"memshare": False})
@@ -265,10 +291,11 @@ def test_nobody_hits_blocks_that_were_computed_with_gaps(null_pages, becomes, wi
     assert simulation.shadow.reads_of_others > 0
 
 
-def test_a_block_that_is_filled_in_the_step_in_which_pages_go_is_nobodys_hit(null_pages):
+@pytest.mark.parametrize("others", [{"windows": (24,)}, {"num_states": 1}], ids=["window", "states"])
+def test_a_block_that_is_filled_in_the_step_in_which_pages_go_is_nobodys_hit(null_pages, others):
     """VLLM caches a block when it plans the step that fills it; then somebody else needs room."""
     arguments = make_engine_args(MODEL, null_pages, 60, True, need="age", min_kept=0.0)
-    scheduler = make_scheduler(arguments, 60, False, windows=(24,))
+    scheduler = make_scheduler(arguments, 60, False, **others)
     simulation = Simulation(scheduler, 0)
     simulation.add("a", [7] * 20, 300, None)
     request = scheduler.requests["a"]

@@ -3,8 +3,9 @@
 A model with sliding windows in some of its layers (gpt-oss, Gemma 3, Olmo 3) has a group of layers with full attention
 and others with windows, with a block table each, all out of one pool. Windows give back by themselves what they have
 left behind, so pages are given up in the group of full attention alone. In a model with linear attention (Qwen3.5) the
-others hold one state for each request, a block of the pool. A model with multi-head latent attention (MLA: DeepSeek-R1)
-has one group.
+others hold one state for each request, a block of the pool; with prefix caching a state goes on in a new block wherever
+one of full attention ends, and the one before may be somebody's hit. A model with multi-head latent attention (MLA:
+DeepSeek-R1) has one group.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from trtllm_memshare.errors import UserError
 
 _FULL, _WINDOW, _STATE, _MLA = "FullAttentionSpec", "SlidingWindowSpec", "MambaSpec", "MLAAttentionSpec"
 _ALL = 2**62  # tokens or blocks, more than any request has
+_ALIGNED = "align"  # vLLM's mode in which states can be hits
 _IN_FLIGHT = 2
 """Steps that may run or wait to run with async scheduling: until they have, vLLM keeps what their tokens see."""
 
@@ -59,22 +61,23 @@ class OtherGroups:
 
     Args:
       managers: vLLM's ``SlidingWindowManager`` of each group of sliding windows, its ``MambaManager`` of each group of
-        states, whose blocks are as long as any request; none for most models.
+        states, whose blocks are as long as any request unless states can be hits; none for most models.
     """
 
     def __init__(self, managers: Sequence[Any]) -> None:
         self._managers = [(manager, getattr(manager, "sliding_window", _ALL)) for manager in managers]
 
     def most_held(self, num_tokens: int) -> int:
-        """Blocks that a request of so many tokens holds while it generates, at most."""
-        return sum(
-            min(-(-num_tokens // m.block_size), -(-(window - 1 + _IN_FLIGHT) // m.block_size) + 1)
-            for m, window in self._managers
-        )
+        """Blocks that a request of so many tokens holds while it generates, at most.
+
+        A state that goes on in a new block is in the one before too, for a step or two. That is not counted, since it
+        is not there for most requests at a time.
+        """
+        return sum(min(-(-num_tokens // m.block_size), _most_steady(m, window)) for m, window in self._managers)
 
     def most_ever(self, num_tokens: int) -> int:
-        """The same while its prompt is read too: pieces of it are held whole."""
-        return sum(min(-(-num_tokens // m.block_size), _most_admitted(m)) for m, _ in self._managers)
+        """The same while its prompt is read too, when pieces of it are held whole, and with states in two blocks."""
+        return sum(min(-(-num_tokens // m.block_size), _most_admitted(m) + _is_aligned(m)) for m, _ in self._managers)
 
     def num_missing(self, request_id: str, num_tokens: int, hits: Sequence[Sequence[Any]] = ()) -> int:
         """Blocks that vLLM takes until a request holds so many tokens; it has given back what a window left.
@@ -93,7 +96,7 @@ class OtherGroups:
         return missing
 
     def num_wanted(self, num_computed: int) -> int:
-        """Blocks that a request takes more than it gives back for its next token, about."""
+        """Blocks that a request takes for its next token, more than it gives back by then, about."""
         return sum(num_computed % m.block_size == 0 and num_computed < window for m, window in self._managers)
 
     def own_blocks(self, request_id: str, first_token: int) -> list[Any]:
@@ -111,6 +114,17 @@ class OtherGroups:
             manager.num_cached_block[request_id] = never
 
 
+def _is_aligned(manager: Any) -> bool:
+    return getattr(manager, "mamba_cache_mode", None) == _ALIGNED
+
+
+def _most_steady(manager: Any, window: int) -> int:
+    return 1 if _is_aligned(manager) else -(-(window - 1 + _IN_FLIGHT) // manager.block_size) + 1
+
+
 def _most_admitted(manager: Any) -> int:
+    """Blocks that vLLM takes for one request at once, at most."""
+    if _is_aligned(manager):  # the state, and where a kernel keeps one more as it reads a prompt to its end
+        return 1 + int(manager.kv_cache_spec.num_prefill_checkpoint_blocks)
     most = manager.max_admission_blocks_per_request
     return _ALL if most is None else int(most)

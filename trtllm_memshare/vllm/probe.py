@@ -27,8 +27,9 @@ FlexAttention turns tables round: of entries that name one block, an alias and i
 """
 _REFUSED = "grammar_compile_error_reqs"
 _GROUP_ATTRIBUTES = ("req_to_blocks", "num_cached_block", "block_size")
-_STATE_ATTRIBUTES = (*_GROUP_ATTRIBUTES, "max_admission_blocks_per_request")
-_WINDOW_ATTRIBUTES = (*_STATE_ATTRIBUTES, "sliding_window")
+_OTHERS_ATTRIBUTES = (*_GROUP_ATTRIBUTES, "max_admission_blocks_per_request")
+_WINDOW_ATTRIBUTES = (*_OTHERS_ATTRIBUTES, "sliding_window")
+_STATE_ATTRIBUTES = (*_OTHERS_ATTRIBUTES, "mamba_cache_mode", "kv_cache_spec")
 
 
 def check_release(version: str) -> bool:
@@ -83,19 +84,22 @@ def check_scheduler(scheduler: Any, version: str) -> int:
       UserError: a feature that MemShare excludes, or a part of the scheduler is missing.
     """
     full = check_served(scheduler.vllm_config, scheduler.kv_cache_config.kv_cache_groups)
+    coordinator = scheduler.kv_cache_manager.coordinator
     for feature, present in {
         "KV transfer": scheduler.connector is not None,
         "an encoder": scheduler.is_encoder_decoder,
     }.items():
         if present:
             raise _excluded(feature)
+    if getattr(coordinator, "enable_partial_hash_hits", False):
+        raise _hits_within("blocks of states that are longer than those of attention")
     if not isinstance(getattr(scheduler, _REFUSED, None), (set, dict)):
         raise UserError(
             f"vLLM {version}'s scheduler has no {_REFUSED}, by which MemShare ends a request whose options cannot be "
             f"used (it was tested with vLLM {TESTED})"
         )
     groups = scheduler.kv_cache_config.kv_cache_groups
-    for index, manager in enumerate(scheduler.kv_cache_manager.coordinator.single_type_managers):
+    for index, manager in enumerate(coordinator.single_type_managers):
         others = _STATE_ATTRIBUTES if has_states(groups[index : index + 1]) else _WINDOW_ATTRIBUTES
         for name in _GROUP_ATTRIBUTES if index == full else others:
             if not hasattr(manager, name):
@@ -118,7 +122,7 @@ def check_served(config: Any, groups: list[Any]) -> int:
     """
     full = find_full_group(groups)
     if has_states(groups):
-        check_prefix_cache(config)
+        check_states(config)
     parallel = config.parallel_config
     excluded = {
         "speculative decoding": config.speculative_config is not None,
@@ -136,21 +140,28 @@ def check_served(config: Any, groups: list[Any]) -> int:
     return full
 
 
-def check_prefix_cache(config: Any) -> None:
-    """Looks at how states of linear attention are kept. Raises UserError if they can be hits in the prefix cache."""
-    mode = config.cache_config.mamba_cache_mode
-    if mode != "none":
+def check_states(config: Any) -> None:
+    """Looks at how states of linear attention are kept.
+
+    Raises:
+      UserError: in a mode that vLLM 0.32 and 0.33 do not have, or hits in the prefix cache may end within a block.
+    """
+    cache = config.cache_config
+    if cache.mamba_cache_mode not in ("none", "align"):
         raise UserError(
-            f"MemShare serves a model with linear attention without prefix caching, got mamba_cache_mode {mode} (give "
-            f"--no-enable-prefix-caching)"
+            f"MemShare serves a model with linear attention in mamba_cache_mode none or align, got "
+            f"{cache.mamba_cache_mode} (leave --mamba-cache-mode out)"
         )
+    unit = getattr(cache, "prefix_match_unit", None)
+    if cache.mamba_cache_mode == "align" and unit is not None:
+        raise _hits_within(f"--prefix-match-unit {unit}")
 
 
 def check_model(config: Any, null_entries: str) -> None:
     """Looks at what a model's configuration says, before its weights are loaded and there are groups.
 
     Raises:
-      UserError: a model that is not served, or see ``check_prefix_cache`` and ``check_null_entries``.
+      UserError: a model that is not served, or see ``check_states`` and ``check_null_entries``.
     """
     model = config.model_config
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
@@ -167,7 +178,7 @@ def check_model(config: Any, null_entries: str) -> None:
                 f"model without MemShare)"
             )
     if is_hybrid:
-        check_prefix_cache(config)
+        check_states(config)
     check_null_entries(config, is_hybrid or ("sliding_attention" in kinds and len(kinds) > 1), null_entries)
 
 
@@ -202,6 +213,13 @@ def check_null_entries(config: Any, has_others: bool, null_entries: str) -> None
 
 def _excluded(feature: str) -> UserError:
     return UserError(f"MemShare excludes {feature} with vLLM (switch it off, or serve without MemShare)")
+
+
+def _hits_within(got: str) -> UserError:
+    return UserError(
+        f"MemShare serves a model with linear attention with hits in the prefix cache that end with a block, got {got} "
+        f"(leave --prefix-match-unit and --mamba-block-size out)"
+    )
 
 
 def check_aliases(runner: Any, group: int = 0) -> None:
