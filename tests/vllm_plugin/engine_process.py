@@ -28,20 +28,20 @@ import torch
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
-from vllm_plugin.gpu_choices import RUNNER, attend_in_triton, schedule_asynchronously
+from vllm_plugin.gpu_choices import RUNNER, attend_in_triton, read_as_graphs_do, schedule_asynchronously
 from vllm_plugin.masked_forward import log_probabilities
 from vllm_plugin.shadow import Shadow
 
 from trtllm_memshare.engine.null_page import stored_keys
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import cache_signatures, probe, skipped_entries
+from trtllm_memshare.vllm import cache_signatures, probe
 
 if "-async" in RUNNER:
     schedule_asynchronously()
 if "-triton" in RUNNER:
     attend_in_triton()
-if "-in-place" in RUNNER:
-    skipped_entries._changes_in_place = lambda device: True
+if "-graphs" in RUNNER:
+    read_as_graphs_do()
 NUM_BLOCKS, BLOCK_SIZE, MAX_LENGTH = 44, 32, 512
 _Event = tuple[int, list[int], dict[int, int]]  # tokens computed then, pages forgotten by then, pages aliased by then
 _NEVER = 10**9

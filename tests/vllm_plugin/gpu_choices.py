@@ -1,8 +1,8 @@
 """What vLLM 0.32 chooses on a GPU, on the CPU: model runner V2, and async scheduling.
 
-``MEMSHARE_TEST_RUNNER`` is V1 or V2, followed by ``-async`` for async scheduling, by ``-in-place`` if tables and
-lengths are to be changed where they are, as on a GPU, by ``-triton`` for vLLM's attention in Triton, and by
-``-fp8`` for a cache that only such attention has on every CPU, and by ``-scales`` for a checkpoint that has scales for
+``MEMSHARE_TEST_RUNNER`` is V1 or V2, followed by ``-async`` for async scheduling, by ``-graphs`` if attention is to
+read what it would where CUDA graphs hold it, by ``-triton`` for vLLM's attention in Triton, and by ``-fp8`` for a
+cache that only such attention has on every CPU, and by ``-scales`` for a checkpoint that has scales for
 it. ``python gpu_choices.py PROGRAM ARGUMENTS`` starts a program with that model runner, before it imports vLLM.
 
 V2's own kernels are written in Triton, whose wheel has no backend for the CPU: its interpreter runs them here, one
@@ -61,6 +61,27 @@ def schedule_asynchronously() -> None:
         return config
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def read_as_graphs_do() -> None:
+    """What attention reads lies at one address in every step, as a graph needs it, and vLLM's own is not changed."""
+    from trtllm_memshare.vllm import skipped_entries
+
+    skipped_entries.has_whole_graphs = lambda runner: True
+    original, places = skipped_entries.SkippedEntries._given, dict[int, tuple[Any, ...]]()
+
+    def given(self: Any, metadata: Any) -> Any:
+        before = metadata.block_table_tensor.clone(), metadata.seq_lens.clone()
+        found = original(self, metadata)
+        table, lengths = found.block_table_tensor, found.seq_lens
+        place = table.data_ptr(), table.stride(), lengths.data_ptr()
+        assert places.setdefault(id(self), place) == place, "attention reads elsewhere than at its capture"
+        assert place[0] != metadata.block_table_tensor.data_ptr()
+        assert before[0].equal(metadata.block_table_tensor), "vLLM's tables are changed"
+        assert before[1].equal(metadata.seq_lens), "vLLM's lengths are changed"
+        return found
+
+    skipped_entries.SkippedEntries._given = given
 
 
 def read_in_pieces(num_tokens: int) -> None:

@@ -27,8 +27,13 @@ class StepAttention:
         self._null, self._size = set(null_blocks), block_size
         backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
         group = SimpleNamespace(build_metadata=lambda metadata: metadata, backend=backend)
-        runner = SimpleNamespace(device=torch.device("cpu"), attn_groups=[[group]])
-        self._skipped = SkippedEntries(runner, null_blocks, block_size)
+        compilation = SimpleNamespace(cudagraph_mode=None)
+        runner = SimpleNamespace(
+            device=torch.device("cpu"), attn_groups=[[group]],
+            vllm_config=SimpleNamespace(compilation_config=compilation),
+        )  # fmt: skip
+        self._skipped = SkippedEntries(runner, block_size)
+        self._skipped.take_null_blocks(null_blocks)
         self._build = group.build_metadata
         self.num_skipped = 0
 

@@ -42,7 +42,7 @@ def test_after_a_preemption_too_attention_is_given_what_is_kept(tmp_path, archit
 
 
 @only_nightly
-@pytest.mark.parametrize("runner", ["V1", "V2-async-in-place"])
+@pytest.mark.parametrize("runner", ["V1", "V2-async-graphs"])
 @pytest.mark.parametrize("architecture", ["DeepseekV3", "Lfm2"])
 def test_with_room_tokens_are_those_of_vllm(tmp_path, architecture, runner):
     result = run_made("pressure", tmp_path, architecture, runner)
@@ -57,7 +57,7 @@ def test_with_room_tokens_are_those_of_vllm(tmp_path, architecture, runner):
 
 @only_nightly
 def test_triton_s_kernels_of_vllm_read_what_is_kept_of_latents(tmp_path):
-    result = run_made("pressure", tmp_path, "DeepseekV3", "V2-async-in-place-triton")
+    result = run_made("pressure", tmp_path, "DeepseekV3", "V2-async-graphs-triton")
     assert result["attention"] == ["TRITON_MLA"]
     check(result)
 

@@ -18,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_with_windows(Path(tmp_path_factory.mktemp("model")), 48)
 
 
-@pytest.mark.parametrize("runner", ["V1", *["V2-async-in-place"] * NIGHTLY])
+@pytest.mark.parametrize("runner", ["V1", *["V2-async-graphs"] * NIGHTLY])
 def test_full_attention_is_given_what_is_kept_and_windows_all_that_they_reach(model, runner):
     result = run_small("windows", "", num_schedules=2, runner=runner, model=model)
     assert result["with_room"] == run_small("plain", "", runner=runner, model=model)["with_room"]

@@ -29,7 +29,7 @@ def test_a_gpus_kernels_read_what_the_masked_reference_reads(null_pages, tmp_pat
     model = save_with_scales(tmp_path, SCALES) if has_scales else MODEL
     if arm == "windows":
         model = save_with_windows(tmp_path, 48)
-    runner = f"V2-async-in-place-triton-{elements}"
+    runner = f"V2-async-graphs-triton-{elements}"
     result = run_small(arm, "" if arm in ("skip", "windows") else null_pages, runner=runner, model=model)
     assert result["attention"] == "TRITON_ATTN"
     assert result["elements"] == elements.removesuffix("-scales")

@@ -84,36 +84,26 @@ def test_blocks_of_a_window_are_told_from_those_that_it_has_left_behind():
     assert [manager.num_cached_block for manager in managers] == [{"a": 99}, {"a": 99}]
 
 
-def test_null_pages_are_refused_beside_windows_and_with_latents_and_whole_cuda_graphs_beside_windows():
-    def config(mode, **model):
-        return SimpleNamespace(
-            compilation_config=SimpleNamespace(cudagraph_mode=mode), model_config=SimpleNamespace(**model)
-        )
+def test_null_pages_are_refused_beside_windows_and_with_latents():
+    def config(**model):
+        return SimpleNamespace(model_config=SimpleNamespace(**model))
 
-    whole, pieces = (
-        SimpleNamespace(name=n, has_full_cudagraphs=lambda n=n: n == "FULL") for n in ("FULL", "PIECEWISE")
-    )
-    for mode in (None, whole, pieces):
-        check_null_entries(config(mode), False, "read")
-        check_null_entries(config(mode), False, "skip")
-    check_null_entries(config(None), True, "skip")
-    check_null_entries(config(pieces), True, "skip")
-    with pytest.raises(UserError, match=r"outside CUDA graphs.*got cudagraph_mode FULL \(give --compilation-config"):
-        check_null_entries(config(whole), True, "skip")
+    check_null_entries(config(), False, "read")
+    check_null_entries(config(), False, "skip")
+    check_null_entries(config(), True, "skip")
     with pytest.raises(
         UserError, match=r"null_entries read needs a model whose layers.*sliding windows or linear attention in some"
     ):
-        check_null_entries(config(None), True, "read")
-    check_null_entries(config(whole, use_mla=True), False, "skip")
+        check_null_entries(config(), True, "read")
+    check_null_entries(config(use_mla=True), False, "skip")
     with pytest.raises(UserError, match=r"got one with multi-head latent attention \(MLA\) \(leave null_pages out"):
-        check_null_entries(config(None, use_mla=True), False, "read")
+        check_null_entries(config(use_mla=True), False, "read")
 
 
 def a_config(*kinds, mode="none", unit=None, **model):
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(layer_types=kinds or None), **model),
         cache_config=SimpleNamespace(mamba_cache_mode=mode, prefix_match_unit=unit),
-        compilation_config=SimpleNamespace(cudagraph_mode=None),
     )
 
 

@@ -36,7 +36,7 @@ def test_null_pages_are_read_as_the_masked_reference_reads_them(null_pages, plai
 def test_entries_are_skipped_where_kernels_of_a_gpu_would_read(null_pages, plain):
     """Tables and lengths are changed in place. V2 reads the lengths once more when it samples: a request that came back
     and gave up pages again would lose its token, were they left short."""
-    result = run_small("preempted", null_pages, num_schedules=3, runner="V2-async-in-place")
+    result = run_small("preempted", null_pages, num_schedules=3, runner="V2-async-graphs")
     assert result["with_room"] == plain
     pressure = check(result, V2)
     assert pressure["preemptions"] > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment (mak
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.evaluation import vllm_run
-from trtllm_memshare.evaluation.vllm_run import run_scheduler
+from trtllm_memshare.evaluation.cache_forms import FORMS, blocks_at_end, demand
+from trtllm_memshare.evaluation.vllm_run import make_groups, run_scheduler
 from trtllm_memshare.evaluation.vllm_work import VllmWork
 
 MODEL = Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner"
@@ -81,3 +84,35 @@ def test_a_pool_without_room_for_one_request_is_refused(tmp_path):
     work = work_of([random_text(0)], tmp_path)
     with pytest.raises(UserError, match="too small for one request"):
         run_scheduler(work, "vllm", "vllm", 20)
+
+
+def test_pools_are_shared_as_vllm_shares_them_among_a_models_layers(tmp_path):
+    work = work_of([random_text(0)], tmp_path)
+    kinds, held = {}, {}
+    for name, form in FORMS.items():
+        groups = make_groups(replace(work, block_size=form.block_size or 16), form)
+        kinds[name] = Counter(type(group.kv_cache_spec).__name__ for group in groups)
+        held[name] = blocks_at_end(groups, LENGTH)
+    assert kinds == {
+        "full": {"FullAttentionSpec": 1},
+        "gpt-oss-120b": {"FullAttentionSpec": 1, "SlidingWindowSpec": 1},
+        "gemma-3-27b": {"FullAttentionSpec": 1, "SlidingWindowSpec": 6},
+        "qwen3-next-80b": {"FullAttentionSpec": 1, "MambaSpec": 3},
+    }
+    windows = {"gpt-oss-120b": 8 + 1, "gemma-3-27b": 6 * (64 + 1)}  # of 128 and 1,024 tokens
+    assert held == {
+        "full": (82, 82), "qwen3-next-80b": (3, 3 + 3), **{name: (82, 82 + n) for name, n in windows.items()}
+    }  # fmt: skip
+    assert demand(groups, [544, 3 * 544], 4) == 4 * (2 + 3)
+
+
+def test_where_layers_have_windows_only_full_attention_gives_pages(tmp_path):
+    """Half of the groups has windows of 128 tokens, which a request fills and no more."""
+    work = replace(work_of([random_text(i) for i in range(8)], tmp_path), in_flight=4)
+    groups = make_groups(work, FORMS["gpt-oss-120b"])
+    blocks = demand(groups, [3 + LENGTH] * 4, 4) // 2
+    vllm, half = (run_scheduler(work, arm, "lookahead", blocks, groups) for arm in ("vllm", "0.5-skip"))
+    assert (vllm["retired"], half["retired"] > 20) == (0, True)
+    assert half["steps"] < 0.9 * vllm["steps"]
+    assert vllm["all_free"]
+    assert half["all_free"]

@@ -1,7 +1,7 @@
 """Block tables without null entries: what attention reads is what is kept, in order, wherever the others lie.
 
-The fakes have what vLLM 0.32's ``AttentionGroup.build_metadata`` and ``CommonAttentionMetadata`` have of it (read on 28
-November 2026); the real ones run in ``test_engine.py``.
+The fakes have what vLLM 0.32's ``AttentionGroup`` and ``CommonAttentionMetadata`` have of it (read on 30 November
+2026); the real ones run in ``test_engine.py``.
 """
 
 from __future__ import annotations
@@ -44,12 +44,19 @@ class Group:
     def build_metadata(self, common_attn_metadata: Metadata, ubatch_idx: int = 0, **kwargs: Any) -> tuple:
         return common_attn_metadata, ubatch_idx, kwargs
 
+    def build_metadata_for_cudagraph_capture(self, common_attn_metadata: Metadata, ubatch_idx: int = 0) -> tuple:
+        return common_attn_metadata, ubatch_idx
 
-def make_runner(*backends: str, **model: Any) -> Any:
+
+def make_runner(*backends: str, has_graphs: bool | None = None, **model: Any) -> Any:
+    """``has_graphs``: whether CUDA graphs hold attention, where there are any."""
     told = SimpleNamespace(**{"rswa_window": None, "is_mm_prefix_lm": False, **model})
+    mode = None if has_graphs is None else SimpleNamespace(has_full_cudagraphs=lambda: has_graphs)
+    groups = [[*map(Group, backends or ["CPU_ATTN", "CPU_ATTN"])]]
     return SimpleNamespace(
-        device=torch.device("cpu"), attn_groups=[[*map(Group, backends or ["CPU_ATTN", "CPU_ATTN"])]], model_config=told
-    )
+        device=torch.device("cpu"), attn_groups=groups, model_config=told,
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode)), max_num_reqs=6,
+    )  # fmt: skip
 
 
 def make_layers(alibi_slopes: Any = None) -> list[Any]:
@@ -85,21 +92,25 @@ def test_what_is_left_are_the_other_entries_in_their_order(requests):
         assert left[row] == length
 
 
-def test_metadata_is_touched_only_while_a_request_has_null_entries():
-    runner = make_runner()
-    skipped = SkippedEntries(runner, [0, 9], SIZE)
+@pytest.mark.parametrize("has_graphs", [None, False])
+def test_metadata_is_replaced_only_while_a_request_has_null_entries(has_graphs):
+    runner = make_runner(has_graphs=has_graphs)
+    skipped = SkippedEntries(runner, SIZE)
     build = runner.attn_groups[0][0].build_metadata
     metadata = make_metadata()
     assert build(metadata, 1, num_accepted_tokens=2) == (metadata, 1, {"num_accepted_tokens": 2})
+    skipped.take_null_blocks([0, 9])
     skipped.follow({"a": {1: 0}}, set())
     shorter, *others = build(metadata, 1)
     assert others == [1, {}]
     assert shorter.block_table_tensor[:, :2].tolist() == [[7, 5], [3, 4]]
     assert shorter.seq_lens.tolist() == [43, 40]
     assert torch.equal(runner.attn_groups[0][1].build_metadata(metadata)[0].seq_lens, shorter.seq_lens)
-    # On a CPU the device's table is the one that slots are worked out from.
+    # Slots are worked out from these, and a sampler reads the lengths.
     assert torch.equal(metadata.block_table_tensor, make_metadata().block_table_tensor)
     assert torch.equal(metadata.seq_lens, make_metadata().seq_lens)
+    skipped.end_step()
+    assert build(metadata)[0] is metadata  # a dummy, which vLLM runs between two steps
     skipped.follow({}, {"b"})
     assert build(metadata)[0] is not metadata
     skipped.follow({}, {"a"})
@@ -108,30 +119,36 @@ def test_metadata_is_touched_only_while_a_request_has_null_entries():
     assert build(metadata)[0] is metadata
 
 
-def test_on_a_device_the_tables_that_graphs_read_are_changed_where_they_are():
-    runner = make_runner()
-    runner.device = torch.device("meta")  # not a CPU's
-    skipped = SkippedEntries(runner, [0, 9], SIZE)
-    skipped._null_blocks = torch.tensor([0, 9], dtype=torch.int32)
-    skipped.follow({"a": {1: 0}}, ())
-    metadata = make_metadata()
-    table, lengths = metadata.block_table_tensor, metadata.seq_lens
-    for group in runner.attn_groups[0]:  # both see the same tables in a step
-        found = group.build_metadata(metadata)[0]
-        assert found.block_table_tensor is table
-        assert found.seq_lens is lengths
-        assert table[:, :2].tolist() == [[7, 5], [3, 4]]
-        assert lengths.tolist() == [43, 40]
-    # A request that has come back looks to V2's sampler as if its text were still read, were its length left short.
-    skipped.restore()
-    assert torch.equal(lengths, make_metadata().seq_lens)
-    dummy = make_metadata()  # vLLM runs some between two steps
-    build = runner.attn_groups[0][0].build_metadata
-    assert build(dummy)[0] is dummy
-    assert torch.equal(dummy.seq_lens, make_metadata().seq_lens)
-    lengths.fill_(3)  # the next step's
-    skipped.restore()
-    assert lengths.tolist() == [3, 3]
+def test_where_graphs_hold_attention_it_reads_tables_of_our_own_from_the_capture_on():
+    """They are what a step must be read by, with null entries and without, and vLLM's own are as they were."""
+    runner = make_runner(has_graphs=True)
+    skipped = SkippedEntries(runner, SIZE)
+    layers, other = runner.attn_groups[0]
+    dummies = Metadata(torch.zeros(4, 5, dtype=torch.int32), torch.full((4,), 9, dtype=torch.int32), 5 * SIZE)
+    captured = layers.build_metadata_for_cudagraph_capture(dummies, 0)[0]
+    table, lengths = captured.block_table_tensor, captured.seq_lens
+    assert lengths.tolist() == [9] * 4
+    assert table.stride() == dummies.block_table_tensor.stride()
+    skipped.take_null_blocks([0, 9])
+    for names, row, length in (({}, [7, 0, 5], 75), ({"a": {1: 0}}, [7, 5], 43)):
+        skipped.follow(names, ())
+        metadata = make_metadata()
+        # Two requests where the graph has room for four: vLLM has rows of zeros for the others.
+        metadata.block_table_tensor = torch.cat((metadata.block_table_tensor, torch.zeros(2, 5, dtype=torch.int32)))
+        metadata.seq_lens = torch.tensor([75, 40, 0, 0], dtype=torch.int32)
+        whole = metadata.block_table_tensor.clone()
+        for group in (layers, other):  # both read the same tables in a step
+            found = group.build_metadata(metadata)[0]
+            assert found.block_table_tensor.data_ptr() == table.data_ptr()
+            assert found.seq_lens.data_ptr() == lengths.data_ptr()
+            assert table[0, : len(row)].tolist() == row
+            assert table[1, :2].tolist() == [3, 4]
+            assert lengths.tolist() == [length, 40, 0, 0]
+        assert torch.equal(metadata.block_table_tensor, whole)
+        assert metadata.seq_lens.tolist() == [75, 40, 0, 0]
+        skipped.end_step()
+    layers.build_metadata(make_metadata())  # a dummy between two steps
+    assert lengths.tolist() == [75, 40, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -161,12 +178,13 @@ def test_other_attention_is_refused_by_name(runner, layers, message):
         (Group("FLASH_ATTN", 128, "UNIFORM"), False),
     ],
 )
-@pytest.mark.parametrize("is_on_device", [False, True])
-def test_what_latent_attention_counts_on_the_host_is_shorter_too(group, is_counted, is_on_device):
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_what_latent_attention_counts_on_the_host_is_shorter_too(group, is_counted, has_graphs):
     """Where one that reads a text stands first, others with gaps take the path that counts there."""
-    runner = SimpleNamespace(device=torch.device("meta" if is_on_device else "cpu"), attn_groups=[[group]])
-    skipped = SkippedEntries(runner, [0, 9], SIZE)
-    skipped._null_blocks = torch.tensor([0, 9], dtype=torch.int32)
+    runner = make_runner(has_graphs=has_graphs)
+    runner.attn_groups = [[group]]
+    skipped = SkippedEntries(runner, SIZE)
+    skipped.take_null_blocks([0, 9])
     skipped.follow({"a": {1: 0}}, ())
     for longest in (1, 29):
         metadata = make_metadata()

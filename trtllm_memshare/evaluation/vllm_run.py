@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from trtllm_memshare.errors import UserError
+from trtllm_memshare.evaluation.cache_forms import FORMS, CacheForm
 from trtllm_memshare.evaluation.step_model import GpuModel, ModelledTimes
 from trtllm_memshare.evaluation.vllm_work import VllmWork
 
@@ -71,8 +74,21 @@ def run_engine(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[st
     }  # fmt: skip
 
 
-def run_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> dict[str, Any]:
+def make_groups(work: VllmWork, form: CacheForm) -> list[Any]:
+    """vLLM's KV cache groups of a model of this form, for this work."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return form.groups(EngineArgs(**work.engine_arguments()).create_engine_config(), work.block_size)
+
+
+def run_scheduler(
+    work: VllmWork, arm: str, admission: str, blocks: int, groups: Sequence[Any] | None = None
+) -> dict[str, Any]:
     """Schedules the work to its end without a model; requests write the texts of their traces.
+
+    Args:
+      blocks: of the pool.
+      groups: what ``make_groups`` makes; None: full attention alone.
 
     Returns:
       Counts of the schedule, and its steps by the model of a GPU's, see ``evaluation.step_model``: ``modelled_gpu``
@@ -86,7 +102,7 @@ def run_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> dict
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-    scheduler = _make_scheduler(work, arm, admission, blocks)
+    scheduler = _make_scheduler(work, arm, admission, blocks, groups or make_groups(work, FORMS["full"]))
     clocks = times, times_read = ModelledTimes(GpuModel()), ModelledTimes(GpuModel())
     for index, (prompt, length) in enumerate(work.requests):
         sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
@@ -140,11 +156,10 @@ def _next_token(work: VllmWork, request: Any) -> list[int]:
     return [work.texts[int(request.request_id)][request.num_output_tokens]]
 
 
-def _make_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> Any:
-    import torch
+def _make_scheduler(work: VllmWork, arm: str, admission: str, blocks: int, groups: Sequence[Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.structured_output import StructuredOutputManager
 
     ours = work.arm_arguments(arm, admission)
@@ -153,11 +168,11 @@ def _make_scheduler(work: VllmWork, arm: str, admission: str, blocks: int) -> An
         ours["additional_config"]["memshare"] |= {"need": "age", "retired_becomes": "null"}
     config = EngineArgs(**work.engine_arguments(), **ours, max_num_batched_tokens=2048).create_engine_config()
     config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(block_size=work.block_size, num_kv_heads=1, head_size=64, dtype=torch.float32)
     kind = config.scheduler_config.get_scheduler_cls() if arm != "vllm" else Scheduler
     return kind(
-        vllm_config=config, kv_cache_config=KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
-        structured_output_manager=StructuredOutputManager(config), block_size=work.block_size, log_stats=False,
+        vllm_config=config, kv_cache_config=KVCacheConfig(blocks, [], list(groups)),
+        structured_output_manager=StructuredOutputManager(config), log_stats=False,
+        block_size=math.lcm(*(group.kv_cache_spec.block_size for group in groups)),
     )  # fmt: skip
 
 

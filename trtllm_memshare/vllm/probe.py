@@ -189,9 +189,7 @@ def check_null_entries(config: Any, has_others: bool, null_entries: str) -> None
       has_others: whether some layers have sliding windows or linear attention.
 
     Raises:
-      UserError: null pages are to be read, which ``calibrate`` does not make for such a model, nor for one with MLA; or
-        CUDA graphs read the lengths of all groups at one address, and entries that are skipped make them shorter in one
-        group only.
+      UserError: null pages are to be read, which ``calibrate`` does not make for such a model, nor for one with MLA.
     """
     is_mla = bool(getattr(config.model_config, "use_mla", False))
     if null_entries == "read" and (has_others or is_mla):
@@ -199,15 +197,6 @@ def check_null_entries(config: Any, has_others: bool, null_entries: str) -> None
         raise UserError(
             f"null_entries read needs a model whose layers all have full attention, with K and V in the cache, got one "
             f"with {got} (leave null_pages out, and set null_entries to skip, the default then)"
-        )
-    if not has_others:
-        return
-    mode = config.compilation_config.cudagraph_mode
-    if mode is not None and mode.has_full_cudagraphs():
-        raise UserError(
-            f"null_entries skip needs attention outside CUDA graphs where some layers have sliding windows or linear "
-            f'attention, got cudagraph_mode {mode.name} (give --compilation-config \'{{"cudagraph_mode": '
-            f'"PIECEWISE"}}\')'
         )
 
 

@@ -25,6 +25,7 @@ _MLA_BACKENDS = ("CPU_MLA", "TRITON_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "CUTLASS
 """Those of multi-head latent attention. What their prefill path reads they count on the host."""
 
 _PREFIXES = "bidirectional prefixes"
+_BUILD, _CAPTURE = "build_metadata", "build_metadata_for_cudagraph_capture"
 
 
 def without_entries(
@@ -52,29 +53,32 @@ def without_entries(
 class SkippedEntries:
     """Gives a model runner's attention the shorter tables, in steps in which a request has null entries.
 
-    In all other steps nothing is touched, so that tokens are vLLM's own, nor in dummy runs between steps. On a GPU
-    tables and lengths of the device are changed in place, since CUDA graphs read them where they are. VLLM writes both
-    anew for every step. Model runner V2 reads the lengths once more when it samples, so they are put back after the
-    forward pass.
+    VLLM's own tables and lengths are never changed: other groups and the sampler read them. Where CUDA graphs hold
+    whole steps, attention of this group reads tables of our own instead, at one address from the capture on, and every
+    step copies vLLM's there. Otherwise a step in which nobody has null entries, or a dummy run, gets vLLM's as they
+    are, so that tokens are vLLM's own.
 
     Args:
-      runner: vLLM's model runner, of which ``check_skipping`` is told; its attention groups are modified.
-      null_blocks: blocks that null entries name; what they hold does not matter.
+      runner: vLLM's model runner before it captures graphs, of which ``check_skipping`` is told; its attention groups
+        are modified.
       block_size: tokens of the scheduler's blocks.
-      group: the KV cache group that gives pages up. Where there are others, they read the same lengths whole, so
-        nothing is changed in place (``probe.check_null_entries`` keeps such attention out of CUDA graphs).
+      group: the KV cache group that gives pages up.
     """
 
-    def __init__(self, runner: Any, null_blocks: Sequence[int], block_size: int, group: int = 0) -> None:
-        self._null_blocks = torch.tensor(null_blocks, dtype=torch.int32, device=runner.device)
-        self._block_size = block_size
-        self._in_place = len(runner.attn_groups) == 1 and _changes_in_place(runner.device)
+    def __init__(self, runner: Any, block_size: int, group: int = 0) -> None:
+        self._runner, self._block_size, self._has_graphs = runner, block_size, has_whole_graphs(runner)
+        self._null_blocks: torch.Tensor | None = None
         self._names: set[str] = set()
         self._is_step = False
-        self._whole: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._own: tuple[torch.Tensor, torch.Tensor] | None = None
         self._on_host = any(map(_counts_on_host, runner.attn_groups[group]))
         for layers in runner.attn_groups[group]:
-            layers.build_metadata = self._shortened(layers.build_metadata)
+            for name in (_BUILD, _CAPTURE) if self._has_graphs else (_BUILD,):
+                setattr(layers, name, self._shortened(getattr(layers, name)))
+
+    def take_null_blocks(self, null_blocks: Sequence[int]) -> None:
+        """Takes the blocks that null entries name, once the scheduler has told; what they hold does not matter."""
+        self._null_blocks = torch.tensor(null_blocks, dtype=torch.int32, device=self._runner.device)
 
     def follow(self, with_null_entries: Iterable[str], ended: Iterable[str]) -> None:
         """Takes what changes before a step: requests that give pages up, and those that have ended."""
@@ -82,38 +86,49 @@ class SkippedEntries:
         self._names.difference_update(ended)
         self._is_step = True
 
-    @torch.inference_mode()  # what vLLM makes in it may be changed in it only
-    def restore(self) -> None:
-        """Ends a step. Lengths that were shortened in place are as before, once the model has run, or is queued to."""
+    def end_step(self) -> None:
+        """The model has run, or is queued to; what vLLM runs until the next step is dummies."""
         self._is_step = False
-        while self._whole:  # last first: two groups of layers shorten the same lengths
-            lengths, whole = self._whole.pop()
-            lengths.copy_(whole)
 
     def _shortened(self, build: Callable[..., Any]) -> Callable[..., Any]:
         def build_metadata(common_attn_metadata: Any, *arguments: Any, **keywords: Any) -> Any:
-            return build(self._shorten(common_attn_metadata), *arguments, **keywords)
+            return build(self._given(common_attn_metadata), *arguments, **keywords)
 
         return build_metadata
 
+    def _given(self, metadata: Any) -> Any:
+        shorter = self._shorten(metadata)
+        if not self._has_graphs:
+            return shorter
+        if self._own is None:
+            rows, table = self._runner.max_num_reqs, metadata.block_table_tensor
+            self._own = table.new_zeros((rows, table.shape[1])), metadata.seq_lens.new_zeros(rows)
+        table, lengths = (own[: len(metadata.seq_lens)] for own in self._own)
+        width = self._width(metadata)
+        table[:, :width].copy_(shorter.block_table_tensor[: len(table), :width])
+        lengths.copy_(shorter.seq_lens)
+        return replace(shorter, block_table_tensor=table, seq_lens=lengths)
+
+    def _width(self, metadata: Any) -> int:
+        """Rows are as wide as the longest request that may come; nobody looks behind this step's longest."""
+        return -(-int(metadata.max_seq_len) // self._block_size)
+
     def _shorten(self, metadata: Any) -> Any:
-        if not (self._names and self._is_step):
+        if self._null_blocks is None or not (self._names and self._is_step):
             return metadata
-        # Rows are as wide as the longest request that may come; what lies behind this step's longest is not looked at,
-        # nor rows without a length.
-        width = -(-metadata.max_seq_len // self._block_size)
-        table = metadata.block_table_tensor[: len(metadata.seq_lens), :width]
+        table = metadata.block_table_tensor[: len(metadata.seq_lens), : self._width(metadata)]
         shorter, lengths = without_entries(table, metadata.seq_lens, self._null_blocks, self._block_size)
         if self._on_host and metadata.max_query_len > 1:
             left_out = (metadata.seq_lens - lengths).cpu()  # the device is waited for, in a step that reads a text
             on_host = metadata.seq_lens_cpu_upper_bound
             metadata = replace(metadata, seq_lens_cpu_upper_bound=on_host - left_out.to(on_host.dtype))
-        if not self._in_place:
-            return replace(metadata, block_table_tensor=shorter, seq_lens=lengths)
-        self._whole.append((metadata.seq_lens, metadata.seq_lens.clone()))
-        table.copy_(shorter)
-        metadata.seq_lens.copy_(lengths)
-        return metadata
+        return replace(metadata, block_table_tensor=shorter, seq_lens=lengths)
+
+
+def has_whole_graphs(runner: Any) -> bool:
+    """Whether CUDA graphs hold attention too, and so the addresses that it reads."""
+    mode = runner.vllm_config.compilation_config.cudagraph_mode
+    return mode is not None and bool(mode.has_full_cudagraphs())
 
 
 def _counts_on_host(layers: Any) -> bool:
@@ -129,17 +144,13 @@ def _counts_on_host(layers: Any) -> bool:
     return bool((builder.reorder_batch_threshold or 1) > 1 and builder.query_len_support.name == "UNIFORM")
 
 
-def _changes_in_place(device: torch.device) -> bool:
-    return device.type != "cpu"
-
-
 def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
     """Raises UserError for a model or a vLLM with which attention without null entries would be another attention."""
-    groups = getattr(runner, "attn_groups", None)
-    if not groups or not all(callable(getattr(one, "build_metadata", None)) for one in groups[group]):
+    groups, parts = getattr(runner, "attn_groups", None), (_BUILD, _CAPTURE)
+    if not groups or not all(callable(getattr(one, part, None)) for one in groups[group] for part in parts):
         raise UserError(
-            f"null_entries skip builds on attention groups with build_metadata, got a {type(runner).__name__} without "
-            f"(set null_entries to read, with null_pages; it was tested with vLLM {TESTED})"
+            f"null_entries skip builds on attention groups with {' and '.join(parts)}, got a {type(runner).__name__} "
+            f"without (set null_entries to read, with null_pages; it was tested with vLLM {TESTED})"
         )
     has_others, is_mla = len(groups) > 1, any(map(keeps_latents, layers))
     way_out = "set null_entries to read, with null_pages"

@@ -107,6 +107,8 @@ class MemShareWorker(PlatformWorker):
                 signatures = open_signatures(runner.device, layers, cache.num_blocks, block_size, block)
             if "distance" in read:  # no need reads both
                 self._reports = DistanceReports(open_cache_pages(layers, block_size, block))
+        if self._skips:
+            self._skipped = SkippedEntries(runner, block_size, self._group)
         result = super().compile_or_warm_up_model(*arguments, **keywords)
         if "surprisal" in read:
             surprisal = SampledSurprisal(cache.num_blocks * block_size, block_size, runner.device)
@@ -152,7 +154,7 @@ class MemShareWorker(PlatformWorker):
             self._skipped.follow(update.null_entries, scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output)
         if self._skipped is not None:
-            self._skipped.restore()
+            self._skipped.end_step()
         return self._answered(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -175,9 +177,8 @@ class MemShareWorker(PlatformWorker):
         if self._null_keys is not None:
             write_null_pages(self.model_runner, self._null_keys, null_blocks)
             self._null_keys = None
-        if self._skips:
-            block_size = self.model_runner.kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
-            self._skipped = SkippedEntries(self.model_runner, null_blocks, block_size, self._group)
+        if self._skipped is not None:
+            self._skipped.take_null_blocks(null_blocks)
 
 
 class _Answered:
