@@ -63,7 +63,10 @@ class Simulation:
             self._watch_waiting(scheduler.kv_cache_manager)
         self._in_a_row = Counter[str]()  # steps of one token each, by request
         self._outsiders: list[Any] = []
-        self.attention = None if not self._skips() else StepAttention(scheduler.blocks.null_block_ids, self.size)
+        self.attention = None
+        if self._skips():
+            most = scheduler.scheduler_config.max_num_seqs, scheduler.max_model_len
+            self.attention = StepAttention(scheduler.blocks.null_block_ids, self.size, *most)
         self._reports = DistanceReports(self)  # what it finds nobody reads, unless the need is nearest-earlier
         self._hash = get_request_block_hasher(self.size, hash_function)
 

@@ -23,13 +23,13 @@ class StepTables:
 class StepAttention:
     """The attention of one worker. ``num_skipped``: entries that it was spared."""
 
-    def __init__(self, null_blocks: list[int], block_size: int) -> None:
-        self._null, self._size = set(null_blocks), block_size
+    def __init__(self, null_blocks: list[int], block_size: int, max_num_reqs: int, max_model_len: int) -> None:
+        self._null, self._size, self._width = set(null_blocks), block_size, -(-max_model_len // block_size)
         backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
         group = SimpleNamespace(build_metadata=lambda metadata: metadata, backend=backend)
         compilation = SimpleNamespace(cudagraph_mode=None)
         runner = SimpleNamespace(
-            device=torch.device("cpu"), attn_groups=[[group]],
+            device=torch.device("cpu"), attn_groups=[[group]], max_num_reqs=max_num_reqs,
             vllm_config=SimpleNamespace(compilation_config=compilation),
         )  # fmt: skip
         self._skipped = SkippedEntries(runner, block_size)
@@ -48,7 +48,7 @@ class StepAttention:
           requests: block ids and length in tokens, of each request in the batch.
         """
         longest = max((length for _, length in requests), default=0)
-        table = torch.zeros(len(requests), -(-longest // self._size), dtype=torch.int32)
+        table = torch.zeros(len(requests), self._width, dtype=torch.int32)
         for row, (blocks, _) in zip(table, requests, strict=True):
             row[: len(blocks)] = torch.tensor(blocks[: len(row)], dtype=torch.int32)
         lengths = torch.tensor([length for _, length in requests], dtype=torch.int32)

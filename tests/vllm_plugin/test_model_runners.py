@@ -34,8 +34,8 @@ def test_null_pages_are_read_as_the_masked_reference_reads_them(null_pages, plai
 
 
 def test_entries_are_skipped_where_kernels_of_a_gpu_would_read(null_pages, plain):
-    """Tables and lengths are changed in place. V2 reads the lengths once more when it samples: a request that came back
-    and gave up pages again would lose its token, were they left short."""
+    """At one address, as a CUDA graph of whole steps reads. V2 samples by whole lengths: a request that came back
+    and gave up pages again would lose its token otherwise."""
     result = run_small("preempted", null_pages, num_schedules=3, runner="V2-async-graphs")
     assert result["with_room"] == plain
     pressure = check(result, V2)
@@ -55,5 +55,4 @@ def test_aliases_are_read_as_often_as_they_are_named(null_pages, plain):
 
 
 def test_model_runner_v1_schedules_asynchronously_too(null_pages):
-    """Not in place: on a CPU its tables of the host and of the device are one."""
-    check(run_small("skip", null_pages, runner="V1-async"), V1)
+    check(run_small("skip", null_pages, runner="V1-async-graphs"), V1)

@@ -35,8 +35,9 @@ class Group:
     def __init__(self, backend: str, threshold: int = 1, support: str = "SINGLE_ONLY") -> None:
         self.backend = SimpleNamespace(get_name=lambda: backend)
         self.builder = SimpleNamespace(
-            reorder_batch_threshold=threshold, query_len_support=SimpleNamespace(name=support)
-        )
+            reorder_batch_threshold=threshold, query_len_support=SimpleNamespace(name=support),
+            supports_update_block_table=backend == "FLASH_ATTN",
+        )  # fmt: skip
 
     def get_metadata_builder(self) -> SimpleNamespace:
         return self.builder
@@ -105,6 +106,7 @@ def test_metadata_is_replaced_only_while_a_request_has_null_entries(has_graphs):
     assert others == [1, {}]
     assert shorter.block_table_tensor[:, :2].tolist() == [[7, 5], [3, 4]]
     assert shorter.seq_lens.tolist() == [43, 40]
+    assert shorter.block_table_tensor.shape == metadata.block_table_tensor.shape  # some kernels ask for it
     assert torch.equal(runner.attn_groups[0][1].build_metadata(metadata)[0].seq_lens, shorter.seq_lens)
     # Slots are worked out from these, and a sampler reads the lengths.
     assert torch.equal(metadata.block_table_tensor, make_metadata().block_table_tensor)
@@ -206,7 +208,6 @@ def test_beside_sliding_windows_the_one_group_is_looked_at_and_nobody_is_sent_to
     runner = make_runner("FLEX_ATTENTION")
     runner.attn_groups += make_runner("CPU_ATTN").attn_groups
     check_skipping(runner, make_layers(), 1)
-    runner.attn_groups.append([Group("CPU_ATTN"), Group("CPU_ATTN")])
     runner.model_config.is_mm_prefix_lm = True
     for group, message in (
         (0, r"got FLEX_ATTENTION \(choose one by --attention-backend, or serve this model without MemShare\)"),
@@ -214,7 +215,17 @@ def test_beside_sliding_windows_the_one_group_is_looked_at_and_nobody_is_sent_to
             1,
             r"bidirectional prefixes \(for text alone give --language-model-only, or serve this model without MemShare",
         ),
-        (2, r"needs one attention group for all layers of full attention, got 2 \(serve this model without"),
     ):
         with pytest.raises(UserError, match=message):
             check_skipping(runner, make_layers(), group)
+
+
+def test_layers_in_two_groups_that_share_metadata_are_refused():
+    """Model runner V1 gives one's metadata to the other, with vLLM's own table: only lengths would be shorter."""
+    for backend, reuses_tables in (("CPU_ATTN", True), ("FLASH_ATTN", False)):
+        check_skipping(make_runner(backend, backend), make_layers(), 0, reuses_tables)
+    check_skipping(make_runner("FLASH_ATTN"), make_layers(), 0, True)
+    with pytest.raises(
+        UserError, match=r"needs one attention group for all .*, got 2 \(set VLLM_USE_V2_MODEL_RUNNER=1"
+    ):
+        check_skipping(make_runner("FLASH_ATTN", "FLASH_ATTN"), make_layers(), 0, True)

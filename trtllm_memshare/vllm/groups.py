@@ -76,7 +76,11 @@ class OtherGroups:
         return sum(min(-(-num_tokens // m.block_size), _most_steady(m, window)) for m, window in self._managers)
 
     def most_ever(self, num_tokens: int) -> int:
-        """The same while its prompt is read too, when pieces of it are held whole, and with states in two blocks."""
+        """The same while its prompt is read too, when pieces of it are held whole, and with states in two blocks.
+
+        As vLLM counts it at its start: with a step in flight a state may be in one block more, which is somebody's
+        preemption at worst.
+        """
         return sum(min(-(-num_tokens // m.block_size), _most_admitted(m) + _is_aligned(m)) for m, _ in self._managers)
 
     def num_missing(self, request_id: str, num_tokens: int, hits: Sequence[Sequence[Any]] = ()) -> int:

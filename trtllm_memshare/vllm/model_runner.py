@@ -16,7 +16,13 @@ from trtllm_memshare.vllm.update import MemShareUpdate
 
 
 class ModelRunner(Protocol):
-    """A model runner whose tables follow, and whose sampler is watched."""
+    """A model runner whose tables follow, and whose sampler is watched.
+
+    Attributes:
+      reuses_tables: see ``skipped_entries.check_skipping``.
+    """
+
+    reuses_tables: bool
 
     def apply(self, update: MemShareUpdate) -> None:
         """Rewrites entries of the block tables before a step."""

@@ -207,7 +207,7 @@ def _excluded(feature: str) -> UserError:
 def _hits_within(got: str) -> UserError:
     return UserError(
         f"MemShare serves a model with linear attention with hits in the prefix cache that end with a block, got {got} "
-        f"(leave --prefix-match-unit and --mamba-block-size out)"
+        f"(leave --prefix-match-unit out, or give --no-enable-prefix-caching)"
     )
 
 

@@ -16,6 +16,8 @@ from trtllm_memshare.vllm.update import MemShareUpdate
 class RunnerV1:
     """See ``ModelRunner``."""
 
+    reuses_tables = True
+
     def __init__(self, runner: Any, version: str, group: int = 0) -> None:
         self._runner, self._version, self._group = runner, version, group
         # Kept from step to step: to get so much memory anew takes longer than to fill it.

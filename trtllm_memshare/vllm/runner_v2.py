@@ -16,6 +16,8 @@ from trtllm_memshare.vllm.update import MemShareUpdate
 class RunnerV2:
     """See ``ModelRunner``."""
 
+    reuses_tables = False  # but of states
+
     def __init__(self, runner: Any, version: str, group: int = 0) -> None:
         self._runner, self._version, self._group = runner, version, group
 

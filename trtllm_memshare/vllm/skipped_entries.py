@@ -53,10 +53,10 @@ def without_entries(
 class SkippedEntries:
     """Gives a model runner's attention the shorter tables, in steps in which a request has null entries.
 
-    VLLM's own tables and lengths are never changed: other groups and the sampler read them. Where CUDA graphs hold
-    whole steps, attention of this group reads tables of our own instead, at one address from the capture on, and every
-    step copies vLLM's there. Otherwise a step in which nobody has null entries, or a dummy run, gets vLLM's as they
-    are, so that tokens are vLLM's own.
+    VLLM's own tables and lengths are never changed: other groups and the sampler read them. Attention of this group
+    reads tables of our own instead, of the shape of vLLM's, which some kernels take for granted, and at one address.
+    Where CUDA graphs hold whole steps it reads them from the capture on, and every step copies vLLM's there. Otherwise
+    a step in which nobody has null entries, or a dummy run, gets vLLM's as they are.
 
     Args:
       runner: vLLM's model runner before it captures graphs, of which ``check_skipping`` is told; its attention groups
@@ -98,8 +98,8 @@ class SkippedEntries:
 
     def _given(self, metadata: Any) -> Any:
         shorter = self._shorten(metadata)
-        if not self._has_graphs:
-            return shorter
+        if shorter is metadata and not self._has_graphs:
+            return metadata
         if self._own is None:
             rows, table = self._runner.max_num_reqs, metadata.block_table_tensor
             self._own = table.new_zeros((rows, table.shape[1])), metadata.seq_lens.new_zeros(rows)
@@ -114,6 +114,7 @@ class SkippedEntries:
         return -(-int(metadata.max_seq_len) // self._block_size)
 
     def _shorten(self, metadata: Any) -> Any:
+        """A step's metadata without null entries, in tables that end with its longest request."""
         if self._null_blocks is None or not (self._names and self._is_step):
             return metadata
         table = metadata.block_table_tensor[: len(metadata.seq_lens), : self._width(metadata)]
@@ -144,8 +145,16 @@ def _counts_on_host(layers: Any) -> bool:
     return bool((builder.reorder_batch_threshold or 1) > 1 and builder.query_len_support.name == "UNIFORM")
 
 
-def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
-    """Raises UserError for a model or a vLLM with which attention without null entries would be another attention."""
+def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0, reuses_tables: bool = False) -> None:
+    """Looks at what reads the tables of one group of vLLM's model runner.
+
+    Args:
+      reuses_tables: the runner gives one attention group's metadata to another with other tables, past what makes them
+        shorter, where their builder can do so.
+
+    Raises:
+      UserError: a model or a vLLM with which attention without null entries would be another attention.
+    """
     groups, parts = getattr(runner, "attn_groups", None), (_BUILD, _CAPTURE)
     if not groups or not all(callable(getattr(one, part, None)) for one in groups[group] for part in parts):
         raise UserError(
@@ -163,10 +172,15 @@ def check_skipping(runner: Any, layers: Sequence[Any], group: int = 0) -> None:
             f"null_entries skip works with vLLM's attention backends {', '.join(served)}, got "
             f"{', '.join(sorted(others))} (choose one by --attention-backend, or {way_out})"
         )
-    if has_others and len(groups[group]) > 1:  # V1 makes the tables of one out of the other's, past what shortens them
+    count = len(groups[group])
+    if (
+        reuses_tables
+        and count > 1
+        and any(one.get_metadata_builder().supports_update_block_table for one in groups[group])
+    ):
         raise UserError(
-            f"null_entries skip beside sliding windows or linear attention needs one attention group for all layers of "
-            f"full attention, got {len(groups[group])} ({way_out})"
+            f"null_entries skip with model runner V1 needs one attention group for all layers of full attention, got "
+            f"{count} (set VLLM_USE_V2_MODEL_RUNNER=1, or {way_out})"
         )
     model = runner.model_config
     told = {

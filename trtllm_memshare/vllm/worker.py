@@ -125,7 +125,8 @@ class MemShareWorker(PlatformWorker):
             check_aliases(self.model_runner, self._group)
         self._skips = settings.options.null_entries == "skip"
         if self._skips:
-            check_skipping(self.model_runner, attention_layers(self.model_runner), self._group)
+            layers = attention_layers(self.model_runner)
+            check_skipping(self.model_runner, layers, self._group, self._runner.reuses_tables)
         if self.model_config.runner_type == "pooling":
             return frozenset()  # its requests sample nothing, and give nothing up
         read = WORKERS_FACTS.intersection(find_need(settings.memshare.need).facts)

@@ -20,7 +20,7 @@ try:
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
     from trtllm_memshare.evaluation.page_arms import Budget
-    from trtllm_memshare.evaluation.page_study import Task, compute_rows
+    from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, Task, compute_rows
     from trtllm_memshare.evaluation.real_rows import RowFile
     from trtllm_memshare.evaluation.real_texts import read_traces, token_texts
     from trtllm_memshare.search.steps import BoundaryTokens
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help="of a text (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", help="only these, at --min-kept (default: the study's)")
     parser.add_argument("--min-kept", type=float, default=0.5, help="of --arms (default: %(default)s)")
+    parser.add_argument("--page-tokens", type=int, nargs="+", default=[PAGE_TOKENS], help="of --arms (default: 16)")
     parser.add_argument("--every-arm", action="store_true", help="of every text (default: the study's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="every Nth text from the Ith")
@@ -47,7 +48,11 @@ def main() -> None:
     texts = islice(enumerate(token_texts(read_traces(), tokenizer, arguments.tokens)), arguments.texts)
     shard, num_shards = arguments.shard
     budget = Budget(arguments.min_kept)
-    chosen = list(PLAN) if arguments.every_arm else [Task(arm, budget) for arm in arguments.arms or ()]
+    if any(size < 1 or size % PAGE_TOKENS for size in arguments.page_tokens):
+        parser.error(f"--page-tokens must be multiples of {PAGE_TOKENS}, got {arguments.page_tokens}")
+    merged = [size // PAGE_TOKENS for size in arguments.page_tokens]
+    chosen = [Task(arm, budget, count) for count in merged for arm in arguments.arms or ()]
+    chosen = list(PLAN) if arguments.every_arm else chosen
     wanted = ((text, chosen or tasks_of(index)) for index, text in texts if index % num_shards == shard)
     rows, started = RowFile(arguments.output), time.monotonic()
 
