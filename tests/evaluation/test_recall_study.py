@@ -81,3 +81,15 @@ def test_a_longer_text_has_its_facts_further_back(replay, tmp_path):
     assert {row["text"] for row in rows.rows} == {short["text"]}  # rows of one length are not taken for another's
     furthest = [max(question["distance"] for question in row["questions"]) for row in rows.rows]
     assert furthest[0] < 512 < furthest[1] < 1024
+
+
+def test_longer_pages_go_whole(replay, tmp_path):
+    rows = RowFile(tmp_path / "rows.jsonl")
+    for size in (16, 128):
+        compute_recall(replay, Pairs(), ["full", "random"], Budget(), 1, rows, traces=TRACES, page_tokens=size)
+    assert [(row["arm"], row["tokens_per_block"]) for row in rows.rows] == [
+        (arm, size) for size in (16, 128) for arm in ("full", "random")
+    ]
+    short, long = (np.array(replay.calls[i][0]) < NEVER for i in (1, 3))
+    assert (len(short), len(long)) == (80, 10)
+    assert 0 < long.sum() < len(long) / 2

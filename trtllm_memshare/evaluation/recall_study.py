@@ -13,6 +13,7 @@ import torch
 
 from trtllm_memshare.evaluation.masked_replay import FullPass, MaskedReplay, nothing_retired
 from trtllm_memshare.evaluation.page_arms import ANEW, Budget, retire
+from trtllm_memshare.evaluation.page_facts import TextFacts
 from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, PRESETS, retire_as_preset
 from trtllm_memshare.evaluation.real_rows import RowFile
 from trtllm_memshare.evaluation.real_texts import TRACES, read_traces, token_texts
@@ -38,6 +39,7 @@ def compute_recall(
     boundaries: BoundaryTokens | None = None,
     num_tokens: int = TEXT_TOKENS,
     stored: torch.dtype | None = None,
+    page_tokens: int = PAGE_TOKENS,
 ) -> None:
     """Computes the rows that are not there yet, all arms of a text before the next.
 
@@ -49,6 +51,7 @@ def compute_recall(
       boundaries: step boundaries of the tokenizer, which presets need.
       num_tokens: of a text with the facts in it, whole pages.
       stored: type of every arm's cache, None = float32.
+      page_tokens: of the pages that go, a multiple of ``PAGE_TOKENS``; a preset has its own.
     """
     long_enough = token_texts(read_traces(traces), tokenizer, num_tokens + _MORE_TOKENS)
     for text in islice(long_enough, shard[0], num_texts, shard[1]):
@@ -63,31 +66,32 @@ def compute_recall(
                 "text": text.trace.name,
                 "arm": arm,
                 "min_kept": budget.min_kept,
-                "tokens_per_block": PAGE_TOKENS,
+                "tokens_per_block": page_tokens,
                 "tokens": num_tokens,
             }
             if key in rows:
                 continue
             full = full or replay.read(asked.ids, PAGE_TOKENS)
+            facts = full.facts if page_tokens == PAGE_TOKENS else full.facts.merged(page_tokens // PAGE_TOKENS)
             if arm == ANEW:
                 seeds = [zlib.crc32(f"{text.trace.name} {i}".encode()) for i in range(len(asked.asks))]
-                each = [_retire("random", budget, asked, full, seed) for seed in seeds]
+                each = [_retire("random", budget, asked, facts, seed) for seed in seeds]
                 asks = zip(each, asked.asks, strict=True)
                 logits = [replay.answers(full, r, [ask], stored)[0] for r, ask in asks]
             else:
                 if arm in PRESETS:
                     retirements = retire_as_preset(arm, full, asked.num_prompt_tokens, replay, boundaries)
                 else:
-                    retirements = _retire(arm, budget, asked, full, seed)
+                    retirements = _retire(arm, budget, asked, facts, seed)
                 each = [retirements] * len(asked.asks)
                 logits = replay.answers(full, retirements, asked.asks, stored)
             rows.add({**key, "model": text.trace.model, "questions": judge(asked, logits, each)})
 
 
-def _retire(arm: str, budget: Budget, asked: AskedText, full: FullPass, seed: int) -> Retirements:
+def _retire(arm: str, budget: Budget, asked: AskedText, facts: TextFacts, seed: int) -> Retirements:
     if arm == "full":
-        return nothing_retired(len(asked.ids), PAGE_TOKENS)
-    return retire(arm, budget, asked.num_prompt_tokens, len(asked.ids), full.facts, seed)
+        return nothing_retired(len(asked.ids), facts.tokens_per_block)
+    return retire(arm, budget, asked.num_prompt_tokens, len(asked.ids), facts, seed)
 
 
 def judge(asked: AskedText, logits: list[torch.Tensor], retirements: list[Retirements]) -> list[dict[str, Any]]:

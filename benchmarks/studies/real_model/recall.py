@@ -15,7 +15,7 @@ try:
     from trtllm_memshare.errors import run_command_line
     from trtllm_memshare.evaluation.masked_replay import MaskedReplay
     from trtllm_memshare.evaluation.page_arms import ANEW, Budget
-    from trtllm_memshare.evaluation.page_study import PRESETS
+    from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, PRESETS
     from trtllm_memshare.evaluation.real_rows import RowFile
     from trtllm_memshare.evaluation.recall_study import TEXT_TOKENS, compute_recall
     from trtllm_memshare.search.steps import BoundaryTokens
@@ -40,8 +40,11 @@ def main() -> None:
     parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="every Nth text from the Ith")
     parser.add_argument("--seconds", type=float, help="start no text after so many (default: no limit)")
     parser.add_argument("--min-kept", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--page-tokens", type=int, default=PAGE_TOKENS, help="of the pages that go (default: 16)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/studies/real_model/results/recall.jsonl"))
     arguments = parser.parse_args()
+    if arguments.page_tokens < 1 or arguments.page_tokens % PAGE_TOKENS:
+        parser.error(f"--page-tokens must be a multiple of {PAGE_TOKENS}, got {arguments.page_tokens}")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir, local_files_only=True)
     replay, rows = MaskedReplay(arguments.model_dir, "bfloat16", arguments.device), RowFile(arguments.output)
     started = time.monotonic()
@@ -60,6 +63,7 @@ def main() -> None:
         shard=arguments.shard,
         boundaries=BoundaryTokens.from_tokenizer(tokenizer, replay.model.config.vocab_size),
         num_tokens=arguments.tokens,
+        page_tokens=arguments.page_tokens,
     )
 
 
