@@ -33,7 +33,11 @@ class CacheForm:
     def groups(self, config: Any, block_size: int) -> list[Any]:
         """vLLM's ``KVCacheGroupSpec`` of each group, by vLLM's own rules, for a ``VllmConfig``."""
         import torch
-        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+        try:
+            from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
+        except ModuleNotFoundError:  # before 0.33
+            from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
         from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
         config.cache_config.kv_cache_layout = "LBNHC"  # any that has layers outermost; an engine would choose it
