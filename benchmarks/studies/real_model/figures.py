@@ -85,6 +85,13 @@ def longer_pages(rows: list[Row], what: str, arm: str, size: int, base: str | No
     return _field(compare(rows, arm, base, Setting(tokens_per_block=size), Setting()), what, arm, base)
 
 
+def loss_in_pages(tables: list[list[Row]], arm: str, size: int, tokens: int = 4096) -> float:
+    """Mean change of the loss with half kept in pages of ``size`` tokens, in the last table's texts, nats a token."""
+    texts = {row["text"] for row in tables[-1]}
+    found = select([row for table in tables for row in table], arm, Setting(tokens=tokens, tokens_per_block=size))
+    return float(np.mean([row["loss_change"] for text, row in found.items() if text in texts]))
+
+
 def _field(found: Comparison | None, what: str, arm: str, base: str) -> float:
     if found is None:
         raise ValueError(f"arms {arm!r} and {base!r} have no two problems in common")
@@ -121,6 +128,13 @@ def recalled_beside(rows: list[Row], arm: str, other: str) -> str:
     """The same for the questions of the texts that another arm has too."""
     texts = {row["text"] for row in rows if row["arm"] == other}
     return recalled([row for row in rows if row["text"] in texts], arm)
+
+
+def recalled_in_pages(tables: list[list[Row]], arm: str, size: int) -> str:
+    """The same with pages of ``size`` tokens, in the texts of the last table; the others have the full cache's rows."""
+    texts = {row["text"] for row in tables[-1]}
+    rows = [row for table in tables for row in table if row["text"] in texts]
+    return recalled([row for row in rows if row["arm"] == "full" or row["tokens_per_block"] == size], arm)
 
 
 def gained(rows: list[Row], arm: str, other: str) -> int:

@@ -9,11 +9,13 @@ from benchmarks.studies.real_model.figures import (
     compared,
     corrected_p,
     gained,
+    loss_in_pages,
     lost,
     num_compared,
     ratio_bound,
     recall_p,
     recalled_behind,
+    recalled_in_pages,
     unseen,
     within,
 )
@@ -74,6 +76,29 @@ def replayed(problem: str, arm: str, loss: float, by_position: dict | None = Non
     of_setting = {"min_kept": 0.5, "tokens_per_block": 16, "tokens": tokens, "memory_share": 0.5}
     measured = {"loss_change": loss, "divergence": loss, "agreement": 0.9, "by_position": by_position}
     return {"text": problem, "problem": problem, "arm": arm, **of_setting, **measured}
+
+
+def test_longer_pages_are_held_against_short_ones_in_the_same_texts():
+    def asked(text, arm, size, *right):
+        more = {"kind": "code", "pages_kept": 1.0, "distance": 9}
+        questions = [{"right": r, **more} for r in right]
+        return {"text": text, "arm": arm, "min_kept": 0.5, "tokens_per_block": size, "questions": questions}
+
+    short = [asked("a", "full", 16, True, True, False), asked("a", "new", 16, True, True, True)]
+    short += [asked("b", "full", 16, True), asked("b", "new", 16, True)]
+    long = [asked("a", "new", 544, False, True, True)]
+    assert recalled_in_pages([short, long], "new", 544) == "1 of 2"
+    assert recalled_in_pages([short, long], "new", 16) == "2 of 2"
+
+
+def test_the_loss_of_longer_pages_is_that_of_their_own_texts():
+    def lost_in(text, size, change):
+        return {"text": text, "arm": "new", "min_kept": 0.5, "tokens": 4096, "tokens_per_block": size,
+                "loss_change": change}  # fmt: skip
+
+    short = [lost_in("a", 16, 0.25), lost_in("b", 16, 0.75), lost_in("c", 16, 9.0)]
+    long = [lost_in("a", 544, 0.5), lost_in("b", 544, 0.0)]
+    assert [loss_in_pages([short, long], "new", size) for size in (16, 544)] == [0.5, 0.25]
 
 
 def test_problems_that_chose_a_weight_are_left_out_of_what_it_is_judged_on():
