@@ -206,9 +206,10 @@ def _real_model_part(make: _Commands) -> list[Step]:
     return [
         make.real_engine(80, "bfloat16", str(real_model()), engine, "real_engine"),
         Step("real_requests", 40, write, real_model_lacks(REAL_MODEL), modules=REAL_MODEL),
-        make.pressure(256, 280, engine, requests, 2928, "full", *_FLOORS[:2], *_PAPER, _FLOORS[2], "full-guaranteed",
+        # The table of docs/pressure.md first: what is missing in it is the published method.
+        make.pressure(96, 150, engine, requests, 1149, "full", *_PAPER, "pressure:min_kept=0.5"),
+        make.pressure(256, 235, engine, requests, 2928, "full", *_FLOORS[:2], *_PAPER, _FLOORS[2], "full-guaranteed",
                       "pressure:min_kept=0.75", "aligned"),
-        make.pressure(96, 105, engine, requests, 1149, "full", _PAPER[1], "pressure:min_kept=0.5"),
     ]  # fmt: skip
 
 
