@@ -29,6 +29,34 @@ def schedule_table(report: dict[str, Any]) -> str:
     return "\n".join(lines).replace("% |", " % |")
 
 
+KV_LAYERS_AND_HEADS = {
+    "DeepSeek-R1-Distill-Qwen-7B": (28, 4),
+    "Qwen3-30B-A3B": (48, 4),
+    "DeepSeek-R1-Distill-Llama-8B": (32, 8),
+    "Qwen3-8B": (36, 8),
+    "DeepSeek-R1-Distill-Qwen-32B, QwQ-32B, Qwen3-32B": (64, 8),
+}
+"""Layers and heads of keys, each of 128 elements, by the models' ``config.json``."""
+
+
+def sizing_table(report: dict[str, Any], mean_tokens: int = 4096, pools_gib: tuple[int, ...] = (10, 40)) -> str:
+    """Requests in flight that hold ``mean_tokens`` on average, in 16-bit caches: the full cache, then by floor.
+
+    How many more run at a floor is counted: from the schedule in the shortest pool, where something always waits.
+    """
+    shortest = min(row["pool_share"] for row in report["rows"])
+    in_flight = {row["variant"]: row["mean_in_flight"] for row in report["rows"] if row["pool_share"] == shortest}
+    gains = [in_flight[arm] / in_flight["full"] for arm in ("full", *(f"pressure:min_kept={k}" for k in (0.75, 0.5)))]
+    heads = ["model", "KiB a token"] + [head for gib in pools_gib for head in (f"{gib} GiB, all kept", "3/4", "1/2")]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for model, (num_layers, num_heads) in KV_LAYERS_AND_HEADS.items():
+        token_bytes = num_layers * num_heads * 2 * 128 * 2
+        full = [gib * 2**30 / (token_bytes * mean_tokens) for gib in pools_gib]
+        cells = [f"{token_bytes // 1024}"] + [f"{int(requests * gain)}" for requests in full for gain in gains]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _against_full(report: dict[str, Any], row: dict[str, Any], clock: str) -> float:
     """Requests/s over those of the better full cache of the same pool."""
     full = max(
