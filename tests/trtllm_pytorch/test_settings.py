@@ -42,6 +42,16 @@ from trtllm_memshare.trtllm.pytorch.settings import load_settings
             {"preset": "pressure", "retired_becomes": "dropped", "null_pages": "here"},
             "retired_becomes must be null or alias .* got dropped .set null_entries to skip",
         ),
+        (
+            {"preset": "pressure", "null_entries": "skip", "lookahead_tokens": 16},
+            r"lookahead_tokens is not read by TensorRT-LLM's PyTorch backend under pressure, got 16 \(leave it out\)",
+        ),
+        ({"preset": "pressure", "null_entries": "skip", "max_aliases": 4}, "max_aliases is not read .* got 4"),
+        ({"read_null": True}, "read_null is not read by TensorRT-LLM's PyTorch backend, got True"),
+        (
+            {"preset": "pressure", "route": "framework", "min_run_tokens": 48},
+            "min_run_tokens is not read by TensorRT-LLM's PyTorch backend, route framework, got 48",
+        ),
         ([1], "must hold a JSON object"),
     ],
 )

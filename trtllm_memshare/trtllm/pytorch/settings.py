@@ -162,7 +162,27 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
             f"route framework drops pages and shares none, got preset {memshare.preset} (take preset pressure, or "
             f"route overlay)"
         )
+    _refuse_unread(memshare, adapter)
     return Settings(memshare, adapter, _stats_file(environment), _port(environment), _off_file(environment))
+
+
+_OF_OWN_RUNNERS = ("read_null",)
+_UNDER_PRESSURE = ("lookahead_tokens", "max_aliases")
+"""TensorRT-LLM admits requests itself, and nothing is shared."""
+_WHERE_DROPPED = ("shingle_tokens", "min_run_tokens", "search_interval")
+"""The framework's pages are not looked through for repeats."""
+
+
+def _refuse_unread(memshare: MemShareConfig, options: AdapterOptions) -> None:
+    """Raises UserError for a setting that the preset knows and this path does not read."""
+    names, where = _OF_OWN_RUNNERS, ""
+    if memshare.pressure:
+        names, where = names + _UNDER_PRESSURE, " under pressure"
+    if options.route == "framework":
+        names, where = names + _WHERE_DROPPED, ", route framework"
+    for name in names:
+        if (value := getattr(memshare, name)) != MemShareConfig.model_fields[name].default:
+            raise UserError(f"{name} is not read by TensorRT-LLM's PyTorch backend{where}, got {value} (leave it out)")
 
 
 MEASURED = ("position", "redundancy", "draw")
