@@ -146,6 +146,8 @@ class Pressure:
 
     def observe_attention(self, attention: np.ndarray | None) -> None:
         """Takes one step's attention per block, float32 ``[num_blocks]``, or None."""
+        if attention is None:  # in most steps of most settings
+            return
         pool = self._manager.pool
         with self._watch, self.faults.caught():
             self._ledger.observe_attention(attention, pool.generation, pool.ref_count > 0)
