@@ -166,7 +166,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     return Settings(memshare, adapter, _stats_file(environment), _port(environment), _off_file(environment))
 
 
-_OF_OWN_RUNNERS = ("read_null",)
+_OF_OWN_RUNNERS: tuple[str, ...] = ("read_null",)
 _UNDER_PRESSURE = ("lookahead_tokens", "max_aliases")
 """TensorRT-LLM admits requests itself, and nothing is shared."""
 _WHERE_DROPPED = ("shingle_tokens", "min_run_tokens", "search_interval")
