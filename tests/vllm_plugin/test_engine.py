@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from nightly import only_nightly
 from vllm_plugin.engine_runs import MODEL, ROOT, environment, run, save_null_pages
 from vllm_plugin.fake_runners import FakeRunnerV2
 
@@ -51,11 +52,13 @@ def test_null_pages_of_other_weights_are_refused_at_the_start(tmp_path):
     assert refused.startswith(f"{tmp_path}/null_pages.safetensors must be calibrated on the weights of {MODEL}, got ")
 
 
+@only_nightly
 def test_null_pages_of_another_shape_are_refused_at_the_start_and_not_with_the_first_request(tmp_path):
     refused = run("refused", save_null_pages(tmp_path, num_layers=3), "{}")["refused"]
     assert "is of a model with 3 layers, 2 KV heads of 32, the served one has 4, 2 of 32 (calibrate" in refused
 
 
+@only_nightly
 def test_a_cache_in_which_v_is_not_found_is_refused_at_the_start(null_pages):
     refused = run("refused", null_pages, "{}", "signatures")["refused"]
     assert refused.startswith("KV redundancy cannot be read from vLLM's cache: V that was written is not what is read")

@@ -34,9 +34,9 @@ from trtllm_memshare.vllm import relief
 MODEL = str(Path(trtllm_memshare.__file__).parent / "assets" / "tiny_reasoner")
 NUM_BLOCKS = 30  # one request of full length, 24, two null pages, vLLM's own, and three more
 
-NUM_SCHEDULES = int(os.environ.get("MEMSHARE_SCHEDULES", "108"))
+NUM_SCHEDULES = int(os.environ.get("MEMSHARE_SCHEDULES", "72"))
 NUM_SEEDS = -(-NUM_SCHEDULES // 12)
-"""Of each of twelve settings: 108 schedules in all, MEMSHARE_SCHEDULES=1000 draws a thousand."""
+"""Of each of twelve settings: 72 schedules in all, MEMSHARE_SCHEDULES=1000 draws a thousand."""
 
 RECORD = ScheduleRecord("tests/vllm_plugin/test_schedules.py", f"MEMSHARE_SCHEDULES={NUM_SCHEDULES}")
 
