@@ -68,6 +68,27 @@ def test_packed_chunks_and_generation_give_the_stock_logits(family_checkpoint, m
         torch.testing.assert_close(output.logits, wanted, **SAME_LOGITS)
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_values_that_are_not_finite_stay_with_the_request_that_holds_them(family_checkpoint, fold):
+    """Neither a block that it left, nor one that it holds beside others in the step, is read for anybody else."""
+    runner = TorchRunner(load_model(family_checkpoint), 40, SIZE, fold_aliases=fold)
+    runner.pool.fill_(torch.nan)  # as if requests that ended had left it in every block
+    manager, rng = make_manager(runner), np.random.default_rng(0)
+    tokens = {i: rng.integers(4, 70, n) for i, n in enumerate((40, 23, 31))}
+    for request, ids in tokens.items():
+        assert manager.add_sequence(request, ids.astype(np.int32))
+    steps = [([0, 1, 2], [38, 21, 9], [38, 21, 9], 3), ([2, 0, 1], [20, 39, 22], [11, 1, 1], 1)]
+    for requests, lengths, chunks, contexts in steps:
+        batch = batch_of(manager, requests, lengths, chunks, tokens, contexts)
+        assert runner.step(runner.prepare(batch)).logits.isfinite().all()
+    table = manager.block_offsets([0])[0, 0, 0] // (2 * runner.num_layers)
+    runner.pool[table[:5]] = torch.nan  # block 0 among them
+    logits = runner.step(runner.prepare(batch_of(manager, [0, 1], [40, 23], [1, 1], tokens, 0))).logits
+    assert logits[0].isnan().all()
+    wanted = reference_logits(family_checkpoint, tokens[1].tolist())[22]
+    torch.testing.assert_close(logits[1], wanted, **SAME_LOGITS)
+
+
 @pytest.fixture
 def filled(family_checkpoint):
     """A runner with one sequence of 41 tokens in the cache; 40 fill five blocks."""

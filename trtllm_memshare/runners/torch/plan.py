@@ -27,7 +27,7 @@ class DecodeGroup:
 
     Attributes:
       tokens: int64 ``[n]``, their places among the packed tokens.
-      head_units: int64 ``[2, n, heads, max_read_blocks]``, layer 0, K then V; padding repeats a valid unit.
+      head_units: int64 ``[2, n, heads, max_read_blocks]``, layer 0, K then V; padding repeats one of the sequence's own.
       bias: float32 ``[n, 1, 1, max_read_blocks * tokens_per_block]``: -inf where there is no token, ln m where a
         block is named m times.
     """
@@ -55,9 +55,17 @@ class ContextChunk:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """``write_rows``: int64 ``[2, num_tokens, heads]``, layer 0, K then V. ``last_tokens``: int64 ``[batch]``."""
+    """Addresses of one step.
+
+    Attributes:
+      write_rows: int64 ``[2, num_tokens, heads]``, layer 0, K then V.
+      begun_units: int64 ``[n]``, K of layer 0 of blocks whose first token is written: what else they hold is stale.
+      last_tokens: int64 ``[batch]``.
+      contexts, decode_groups: who attends to what.
+    """
 
     write_rows: np.ndarray
+    begun_units: np.ndarray
     last_tokens: np.ndarray
     contexts: list[ContextChunk]
     decode_groups: list[DecodeGroup]
@@ -111,7 +119,7 @@ def plan_step(
             fold_aliases,
             pages_per_call,
         )
-    return StepPlan(write_rows, last_tokens, contexts, groups)
+    return StepPlan(write_rows, units[0, slots == 0], last_tokens, contexts, groups)
 
 
 def _decode_groups(
@@ -181,6 +189,6 @@ def _read_lists(
     packed = is_first[rows, pack]
     if counts is None:
         counts = packed.astype(np.int64)
-    keys = np.where(packed, keys[rows, pack], 0)
-    values = np.where(packed, values[rows, pack], 1)
+    pack = np.where(packed, pack, pack[:, :1])  # padding repeats a block of the sequence: others' may not be finite
+    keys, values = keys[rows, pack], values[rows, pack]
     return keys, values, counts, np.where(packed, filled[rows, pack], 0)

@@ -113,6 +113,7 @@ class TorchRunner:
             dtype=kv_dtype or model.dtype,
             device=model.device,
         )
+        self._bytes = self.pool.view(torch.uint8)
         self._gather = PageGather(self.pool, model.dtype)
         self._null_page_set = null_page_set
         self.null_pages = None if null_page_set is None else place_of(null_page_set)
@@ -188,6 +189,8 @@ class TorchRunner:
         else:
             if self._decode is not None and pages is not None:
                 self._decode.plan(pages, self._scaling)
+            if self._decode is None:
+                self._clear(plan.begun_units // (2 * self.num_layers))
             device = self.pool.device
             ids, positions = (
                 torch.from_numpy(a).to(device, torch.int64)[None] for a in (batch.input_ids, batch.position_ids)
@@ -203,6 +206,15 @@ class TorchRunner:
     def compare(self, pairs: PairBatch) -> Distances:
         """See ``ComparingRunner``."""
         return self.search.compare(pairs)
+
+    def _clear(self, blocks: np.ndarray) -> None:
+        """Zeroes blocks before their first token is written.
+
+        PyTorch's attention reads a block whole and gives what is not written no weight; but no weight times a value
+        that is not finite, left by a request that ended, would be not finite either. Kernels of our own read no such
+        row.
+        """
+        self._bytes.index_fill_(0, torch.from_numpy(blocks).to(self.pool.device), 0)
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
         """Logits ``[batch, vocab_size]`` of each sequence's last token."""
