@@ -28,11 +28,14 @@ def make_cache_config(num_blocks, tokens_per_block, **changes):
     return SimpleNamespace(**{**values, "max_tokens": num_blocks * tokens_per_block, **changes})
 
 
-def make_manager(manager_class, num_blocks, tokens_per_block, max_batch_size=8, reuse=False, config=None, **arguments):
+def make_manager(
+    manager_class, num_blocks, tokens_per_block, max_batch_size=8, reuse=False, config=None, max_seq_len=MAX_SEQ_LEN,
+    **arguments,
+):  # fmt: skip
     return manager_class(
         make_cache_config(num_blocks, tokens_per_block, enable_block_reuse=reuse, **(config or {})), "SELF",
         num_layers=NUM_LAYERS,
-        num_kv_heads=NUM_HEADS, head_dim=HEAD_DIM, tokens_per_block=tokens_per_block, max_seq_len=MAX_SEQ_LEN,
+        num_kv_heads=NUM_HEADS, head_dim=HEAD_DIM, tokens_per_block=tokens_per_block, max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, mapping=make_mapping(), **arguments,
     )  # fmt: skip
 

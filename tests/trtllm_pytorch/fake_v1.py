@@ -26,7 +26,9 @@ class FakeOldKVCacheManager:
         self.kv_cache_type = kv_cache_type
         self.num_local_layers, self.num_kv_heads_per_layer = num_layers, [num_kv_heads] * num_layers
         self.head_dim, self.tokens_per_block = head_dim, tokens_per_block
-        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
+        # As the real one, which warns: a sequence must fit the pool.
+        self.max_seq_len = min(max_seq_len, kv_cache_config.max_tokens // tokens_per_block * tokens_per_block)
+        self.max_batch_size = max_batch_size
         self.kv_factor = 1 if kv_cache_type == "SELFKONLY" else 2
         self.num_pools = 1
         self.max_attention_window_vec = kv_cache_config.max_attention_window or [max_seq_len]

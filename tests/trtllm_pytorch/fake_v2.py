@@ -31,7 +31,9 @@ class FakeKVCacheManagerV2:
         self.num_local_layers, self.num_kv_heads_per_layer = num_layers, [num_kv_heads] * num_layers
         self.pp_layers = list(range(num_layers))
         self.head_dim, self.tokens_per_block = head_dim, tokens_per_block
-        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
+        # As the real one, which warns: a sequence must fit the pool.
+        self.max_seq_len = min(max_seq_len, kv_cache_config.max_tokens // tokens_per_block * tokens_per_block)
+        self.max_batch_size = max_batch_size
         self.max_attention_window_vec = kv_cache_config.max_attention_window or [None]
         self.enable_block_reuse = kv_cache_config.enable_block_reuse
         slots = kv_cache_config.max_tokens // tokens_per_block

@@ -11,7 +11,7 @@ from trtllm_pytorch.fake_attention import KVCacheParams
 from trtllm_pytorch.fake_executor import FakeExecutor
 from trtllm_pytorch.fake_requests import FinishReason, LlmRequestState
 from trtllm_pytorch.test_pressure import PRESSURE
-from trtllm_pytorch.test_tail_swap import MANAGERS, check_contents, check_pages, drive
+from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_NULL, check_contents, check_pages, drive
 
 from trtllm_memshare.trtllm.pytorch.block_tables import BlockTables
 
@@ -71,7 +71,7 @@ def test_mains_shorter_preparation_keeps_rows_and_lengths_right(kind, null_entri
     pages, num_fast, forgotten = null_pages if null_entries == "read" else None, 0, 0
     for seed in range(6):
         make = make_sharing_class(MANAGERS[kind], null_pages=pages, null_entries=null_entries, **PRESSURE)
-        executor = drive(make, random.Random(seed), kind, True, False, check, FastPrepare, 7 if pages else 0)
+        executor = drive(make, random.Random(seed), kind, True, False, check, FastPrepare, NUM_NULL if pages else 0)
         assert executor.manager.memshare.failures.num_errors == 0
         num_fast += executor.num_fast
         forgotten += executor.manager.memshare.manager.stats().forgotten
@@ -84,7 +84,7 @@ def test_mains_shorter_preparation_keeps_rows_and_lengths_right(kind, null_entri
 def test_where_a_table_is_missed_nothing_new_goes_and_nobody_reads_a_freed_page(kind, seed, null_pages, caplog):
     """Found in the first batch that stays the same, before pages are given up: nobody has to end."""
     make = make_sharing_class(MANAGERS[kind], null_pages=null_pages, **PRESSURE)
-    executor = drive(make, random.Random(seed), kind, True, False, check, LazyTables, 7)
+    executor = drive(make, random.Random(seed), kind, True, False, check, LazyTables, NUM_NULL)
     failures = executor.manager.memshare.failures
     assert executor.num_fast > 0
     assert failures.num_errors == 1
@@ -109,7 +109,7 @@ def test_a_request_whose_row_was_not_read_in_time_ends_alone(null_pages):
                 return
             super()._forward(batch)
 
-    executor = drive(make, random.Random(3), "V1 main", True, False, None, MissesOnce, 7)
+    executor = drive(make, random.Random(3), "V1 main", True, False, None, MissesOnce, NUM_NULL)
     shared = executor.manager.memshare
     assert skipped
     assert shared.failures.num_errors == 1

@@ -15,7 +15,7 @@ from trtllm_pytorch.fake_cpp import FakeCppKVCacheManager
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, repetitive_text
 from trtllm_pytorch.fake_requests import FinishReason
 from trtllm_pytorch.test_pressure import PRESSURE
-from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_SCHEDULES, check_contents, check_pages, drive, run
+from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_NULL, NUM_SCHEDULES, check_contents, check_pages, drive, run
 
 from trtllm_memshare.trtllm.pytorch.block_tables import BlockTables
 from trtllm_memshare.trtllm.pytorch.giving_up import GivingUp
@@ -77,7 +77,7 @@ def break_at(place: str, kind: str, seed: int, after: int, null_pages: str | Non
     way = {"null_pages": null_pages} if null_pages else {"null_entries": "skip"}
     config = {**way, **PRESSURE} if under_pressure else {}
     make = make_sharing_class(MANAGERS[kind], **config)
-    num_null = 7 if under_pressure and null_pages else 0
+    num_null = NUM_NULL if under_pressure and null_pages else 0
     executor = drive(make, random.Random(seed), kind, True, False, check, Broken, num_null)
     failures = executor.manager.memshare.failures
     ended = [

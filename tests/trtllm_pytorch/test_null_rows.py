@@ -10,10 +10,10 @@ import pytest
 import torch
 from trtllm_pytorch.conftest import TextlessFacts, make_settings, make_sharing_class, sharing_class, write_null_pages
 from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text
-from trtllm_pytorch.fake_v1 import FakeKVCacheManager
+from trtllm_pytorch.fake_v1 import FakeKVCacheManager, FakeReusingKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_pressure import PRESSURE
-from trtllm_pytorch.test_tail_swap import MANAGERS, resident_pages, run, takes_null_pages
+from trtllm_pytorch.test_tail_swap import MANAGERS, check_contents, resident_pages, run, takes_null_pages
 
 import trtllm_memshare
 from trtllm_memshare.engine.weights import weights_digest
@@ -27,6 +27,35 @@ def test_null_pages_are_taken_once_there_is_room_for_all_of_them(null_pages):
     executor = run("V1 reuse", 644, True, reuse=True, null_pages=null_pages, **PRESSURE)
     assert not executor.manager.memshare.failures.num_errors
     assert sum(executor.manager.impl.ref_count) == len(resident_pages(executor.manager, NULL_REQUEST))
+
+
+def test_a_prompt_that_reads_as_the_made_up_request_keeps_its_pages(null_pages):
+    """TensorRT-LLM looks made-up requests up in its prefix cache too, which are tokens of id 1 throughout."""
+    make = make_sharing_class(FakeReusingKVCacheManager, null_pages=null_pages, **PRESSURE)
+    manager = make_manager(make, 100, 8, max_batch_size=4, reuse=True)
+    executor, rng = FakeExecutor(manager, overlap=False), random.Random(1)
+    executor.submit(1, [1] * 40, repetitive_text(rng, 60))
+    while executor.active:
+        executor.step()
+        check_contents(executor)
+    assert not manager.memshare.failures.num_errors
+    assert not takes_null_pages(manager)
+    assert sum(manager.impl.ref_count) == 0, "what was not taken was given back"
+
+
+def test_a_pool_without_room_for_the_longest_request_beside_null_pages_is_refused(null_pages):
+    """It would wait for ever, or end main's executor as a deadlock: TensorRT-LLM admits by the whole pool."""
+    for make in (FakeMainKVCacheManagerV2, FakeKVCacheManager):
+        make = make_sharing_class(make, null_pages=null_pages, **PRESSURE)
+        assert make_manager(make, 40, 8).memshare is not None
+        with pytest.raises(
+            UserError,
+            match="max_seq_len must be at most 248 beside 7 null pages in a KV cache of 39 blocks of 8 tokens, got 256",
+        ):
+            make_manager(make, 39, 8)
+        # What TensorRT-LLM cuts to the pool leaves no room for null pages.
+        with pytest.raises(UserError, match=r"must be at most 176 beside 5 .* of 28 blocks of 8 tokens, got 200"):
+            make_manager(make, 28, 8, max_seq_len=200)
 
 
 def test_null_pages_are_written_on_each_rank_for_its_own_heads(tmp_path):
@@ -68,7 +97,7 @@ def test_the_pool_holds_what_was_calibrated_and_the_entries_are_the_managers_own
     executor = run(kind, 5, True, null_pages=null_pages, **PRESSURE)
     manager = executor.manager
     pages = resident_pages(manager, NULL_REQUEST)
-    keys = NullKeys.read(Path(null_pages), executor.pool.shape, make_mapping(), 256).keys
+    keys = NullKeys.read(Path(null_pages), executor.pool.shape, make_mapping(), manager.max_seq_len).keys
     for page, expected in zip(pages, keys, strict=True):
         assert torch.equal(executor.pool[page, :, 0], expected[:, :, None].expand_as(executor.pool[page, :, 0]))
         assert (executor.pool[page, :, 1] == 0).all()
@@ -110,11 +139,11 @@ class OnePromptAtATime(FakeExecutor):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("kind", ["V1", "V1 main", "V2", "V2 main"])
-@pytest.mark.parametrize("num_blocks", [18, 20, 24])
+@pytest.mark.parametrize("num_blocks", [16, 18, 20])
 def test_null_pages_are_not_taken_from_prompts_that_the_scheduler_lets_in(kind, num_blocks, overlap, null_pages):
     """Two prompts of eight pages; the first one generates when the second comes."""
     make = make_sharing_class(MANAGERS[kind], null_pages=null_pages, **PRESSURE)
-    executor = OnePromptAtATime(make_manager(make, num_blocks, 8), overlap)
+    executor = OnePromptAtATime(make_manager(make, num_blocks, 8, max_seq_len=88), overlap)
     for request_id in range(2):
         executor.submit(request_id, list(range(64)), list(range(20)))
     for _ in range(200):

@@ -137,6 +137,12 @@ def resident_pages(manager, request_id: int) -> list[int]:
     return list(manager.get_batch_cache_indices([request_id])[0])
 
 
+LONGEST = 216
+"""Tokens of a request of ``drive`` at most, in whole pages."""
+NUM_NULL = 6
+"""Bands of ``null_pages`` up to there."""
+
+
 def page_bytes(tokens_per_block: int) -> int:
     return NUM_LAYERS * 2 * NUM_HEADS * tokens_per_block * HEAD_DIM * 4
 
@@ -155,7 +161,7 @@ def run(kind: str, seed: int, overlap: bool, reuse: bool = False, **config) -> F
         check_pages(executor)
 
     make = make_sharing_class(MANAGERS[kind], **config)
-    num_null = 7 if config.get("null_pages") is not None else 0
+    num_null = NUM_NULL if config.get("null_pages") is not None else 0
     return drive(make, random.Random(seed), kind, overlap, reuse, check, num_null=num_null)
 
 
@@ -170,14 +176,15 @@ def drive(
     # then frees requests and computes them anew: its tier has room for some pages, or for all.
     host_pages = (num_blocks % 3) * 8 if kind == "V2 main" else 0
     host = {"host_cache_size": host_pages * page_bytes(size) or 1 << 30} if kind.startswith("V2") else {}
-    manager = make_manager(manager_class, num_blocks, size, reuse=reuse, config=host)
+    manager = make_manager(manager_class, num_blocks, size, reuse=reuse, config=host, max_seq_len=LONGEST)
     executor = executor_class(manager, overlap)
     pending = list(range(rng.randrange(2, 9)))
     prompt = repetitive_text(rng, 60)
     for step in range(2000):
         while pending and rng.random() < 0.3:
             head = prompt[: rng.randrange(1, 60)] if reuse else repetitive_text(rng, rng.randrange(1, 30))
-            executor.submit(pending.pop(), head, repetitive_text(rng, rng.randrange(40, 180)))
+            written = repetitive_text(rng, rng.randrange(40, 180))[: LONGEST - len(head)]
+            executor.submit(pending.pop(), head, written)
         if executor.active and rng.random() < 0.01:
             executor.cancel(rng.choice(executor.active).py_request_id)
         executor.step()

@@ -118,7 +118,9 @@ def _null_rows(manager: Any, backend: CacheBackend, facts: ModelFacts, settings:
     folder = Path(settings.options.null_pages or "")
     null_keys = NullKeys.read(folder, backend.pool.shape, manager.mapping, manager.max_seq_len)
     facts.check_null_pages(folder / KEYS_FILE)
-    return NullRows(manager, backend, null_keys)
+    rows = NullRows(manager, backend, null_keys)
+    rows.check_room(manager.max_seq_len)
+    return rows
 
 
 def _reserve(

@@ -103,8 +103,23 @@ class NullRows:
         """Pages of the pool that are taken."""
         return len(self.pages.blocks)
 
+    def check_room(self, max_seq_len: int) -> None:
+        """Raises UserError if the pool does not hold the longest request beside the null pages, which stay in it.
+
+        TensorRT-LLM lets requests in by the whole pool: one that is longer than the rest would wait for ever (V1), or
+        end the executor as a deadlock (main's V2). One page more is for the request that pads CUDA graphs.
+        """
+        num_blocks, size = self._backend.pool.shape[0], self._backend.pool.shape[4]
+        most = (num_blocks - self.num_pages - 1) * size
+        if max_seq_len > most:
+            raise UserError(
+                f"max_seq_len must be at most {most} beside {self.num_pages} null pages in a KV cache of {num_blocks} "
+                f"blocks of {size} tokens, got {max_seq_len} (lower max_seq_len, give the cache more memory, or set "
+                f"null_entries to skip)"
+            )
+
     def take(self, num_promised: int = 0) -> bool:
-        """Takes and writes the pages; False if the manager has no room for them now.
+        """Takes and writes the pages; False if the manager has no room for them now, or gives some that hold text.
 
         Args:
           num_promised: pages that the scheduler has counted on for this iteration and the manager is yet to hand out.
@@ -120,6 +135,9 @@ class NullRows:
         tokens = count * pool.shape[4]
         made = self._manager.add_dummy_requests([NULL_REQUEST], token_nums=[tokens], prepare_resource=True)
         if not made:
+            return False
+        if made[0].context_current_position > 0:  # V1 found a prompt of the same made-up tokens: pages of somebody
+            self._manager.free_resources(made[0])
             return False
         try:
             pages = self._backend.pages(NULL_REQUEST)
