@@ -83,7 +83,11 @@ def describe_validation_error(error: ValidationError, known: Iterable[str], wher
     key = shorten(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"{where} has an unknown key {key} ({nearest(key, known)})"
-    return f"{where}: {key} {first['msg'].lower()}, got {quote(first['input'])}" if key else f"{where}: {first['msg']}"
+    return (
+        f"{where}: {key} {first['msg'].lower()}, got {quote(first['input'])}"
+        if key
+        else f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    )
 
 
 def read_text(path: Path, what: str) -> str:

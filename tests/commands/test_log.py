@@ -42,6 +42,7 @@ def test_a_benchmark_shows_pressure_on_stderr_and_its_report_on_stdout(short_of_
     assert done.returncode == 0, done.stderr
     (variant,) = json.loads(done.stdout.splitlines()[-1])["variants"]
     assert sum(variant["pressure"]["retired_pages"].values()) > 0
+    assert variant["pressure"]["num_failed_reliefs"] == 0
     assert "pressure_begins" not in done.stdout
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert [line["event"] for line in lines] == ["pressure_begins", "pressure_ends"]

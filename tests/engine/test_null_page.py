@@ -164,6 +164,19 @@ def test_a_model_whose_queries_point_everywhere_is_refused_by_name(tmp_path):
         calibrate_null_pages(model, texts(4))
 
 
+def test_numbers_that_are_not_finite_are_refused_and_pass_no_check(tmp_path):
+    """One overflow in the text that nothing is fitted on: a comparison with it is false whichever way it is asked."""
+    write_centred_checkpoint(tmp_path, "llama", max_position_embeddings=2048)
+    model, given = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), texts(4)
+    given[-1][100] = 75  # no other text has it
+    with torch.no_grad():
+        model.model.embed_tokens.weight[75] = torch.inf
+    with pytest.raises(
+        UserError, match=r"must be finite to find a null page, got numbers that are not, in torch\.float32"
+    ):
+        calibrate_null_pages(model, given, 512)
+
+
 @pytest.mark.parametrize("given", [texts(2), [*texts(2), [5] * 63]])
 def test_too_little_text_is_refused(centred, given):
     with pytest.raises(UserError, match="at least 3 texts of at least 64 tokens"):

@@ -42,6 +42,19 @@ def test_unusable_arms_are_refused(text):
         parse_variant(text, make_config("aligned"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pressure:preset=aligned", r"a preset is no setting of another, got preset=aligned \(name it itself"),
+        ("pressure:need=random,control_seed=-1", "control_seed input should be greater than or equal to 0, got -1"),
+        ("pressure:control=random", "control random has no effect"),
+    ],
+)
+def test_settings_that_would_be_lost_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_variant(text, make_config("aligned"))
+
+
 @pytest.mark.parametrize("texts", [["full"], ["full", "full-guaranteed"], ["full:max_distance=0.3", "aligned"]])
 def test_settings_that_no_arm_takes_are_refused(texts):
     overrides = {} if ":" in texts[0] else {"max_distance": 0.3}

@@ -237,6 +237,8 @@ def test_a_step_that_holds_no_chunk_of_a_context_is_refused():
     manager = KVCacheManager(100, 1, 16, 20, 4, make_config("off"))
     with pytest.raises(UserError, match=r"max_num_tokens must be at least 16, .* got 15 \(raise --max-num-tokens\)"):
         Scheduler(manager, MAX_UTILIZATION, 4, 15, chunk_unit_size=16)
+    with pytest.raises(UserError, match="max_batch_size must be at least 1, got 0"):
+        Scheduler(manager, MAX_UTILIZATION, 0, 64)
 
 
 def test_a_pool_that_is_too_small_says_a_size_that_is_enough(boundaries):

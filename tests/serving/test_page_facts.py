@@ -143,6 +143,14 @@ def test_a_block_that_lay_free_was_asked_nothing():
     np.testing.assert_allclose(facts.attention, [0.5, 0.25, 0.5], rtol=1e-6)
 
 
+def test_the_last_attention_of_an_owner_that_ended_is_not_the_next_ones():
+    """Requests end before attention is observed: the block lies free by then, as of its new generation."""
+    ledger = PageLedger(find_need("attention-redundancy"), 4, 1, 0, None)
+    ledger.observe_attention(np.array([0.9], np.float32), np.array([1], np.int32), np.array([False]))
+    ledger.observe_attention(np.array([0.2], np.float32), np.array([1], np.int32), np.array([True]))
+    np.testing.assert_allclose(ledger.facts(0, np.array([5]), np.array([0]), 1).attention, [0.2], rtol=1e-6)
+
+
 def test_attention_adds_up_again_in_a_block_that_was_freed():
     ledger = PageLedger(find_need("attention-redundancy"), 4, 2, 0, None)
     generations, in_use = np.array([1, 0], np.int32), np.ones(2, bool)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.search.block_distance import rotate
 
 IMPLEMENTATION = "memshare_observed"
@@ -83,6 +84,9 @@ def observe_queries(model: Any, token_ids: list[int], max_queries: int) -> Queri
     Args:
       model: a Hugging Face decoder with rotary embeddings of half-split layout; its attention is switched and back.
       token_ids: of the text; more than ``FIRST_POSITION``.
+
+    Raises:
+      UserError: attention that is not finite, as where float16 overflows.
     """
     device = model.device
     count = len(token_ids)
@@ -96,9 +100,13 @@ def observe_queries(model: Any, token_ids: list[int], max_queries: int) -> Queri
             memshare_observer=observer,
         )
     largest = torch.tensor(observer.largest)
-    return Queries(
-        torch.stack(observer.unrotated), torch.stack(observer.log_sum_exp), largest, observer.scaling, chosen
-    )
+    unrotated, log_sum_exp = torch.stack(observer.unrotated), torch.stack(observer.log_sum_exp)
+    if not (unrotated.isfinite().all() and log_sum_exp.isfinite().all()):
+        raise UserError(
+            f"the model's attention must be finite to find a null page, got numbers that are not, in {model.dtype} and "
+            f"a text of {count} tokens (calibrate in bfloat16 or float32, or look at the weights)"
+        )
+    return Queries(unrotated, log_sum_exp, largest, observer.scaling, chosen)
 
 
 @torch.inference_mode()

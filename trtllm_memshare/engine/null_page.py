@@ -248,12 +248,13 @@ class _Calibration:
             keys.append(key)
             gaps.append((logits - self._check.log_sum_exp).amax(-1))
         gap = torch.stack(gaps)
-        if gap.max() > TARGET_GAP:
-            band, layer, head = (int(i[0]) for i in torch.where(gap == gap.max()))
+        worst = gap.nan_to_num(nan=torch.inf)
+        if worst.max() > TARGET_GAP:
+            band, layer, head = (int(i[0]) for i in torch.where(worst == worst.max()))
             raise NullPageRefused(
                 f"the null page of layer {layer}, head {head} at positions from {int(edges[band])} on lies "
-                f"{-float(gap.max()):.1f} nats below the real keys in a pool of {str(kv_dtype).removeprefix('torch.')}"
-                f", expected at least {-TARGET_GAP:.0f}",
+                f"{-float(gap[band, layer, head]):.1f} nats below the real keys in a pool of "
+                f"{str(kv_dtype).removeprefix('torch.')}, expected at least {-TARGET_GAP:.0f}",
                 "take another --kv-cache-dtype",
             )
         tokens = self._vocabulary

@@ -212,7 +212,9 @@ def _entry(
         "rejected": executor.rejected,
         "paused_requests": stats.num_pauses,
         "recomputed_tokens": stats.num_recomputed_tokens,
-        "pressure": None if executor.pressure is None else asdict(executor.pressure.stats),
+        "pressure": None
+        if executor.pressure is None
+        else {**asdict(executor.pressure.stats), "num_failed_reliefs": executor.pressure.faults.num},
         "num_steps": stats.num_steps,
         "search_time_fraction": stats.search_time_fraction,
         "mean_step_ms": stats.busy_seconds / stats.num_steps * 1e3,

@@ -149,6 +149,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set takes KEY=VALUE, got {shorten(text)} (for example max_distance=0.4)")
+    if key == "preset":
+        raise UserError(
+            f"a preset is no setting of another, got {shorten(text)} (name it itself: --preset or --variants)"
+        )
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:

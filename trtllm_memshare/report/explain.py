@@ -19,6 +19,7 @@ from trtllm_memshare.report.explain_words import describe_story
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.open import check_pool, open_runner
 from trtllm_memshare.search.config import PRESETS, MemShareConfig
+from trtllm_memshare.serving.failures import RequestFailedError
 from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
 
 
@@ -109,7 +110,10 @@ def explain(
     roomy = -(-length // size) + 2 + (0 if null_pages is None else null_pages.num_bands)
     runner = open_runner(engine, max(roomy, num_blocks or 0), device)
     room, stops, most = length - num_prompt_tokens, engine.stop_token_ids, engine.build.max_num_tokens
-    return tell_story(runner, config, tokenizer, prompt, input_ids, room, length, stops, num_blocks, most)
+    try:
+        return tell_story(runner, config, tokenizer, prompt, input_ids, room, length, stops, num_blocks, most)
+    except RequestFailedError as error:  # what the engine cannot do with this prompt, in a sentence
+        raise UserError(str(error)) from error
 
 
 def _settle(engine: Engine, preset: str | None, overrides: dict[str, Any]) -> MemShareConfig:

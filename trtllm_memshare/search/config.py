@@ -118,7 +118,7 @@ class MemShareConfig(BaseModel):
     )
     budget_share: float = Field(0.5, gt=0, le=1, description="controls snapkv and rkv: see budget")
     observation_tokens: int = Field(8, ge=1, le=128, description="controls snapkv and rkv: recent queries that score")
-    control_seed: int = 0
+    control_seed: int = Field(0, ge=0, description="of random pages")
 
     @model_validator(mode="after")
     def _fits_together(self) -> MemShareConfig:

@@ -12,6 +12,7 @@ _VOTES = ("compared", "layer_vote", "layer_quorum")
 _RUNS = ("shingle_tokens", "min_run_tokens", "max_gap_tokens")
 _STEPS = ("min_step_tokens", "min_step_cosine", "max_steps_compared")
 _STREAMING = ("streaming_window_tokens", "streaming_sink_tokens")
+_ALIASES = ("max_aliases", "count_aliases")
 _BUDGET = ("budget", "observation_tokens")
 
 # Settings, whether they have an effect, and who reads them.
@@ -23,6 +24,12 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_RUNS, lambda c: c.matcher == "runs" or c.scope == "group", "matcher runs reads it"),
     (_STEPS, lambda c: c.matcher == "steps", "matcher steps reads it"),
     (("layer_quorum",), lambda c: c.layer_vote == "quorum", "layer_vote quorum reads it"),
+    (("scope", "control"), lambda c: not c.pressure, "presets that search while there is room read it"),
+    (
+        _ALIASES,
+        lambda c: not c.pressure or c.retired_becomes == "alias",
+        "pressure with retired_becomes alias reads it",
+    ),
     (("max_protected_tokens",), lambda c: c.protected_steps > 0, "protected_steps above 0 reads it"),
     (_STREAMING, lambda c: c.control == "streaming", "control streaming reads it"),
     (_BUDGET, lambda c: c.control in ("snapkv", "rkv"), "controls snapkv and rkv read it"),

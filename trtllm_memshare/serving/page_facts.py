@@ -97,7 +97,7 @@ class PageLedger:
         anew = generations != self._generation
         self._attention[anew], self._queries[anew] = 0.0, 0
         self._generation[anew] = generations[anew]
-        self._attention += attention
+        self._attention += np.where(in_use, attention, 0.0)  # a block that came free in this step: its last owner's
         self._queries += in_use
 
     def catch_up(self, request_ids: list[int]) -> None:

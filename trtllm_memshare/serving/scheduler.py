@@ -71,7 +71,7 @@ class Scheduler:
       failed: requests that could not be added to the cache, with what was raised; whoever answers them clears it.
 
     Raises:
-      UserError: unknown policy, or steps that could hold no chunk of a context.
+      UserError: unknown policy, no request in flight, or steps that could hold no chunk of a context.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Scheduler:
     ) -> None:
         if policy not in POLICIES:
             raise UserError(f"unknown scheduler policy {policy} ({nearest(policy, POLICIES)})")
+        if max_batch_size < 1:
+            raise UserError(f"max_batch_size must be at least 1, got {max_batch_size} (8 requests in flight: 8)")
         if max_num_tokens < chunk_unit_size:
             raise UserError(
                 f"max_num_tokens must be at least {chunk_unit_size}, the unit of a context's chunks, got "

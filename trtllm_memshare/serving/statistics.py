@@ -108,7 +108,7 @@ class PressureStatus:
       num_episodes: times that pressure began.
       num_pauses_avoided: times that running requests got pages without a pause because others were given up.
       num_admitted: times that a waiting request was let in on pages that others gave up.
-      num_at_floor: running requests that may give up nothing more at present.
+      num_at_floor: running requests that have given pages up and are at their floor: only what repeats may go still.
       retired_now: pages that the running requests do without.
       bytes_saved_now: memory of these.
       num_failed_reliefs: errors of pressure that were caught, each of which left it out until the next step.

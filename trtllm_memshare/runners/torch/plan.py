@@ -27,7 +27,7 @@ class DecodeGroup:
 
     Attributes:
       tokens: int64 ``[n]``, their places among the packed tokens.
-      head_units: int64 ``[2, n, heads, max_read_blocks]``, layer 0, K then V; padding repeats one of the sequence's own.
+      head_units: int64 ``[2, n, heads, max_read_blocks]``, layer 0, K then V; padding repeats one of its own.
       bias: float32 ``[n, 1, 1, max_read_blocks * tokens_per_block]``: -inf where there is no token, ln m where a
         block is named m times.
     """

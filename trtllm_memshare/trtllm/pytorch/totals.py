@@ -53,7 +53,7 @@ def pressure_totals(stats: PressureStats, num_resumed: int, num_at_floor: int) -
 
     Args:
       num_resumed: pages given up again by requests that came back from a pause.
-      num_at_floor: running requests that may give up nothing more at present.
+      num_at_floor: running requests that have given pages up and are at their floor: only what repeats may go still.
     """
     return {
         "pauses_avoided": stats.avoided.num,
