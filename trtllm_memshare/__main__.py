@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "null-pages": (
         "trtllm_memshare.commands.null_pages",
-        "pages that a model does not attend to, made once: what serve, bench and vllm need under pressure",
+        "pages that a model does not attend to, made once: for serve, bench and vllm where null entries are read",
     ),
     "triton": ("trtllm_memshare.commands.triton", "a Triton model repository over an engine, and the server over it"),
     "vllm": ("trtllm_memshare.vllm.commands", "vLLM with memory pressure: vllm serve, vllm bench, vllm calibrate"),

@@ -20,12 +20,17 @@ def main(command: str, arguments: list[str]) -> None:
         help="Hugging Face checkpoint, or a GGUF file (default: the bundled model); needed by --adopt",
     )
     parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, help="default: %(default)s")
-    parser.add_argument("--memshare", action="store_true", help="share KV blocks of repeated reasoning")
+    parser.add_argument("--memshare", action="store_true", help="give KV blocks back under pressure, or share repeats")
     parser.add_argument(
         "--preset",
-        help="pressure (default; TensorRT engines: aligned), drop-duplicate, paper, lexical or off; needs --memshare",
+        help="pressure (default), aligned (TensorRT engines' default), drop-duplicate, paper, lexical or off; needs "
+        "--memshare",
     )
-    parser.add_argument("--shadow", action="store_true", help="search and report, share nothing; needs --memshare")
+    parser.add_argument(
+        "--shadow",
+        action="store_true",
+        help="search and report, share nothing; needs --memshare, takes preset aligned unless another is given",
+    )
     parser.add_argument("--backend", choices=("auto", "torch", "tensorrt"), default="auto", help="default: %(default)s")
     for name, field in BuildConfig.model_fields.items():
         is_text = name in ("kv_cache_dtype", "quantization")

@@ -200,7 +200,7 @@ class KnownRequests:
             self._has_said_full = True
             log.warning(
                 "MemShare's tables of %d blocks and %d requests have no room for request %s, so that requests like it "
-                "share nothing new for now (suspended ones may fill them: lower max_batch_size; said once)",
+                "share nothing (suspended ones may fill them: lower max_batch_size; said once)",
                 self._manager.pool.num_usable,
                 self._max_parked,
                 request_id,
