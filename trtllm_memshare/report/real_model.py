@@ -49,7 +49,7 @@ RANKINGS = [name for name in LABELS if name not in _NO_RANKINGS]
 _HALF = Setting()
 _FEWEST_TEXTS = 10
 _ON_AXES = (BASE, "attention-redundancy")
-_BY_POSITION = (BASE, "attention-redundancy", DEFAULT)
+_BY_POSITION = (BASE, "attention-redundancy", DEFAULT, "paper-null", "paper-alias")
 
 
 def main_table(rows: list[Row], setting: Setting = _HALF) -> str:
