@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from trtllm_memshare.engine.build_config import BuildConfig
+from trtllm_memshare.search.config import make_config
 from trtllm_memshare.trtllm.engine.signatures import BUILDER, PARALLEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,3 +101,13 @@ def test_a_file_of_the_product_has_at_most_300_lines():
     files = list((ROOT / "trtllm_memshare").rglob("*.py"))
     assert files
     assert not {p.relative_to(ROOT).as_posix(): n for p in files if (n := len(p.read_text().splitlines())) > 300}
+
+
+def test_the_settings_of_pressure_have_the_defaults_that_their_table_says():
+    page = (ROOT / "docs" / "pressure.md").read_text()
+    part = page.partition("### Settings")[2].partition("Other needs are")[0]
+    config, found = make_config("pressure"), {}
+    for names, values in re.findall(r"^\| (`.*?`) \| (.*?) \|", part, flags=re.MULTILINE):
+        found.update(zip(re.findall(r"`(\w+)`", names), values.replace("`", "").split(", "), strict=True))
+    assert {name: str(getattr(config, name)).lower() for name in found} == found
+    assert {"min_kept", "need", "retired_becomes", "lookahead_tokens"} <= set(found)
