@@ -176,6 +176,7 @@ def test_missing_and_half_written_files(own_checkpoint, damage, message):
         ({"architectures": ["MistralForCausalLM"], "sliding_window": ...}, r"uses a sliding window"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"rope_type dynamic, expected one of default"),
         ({"rope_parameters": {"rope_type": "longrope"}}, r"rope_type longrope"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, r"three positions .* \(mrope\)"),
         ({"partial_rotary_factor": 0.75}, r"rotates a part of each head \(partial_rotary_factor 0.75\)"),
         ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, r"uses a sliding window"),
         ({"quantization_config": {"quant_method": "awq"}}, r"holds quantized weights"),

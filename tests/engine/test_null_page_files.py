@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +240,8 @@ def test_architectures_that_only_other_hosts_serve_are_calibrated(centred_dir, t
 def test_the_bundled_model_is_refused_by_name(bundled_model):
     with pytest.raises(NullPageRefused, match=r"no null page is found for layer 3, head \d"):
         calibrate_checkpoint(bundled_model, 4096, "float32")
+
+
+def test_a_name_that_is_no_folder_is_to_be_downloaded():
+    with pytest.raises(UserError, match=r"must be a folder .* got Qwen/Qwen3-8B \(download it first\)"):
+        calibrate_checkpoint(Path("Qwen/Qwen3-8B"), 128, "auto")

@@ -193,6 +193,9 @@ def test_options_are_laid_over_the_users_and_conflicts_are_named():
         merge_options({"kv_cache_config": {"use_kv_cache_manager_v2": False, "host_cache_size": 1}})
     with pytest.raises(UserError, match="kv_cache_config must be a mapping of options, got 'fp8'"):
         merge_options({"kv_cache_config": "fp8"})
+    for backend in ("_autodeploy", "tensorrt"):
+        with pytest.raises(UserError, match=f"backend must be pytorch to share, got {backend}"):
+            merge_options({"backend": backend})
     with pytest.raises(UserError, match="attn_backend must be TRTLLM to share, got FLASHINFER"):
         merge_options({"attn_backend": "FLASHINFER"})
     with pytest.raises(UserError, match=r"scheduler_config\.capacity_scheduler_policy must be MAX_UTILIZATION"):

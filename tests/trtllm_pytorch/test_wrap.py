@@ -60,6 +60,13 @@ def test_another_backend_is_refused_by_name(monkeypatch, command, option):
         main(command, ["M", "--backend", "pytorch"])
 
 
+def test_serving_apart_is_refused_before_its_own_file_is_read(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    for subcommand in ("disaggregated", "disaggregated_mpi_worker"):
+        with pytest.raises(UserError, match=f"excludes disaggregated serving, got serve {subcommand}"):
+            main("serve", [subcommand, "-c", "conf.yaml"])
+
+
 READ = '#!/bin/sh\ncp "$TRTLLM_MEMSHARE_CONFIG" {folder}/seen.json\necho "$TRTLLM_MEMSHARE_CONFIG" > {folder}/where\n'
 
 

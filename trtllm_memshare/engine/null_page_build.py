@@ -105,6 +105,10 @@ def calibrate_checkpoint(model_dir: Path, max_seq_len: int, kv_dtype: str) -> Nu
             f"positions that need a null page must be from 1 to {_MOST_POSITIONS}, got {max_seq_len} (give the longest "
             f"text that is to be served, in tokens)"
         )
+    if not model_dir.is_dir():
+        raise UserError(
+            f"a model must be a folder with its checkpoint, got {shorten(str(model_dir))} (download it first)"
+        )
     # Not ``read_checkpoint``: other hosts serve architectures and quantized weights that our executor does not.
     config = read_json(model_dir / "config.json", "the checkpoint", "name a Hugging Face checkpoint")
     excluded = excluded_attention(config, model_dir)

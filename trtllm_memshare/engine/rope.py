@@ -34,6 +34,11 @@ def rope_type(config: dict[str, Any]) -> str:
 def check_rope(config: dict[str, Any], path: Path) -> None:
     """Raises UserError for a rotation that cannot be served, or whose numbers are missing or no numbers."""
     kind = rope_type(config)
+    if kind == "mrope":
+        raise UserError(
+            f"{path.parent} rotates by three positions of an image or a text (mrope), expected one position a token "
+            f"(take a model of text alone)"
+        )
     if kind not in _TYPES:
         raise UserError(
             f"{path.parent} has rope_type {quote(kind)[1:-1]}, expected one of {', '.join(_TYPES)}: K of two positions "

@@ -44,6 +44,8 @@ def merge_options(user: dict[str, Any], route: str = "overlay") -> dict[str, Any
       UserError: an option that contradicts it.
     """
     merged, of_route = copy.deepcopy(user), _BY_ROUTE[route]
+    if (backend := merged.get("backend")) not in (None, "pytorch"):
+        raise UserError(f"backend must be pytorch to share, got {_shown(backend)} (remove it from your options)")
     for path, value in (_NEEDED | of_route).items():
         section = merged
         for key in path[:-1]:
@@ -81,6 +83,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(read_text(path, "the file of LLM options"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if document is None:  # an empty file
+        return {}
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold a mapping of LLM options, got {type(document).__name__}")
     return document

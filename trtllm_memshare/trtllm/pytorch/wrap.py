@@ -92,6 +92,8 @@ def _folder_of_null_pages(folder: str) -> str:
 def _run(command: str, arguments: list[str], environment: dict[str, str], folder: Path) -> int:
     """Runs TensorRT-LLM's program; its exit status. ``folder``: for files that it reads meanwhile."""
     settings = load_settings(environment)
+    if command == "serve" and (elsewhere := next((a for a in arguments[:1] if a.startswith("disaggregated")), None)):
+        raise UserError(f"sharing excludes disaggregated serving, got serve {elsewhere} (run trtllm-serve itself)")
     _, backend = _take_option(arguments, ("--backend",))
     if backend not in (None, "pytorch"):
         raise UserError(
