@@ -58,8 +58,8 @@ def test_null_pages_that_are_to_be_read_have_to_be_there():
         ({"null_pages": "x", "read_null": False}, "null_entries says whether .*got read_null False"),
         ({"null_pages": "x", "need": "attention-redundancy"}, "need must be one that vLLM can tell"),
         ({"null_pages": "x", "max_distance": 0.1}, "max_distance 0.1 has no effect beside the other settings"),
-        ({"null_pages": "x", "scope": "group"}, "sets scope, which pressure on vLLM does not read"),
-        ({"null_pages": "x", "control": "streaming"}, "sets control, which pressure on vLLM does not read"),
+        ({"null_pages": "x", "scope": "group"}, "scope group has no effect"),
+        ({"null_pages": "x", "control": "streaming"}, "control [a-z]+ has no effect"),
         ([], "must hold a JSON object, got list"),
     ],
 )

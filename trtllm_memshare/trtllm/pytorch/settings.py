@@ -167,8 +167,8 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
 
 
 _OF_OWN_RUNNERS: tuple[str, ...] = ("read_null",)
-_UNDER_PRESSURE = ("lookahead_tokens", "max_aliases")
-"""TensorRT-LLM admits requests itself, and nothing is shared."""
+_UNDER_PRESSURE = ("lookahead_tokens",)
+"""TensorRT-LLM admits requests itself."""
 _WHERE_DROPPED = ("shingle_tokens", "min_run_tokens", "search_interval")
 """The framework's pages are not looked through for repeats."""
 
