@@ -22,8 +22,8 @@ from trtllm_memshare.search.config import MemShareConfig, make_config
         ("pressure", {"max_protected_tokens": 100}, "max_protected_tokens 100", "protected_steps above 0"),
         ("pressure", {"scope": "group"}, "scope group", "presets that search while there is room"),
         ("pressure", {"control": "snapkv"}, "control snapkv", "presets that search while there is room"),
-        ("pressure", {"max_aliases": 4}, "max_aliases 4", "pressure with retired_becomes alias"),
-        ("pressure", {"count_aliases": False}, "count_aliases False", "pressure with retired_becomes alias"),
+        ("pressure", {"max_aliases": 4}, "max_aliases 4", "need nearest-earlier"),
+        ("pressure", {"count_aliases": False}, "count_aliases False", "need nearest-earlier"),
         ("aligned", {"streaming_sink_tokens": 4}, "streaming_sink_tokens 4", "control streaming"),
         ("aligned", {"budget_tokens": 4}, "budget_tokens 4", "budget fixed"),
         ("aligned", {"control": "rkv", "budget_share": 0.3}, "budget_share 0.3", "budget share"),
@@ -42,6 +42,7 @@ def test_what_has_no_effect_is_refused(preset, settings, name, reader):
     [
         ("pressure", {"need": "age", "min_kept": 0.1, "low_watermark": 0.5}),
         ("pressure", {"need": "nearest-earlier", "retired_becomes": "alias", "max_aliases": 4}),
+        ("pressure", {"need": "nearest-earlier", "max_aliases": 4}),
         ("paper", {"min_step_cosine": 0.9, "max_distance": 0.1}),
         ("paper", {"scope": "group", "min_run_tokens": 64}),
         ("lexical", {"min_run_tokens": 64, "settled_tokens": 8}),

@@ -25,11 +25,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_STEPS, lambda c: c.matcher == "steps", "matcher steps reads it"),
     (("layer_quorum",), lambda c: c.layer_vote == "quorum", "layer_vote quorum reads it"),
     (("scope", "control"), lambda c: not c.pressure, "presets that search while there is room read it"),
-    (
-        _ALIASES,
-        lambda c: not c.pressure or c.retired_becomes == "alias",
-        "pressure with retired_becomes alias reads it",
-    ),
+    # Whose pages are the same with null entries, for the comparison: an earlier page stands for so many.
+    (_ALIASES, lambda c: not c.pressure or c.need == "nearest-earlier", "need nearest-earlier reads it"),
     (("max_protected_tokens",), lambda c: c.protected_steps > 0, "protected_steps above 0 reads it"),
     (_STREAMING, lambda c: c.control == "streaming", "control streaming reads it"),
     (_BUDGET, lambda c: c.control in ("snapkv", "rkv"), "controls snapkv and rkv read it"),

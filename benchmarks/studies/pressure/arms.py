@@ -58,31 +58,6 @@ def every_arm(reports: dict[str, Any] | list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def without_times(reports: list[dict[str, Any]]) -> str:
-    """One row for each arm, of several runs in one pool: what a machine's speed does not change.
-
-    Raises:
-      ValueError: results of several pools.
-    """
-    pools = {report["kv_cache_blocks"] for report in reports}
-    if len(pools) > 1:
-        raise ValueError(f"arms that are compared must share a pool, got pools of {sorted(pools)} blocks")
-    rows = {row["variant"]: row for report in reports for row in report["variants"]}
-    full = rows["full"]
-    heads = ("arm", "steps", "in flight", "modelled GPU", "paused", "recomputed", "given up", "Δ loss")
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    for name, shown in ARMS.items():
-        if name in rows:
-            row = rows[name]
-            lines.append(
-                f"| {shown} | {row['num_steps']:,} | {row['mean_requests_in_flight']:.1f} | "
-                f"{_modelled_rate(row) / _modelled_rate(full):.2f} | {row['paused_requests']} | "
-                f"{row['recomputed_tokens']:,.0f} | {row['shared_block_fraction'] * 100:.0f} % | "
-                f"{row['loss_nats_per_token'] - full['loss_nats_per_token']:+.4f} |"
-            )
-    return "\n".join(lines)
-
-
 def _modelled_rate(row: dict[str, Any]) -> float:
     return row["modelled_gpu"]["request_throughput_req_s"]
 

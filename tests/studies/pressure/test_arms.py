@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.studies.pressure.arms import every_arm, without_times
+from benchmarks.studies.pressure.arms import every_arm
 
 
 def result(blocks, losses=True, **steps):
@@ -43,11 +43,3 @@ def test_a_run_without_losses_shows_its_right_answers():
 def test_two_runs_of_one_pool_have_no_common_clock():
     with pytest.raises(ValueError, match="times of one pool must be of one run, got 2 results of 1 pools"):
         every_arm([result(20, full=100), result(20, full=100, aligned=50)])
-
-
-def test_what_no_clock_changes_may_come_from_several_runs():
-    *_, full, aligned = without_times([result(20, aligned=50), result(20, full=100)]).splitlines()
-    assert full == "| `full` (MAX_UTILIZATION) | 100 | 5.2 | 1.00 | 3 | 1,200 | 25 % | +0.0000 |"
-    assert aligned == "| `aligned` | 50 | 5.2 | 2.00 | 3 | 1,200 | 25 % | +0.0100 |"
-    with pytest.raises(ValueError, match=r"must share a pool, got pools of \[10, 20\] blocks"):
-        without_times([result(10, full=1), result(20, aligned=2)])
