@@ -65,6 +65,17 @@ def test_under_pressure_a_loop_holds_no_more_memory_as_it_goes_on(replay, kept):
     assert found["loss_change_before"] == 0
 
 
+def test_the_published_choice_takes_no_more_of_a_loop_than_its_floor_leaves(replay):
+    """It knows no repeats: of 65 pages at the loop's end, the prompt's aside, two fifths may go, looped or not."""
+    boundaries = BoundaryTokens.from_texts(["\n\n"] * replay.model.config.vocab_size)
+    config = make_config("pressure", min_kept=0.6, need="nearest-earlier", retired_becomes="alias", max_aliases=64)
+    found = measure_loop(replay, IDS, 8, list(range(10, 42)), boundaries, config, BEFORE, 4 * LOOP)
+    assert found["pages_held_at_its_end"] == 4 + 64 - (4 + 64 - 1) * 2 // 5
+    stay = [found["first_half_stays"], found["second_half_stays"]]
+    assert {reason for half in stay for reason in half} == {"floor", "recent"}
+    assert stay[1]["recent"] == 128 // PAGE_TOKENS
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [({"max_distance": 0.02}, "distance"), ({"min_run_tokens": 2000}, "no copy"), ({"max_aliases": 2}, "max_aliases")],
