@@ -72,9 +72,11 @@ def run_to_end(line: Sequence[str], environment: Mapping[str, str]) -> int:
         else:
             early.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # a terminal sends the latter to both
-        signal.signal(number, hand_on)
-    with subprocess.Popen(line, env=environment) as program:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, hand_on)
+    # A session of its own: a terminal would send Ctrl-C to both, and servers take a second one for impatience.
+    with subprocess.Popen(line, env=environment, start_new_session=True) as program:
         running.append(program)
         for sent in early:
             program.send_signal(sent)

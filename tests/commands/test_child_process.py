@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from run_program import run_program
+from run_program import ROOT, run_program
 
 from trtllm_memshare.child_process import shown_line
 
@@ -47,6 +47,41 @@ def test_who_stops_the_command_stops_the_program_which_ends_in_its_own_order(tmp
     send(ran)
     assert ran.communicate(timeout=30)[0] == "in order\n"
     assert ran.returncode == 5
+
+
+COUNTS = f"""#!{sys.executable}
+import signal, time
+times = []
+signal.signal(signal.SIGINT, lambda *_: times.append(time.monotonic()))
+print("ready", flush=True)
+while not times or time.monotonic() < times[0] + 0.5:
+    time.sleep(0.01)
+print(len(times), flush=True)
+"""
+_LATER = """
+import subprocess, time
+send = subprocess.Popen.send_signal
+subprocess.Popen.send_signal = lambda self, number: (time.sleep(0.05), send(self, number))
+"""
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_program_once(tmp_path):
+    """Servers take a second one for impatience, and cut off what they were to finish."""
+    (tmp_path / "sitecustomize.py").write_text(_LATER)  # two that come at once would be taken for one
+    ran = run_program(tmp_path, "trtllm-serve", COUNTS, "serve", "m", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    while (line := ran.stdout.readline()) != "ready\n":
+        assert line, ran.stderr.read()
+    os.killpg(ran.pid, signal.SIGINT)
+    assert ran.communicate(timeout=30)[0] == "1\n"
+
+
+def test_a_terminal_that_is_closed_closes_the_program(tmp_path):
+    ran = run_program(tmp_path, "trtllm-serve", "#!/bin/sh\necho $$\nexec sleep 60\n", "serve", "m")
+    while not (line := ran.stdout.readline()).strip().isdigit():
+        assert line, ran.stderr.read()
+    ran.send_signal(signal.SIGHUP)
+    ran.communicate(timeout=30)
+    assert ran.returncode == 128 + signal.SIGHUP
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda w: w[0])

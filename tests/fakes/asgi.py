@@ -9,11 +9,20 @@ from typing import Any
 
 
 async def ask(
-    app: Any, method: str, path: str, body: bytes = b"", leaves_after_s: float | None = None
+    app: Any,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    leaves_after_s: float | None = None,
+    headers: dict[str, str] | None = None,
+    is_whole: bool = True,
 ) -> tuple[int, bytes]:
     """Status and body of the answer. An error that the application lets through comes out here.
 
-    ``leaves_after_s``: when the client closes its connection, None = it stays.
+    Args:
+      leaves_after_s: when the client closes its connection, None = it stays.
+      headers: beside the type of the body.
+      is_whole: whether the body ever ends.
     """
     arrived = time.monotonic()
     scope = {
@@ -26,11 +35,14 @@ async def ask(
         "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [
+            (b"content-type", b"application/json"),
+            *((name.encode(), value.encode()) for name, value in (headers or {}).items()),
+        ],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 8000),
     }
-    pending = [{"type": "http.request", "body": body, "more_body": False}]
+    pending = [{"type": "http.request", "body": body, "more_body": not is_whole}]
     status, parts = 0, list[bytes]()
 
     async def receive() -> dict[str, Any]:

@@ -20,6 +20,9 @@ class Letters:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [(ord(c) - 48) % VOCAB_SIZE for c in text]}
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(48 + token)
+
     def get_added_vocab(self) -> dict[str, int]:
         return {}
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from fakes.counting_runner import CountingRunner
 from fakes.reading_runner import ReadingRunner
+from serving.counting_executor import WAIT, make
 
 from trtllm_memshare.cache.null_pages import NullPages
 from trtllm_memshare.search.config import make_config
@@ -21,7 +25,7 @@ def make_status(pressure: PressureStatus | None) -> ExecutorStatus:
         num_active=11, num_waiting=12, num_context=3, num_context_tokens=513, num_generating=8, num_pauses=14,
         num_paused=5, num_steps=1016, num_finished=17, max_blocks=200, used_blocks=150, tokens_per_block=16,
         shared_blocks=20, search_seconds=0.75, num_candidates=22, refused={"drift": 23}, num_failed=1,
-        num_failed_steps=2, pressure=pressure,
+        num_failed_steps=2, step_seconds=41.5, pressure=pressure,
     )  # fmt: skip
 
 
@@ -98,3 +102,25 @@ def test_a_short_pool_is_seen_while_it_is_short_and_in_the_totals_afterwards(ret
     assert sum(totals["memshare_retired_pages"].values()) >= most
     assert totals["memshare_pressure"]["retired_now"] == totals["memshare_pressure"]["active"] == 0
     assert totals["memshare_pressure"]["episodes"] >= 1
+
+
+def test_a_step_that_lasts_is_told_from_its_own_beginning():
+    """And not from the last time that somebody looked, which may be a minute ago."""
+    assert gauges(make_status(None))["memshare_seconds_since_step"] == {"seconds": 41.5}
+
+
+def test_the_time_of_a_step_is_that_of_the_one_that_runs(boundaries):
+    runner, seen = CountingRunner(), list[float]()
+    with make(boundaries, runner) as executor:
+        assert executor.status().step_seconds == 0
+        time.sleep(0.3)  # idle
+
+        def look(_):
+            time.sleep(0.05)
+            seen.append(executor.status().step_seconds)
+
+        runner.before_step = look
+        executor.submit([5], SamplingParams(2)).result(WAIT)
+    assert all(0.05 <= seconds < 0.3 for seconds in seen)
+    assert len(seen) >= 2
+    assert executor.status().step_seconds == 0

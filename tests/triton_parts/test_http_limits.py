@@ -14,6 +14,7 @@ from fakes.letters import Letters
 from fuzz import service_targets
 from fuzz.service_targets import openai_body
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 from serving.counting_executor import WAIT, make
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,6 +25,7 @@ from trtllm_memshare.serving.request import SamplingParams
 from trtllm_memshare.triton import body_limit
 from trtllm_memshare.triton.inputs import TEXT_NAMES
 from trtllm_memshare.triton.openai_app import Endpoint, make_app
+from trtllm_memshare.triton.openai_schema import ChatRequest, CompletionRequest
 from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.service import ExecutorService, LocalCall
 from trtllm_memshare.triton.tensors import RequestTensors
@@ -80,6 +82,34 @@ def test_a_body_is_not_read_beyond_the_limit(monkeypatch):
     )  # fmt: skip
 
 
+_MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [None] * _MANY},
+        {"prompt": [[None] * _MANY]},
+        {"prompt": [[]] * _MANY + [None] * _MANY},
+        {"prompt": "5", "stop": [1] * _MANY},
+        {"messages": [{}] * _MANY},
+        {"messages": [{"role": "user", "content": [{}] * _MANY}]},
+    ],
+)
+def test_a_body_of_many_faults_has_few_errors(body):
+    """Each takes memory in pydantic and again in FastAPI: millions would take all of it."""
+    kind = ChatRequest if "messages" in body else CompletionRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 10
+
+
+@pytest.mark.parametrize("prompt", [["5", 6], [5, "6"], [True, False], [1.0, 2.0], [[1], ["2"]], [[1], [2.0]]])
+def test_a_prompt_of_two_kinds_is_not_guessed_at(prompt):
+    with pytest.raises(UserError, match="prompt"):
+        openai_body(json.dumps({"prompt": prompt}).encode())
+
+
 def test_a_template_that_fails_over_the_messages_is_the_request_s_fault(monkeypatch):
     def fail(self, messages, **_):
         raise KeyError("tool_calls")
@@ -116,6 +146,10 @@ def counted_app(tokenizer, max_requests):
     "body",
     [
         {"prompt": "5", "logit_bias": {"1": 1}},
+        {"prompt": ["5"] * 9},
+        {"prompt": ["5"] * 3, "n": 3},
+        {**CHAT, "n": 9},
+        {"prompt": "5", "stream": True, "stream_options": {"include_obfuscation": True}},
         {"prompt": ""},
         {"prompt": "5", "stop": ["x"] * 1025},
         {"prompt": "5" * 900},

@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from trtllm_memshare.runners.torch.runner import TorchRunner
 from trtllm_memshare.serving.failures import ExecutorStoppedError
 from trtllm_memshare.triton import openai_serve, token_model
 from trtllm_memshare.triton.probe import why_not_alive, why_not_ready
+from trtllm_memshare.triton.server_process import ServerProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -119,7 +121,21 @@ def test_of_triton_s_model_whose_process_ends(boundaries, exits):
     assert lines == ["the executor has failed, or its step does not end: its process ends"]
 
 
-def test_of_the_command_for_containers():
+def _became_ready(url: str) -> bool:
+    server = object.__new__(ServerProcess)
+    server._plan, server.process = SimpleNamespace(ready_url=f"{url}/v2/health/ready"), SimpleNamespace(pid=-1)
+    server.ready_at = None
+    return server.became_ready()
+
+
+@pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:9"])
+def test_of_the_command_for_containers(monkeypatch, proxy):
+    """A proxy for what lies outside is not asked for this machine's own server."""
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib reads the variable once
+    if proxy:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, proxy)
+        monkeypatch.delenv("no_proxy", raising=False)
     answers = {"/v2/health/ready": "", "/v2/health/live": "", "/metrics": 'memshare_seconds_since_step{a="b"} 0.5\n'}
 
     class Server(BaseHTTPRequestHandler):
@@ -142,6 +158,7 @@ def test_of_the_command_for_containers():
         url = f"http://127.0.0.1:{server.server_port}"
         try:
             assert why_not_ready(url, WAIT) == ""
+            assert _became_ready(url)
             assert why_not_alive(url, f"{url}/metrics", 120.0, WAIT) == ""
             answers["/metrics"] = "memshare_seconds_since_step 130.2\n"
             assert why_not_alive(url, f"{url}/metrics", 120.0, WAIT) == "the executor has made no step for 130 s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import shutil
@@ -19,6 +20,7 @@ from trtllm_memshare.search.config import make_config
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
 from trtllm_memshare.triton.pool_size import check_one_fits, enough_blocks
 from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
+from trtllm_memshare.triton.repository_marker import MARKER, can_wait, flavour_of
 from trtllm_memshare.triton.token_model import make_executor
 
 
@@ -92,3 +94,54 @@ def test_a_folder_with_other_things_is_not_replaced(engine_dir, tmp_path):
     with pytest.raises(UserError, match="is not empty and not a repository of this project"):
         write_repository(RepositoryOptions(engine_dir, tmp_path, force=True))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_path_is_written_so_that_triton_reads_it_back(engine_dir, tmp_path):
+    odd = tmp_path / 'an "engine" \\ of é'
+    shutil.copytree(engine_dir, odd)
+    write_repository(RepositoryOptions(odd, tmp_path / "repository"))
+    config = (tmp_path / "repository" / "tensorrt_llm" / "config.pbtxt").read_text()
+    (line,) = [line for line in config.splitlines() if 'key: "engine_dir"' in line]
+    written = line.partition("string_value: ")[2].removesuffix(" } }")
+    # Of the escapes of protobuf's text format those that are Python's too.
+    assert ast.literal_eval(written) == str(odd)
+
+
+def test_a_link_to_a_repository_stays_a_link(engine_dir, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "repository")
+    for size in (5, 6):
+        write_repository(RepositoryOptions(engine_dir, tmp_path / "link", max_queue_size=size, force=True))
+    assert (tmp_path / "link").is_symlink()
+    config = (tmp_path / "there" / "repository" / "ensemble" / "config.pbtxt").read_text()
+    assert 'key: "max_requests" value: { string_value: "10" }' in config
+    assert (os.listdir(tmp_path / "there"), sorted(os.listdir(tmp_path))) == (["repository"], ["link", "there"])
+
+
+def test_the_old_repository_is_there_until_the_new_one_is(engine_dir, tmp_path, monkeypatch):
+    target = tmp_path / "repository"
+    write_repository(RepositoryOptions(engine_dir, target, max_queue_size=5))
+    before = (target / "ensemble" / "config.pbtxt").read_text()
+    rename = os.rename
+
+    def fail(source, place):
+        if Path(place) == target.resolve() and not str(source).endswith(".retired"):
+            raise OSError("no room")
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no room"):
+        write_repository(RepositoryOptions(engine_dir, target, max_queue_size=6, force=True))
+    assert (target / "ensemble" / "config.pbtxt").read_text() == before
+    assert os.listdir(tmp_path) == ["repository"]
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [("{}", "must say flavour engine or llmapi, got None"), ("{", "is damaged"), ("[]", "")],
+)
+def test_a_damaged_marker_is_one_sentence(tmp_path, marker, message):
+    (tmp_path / MARKER).write_text(marker)
+    for read in (flavour_of, can_wait):
+        with pytest.raises(UserError, match=message + r".*write the repository again with memshare triton repository"):
+            read(tmp_path)

@@ -50,6 +50,10 @@ def test_the_last_sign_of_life_of_each_model_counts(tmp_path, monkeypatch):
 
 def test_only_repositories_whose_models_wait_get_a_spare(tmp_path):
     assert not can_wait(tmp_path)  # somebody else's
-    for marker, waits in (({"flavour": "llmapi"}, False), ({"flavour": "engine"}, False), ({"can_wait": True}, True)):
+    for marker, waits in (
+        ({"flavour": "llmapi"}, False),
+        ({"flavour": "engine"}, False),
+        ({"flavour": "engine", "can_wait": True}, True),
+    ):
         (tmp_path / MARKER).write_text(json.dumps(marker))
         assert can_wait(tmp_path) is waits

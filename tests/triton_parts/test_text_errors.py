@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,17 +49,17 @@ def executor(boundaries):
     assert_clean(running)
 
 
-def token_service(executor: Executor) -> ExecutorService:
+def token_service(executor: Executor, registry: CollectorRegistry | None = None) -> ExecutorService:
     limits = Limits(50, 100, 8, VOCAB_SIZE)
-    return ExecutorService(executor, limits, (), 16, True, RequestMetrics(CollectorRegistry()))
+    return ExecutorService(executor, limits, (), 16, True, RequestMetrics(registry or CollectorRegistry()))
 
 
 def text_service(submit) -> TextService:
     return TextService(Letters(), LIMITS, submit, OutcomeCounter(CollectorRegistry()))
 
 
-def local(executor: Executor) -> TextService:
-    tokens = token_service(executor)
+def local(executor: Executor, registry: CollectorRegistry | None = None) -> TextService:
+    tokens = token_service(executor, registry)
 
     async def submit(inputs):
         return LocalCall(tokens, RequestTensors.of_values(inputs, TEXT_NAMES))
@@ -89,16 +90,30 @@ def test_of_the_text_service(executor, streams):
     assert_one_failed(asyncio.run(all_texts(local(executor), streams)))
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_of_the_text_service_over_the_socket(executor, tmp_path, streams):
-    found = over_socket(token_service(executor), tmp_path, lambda c: all_texts(text_service(c.submit), streams))
-    assert_one_failed(found)
+def outcomes(registry: CollectorRegistry) -> dict[str, float]:
+    names = ("completed", "cancelled", "failed")
+    return {name: registry.get_sample_value("memshare_requests_total", {"outcome": name}) for name in names}
+
+
+def test_of_the_text_service_over_the_socket(boundaries, tmp_path):
+    registry, runner = CollectorRegistry(), CountingRunner()
+    runner.before_step = lambda batch: time.sleep(0.02)
+    with make(boundaries, runner) as executor:
+        service = token_service(executor, registry)
+        assert_one_failed(over_socket(service, tmp_path, lambda c: all_texts(text_service(c.submit), True)))
+    # It is left at its poisoned token, long before its end: the executor's side has to be told why.
+    assert outcomes(registry) == {"completed": len(PROMPTS) - 1, "cancelled": 0, "failed": 1}
+
+
+def test_of_the_text_service_over_the_socket_where_answers_come_whole(executor, tmp_path):
+    service = token_service(executor)
+    assert_one_failed(over_socket(service, tmp_path, lambda c: all_texts(text_service(c.submit), False)))
 
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_of_the_openai_endpoint(executor, streams):
     registry = CollectorRegistry()
-    app = make_app(Endpoint(local(executor), "tiny", 100, 400, lambda: executor.is_alive, registry))
+    app = make_app(Endpoint(local(executor, registry), "tiny", 100, 400, lambda: executor.is_alive, registry))
     bodies = [{"prompt": letters(p), "max_tokens": NEW_TOKENS, "temperature": 0, "stream": streams} for p in PROMPTS]
 
     async def run():
@@ -116,6 +131,7 @@ def test_of_the_openai_endpoint(executor, streams):
         lines = [line[6:] for line in body.decode().splitlines() if line.startswith("data: {")] if streams else [body]
         text = "".join(json.loads(line)["choices"][0]["text"] for line in lines)
         assert text == letters(expected(PROMPTS[place], NEW_TOKENS))
+    assert outcomes(registry) == {"completed": len(PROMPTS) - 1, "cancelled": 0, "failed": 1}
 
 
 class TritonError:

@@ -141,6 +141,7 @@ class Executor(ExecutorLoop):
 
     def status(self) -> ExecutorStatus:
         """Counts of this moment; safe from any thread, since it only reads."""
+        failed, seconds = self._failed_steps.num_failed, self.step_seconds
         return read_status(
             self._scheduler,
             len(self._submitted),
@@ -148,7 +149,8 @@ class Executor(ExecutorLoop):
             self.sharing,
             self.pressure,
             self.stats,
-            self._failed_steps.num_failed,
+            failed,
+            seconds,
         )
 
     @property

@@ -74,8 +74,13 @@ class ExecutorLoop(ABC):
     @property
     def is_stuck(self) -> bool:
         """Whether the thread's step has gone on for longer than ``max_step_s``; safe from any thread."""
+        return self.step_seconds > self.max_step_s
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the thread has been in its step, 0 between two; safe from any thread."""
         since = self._step_since
-        return since is not None and time.monotonic() - since > self.max_step_s
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def is_alive(self) -> bool:

@@ -73,6 +73,7 @@ class ExecutorStatus:
       num_pauses, num_steps, num_finished, shared_blocks, num_candidates: totals.
       refused: total candidates and decisions turned down, by reason.
       num_failed, num_failed_steps: totals of requests that ended with an error, and of steps that raised.
+      step_seconds: how long the present step has gone on; 0 between steps and when idle.
       pressure: what was given up and why; None where the settings ask for none.
     """
 
@@ -94,6 +95,7 @@ class ExecutorStatus:
     refused: dict[str, int]
     num_failed: int = 0
     num_failed_steps: int = 0
+    step_seconds: float = 0.0
     pressure: PressureStatus | None = None
 
 

@@ -18,6 +18,7 @@ def read_status(
     pressure: Pressure | None,
     stats: ExecutorStats,
     num_failed_steps: int,
+    step_seconds: float,
 ) -> ExecutorStatus:
     """Safe from any thread, since it only reads. ``num_submitted``: requests that the scheduler has not seen yet."""
     running = list(scheduler.running)
@@ -42,5 +43,6 @@ def read_status(
         refused={**sharing.policy.rejected, **cache.refused},
         num_failed=stats.num_failed,
         num_failed_steps=num_failed_steps,
+        step_seconds=step_seconds,
         pressure=None if pressure is None else pressure.status(running, cache.retired_again),
     )

@@ -21,6 +21,7 @@ class RemoteCall:
     def __init__(self, client: ServiceClient, request_id: int) -> None:
         self._client, self._id = client, request_id
         self._messages = asyncio.Queue[dict[str, Any] | None]()
+        self._has_failed = False
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """See ``Call``."""
@@ -33,11 +34,15 @@ class RemoteCall:
         finally:
             self._client.forget(self._id)
             if not ended:
-                self._client.send({"id": self._id, "forget": True})
+                self._client.send({"id": self._id, "forget": True, "failed": self._has_failed})
 
     def cancel(self, sequence_index: int) -> None:
         """See ``Call``."""
         self._client.send({"id": self._id, "cancel": sequence_index})
+
+    def fail(self) -> None:
+        """See ``Call``. An answer that the other side has sent whole is counted as completed there."""
+        self._has_failed = True
 
     def take(self, message: dict[str, Any] | None) -> None:
         """Client's side: a message for this request, None = there will be no more."""

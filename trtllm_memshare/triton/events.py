@@ -64,3 +64,7 @@ class Call(Protocol):
     def cancel(self, sequence_index: int) -> None:
         """Asks the executor to end one sequence, of which nothing more is wanted, at its next step."""
         ...
+
+    def fail(self) -> None:
+        """Says, before ``events`` is left, that it is left for an error and not by its client; for the metrics."""
+        ...

@@ -6,10 +6,8 @@ with what sharing needs), ``memshare.json`` (settings) and a marker that tells t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import yaml
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.triton.repository import check_target
+from trtllm_memshare.triton.repository import new_repository
 from trtllm_memshare.triton.repository_marker import MARKER
 from trtllm_memshare.trtllm.pytorch.llm_options import merge_options, read_yaml
 from trtllm_memshare.trtllm.pytorch.settings import PREFIX, load_settings
@@ -79,19 +77,11 @@ def write_llmapi_repository(options: LlmapiOptions) -> dict[str, Any]:
         **merge_options(user, route),
         "triton_config": {"max_batch_size": 0, "decoupled": options.decoupled},
     }
-    check_target(options.output_dir, options.force)
-    draft = options.output_dir.parent / f".{options.output_dir.name}.{uuid.uuid4().hex}"
-    try:
+    with new_repository(options.output_dir, options.force) as draft:
         shutil.copytree(options.stock_model_dir, draft / "tensorrt_llm")
         (draft / "tensorrt_llm" / "1" / "model.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
         (draft / _SETTINGS).write_text(Path(settings).read_text() if settings else "{}\n")
         (draft / MARKER).write_text(json.dumps({"flavour": "llmapi", "model": options.model}) + "\n")
-        if options.output_dir.exists():
-            shutil.rmtree(options.output_dir)
-        draft.rename(options.output_dir)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(draft)
     return document
 
 

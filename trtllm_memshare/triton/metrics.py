@@ -58,7 +58,6 @@ class ExecutorCollector(Collector):
 
     def __init__(self, status: Callable[[], ExecutorStatus], max_requests: int, bytes_per_block: int) -> None:
         self._status, self._max_requests, self._bytes_per_block = status, max_requests, bytes_per_block
-        self._last_step, self._last_step_at = -1, time.monotonic()
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Every gauge, with the values of this moment."""
@@ -107,15 +106,9 @@ class ExecutorCollector(Collector):
             "memshare_search": {"candidates": status.num_candidates, "seconds": status.search_seconds},
             "memshare_pauses": {"pauses": status.num_pauses},
             **_pressure_values(status.pressure),
-            "memshare_seconds_since_step": {"seconds": self._seconds_since_step(status)},
+            "memshare_seconds_since_step": {"seconds": status.step_seconds},
             "memshare_server_restarts": {"restarts": int(os.environ.get(RESTARTS_VARIABLE, "0"))},
         }
-
-    def _seconds_since_step(self, status: ExecutorStatus) -> float:
-        now = time.monotonic()
-        if status.num_steps != self._last_step or not status.num_active + status.num_waiting:
-            self._last_step, self._last_step_at = status.num_steps, now
-        return now - self._last_step_at
 
 
 def _pressure_values(pressure: PressureStatus | None) -> dict[str, dict[str, float]]:

@@ -95,7 +95,8 @@ def write_model(repository: Path, name: str, parameters: dict[str, str], max_bat
         "inputs": inputs,
         "outputs": output_lines(model.outputs),
         "parameters": "\n".join(
-            f'parameters: {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()
+            f"parameters: {{ key: {_quoted(key)} value: {{ string_value: {_quoted(value)} }} }}"
+            for key, value in parameters.items()
         ),
     }
     if model.code is None:
@@ -112,3 +113,8 @@ def write_model(repository: Path, name: str, parameters: dict[str, str], max_bat
         preamble = "" if module == "token_model" else _WITHOUT_TORCH
         (version / "model.py").write_text(code.substitute(module=module, model_class=model_class, preamble=preamble))
     (repository / name / "config.pbtxt").write_text(config.substitute(fields))
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format, whose escapes are JSON's."""
+    return json.dumps(text, ensure_ascii=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import time
@@ -12,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -30,11 +29,8 @@ from trtllm_memshare.triton.text_service import TextRequest, TextService
 
 _LEFT_S = 0.2  # how often it is asked whether the client of an answer that is not streamed is still there
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+_AGAIN = {"Retry-After": "1"}
 _log = logging.getLogger(__name__)
-
-
-class UnauthorizedError(Exception):
-    """A request without the key."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +60,7 @@ def make_app(endpoint: Endpoint) -> FastAPI:
     """The application."""
     app = FastAPI(title="MemShare", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.endpoint = endpoint
-    app.add_middleware(BodyLimit)
-
-    def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if endpoint.api_key and not hmac.compare_digest(given.encode(), f"Bearer {endpoint.api_key}".encode()):
-            raise UnauthorizedError
-
-    keyed = [Depends(check_key)]
-
-    @app.exception_handler(UnauthorizedError)
-    async def unauthorized(_: Request, __: UnauthorizedError) -> JSONResponse:
-        return _error(401, "the request carries no valid API key", "authentication_error")
+    app.add_middleware(BodyLimit, api_key=endpoint.api_key, unauthorized=_unauthorized)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -87,7 +72,8 @@ def make_app(endpoint: Endpoint) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refused_by_framework(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail))
+        kind = "overloaded_error" if error.status_code == 503 else "invalid_request_error"
+        return _error(error.status_code, str(error.detail), kind, headers=dict(error.headers or {}))
 
     @app.exception_handler(UserError)
     async def refused(_: Request, error: UserError) -> JSONResponse:
@@ -101,31 +87,38 @@ def make_app(endpoint: Endpoint) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(endpoint.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", dependencies=keyed)
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(endpoint)]}
 
-    @app.get("/v1/models/{name:path}", dependencies=keyed)
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
         return _model(endpoint) if name == endpoint.model else _no_model(name, endpoint)
 
-    @app.post("/v1/completions", dependencies=keyed)
+    @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         if body.model not in ("", endpoint.model):
             return _no_model(body.model, endpoint)
         with endpoint.service.arriving():
             body.check_extra()
-            inputs = token_inputs(body, body.max_tokens or _DEFAULT_COMPLETION_TOKENS, body.wants_log_probs)
-            prompts = [TextRequest(p, inputs, body.stop_words, [], body.stream, body.echo) for p in body.prompts]
+            given = body.prompts
+            endpoint.service.check_number(len(given) * body.n)
+            tokens = body.max_tokens or _DEFAULT_COMPLETION_TOKENS
+            inputs = [token_inputs(body, tokens, body.wants_log_probs) for _ in given]
+            prompts = [
+                TextRequest(prompt, of_one, body.stop_words, [], body.stream, body.echo)
+                for prompt, of_one in zip(given, inputs, strict=True)
+            ]
         replies = Replies(endpoint.model, endpoint.service.tokenizer, body.n, False, body.wants_log_probs)
         return await _answer(endpoint, body, prompts, replies, request)
 
-    @app.post("/v1/chat/completions", dependencies=keyed)
+    @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         if body.model not in ("", endpoint.model):
             return _no_model(body.model, endpoint)
         with endpoint.service.arriving():
             body.check_extra()
+            endpoint.service.check_number(body.n)
             messages = [m.for_template() for m in body.messages]
             text = await endpoint.service.render(messages, body.chat_template_kwargs)
             # The template writes the special tokens itself.
@@ -147,15 +140,19 @@ async def _answer(
     events = merged([endpoint.service.answer(prompt) for prompt in prompts])
     # A refusal must come as a status, so the first event is waited for before a stream begins.
     waiting = asyncio.ensure_future(anext(events) if body.stream else _collect(events))
-    while not (await asyncio.wait({waiting}, timeout=_LEFT_S))[0]:
-        if await request.is_disconnected():
-            waiting.cancel()
+    has_left = False
     try:
+        while not (await asyncio.wait({waiting}, timeout=_LEFT_S))[0]:
+            if await request.is_disconnected():
+                has_left = waiting.cancel()
         found: Any = await waiting
         if not body.stream:
             return JSONResponse(replies.whole(found))
     except asyncio.CancelledError:
-        return Response(status_code=499)  # nobody reads it
+        if has_left:
+            return Response(status_code=499)  # nobody reads it
+        waiting.cancel()  # the server ends, and --drain-seconds are over
+        return _error(503, "the server is shutting down (send it again)", "overloaded_error", headers=_AGAIN)
     except UserError as error:
         return _refusal(error)
     except Exception as error:
@@ -208,8 +205,12 @@ def _no_model(name: str, endpoint: Endpoint) -> JSONResponse:
 
 def _refusal(error: UserError) -> JSONResponse:
     if isinstance(error, QueueFullError):
-        return _error(503, str(error), "overloaded_error", headers={"Retry-After": "1"})
+        return _error(503, str(error), "overloaded_error", headers=_AGAIN)
     return _error(400, str(error))
+
+
+def _unauthorized() -> JSONResponse:
+    return _error(401, "the request carries no valid API key", "authentication_error")
 
 
 def _failure(error: Exception) -> JSONResponse:

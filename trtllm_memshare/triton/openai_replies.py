@@ -8,6 +8,7 @@ from typing import Any
 
 from trtllm_memshare.triton.events import TextEvent
 from trtllm_memshare.triton.reasoning import ThinkSplitter
+from trtllm_memshare.triton.token_bytes import token_bytes
 
 
 class Replies:
@@ -93,9 +94,18 @@ class Replies:
     def _log_probs_of(self, event: TextEvent) -> dict[str, Any] | None:
         if not self._log_probs:
             return None
-        texts = [self._tokenizer.decode([token]) for token in event.token_ids]
-        pairs = list(zip(texts, event.log_probs, strict=True))
+        of_tokens = token_bytes(self._tokenizer)
+        found = [of_tokens.of(token) for token in event.token_ids]
+        texts = [
+            self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            if piece is None
+            else piece.decode(errors="replace")
+            for token, piece in zip(event.token_ids, found, strict=True)
+        ]
         if not self._chat:
             return {"tokens": texts, "token_logprobs": event.log_probs, "top_logprobs": None, "text_offset": None}
-        content = [{"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p in pairs]
+        content = [
+            {"token": t, "logprob": p, "bytes": None if b is None else list(b), "top_logprobs": []}
+            for t, p, b in zip(texts, event.log_probs, found, strict=True)
+        ]
         return {"content": content, "refusal": None}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.triton.tensors import MAX_WORD_ELEMENTS, MAX_WORDS
@@ -38,12 +39,17 @@ _WITHOUT_EFFECT = (
 
 MAX_PROMPTS = 1024
 """Of one request; each becomes a task."""
+_MAX_MESSAGES = 4096
+_MAX_DRAWN_SEED = 2**62
+_Element = TypeVar("_Element")
+_Sequence = Annotated[list[_Element], Field(fail_fast=True)]
+"""Read until its first fault: an error for each of a million elements takes gigabytes."""
 
 
 class StreamOptions(BaseModel):
     """``include_usage``: a last chunk with the counts of tokens."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     include_usage: bool = False
 
@@ -61,7 +67,7 @@ class Common(BaseModel):
     top_k: int = 0
     n: int = Field(default=1, ge=1, le=64)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: StrictStr | _Sequence[StrictStr] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -98,6 +104,9 @@ class Common(BaseModel):
         Raises:
           UserError: names it.
         """
+        for name, value in (self.stream_options.model_extra or {} if self.stream_options else {}).items():
+            if value not in (None, False):
+                raise UserError(f"stream_options.{name} is not supported by this server (leave it out)")
         for name, value in (self.model_extra or {}).items():
             if name in _WITHOUT_EFFECT:
                 continue
@@ -113,7 +122,7 @@ class Common(BaseModel):
 class CompletionRequest(Common):
     """Body of ``/v1/completions``. ``logprobs``: 0 or 1 give the chosen tokens', alternatives are not kept."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: StrictStr | _Sequence[StrictStr] | _Sequence[StrictInt] | _Sequence[_Sequence[StrictInt]]
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=1)
 
@@ -127,7 +136,7 @@ class CompletionRequest(Common):
         if isinstance(self.prompt, str):
             found: list[str | list[int]] = [self.prompt]
         elif self.prompt and isinstance(self.prompt[0], int):
-            found = [[int(token) for token in self.prompt if isinstance(token, int)]]
+            found = [[token for token in self.prompt if isinstance(token, int)]]
         else:
             found = [p for p in self.prompt if isinstance(p, (str, list))]
         if not found or not all(found):
@@ -162,7 +171,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | _Sequence[TextPart] | None = None
 
     def for_template(self) -> dict[str, Any]:
         text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
@@ -173,7 +182,7 @@ class ChatRequest(Common):
     """Body of ``/v1/chat/completions``. ``max_completion_tokens`` is the newer name of ``max_tokens``;
     ``chat_template_kwargs`` go on to the template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: _Sequence[Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -187,6 +196,7 @@ def token_inputs(request: Common, max_tokens: int, log_probs: bool) -> dict[str,
     """Inputs of the model `tensorrt_llm` but for the prompt.
 
     OpenAI samples from everything at temperature 1 by default; in TensorRT-LLM's terms that is a ``top_p`` of 1.
+    Without a seed each call draws one, where TensorRT-LLM's own is always 0: who asks twice wants two answers.
     """
     inputs: dict[str, Any] = {
         "request_output_len": max_tokens,
@@ -201,8 +211,9 @@ def token_inputs(request: Common, max_tokens: int, log_probs: bool) -> dict[str,
         "return_log_probs": log_probs,
         "return_perf_metrics": True,
         "memshare_off": request.memshare_off,
+        "seed": secrets.randbelow(_MAX_DRAWN_SEED) if request.seed is None else request.seed,
     }
-    for name in ("seed", "memshare_group", "memshare_min_kept"):
+    for name in ("memshare_group", "memshare_min_kept"):
         if getattr(request, name) is not None:
             inputs[name] = getattr(request, name)
     return inputs

@@ -104,9 +104,11 @@ def main(command: str, arguments: list[str]) -> None:
     )
     with executor:
         _end_when(lambda: not executor.is_alive)
-        # uvicorn raises the signal once more after draining; it must not end the process before the executor is left.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        uvicorn.Server(config).run()
+        server = uvicorn.Server(config)
+        # Until uvicorn has its own, and once more after draining: it must not end the process before the executor is
+        # left.
+        signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+        server.run()
 
 
 def _api_key() -> str:
@@ -114,7 +116,10 @@ def _api_key() -> str:
     key = os.environ.get(API_KEY_VARIABLE)
     if key is not None and not key.strip():  # a secret that was not filled in would open the server to everybody
         raise UserError(f"{API_KEY_VARIABLE} must hold a key, got an empty one (set it, or unset it to serve without)")
-    return key or ""
+    key = (key or "").strip()  # of a secret's file, the end of its line
+    if not (key.isascii() and key.isprintable()):  # never shown
+        raise UserError(f"{API_KEY_VARIABLE} must hold printable ASCII characters, got others (choose another key)")
+    return key
 
 
 def _check_template(tokenizer: Any, path: Path) -> None:

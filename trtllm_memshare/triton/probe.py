@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import urllib.error
 import urllib.request
+
+from trtllm_memshare.triton.local_http import open_local
 
 _STALLED = "memshare_seconds_since_step"
 
@@ -46,7 +47,7 @@ def why_not_ready(server: str, timeout: float) -> str:
     try:
         _get(f"{server}/v2/health/ready", timeout)
         request = urllib.request.Request(f"{server}/v2/repository/index", b"{}", method="POST")
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with open_local(request, timeout=timeout) as response:
             models = json.load(response)
     except (OSError, ValueError) as error:
         return f"the server is not ready: {error}"
@@ -69,7 +70,7 @@ def why_not_alive(server: str, metrics: str, max_stall_s: float, timeout: float)
 
 
 def _get(url: str, timeout: float) -> str:
-    with urllib.request.urlopen(url, timeout=timeout) as response:
+    with open_local(url, timeout=timeout) as response:
         text: str = response.read().decode(errors="replace")
         return text
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,22 +67,37 @@ def write_repository(options: RepositoryOptions) -> dict[str, str]:
     """
     engine = load_engine(options.engine_dir)
     parameters = _parameters(engine, options)
-    target = options.output_dir
-    check_target(target, options.force)
-    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    try:
+    with new_repository(options.output_dir, options.force) as draft:
         for name in MODELS:
             write_model(draft, name, parameters, engine.build.max_batch_size, options.decoupled)
         (draft / MARKER).write_text(
             json.dumps({"flavour": "engine", "engine_dir": str(engine.engine_dir), "can_wait": True}) + "\n"
         )
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(draft)
     return parameters
+
+
+@contextlib.contextmanager
+def new_repository(output_dir: Path, force: bool) -> Iterator[Path]:
+    """A folder to make and fill, which takes the place of ``output_dir`` when the block has ended well.
+
+    A repository that was there is moved aside first and goes last. Nothing is left behind if the block fails.
+
+    Raises:
+      UserError: see ``check_target``.
+    """
+    check_target(output_dir, force)
+    target = output_dir.resolve()
+    draft, retired = (target.parent / f".{target.name}.{uuid.uuid4().hex}{kind}" for kind in ("", ".retired"))
+    try:
+        yield draft
+        if target.exists():
+            os.rename(target, retired)
+        os.rename(draft, target)
+    finally:
+        if retired.exists() and not target.exists():
+            os.rename(retired, target)
+        for left in (draft, retired):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_target(output_dir: Path, force: bool) -> None:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
+
+from trtllm_memshare.errors import UserError, quote
+from trtllm_memshare.json_input import read_json
 
 MARKER = "memshare_repository.json"
 """A file of every repository written here; it says which flavour it is."""
+_REMEDY = "write the repository again with memshare triton repository --force"
 
 
 def flavour_of(repository: Path) -> str:
     """``engine`` or ``llmapi``; a repository that somebody else wrote counts as ``engine``."""
-    marker = repository / MARKER
-    return json.loads(marker.read_text())["flavour"] if marker.is_file() else "engine"
+    return str(_read(repository)["flavour"])
 
 
 def can_wait(repository: Path) -> bool:
     """Whether its models wait for their turn in a spare server; those of older versions and of others would load."""
+    return bool(_read(repository).get("can_wait"))
+
+
+def _read(repository: Path) -> dict[str, Any]:
+    """What the marker says; raises UserError for a damaged one."""
     marker = repository / MARKER
-    return marker.is_file() and bool(json.loads(marker.read_text()).get("can_wait"))
+    if not marker.is_file():
+        return {"flavour": "engine"}
+    found = read_json(marker, "the model repository", _REMEDY)
+    if found.get("flavour") not in ("engine", "llmapi"):
+        raise UserError(f"{marker} must say flavour engine or llmapi, got {quote(found.get('flavour'))} ({_REMEDY})")
+    return found
 
 
 def holds_model(repository: Path) -> bool:

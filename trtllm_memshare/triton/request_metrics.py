@@ -91,18 +91,23 @@ class Outcome:
     """See ``RequestMetrics.watch``."""
 
     def __init__(self, metrics: RequestMetrics) -> None:
-        self._metrics, self._outcome = metrics, "failed"
+        self._metrics, self._outcome, self._has_failed = metrics, "failed", False
 
     def end(self, request: TokenRequest, results: list[RequestResult], cancelled: bool) -> None:
         """The request was answered to its end, or was ``cancelled`` before it."""
         self._outcome = "cancelled" if cancelled else "completed"
         self._metrics.observe(request, results)
 
+    def fail(self) -> None:
+        """It counts as failed, however its block ends."""
+        self._has_failed = True
+
     def __enter__(self) -> Outcome:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._metrics.count(self._outcome if error is None else outcome_of(error))
+        outcome = self._outcome if error is None else outcome_of(error)
+        self._metrics.count("failed" if self._has_failed else outcome)
 
 
 def outcome_of(error: BaseException) -> str:

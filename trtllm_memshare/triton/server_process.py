@@ -11,11 +11,11 @@ import signal
 import subprocess
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trtllm_memshare.triton.local_http import open_local
 from trtllm_memshare.triton.runtime import GATE_VARIABLE, RESTARTS_VARIABLE, remove_shared_memory, signs_of_life
 
 _STUB = b"triton_python_backend_stub"
@@ -85,7 +85,7 @@ class ServerProcess:
         if self.ready_at is not None:
             return False
         try:
-            with urllib.request.urlopen(self._plan.ready_url, timeout=_ANSWER_S) as response:
+            with open_local(self._plan.ready_url, timeout=_ANSWER_S) as response:
                 if response.status != 200:
                     return False
         except (urllib.error.URLError, ConnectionError, TimeoutError):

@@ -44,7 +44,7 @@ class ExecutorService:
         self._executor, self.limits, self._metrics = executor, limits, metrics
         self._stop_token_ids, self._tokens_per_block, self._exclude_input = (
             stop_token_ids, tokens_per_block, exclude_input)  # fmt: skip
-        self._num_active, self._satisfied = 0, set[RequestHandle]()
+        self._num_active, self._satisfied, self._failed = 0, set[RequestHandle](), set[str]()
         self._by_label: defaultdict[str, set[RequestHandle]] = defaultdict(set)
         self._own_groups = itertools.count(MAX_GROUP + 1)
 
@@ -90,6 +90,9 @@ class ExecutorService:
                 left = any(h.result().finish_reason == "cancelled" and h not in self._satisfied for h in handles)
                 outcome.end(request, [h.result() for h in handles], left)
             finally:
+                if label in self._failed:
+                    self._failed.discard(label)
+                    outcome.fail()
                 self._num_active -= len(handles)
                 self._satisfied.difference_update(handles)
                 for handle in handles:
@@ -114,8 +117,18 @@ class ExecutorService:
             self._satisfied.add(handle)
             handle.cancel()
 
+    def fail(self, label: str) -> None:
+        """The one request that has this label is about to be left for an error of its reader, not by its client."""
+        if label in self._by_label:
+            self._failed.add(label)
+
     def _submit(self, request: TokenRequest, stream: TokenStream, handles: list[RequestHandle], label: str) -> None:
         limit, count = self.limits.max_requests, request.num_sequences
+        if count > limit:
+            raise UserError(
+                f"num_return_sequences must be at most {limit}, the requests that this server holds, got {count} "
+                f"(ask for fewer)"
+            )
         if self._num_active + count > limit:
             raise QueueFullError(
                 f"the queue is full: {limit} requests are in the system, the limit of max_queue_size plus the engine's "
@@ -204,3 +217,6 @@ class LocalCall:
 
     def cancel(self, sequence_index: int) -> None:
         self._service.cancel(self._label, sequence_index)
+
+    def fail(self) -> None:
+        self._service.fail(self._label)

@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 class SocketServer:
     """The executor's side.
 
-    A client sends ``{"id": 1, "inputs": {...}}`` or ``{"id": 1, "cancel": SEQUENCE}`` and gets the fields of a
+    A client sends ``{"id": 1, "inputs": {...}}``, ``{"id": 1, "cancel": SEQUENCE}`` or ``{"id": 1, "forget": true,
+    "failed": false}`` and gets the fields of a
     ``TokenEvent`` with the id, or ``{"id": 1, "error": "...", "queue_full": false, "user": true}``. When it goes away
     its requests are cancelled, and so they are when it sends what is no message. Errors use the names of `ensemble`,
     whose callers read them.
@@ -57,6 +58,8 @@ class SocketServer:
                 if "cancel" in message:
                     self._service.cancel(label, message["cancel"])
                 elif message.get("forget"):
+                    if message.get("failed"):
+                        self._service.fail(label)
                     self._service.stop(label)
                 else:
                     task = asyncio.create_task(self._answer(label, message, writer))

@@ -15,11 +15,12 @@ import numpy as np
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.failures import describe
 from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt
-from trtllm_memshare.triton.detokenizer import IncrementalDetokenizer, StopWords, special_stop_tokens
-from trtllm_memshare.triton.events import Call, QueueFullError, TextEvent, TokenEvent
+from trtllm_memshare.triton.detokenizer import special_stop_tokens
+from trtllm_memshare.triton.events import Call, QueueFullError, TextEvent
 from trtllm_memshare.triton.inputs import TEXT_NAMES, USED
 from trtllm_memshare.triton.request_metrics import OutcomeCounter
 from trtllm_memshare.triton.tensors import RequestTensors
+from trtllm_memshare.triton.text_sequence import Sequence
 from trtllm_memshare.triton.token_requests import check_prompt_length
 
 _TOKENIZER_THREADS = 2
@@ -117,14 +118,21 @@ class TextService:
             sequences: dict[int, Sequence] = {}
             async with aclosing(call.events()) as events:
                 async for event in events:
-                    sequence = sequences.get(event.sequence_index)
-                    if sequence is None:
-                        sequence = Sequence(self.tokenizer, request.stop_words, self._echoed(request))
-                        sequences[event.sequence_index] = sequence
-                    if sequence.take(event):
-                        call.cancel(event.sequence_index)
-                    if event.finish_reason or (request.streams and sequence.text):
-                        yield sequence.give(event)
+                    given: TextEvent | None = None
+                    try:
+                        sequence = sequences.get(event.sequence_index)
+                        if sequence is None:
+                            sequence = Sequence(self.tokenizer, request.stop_words, self._echoed(request))
+                            sequences[event.sequence_index] = sequence
+                        if sequence.take(event):
+                            call.cancel(event.sequence_index)
+                        if event.finish_reason or (request.streams and sequence.text):
+                            given = sequence.give(event)
+                    except Exception:
+                        call.fail()
+                        raise
+                    if given is not None:
+                        yield given
         finally:
             self._num_active -= 1
 
@@ -209,6 +217,14 @@ class TextService:
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, apply)
 
+    def check_number(self, num_sequences: int) -> None:
+        """Raises UserError for more answers in one request than the system ever holds: they would never be let in."""
+        if num_sequences > self._limits.max_requests:
+            raise UserError(
+                f"prompts and n must ask for at most {self._limits.max_requests} answers in one request, as many as "
+                f"the system holds, got {num_sequences} (send several requests)"
+            )
+
     def _check_room(self) -> None:
         if self._num_active > self._limits.max_requests:
             raise QueueFullError(
@@ -224,39 +240,6 @@ class TextService:
                 f"the prompt has {size} bytes, over the limit max_prompt_bytes {limit}, which is checked before "
                 f"tokenizing"
             )
-
-
-class Sequence:
-    """One answer as it grows.
-
-    Args:
-      tokenizer: a transformers tokenizer.
-      stop_words: see ``TextRequest``.
-      text: what it begins with.
-    """
-
-    def __init__(self, tokenizer: Any, stop_words: list[str], text: str) -> None:
-        self._detokenizer, self._stop_words = IncrementalDetokenizer(tokenizer), StopWords(stop_words)
-        self.text = text
-        self._token_ids, self._log_probs = list[int](), list[float]()
-
-    def take(self, event: TokenEvent) -> bool:
-        """Adds new tokens. Returns whether generation should end here, because a stop word has just come."""
-        last, found = bool(event.finish_reason), self._stop_words.found
-        self.text += self._stop_words.push(self._detokenizer.push(event.token_ids, last), last)
-        if not found:
-            self._token_ids += event.token_ids
-            self._log_probs += event.log_probs
-        return self._stop_words.found and not found and not last
-
-    def give(self, event: TokenEvent) -> TextEvent:
-        """What has come since the last time, as the text of ``event``."""
-        reason = "stop" if event.finish_reason and self._stop_words.found else event.finish_reason
-        given = TextEvent(
-            self._token_ids, event.sequence_index, reason, event.is_last, self._log_probs, event.figures, self.text
-        )
-        self.text, self._token_ids, self._log_probs = "", [], []
-        return given
 
 
 def parse_text_request(tensors: RequestTensors, limits: TextLimits, exclude_input: bool) -> TextRequest:
