@@ -206,6 +206,7 @@ def _entry(
         "block_seconds_per_request": stats.block_seconds / len(results),
         "block_steps_per_request": stats.block_steps / len(results),
         "mean_requests_in_flight": stats.request_seconds / stats.busy_seconds,
+        "mean_requests_in_a_step": stats.request_steps / stats.num_steps,
         "shared_block_fraction": cache.shared_block_fraction,
         "shadow_decisions": cache.shadowed,
         "refused": cache.refused,

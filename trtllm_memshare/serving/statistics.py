@@ -11,7 +11,8 @@ MAX_TIMELINE = 65_536
 @dataclass
 class ExecutorStats:
     """Totals over all steps. Times in seconds; ``block_seconds`` is blocks in use integrated over time,
-    ``block_steps`` the same counted in steps, which does not depend on the speed of the machine.
+    ``block_steps`` the same counted in steps, which does not depend on the speed of the machine; ``request_seconds`` and
+    ``request_steps`` are requests in flight, summed in the same ways.
 
     Attributes:
       num_failed: requests that ended with an error; ``num_finished`` counts them too.
@@ -29,6 +30,7 @@ class ExecutorStats:
     block_seconds: float = 0.0
     block_steps: int = 0
     request_seconds: float = 0.0
+    request_steps: int = 0
     timeline: list[tuple[float, int, int]] = field(default_factory=list)
     _first_step_at: float | None = None
     _stride: int = 1
@@ -46,6 +48,7 @@ class ExecutorStats:
         self.block_steps += used_blocks
         self.block_seconds += used_blocks * seconds
         self.request_seconds += requests_in_flight * seconds
+        self.request_steps += requests_in_flight
         if (self.num_steps - 1) % self._stride == 0:
             self.timeline.append((ended - self._first_step_at, used_blocks, requests_in_flight))
         if len(self.timeline) >= MAX_TIMELINE:

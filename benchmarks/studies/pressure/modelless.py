@@ -60,14 +60,13 @@ def serve(
     load = Load(in_flight, 2048, longest + 1, "MAX_UTILIZATION", (), concurrency=in_flight, replay=True)
     runner = ModellessRunner(num_blocks, len(boundaries.blank))
     entry = run_variant(modelless_variant(name), runner, boundaries, items, load, lambda *_: False).entry
-    running = entry["timeline"]["requests_in_flight"]
     return {
         "variant": entry["variant"],
         "num_blocks": num_blocks,
         "num_steps": entry["num_steps"],
         "modelled_gpu": entry["modelled_gpu"],
         "modelled_gpu_null_read": entry["modelled_gpu_null_read"],
-        "mean_in_flight": sum(running) / len(running),
+        "mean_in_flight": entry["mean_requests_in_a_step"],
         "peak_blocks": entry["peak_used_blocks"],
         "paused_requests": entry["paused_requests"],
         "recomputed_tokens": entry["recomputed_tokens"],

@@ -16,6 +16,14 @@ def test_a_pool_with_room_takes_as_many_steps_as_the_longest_request():
     assert (row["num_steps"], row["paused_requests"], row["peak_blocks"]) == (400, 0, 6 * 26)
 
 
+def test_how_many_are_in_flight_is_the_mean_over_all_steps():
+    """With room each request is there for as many steps as it writes tokens; peaks of a timeline would say more."""
+    texts = [([7] * 15, [8] * length) for length in (1500, 200, 700)]
+    row = serve("full", texts, TEXTS, 400, 3)
+    assert row["num_steps"] == 1500
+    assert row["mean_in_flight"] * row["num_steps"] == pytest.approx(1500 + 200 + 700)
+
+
 @pytest.mark.parametrize("in_flight", [2, 6])
 def test_floors_let_more_run_and_fewer_be_paused(in_flight):
     full = serve("full", REQUESTS, TEXTS, 56, in_flight)
