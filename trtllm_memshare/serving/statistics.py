@@ -11,8 +11,8 @@ MAX_TIMELINE = 65_536
 @dataclass
 class ExecutorStats:
     """Totals over all steps. Times in seconds; ``block_seconds`` is blocks in use integrated over time,
-    ``block_steps`` the same counted in steps, which does not depend on the speed of the machine; ``request_seconds`` and
-    ``request_steps`` are requests in flight, summed in the same ways.
+    ``block_steps`` the same counted in steps, which does not depend on the speed of the machine;
+    ``request_seconds`` and ``request_steps`` are requests in flight, summed in the same ways.
 
     Attributes:
       num_failed: requests that ended with an error; ``num_finished`` counts them too.
