@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,13 @@ def test_a_runner_without_attention_is_refused(boundaries):
 
     with pytest.raises(UserError, match="control rkv scores blocks by attention, got a runner that does not report it"):
         Executor(Blind(), make_config("aligned", control="rkv"), boundaries, 64, make_control=make_control)
+
+
+@pytest.mark.parametrize("control", ["snapkv", "rkv"])
+def test_more_queries_than_a_block_has_are_refused(control):
+    """They would have been cut to a block's in silence."""
+    runner = SimpleNamespace(pool=torch.zeros(4, 1, 2, 1, 16, 8), inv_freq=torch.ones(4))
+    manager = KVCacheManager(4, 1, 16, 4, 1, make_config("off"))
+    with pytest.raises(UserError, match=f"observation_tokens must be at most 16, .* with control {control}, got 17"):
+        make_control(manager, make_config("off", control=control, observation_tokens=17), runner)
+    assert make_control(manager, make_config("off", control=control, observation_tokens=16), runner).evicts

@@ -11,6 +11,7 @@ from trtllm_memshare.evaluation.page_study import PAGE_TOKENS, Task, compute_row
 from trtllm_memshare.evaluation.page_table import Setting
 from trtllm_memshare.evaluation.real_rows import RowFile
 from trtllm_memshare.evaluation.real_texts import TokenText, Trace
+from trtllm_memshare.evaluation.retirement import hold_at_floor, lowest_need
 from trtllm_memshare.report.real_model import main_table
 from trtllm_memshare.search.steps import BoundaryTokens
 
@@ -56,3 +57,15 @@ def test_a_preset_shares_what_it_finds_and_is_held_against_random_pages(replay, 
 def test_a_preset_needs_the_tokenizers_boundaries(replay, tmp_path):
     with pytest.raises(ValueError, match="arm aligned cuts text into steps, got no boundaries"):
         compute_rows(replay, [(make_text("a", "p"), [Task("aligned")])], RowFile(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("size", [16, 80])
+def test_the_share_of_tokens_held_counts_those_of_the_page_that_is_being_written(size):
+    prompt, tokens = 37, 900
+    held = hold_at_floor(prompt, tokens, size, 0.5, 128, lowest_need(lambda moment: moment.may_go))
+    written = there = 0
+    for now in range(prompt + 1, tokens + 1):
+        written += now - prompt
+        there += now - prompt - size * int((held.retired_at <= now).sum())
+    assert held.tokens_share(prompt, tokens) == pytest.approx(there / written)
+    assert held.tokens_share(prompt, tokens) > held.memory_share(-(-prompt // size))

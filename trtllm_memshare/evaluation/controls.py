@@ -28,7 +28,11 @@ def make_control(manager: KVCacheManager, config: MemShareConfig, runner: Runner
 
 
 class RandomDonors:
-    """Control ``random``: the same blocks are retired, in favour of donors drawn from the request's own blocks."""
+    """Control ``random``: nearly the same blocks are retired, for donors drawn from the request's own blocks.
+
+    Distances of unrelated blocks would stop nearly all of it, so none counts: blocks go that a chain's drift keeps
+    under sharing. And some stay, since a donor that was drawn may stand for too many already, or have just gone.
+    """
 
     evicts = observes_attention = False
 

@@ -53,8 +53,13 @@ class BlockEviction:
             )
         self._manager, self._config = manager, config
         self._pool, self._inv_freq = pool, inv_freq if config.undo_rope else inv_freq[:0]
+        self._window = config.observation_tokens
         # A block is full tokens_per_block steps after it was taken: by then every column is its own.
-        self._window = min(config.observation_tokens, manager.tokens_per_block)
+        if self._window > manager.tokens_per_block:
+            raise UserError(
+                f"observation_tokens must be at most {manager.tokens_per_block}, the tokens of a block, with control "
+                f"{config.control}, got {self._window}"
+            )
         self._attention = np.zeros((manager.pool.num_blocks, self._window), np.float32)
         self._step = 0
 

@@ -72,12 +72,21 @@ class Retirements:
         return hops
 
     def memory_share(self, first_generated: int) -> float:
-        """Generated pages held, as a share of those written, averaged over the steps at which a page is completed."""
+        """Generated pages held over those written, both summed over the moments at which a page is completed.
+
+        What a page that is being written holds does not count: nearly ``tokens_share`` with short pages alone.
+        """
         size, num_pages = self.tokens_per_block, len(self.retired_at)
         ends = (np.arange(first_generated, num_pages) + 1) * size
         written = np.arange(1, num_pages - first_generated + 1)
         gone = (self.retired_at[None, first_generated:] <= ends[:, None]).sum(1)
         return float((written - gone).sum() / written.sum())
+
+    def tokens_share(self, num_prompt_tokens: int, num_tokens: int) -> float:
+        """Generated tokens held over those written, both summed over all tokens of the text."""
+        written = (num_tokens - num_prompt_tokens) * (num_tokens - num_prompt_tokens + 1) // 2
+        gone = np.clip(num_tokens + 1 - self.retired_at, 0, None).sum() * self.tokens_per_block
+        return float(1 - gone / written)
 
 
 @dataclass(frozen=True)

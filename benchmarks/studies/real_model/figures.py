@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from trtllm_memshare.evaluation.page_arms import DEFAULT
+from trtllm_memshare.evaluation.page_arms import DEFAULT, Budget
 from trtllm_memshare.evaluation.page_study import PRESETS
 from trtllm_memshare.evaluation.page_table import BASE, Comparison, Row, Setting, by_problem, compare, recall, select
+from trtllm_memshare.evaluation.retirement import hold_at_floor, lowest_need
 from trtllm_memshare.evaluation.statistics import holm, ratio_interval, sign_flip
 from trtllm_memshare.report.real_model import LABELS
 
@@ -85,11 +86,25 @@ def longer_pages(rows: list[Row], what: str, arm: str, size: int, base: str | No
     return _field(compare(rows, arm, base, Setting(tokens_per_block=size), Setting()), what, arm, base)
 
 
-def loss_in_pages(tables: list[list[Row]], arm: str, size: int, tokens: int = 4096) -> float:
-    """Mean change of the loss with half kept in pages of ``size`` tokens, in the last table's texts, nats a token."""
+def loss_in_pages(tables: list[list[Row]], arm: str, size: int, tokens: int = 4096, kept: float = 0.5) -> float:
+    """Mean change of the loss in pages of ``size`` tokens, in the last table's texts, nats a token."""
     texts = {row["text"] for row in tables[-1]}
-    found = select([row for table in tables for row in table], arm, Setting(tokens=tokens, tokens_per_block=size))
+    found = select([row for table in tables for row in table], arm, Setting(kept, size, tokens))
     return float(np.mean([row["loss_change"] for text, row in found.items() if text in texts]))
+
+
+def held_in_pages(rows: list[Row], size: int, kept: float = 0.5) -> float:
+    """Share of the generated tokens that a floor leaves in pages of ``size`` tokens: mean over the texts of the rows.
+
+    Which pages go changes nothing: the oldest, here.
+    """
+    lengths = {(row["prompt_tokens"], row["tokens"]) for row in rows if row["arm"] == "full"}
+    oldest, protected = lowest_need(lambda moment: moment.may_go.astype(np.float32)), Budget().protected_tokens
+    shares = [
+        hold_at_floor(prompt, tokens, size, kept, protected, oldest).tokens_share(prompt, tokens)
+        for prompt, tokens in sorted(lengths)
+    ]
+    return float(np.mean(shares))
 
 
 def _field(found: Comparison | None, what: str, arm: str, base: str) -> float:
@@ -130,11 +145,11 @@ def recalled_beside(rows: list[Row], arm: str, other: str) -> str:
     return recalled([row for row in rows if row["text"] in texts], arm)
 
 
-def recalled_in_pages(tables: list[list[Row]], arm: str, size: int) -> str:
+def recalled_in_pages(tables: list[list[Row]], arm: str, size: int, kept: float = 0.5) -> str:
     """The same with pages of ``size`` tokens, in the texts of the last table; the others have the full cache's rows."""
     texts = {row["text"] for row in tables[-1]}
     rows = [row for table in tables for row in table if row["text"] in texts]
-    return recalled([row for row in rows if row["arm"] == "full" or row["tokens_per_block"] == size], arm)
+    return recalled([row for row in rows if row["arm"] == "full" or row["tokens_per_block"] == size], arm, kept)
 
 
 def gained(rows: list[Row], arm: str, other: str) -> int:
