@@ -51,7 +51,7 @@ bench=("$python" benchmarks/inflight_batching.py --engine-dir "$engine")
 # Host cost of the PyTorch backend's hook on the stand-in, then the model that uses it.
 PYTHONPATH=tests "$python" -m trtllm_pytorch.pytorch_hook --output-json "$results/pytorch_hook.json"
 modelled=("$python" -m trtllm_pytorch.modelled_throughput)
-floors=(off pressure:min_kept=0.75 pressure:min_kept=0.5 pressure:min_kept=0.25)
+floors=(off pressure:min_kept=0.75 pressure:min_kept=0.62 pressure:min_kept=0.53 pressure:min_kept=0.5 pressure:min_kept=0.25)
 PYTHONPATH=tests "${modelled[@]}" --output-json "$results/modelled_throughput.json"
 PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --output-json "$results/modelled_pressure.json"
 PYTHONPATH=tests "${modelled[@]}" --workloads r1_aime24 --policies MAX_UTILIZATION --shares 0.125 0.25 0.5 1 \

@@ -73,9 +73,7 @@ class Executor(ExecutorLoop):
         max_queue_size: int = MAX_QUEUE_SIZE,
         make_control: MakeControl | None = None,
     ) -> None:
-        self._runner = runner
-        self._max_seq_len = max_seq_len
-        self._failed_steps = FailedSteps()
+        self._runner, self._max_seq_len, self._failed_steps = runner, max_seq_len, FailedSteps()
         self.config, null_pages = settle_null_entries(config, runner)
         config = self.config
         self.manager = KVCacheManager(
