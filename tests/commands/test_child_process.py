@@ -76,7 +76,11 @@ def test_ctrl_c_in_a_terminal_reaches_the_program_once(tmp_path):
 
 
 def test_a_terminal_that_is_closed_closes_the_program(tmp_path):
+    before = signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # a run of these tests that survives its own terminal ignores it
     ran = run_program(tmp_path, "trtllm-serve", "#!/bin/sh\necho $$\nexec sleep 60\n", "serve", "m")
+    signal.signal(signal.SIGHUP, before)
     while not (line := ran.stdout.readline()).strip().isdigit():
         assert line, ran.stderr.read()
     ran.send_signal(signal.SIGHUP)

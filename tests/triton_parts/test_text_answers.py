@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 from fakes.asgi import ask
+from fakes.counting_runner import CountingRunner
 from fakes.letters import Letters, letters
 from prometheus_client import CollectorRegistry
 from serving.counting_executor import make
@@ -49,7 +51,11 @@ class Served:
 
 @pytest.fixture
 def served(boundaries):
-    with make(boundaries) as executor:
+    runner = CountingRunner()
+    runner.before_step = lambda batch: time.sleep(
+        0.005
+    )  # a reader that is held up would find poison behind a stop text
+    with make(boundaries, runner) as executor:
         yield Served(executor)
 
 

@@ -38,7 +38,7 @@ GAUGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "memshare_retired_pages": (
         "Pages given up under pressure, since the start", "reason", ("repeated", "needed_least", "resumed")),
     "memshare_seconds_since_step": (
-        "Seconds without a step although there was work, 0 when idle", "unit", ("seconds",)),
+        "Seconds that the present step has gone on, 0 between steps and when idle", "unit", ("seconds",)),
     "memshare_server_restarts": ("Starts of the server after a process had died", "unit", ("restarts",)),
 }  # fmt: skip
 """By name: description, label, and the label's values (facts: TensorRT-LLM's Triton backend)."""
