@@ -7,6 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+from trtllm_memshare.engine.nvcc import check_nvcc
+from trtllm_memshare.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "gpu_suite_work"
 KIT = ROOT / "gpu_kit"
@@ -66,8 +69,15 @@ def real_model() -> Path | None:
 
 def plugin_lacks() -> str | None:
     """What the build of the plugin library lacks."""
-    headers = {"TENSORRT_ROOT (a folder with TensorRT's include/)": tensorrt_root() is not None}
-    return why_not(KERNEL, ("nvcc", "cmake"), headers)
+    root = tensorrt_root()
+    header = root is not None and (Path(root) / "include" / "NvInferRuntime.h").is_file()
+    others = {"TENSORRT_ROOT (a folder with TensorRT's include/)": header}
+    if shutil.which("nvcc") is not None:
+        try:
+            check_nvcc()
+        except UserError as error:
+            others[f"an nvcc that builds it: {error}"] = False
+    return why_not(KERNEL, ("nvcc", "cmake"), others)
 
 
 def real_model_lacks(modules: tuple[str, ...] = REAL_MODEL) -> str | None:

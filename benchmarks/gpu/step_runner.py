@@ -165,10 +165,13 @@ class Suite:
     def _execute(self, step: Step, limit: float) -> dict[str, Any]:
         log, started = self._work / f"{step.name}.log", time.monotonic()
         with log.open("wb") as output:
-            process = self._process = subprocess.Popen(
-                step.command, cwd=self._cwd, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env={**os.environ, **step.variables}, start_new_session=True,
-            )  # fmt: skip
+            try:
+                process = self._process = subprocess.Popen(
+                    step.command, cwd=self._cwd, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                    env={**os.environ, **step.variables}, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:  # such as a program that an earlier step should have built
+                return {"result": "failed", "note": f"cannot start: {error}"}
             try:
                 status: int | None = process.wait(limit)
             except subprocess.TimeoutExpired:

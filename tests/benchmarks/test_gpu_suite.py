@@ -104,6 +104,30 @@ def test_a_step_that_stretches_takes_what_the_later_ones_do_not_need(tmp_path, c
     assert limits["plain"] == limits["tight"] == 20
 
 
+def test_a_step_whose_program_is_not_there_fails_and_the_next_one_runs(suite, tmp_path):
+    """As the plugin's harness is not where its build has failed."""
+    suite.run(Step("harness", 20, [str(tmp_path / "plugin_harness"), "--gpu", "require"]))
+    suite.run(Step("next", 20, python("print('3 passed')"), must_say=r"[1-9]\d* passed"))
+    assert results(suite) == [("harness", "failed"), ("next", "ok")]
+    assert suite.rows[0]["note"].startswith("cannot start: [Errno 2] No such file or directory")
+    assert json.loads(suite.report.read_text())["steps"] == suite.rows
+
+
+@pytest.mark.parametrize(("release", "builds"), [("12.8", True), ("12.4", False), ("14.0", False)])
+def test_a_plugin_step_lacks_an_nvcc_that_builds_it(tmp_path, monkeypatch, release, builds):
+    for tool, says in (("nvcc", f"Cuda compilation tools, release {release}, V{release}.1"), ("cmake", "cmake")):
+        (tmp_path / tool).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "include").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    monkeypatch.setattr(needs, "absent_modules", lambda names: [])
+    assert needs.plugin_lacks().startswith("lacks TENSORRT_ROOT (a folder with TensorRT's include/)")
+    (tmp_path / "include" / "NvInferRuntime.h").touch()
+    said = f"lacks an nvcc that builds it: nvcc must be 12.8 to 13.x, got {release} (install such a CUDA toolkit)"
+    assert needs.plugin_lacks() == (None if builds else said)
+
+
 def test_a_step_may_show_all_that_it_says(suite):
     suite.run(Step("counters", 20, python("print('dram 91'); print('dram 48')"), must_say=r"dram (\d+)", says_all=True))
     assert suite.rows[0]["note"] == "91, 48"

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from trtllm_memshare.engine import plugin_build
+from trtllm_memshare.engine.nvcc import nvcc_version
 from trtllm_memshare.engine.plugin_build import (
     HARNESS_NAME,
     PLUGINS_DIR,
     build_plugin,
     check_kernels,
-    nvcc_version,
     plan_plugin_build,
     resources_table,
     spilling,
@@ -132,6 +132,18 @@ def test_missing_headers_an_old_nvcc_and_an_unknown_preset_are_named(tools):
     with pytest.raises(UserError, match=r"nvcc must be 12.8 to 13.x, got 12.4"):
         plan_plugin_build(tools / "trt", "release", tools / "out")
     assert not (tools / "out").exists()
+
+
+def test_a_build_that_fails_leaves_nothing_of_an_earlier_one(tools):
+    """An old harness would hold the checks of an old library."""
+    plan = plan_plugin_build(tools / "trt", "native", tools / "out")
+    plan.output_dir.mkdir()
+    for name in (plugin_build.LIBRARY_NAME, HARNESS_NAME, "CMakeCache.txt"):
+        (plan.output_dir / name).write_text("of an earlier build")
+    (tools / "bin" / "cmake").write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(UserError, match="cmake failed with status 3"):
+        build_plugin(plan)
+    assert [path.name for path in plan.output_dir.iterdir()] == ["CMakeCache.txt"]
 
 
 def test_the_environment_names_the_headers(tools, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trtllm_memshare.errors import UserError, nearest, quote
+from trtllm_memshare.engine.nvcc import check_nvcc
+from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.search.kernel_compiler import (
     ARCHITECTURES,
     KernelResources,
@@ -27,7 +27,6 @@ LIBRARY_NAME = "libtrtllm_memshare_plugin.so"
 HARNESS_NAME = "plugin_harness"
 
 _HEADERS = "take include/ of github.com/NVIDIA/TensorRT, branch release/10.14, or a TensorRT installation"
-_MIN_NVCC, _MAX_NVCC = (12, 8), (13, 99)
 
 
 CheckedKernels = dict[str, list[tuple[KernelVariant, KernelResources]]]
@@ -75,36 +74,8 @@ def plan_plugin_build(tensorrt_root: Path | None, preset: str, output_dir: Path)
     return PluginBuild(named.resolve(), preset, output_dir.resolve())
 
 
-def check_nvcc() -> tuple[int, int]:
-    """Major and minor release of the nvcc on PATH. Raises UserError if it does not run or is none that builds."""
-    version = nvcc_version(_nvcc_says())
-    if not _MIN_NVCC <= version <= _MAX_NVCC:
-        raise UserError(f"nvcc must be 12.8 to 13.x, got {version[0]}.{version[1]} (install such a CUDA toolkit)")
-    return version
-
-
-def _nvcc_says() -> str:
-    """What ``nvcc --version`` prints. Raises UserError if it does not run."""
-    try:
-        done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise UserError(f"nvcc does not run: {error.strerror} (reinstall the CUDA toolkit)") from error
-    if done.returncode:
-        said = quote((done.stderr or done.stdout).strip())
-        raise UserError(f"nvcc --version ends with status {done.returncode}, got {said} (reinstall the CUDA toolkit)")
-    return done.stdout
-
-
-def nvcc_version(text: str) -> tuple[int, int]:
-    """Major and minor release from what ``nvcc --version`` prints. Raises UserError if there is none in it."""
-    found = re.search(r"release (\d+)\.(\d+)", text)
-    if found is None:
-        raise UserError(f"nvcc --version should name a release, got {quote(text.strip())} (reinstall the CUDA toolkit)")
-    return int(found[1]), int(found[2])
-
-
 def build_plugin(plan: PluginBuild) -> Path:
-    """Configures and builds; prints the commands first.
+    """Configures and builds; prints the commands first. Library and harness of an earlier build go before that.
 
     Returns:
       The library's path; the harness lies beside it.
@@ -115,6 +86,8 @@ def build_plugin(plan: PluginBuild) -> Path:
     configure = ["cmake", "--preset", plan.preset, "-B", str(plan.output_dir), f"-DTENSORRT_ROOT={plan.tensorrt_root}"]
     if shutil.which("make") is None and shutil.which("ninja") is not None:
         configure += ["-G", "Ninja"]  # CMake would insist on make
+    for name in (LIBRARY_NAME, HARNESS_NAME):  # what a build left must be of this build, also where it fails
+        (plan.output_dir / name).unlink(missing_ok=True)
     build = ["cmake", "--build", str(plan.output_dir), "--parallel", str(os.cpu_count() or 1)]
     for command in (configure, build):
         print(f"+ {' '.join(command)}", flush=True)

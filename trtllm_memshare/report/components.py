@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_memshare.engine.engine_dir import TRTLLM_VERSION
-from trtllm_memshare.engine.plugin_build import LIBRARY_NAME, check_nvcc
+from trtllm_memshare.engine.nvcc import check_nvcc
+from trtllm_memshare.engine.plugin_build import LIBRARY_NAME
 from trtllm_memshare.engine.tensorrt_record import file_sha256
 from trtllm_memshare.errors import UserError, quote
 from trtllm_memshare.evaluation.machine import describe_machine
