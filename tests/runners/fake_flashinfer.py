@@ -42,6 +42,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         assert ((last_page_len >= 1) & (last_page_len <= page_size)).all()
         assert num_qo_heads % num_kv_heads == 0
         assert pos_encoding_mode == "NONE"
+        # The real one asserts nothing, and reads wrong numbers.
+        assert kv_data_type in (q_data_type, torch.float8_e4m3fn)
         if self._fixed is not None:
             assert batch == self._fixed, "the batch size is frozen under a CUDA graph"
             assert len(indices) <= self._room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -131,5 +132,21 @@ def test_why_flashinfer_is_not_used_is_said(runners):
     assert runners[0].decode_description == "PyTorch (the pool is on cpu)"
     assert runners[1].decode_description == "a stand-in for FlashInfer"
     assert runners[2].decode_description.endswith("CUDA graphs for pure decode steps")
-    pool = dataclasses.make_dataclass("Pool", ["is_cuda", "shape", "device"])(True, (1, 1, 2, 2, 8, 32), "cuda:0")
-    assert find_flashinfer(pool, torch.bfloat16)[1].endswith("head_dim (64, 128, 256), got bfloat16, 32")
+    assert find_flashinfer(pool_on_gpu(dim=32), torch.bfloat16)[1].endswith("head_dim (64, 128, 256), got bfloat16, 32")
+
+
+def pool_on_gpu(dtype=torch.bfloat16, dim=64):
+    kind = dataclasses.make_dataclass("Pool", ["is_cuda", "shape", "device", "dtype"])
+    return kind(True, (1, 1, 2, 2, 8, dim), "cuda:0", dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"])
+def test_flashinfer_is_given_a_pool_of_the_models_type_or_of_fp8_alone(dtype, monkeypatch):
+    """It would read any other as the model's, and say nothing."""
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    found, said = find_flashinfer(pool_on_gpu(getattr(torch, dtype)), torch.bfloat16)
+    if dtype in ("bfloat16", "float8_e4m3fn"):
+        assert (found, said) == (fake_flashinfer, "FlashInfer fake, every alias read")
+    else:
+        wanted = f"FlashInfer takes a pool of the model's bfloat16 or of float8_e4m3fn, got {dtype}"
+        assert (found, said) == (None, wanted)

@@ -94,6 +94,10 @@ def find_flashinfer(pool: torch.Tensor, dtype: torch.dtype) -> tuple[Any, str]:
     if dtype not in (torch.float16, torch.bfloat16) or pool.shape[-1] not in _HEAD_DIMS:
         name = str(dtype).removeprefix("torch.")
         return None, f"FlashInfer takes fp16 or bf16 and head_dim {_HEAD_DIMS}, got {name}, {pool.shape[-1]}"
+    if pool.dtype not in (dtype, torch.float8_e4m3fn):
+        # It checks nothing of the kind: another type of 16 bits would be read as if it were the model's.
+        wanted, got = (str(d).removeprefix("torch.") for d in (dtype, pool.dtype))
+        return None, f"FlashInfer takes a pool of the model's {wanted} or of float8_e4m3fn, got {got}"
     try:
         import flashinfer
     except ImportError as error:
