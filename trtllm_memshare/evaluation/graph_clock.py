@@ -18,7 +18,8 @@ class GraphClock:
     """Makes graphs for a ``TorchRunner`` that note when each replay begins and ends on the stream.
 
     The step's input is copied before and its tokens are drawn after, so that neither counts; the graph's launch does,
-    where the stream stands idle until then.
+    where the stream stands idle until then. A replay comes from the runner's step, in which the pool's device is the
+    current one: so its stream is the one that both events are recorded on.
 
     Args:
       new_graph: makes what is timed; for tests without a GPU, as ``new_event``.

@@ -106,7 +106,7 @@ class DecodeGraphs:
 
 
 class CudaGraph:
-    """``torch.cuda.CUDAGraph`` behind the two calls that are needed."""
+    """``torch.cuda.CUDAGraph`` behind the two calls that are needed; both want its device to be the current one."""
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()

@@ -21,6 +21,7 @@ from trtllm_memshare.runners.protocol import StepBatch, StepOutput
 from trtllm_memshare.runners.torch.attention import IMPLEMENTATION, PagedStep, paged_attention
 from trtllm_memshare.runners.torch.decode_graph import DecodeGraphs
 from trtllm_memshare.runners.torch.gather import PageGather
+from trtllm_memshare.runners.torch.on_device import on_device
 from trtllm_memshare.runners.torch.packed_linear import pack_linears
 from trtllm_memshare.runners.torch.page_lists import PageLists, list_pages
 from trtllm_memshare.runners.torch.paged_decode import DecodeKind, PagedDecode, choose_decode, flashinfer_kind
@@ -124,14 +125,11 @@ class TorchRunner:
         self._fold_aliases = fold_aliases
         self._scaling = float(model.model.layers[0].self_attn.scaling)
         self.inv_freq: torch.Tensor = model.model.rotary_emb.inv_freq.float()
-        self.search = make_block_search(self.pool, self.inv_freq, MAX_PAIRS)
-        num_heads = config.num_attention_heads
-        if flashinfer is None:
-            kind = choose_decode(self.pool, num_heads, model.dtype, decode)
-        else:
-            kind = flashinfer_kind(flashinfer, "a stand-in for FlashInfer", self.pool, num_heads, model.dtype)
+        with on_device(self.pool.device):
+            self.search = make_block_search(self.pool, self.inv_freq, MAX_PAIRS)
+            kind = self._choose(decode, flashinfer)
+            self._decode: PagedDecode | None = None if kind.make is None else kind.make(None, 0)
         self.decode_description, self._reads_once = kind.description, kind.reads_once
-        self._decode: PagedDecode | None = None if kind.make is None else kind.make(None, 0)
         self._graphs = self._make_graphs(kind, new_graph) if use_graphs else None
 
     def reserve_null_pages(self, are_used: bool) -> None:
@@ -182,6 +180,10 @@ class TorchRunner:
     @torch.inference_mode()
     def step(self, inputs: TorchInputs) -> StepOutput:
         """Runs the model once, then stage 2 on the batch's pairs."""
+        with on_device(self.pool.device):
+            return self._step(inputs)
+
+    def _step(self, inputs: TorchInputs) -> StepOutput:
         batch, plan, pages = inputs.batch, inputs.plan, inputs.pages
         attention: np.ndarray | None = None
         if self._graphs is not None and pages is not None and self._graphs.takes(batch):
@@ -205,7 +207,8 @@ class TorchRunner:
     @torch.inference_mode()
     def compare(self, pairs: PairBatch) -> Distances:
         """See ``ComparingRunner``."""
-        return self.search.compare(pairs)
+        with on_device(self.pool.device):
+            return self.search.compare(pairs)
 
     def _clear(self, blocks: np.ndarray) -> None:
         """Zeroes blocks before their first token is written.
@@ -226,6 +229,12 @@ class TorchRunner:
             memshare_step=step,
         )
         return result.logits[0]
+
+    def _choose(self, wanted: str, flashinfer: Any) -> DecodeKind:
+        num_heads, dtype = self.model.config.num_attention_heads, self.model.dtype
+        if flashinfer is None:
+            return choose_decode(self.pool, num_heads, dtype, wanted)
+        return flashinfer_kind(flashinfer, "a stand-in for FlashInfer", self.pool, num_heads, dtype)
 
     def _make_graphs(self, kind: DecodeKind, new_graph: Callable[[], Any] | None) -> DecodeGraphs | None:
         make, config = kind.make, self.model.config
