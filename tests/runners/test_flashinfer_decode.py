@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_random_checkpoint
 from runners import fake_flashinfer
 from runners.test_torch_runner import SIZE, batch_of, make_manager
 from tolerances import SAME_LOGITS
@@ -125,6 +128,37 @@ def test_a_graph_is_captured_once_for_a_bucket_and_replayed(bundled_model, promp
         outputs.append([h.result().token_ids for h in handles])
     assert outputs[0] == outputs[1]
     assert FakeGraph.captures == len({next(b for b in BUCKETS if b >= n) for n in range(1, 6)})
+
+
+class KeptOutput:
+    """Keeps the output of what it recorded, and not the function, as a CUDA graph."""
+
+    def capture(self, run):
+        self._output = run()
+        return self._output
+
+    def replay(self):
+        pass
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_runner_that_goes_gives_pool_and_model_back_at_once(tmp_path, steps):
+    """A pool is most of a GPU: the next one must not have to wait for a collection of circles."""
+    runner = TorchRunner(
+        load_model(write_random_checkpoint(tmp_path)), 8, SIZE, flashinfer=fake_flashinfer, new_graph=KeptOutput
+    )
+    manager = make_manager(runner)
+    assert manager.add_sequence(0, np.arange(4, 10, dtype=np.int32))
+    for _ in range(steps):
+        runner.step(runner.prepare(batch_of(manager, [0], [6], [1], {0: np.arange(4, 10)}, 0)))
+    gc.collect()
+    gc.disable()
+    try:
+        left = [weakref.ref(runner.pool), weakref.ref(runner.model)]
+        del runner
+        assert [reference() for reference in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_why_flashinfer_is_not_used_is_said(runners):

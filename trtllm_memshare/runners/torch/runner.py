@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,7 +199,7 @@ class TorchRunner:
                 torch.from_numpy(a).to(device, torch.int64)[None] for a in (batch.input_ids, batch.position_ids)
             )
             step = PagedStep(self.pool, plan, self.model.dtype, self._decode, self._gather, batch.observe_attention)
-            logits = self._forward(ids, positions, step)
+            logits = _forward(self.model, ids, positions, step)
             if batch.observe_attention:
                 attention = step.block_attention().cpu().numpy()
         distances = None if batch.pairs is None else self.compare(batch.pairs)
@@ -219,17 +220,6 @@ class TorchRunner:
         """
         self._bytes.index_fill_(0, torch.from_numpy(blocks).to(self.pool.device), 0)
 
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
-        """Logits ``[batch, vocab_size]`` of each sequence's last token."""
-        result = self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=step.last_tokens,
-            memshare_step=step,
-        )
-        return result.logits[0]
-
     def _choose(self, wanted: str, flashinfer: Any) -> DecodeKind:
         num_heads, dtype = self.model.config.num_attention_heads, self.model.dtype
         if flashinfer is None:
@@ -243,6 +233,21 @@ class TorchRunner:
         tokens = longest_sequence(config.to_dict(), config.max_position_embeddings)
         longest = -(-tokens // self.tokens_per_block)
         self.decode_description += ", CUDA graphs for pure decode steps"
+        # Of the model alone: a method would hold the runner, whose pool would stay until a collection of circles.
+        forward = functools.partial(_forward, self.model)
         return DecodeGraphs(
-            self._forward, lambda bucket: make(bucket, bucket * longest), self.pool, self.model.dtype, new_graph
+            forward, lambda bucket: make(bucket, bucket * longest), self.pool, self.model.dtype, new_graph
         )
+
+
+def _forward(model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, step: PagedStep) -> torch.Tensor:
+    """Logits ``[batch, vocab_size]`` of each sequence's last token."""
+    result = model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=step.last_tokens,
+        memshare_step=step,
+    )
+    logits: torch.Tensor = result.logits[0]
+    return logits
