@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -22,8 +23,14 @@ from trtllm_memshare.runners.torch.paged_decode import choose_decode
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with torch for CUDA, and for Linux only")
-from trtllm_memshare.runners.torch import triton_decode
-from trtllm_memshare.runners.torch.triton_decode import TritonDecode, num_splits
+from trtllm_memshare.runners.torch import paged_decode, triton_decode
+from trtllm_memshare.runners.torch.triton_decode import (
+    TritonDecode,
+    num_rows,
+    num_splits,
+    shared_bytes,
+    tokens_a_turn,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes with numpy, which knows no bf16.
@@ -68,9 +75,11 @@ def lists(*requests: tuple[list[int], int], counts: dict[int, int] | None = None
 
 
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize(("num_kv_heads", "group", "tokens", "dim"), [(2, 3, 16, 64), (1, 7, 32, 128), (4, 1, 8, 16)])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group", "tokens", "dim"), [(2, 3, 16, 64), (1, 7, 32, 128), (4, 1, 8, 16), (1, 2, 128, 16)]
+)
 def test_against_float64(name, num_kv_heads, group, tokens, dim):
-    """Requests of one page, of a partial one, and of more pages than a program takes in a turn."""
+    """Requests of one page, of a partial one, and of more pages than a program takes in a turn, or of longer ones."""
     dtype, tolerance = getattr(torch, name), DECODE_ERROR[name]
     pool = make_pool(dtype, 2, num_kv_heads, tokens, dim)
     compute = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
@@ -176,31 +185,101 @@ def test_what_attends_is_chosen_and_said():
         assert choose_decode(pool, 4, torch.bfloat16).description == "PyTorch (the pool is on cpu)"
 
 
+class OnCuda(torch.Tensor):
+    """A pool that says it is on a GPU."""
+
+    @property
+    def is_cuda(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "capability", "there", "reason"),
+    [
+        (torch.bfloat16, 256, (8, 9), 99, None),
+        (torch.float32, 256, (12, 0), 99, None),
+        (torch.float32, 512, (7, 5), 64, "needs 98 KiB of shared memory at head_dim 512, got 64"),
+        (torch.float32, 1024, (8, 9), 99, "needs 194 KiB of shared memory at head_dim 1024, got 99"),
+        (torch.float32, 1024, (9, 0), 227, None),
+        (torch.float8_e4m3fn, 64, (8, 0), 163, "reads fp8 e4m3 from sm_89 on, got sm_80"),
+        (torch.float8_e4m3fn, 64, (8, 9), 99, None),
+    ],
+)
+def test_a_card_that_cannot_hold_a_turn_gets_another_attention(monkeypatch, dtype, dim, capability, there, reason):
+    """Triton itself would say it at the first step, inside a request."""
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=there << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(paged_decode, "find_flashinfer", lambda *_: (None, "FlashInfer is not there"))
+    pool = torch.zeros(2, 1, 2, 1, 128, dim, dtype=dtype).as_subclass(OnCuda)
+    compute = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+    kind = choose_decode(pool, 4, compute)
+    if reason is None:
+        assert kind.description.startswith("Triton ")
+    else:
+        assert kind.make is None
+        assert kind.description.startswith("PyTorch (FlashInfer is not there; Triton")
+        assert reason in kind.description
+
+
 COMPILE = """
+import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from trtllm_memshare.runners.torch.triton_decode import _attend_part, _join_parts
-for element, splits in (("bf16", 1), ("bf16", 8), ("fp8e4nv", 8)):
-    pointers = f"*bf16 *{element} *i32 *i32 *fp32 *i32 *bf16 *fp32 *fp32"
-    types = [*pointers.split(), "i32", "i32", "i32", "fp32"]
-    sizes = dict(SPLITS=splits, KV_HEADS=4, GROUP=7, ROWS=16, TOKENS=32, DIM=128, TURN=64)
-    signature = dict(zip(_attend_part.arg_names, types + ["constexpr"] * len(sizes)))
-    made = compile(ASTSource(_attend_part, signature, sizes), target=GPUTarget("cuda", 90, 32))
-    print(element, splits, made.metadata.shared, len(made.asm["cubin"]))
-sizes = dict(SPLITS=8, PADDED=8, DIM=128)
-signature = dict(zip(_join_parts.arg_names, ["*fp32", "*fp32", "*bf16"] + ["constexpr"] * 3))
-print(len(compile(ASTSource(_join_parts, signature, sizes), target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+
+def compiled(kernel, types, sizes, arch):
+    names = kernel.arg_names
+    constants = {(names.index(name),): value for name, value in sizes.items()}
+    # As a launch finds them: addresses and offsets are multiples of 16, which decides what is staged.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind != "fp32"}
+    signature = dict(zip(names, [*types, *["constexpr"] * len(sizes)]))
+    made = compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32))
+    return made.metadata.shared, len(made.asm["cubin"])
+
+for case in sys.argv[1:]:
+    query, pool, *numbers = case.split(",")
+    splits, group, rows, tokens, dim, turn, arch = map(int, numbers)
+    types = f"*{query} *{pool} *i32 *i32 *fp32 *i32 *{query} *fp32 *fp32 i32 i32 i32 fp32".split()
+    sizes = dict(SPLITS=splits, KV_HEADS=4, GROUP=group, ROWS=rows, TOKENS=tokens, DIM=dim, TURN=turn)
+    print(*compiled(_attend_part, types, sizes, arch))
+print(*compiled(_join_parts, ["*fp32", "*fp32", "*bf16"], dict(SPLITS=8, PADDED=8, DIM=128), 90))
 """
+BYTES = {"fp32": 4, "bf16": 2, "fp8e4nv": 1}
+COMPILED = [  # query, pool, splits, group, tokens, dim, architecture
+    ("bf16", "bf16", 1, 7, 32, 128, 90),
+    ("bf16", "fp8e4nv", 8, 7, 32, 128, 90),
+    ("bf16", "bf16", 8, 64, 16, 128, 100),
+    ("bf16", "bf16", 8, 4, 128, 256, 80),
+    ("bf16", "fp8e4nv", 8, 8, 128, 256, 89),
+    ("fp32", "fp32", 8, 4, 128, 256, 120),
+    ("fp32", "fp32", 8, 20, 16, 128, 80),
+    ("fp32", "bf16", 8, 3, 64, 64, 90),
+]
+
+
+@pytest.fixture(scope="module")
+def shared_memory(tmp_path_factory) -> dict:
+    """Case -> bytes of shared memory of a block, and the bytes that were reckoned; one process compiles them all."""
+    reckoned, arguments = [], []
+    for query, pool, splits, group, tokens, dim, arch in COMPILED:
+        rows, sizes = num_rows(group), (BYTES[query], BYTES[pool])
+        turn = tokens_a_turn(dim, rows, *sizes)
+        reckoned.append(shared_bytes(turn, dim, rows, *sizes))
+        arguments.append(",".join(map(str, (query, pool, splits, group, rows, tokens, dim, turn, arch))))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *arguments],
+        capture_output=True, text=True, env=environment, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert all(cubin > 0 for _, cubin in lines)
+    return {case: (shared, limit) for case, (shared, _), limit in zip(COMPILED, lines, reckoned, strict=False)}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
-def test_the_kernels_compile_for_hopper_without_a_gpu(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    *parts, join = done.stdout.splitlines()
-    assert [line.split()[:2] for line in parts] == [["bf16", "1"], ["bf16", "8"], ["fp8e4nv", "8"]]
-    assert int(join) > 0
-    assert all(int(line.split()[2]) <= 227 << 10 for line in parts)  # bytes of shared memory of a block
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case)))
+def test_the_kernels_compile_without_a_gpu_and_fit_the_smallest_shared_memory(shared_memory, case):
+    shared, reckoned = shared_memory[case]
+    assert shared <= reckoned <= 99 << 10

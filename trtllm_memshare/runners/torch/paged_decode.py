@@ -99,7 +99,7 @@ def _find_triton(
         from trtllm_memshare.runners.torch import triton_decode
     except ImportError as error:
         return None, f"Triton cannot be imported: {error}"
-    if why := triton_decode.why_not(pool):
+    if why := triton_decode.why_not(pool, num_heads, dtype):
         return None, why
 
     def make(fixed_batch: int | None, max_pages: int) -> PagedDecode:

@@ -13,7 +13,9 @@ import triton.language as tl
 
 from trtllm_memshare.runners.torch.page_lists import PageLists
 
-_TOKENS_A_TURN = 64
+_MOST_A_TURN, _LEAST_A_TURN = 64, 16  # tokens; a tensor-core product takes no fewer
+_SHARED_BYTES = 99 << 10
+"""Of a block, at most: what sm_89 and sm_120 have. sm_80 has 163 KiB, sm_90 and sm_100 227."""
 _ENOUGH_PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100
 _MAX_SPLITS = 64
 _MIN_ROWS = 16  # of a tensor-core product
@@ -41,13 +43,13 @@ def _attend_part(
     largest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     gathered = tl.zeros([ROWS, DIM], tl.float32)
-    for place in range(start, end, TURN // TOKENS):
-        page = place + turn // TOKENS
+    for slot in range(start * TOKENS, end * TOKENS, TURN):  # several pages in a turn, or a part of one
+        page, token = (slot + turn) // TOKENS, (slot + turn) % TOKENS
         there = page < end
         block = tl.load(indices + page, mask=there, other=0).to(tl.int64)
         weight = tl.load(log_counts + page, mask=there, other=0.0)
-        there = there & ((page < stop - 1) | (turn % TOKENS < filled))
-        row = head_of_pool + block * block_stride + (turn % TOKENS) * DIM
+        there = there & ((page < stop - 1) | (token < filled))
+        row = head_of_pool + block * block_stride + token * DIM
         k = tl.load(row[:, None] + dims[None, :], mask=there[:, None], other=0.0).to(q.dtype)
         v = tl.load(row[:, None] + value_offset + dims[None, :], mask=there[:, None], other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling + weight[None, :]
@@ -131,12 +133,12 @@ class TritonDecode:
         part_lse = parts.new_empty(len(parts))
         unit = num_kv_heads * tokens * dim
         group = self._num_heads // num_kv_heads
-        turn = max(_TOKENS_A_TURN, tokens)
+        rows = num_rows(group)
         _attend_part[(batch, num_kv_heads, splits)](
             query, self._pool, *self._buffers, output, parts, part_lse,
             layer * 2 * unit, unit, num_layers * 2 * unit, self._scaling,
-            SPLITS=splits, KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
-            TOKENS=tokens, DIM=dim, TURN=turn,
+            SPLITS=splits, KV_HEADS=num_kv_heads, GROUP=group, ROWS=rows,
+            TOKENS=tokens, DIM=dim, TURN=tokens_a_turn(dim, rows, query.element_size(), self._pool.element_size()),
         )  # fmt: skip
         if splits > 1:
             padded = triton.next_power_of_2(splits)
@@ -154,11 +156,58 @@ def num_splits(programs: int) -> int:
     return max(1, min(_MAX_SPLITS, _ENOUGH_PROGRAMS // max(1, programs)))
 
 
-def why_not(pool: torch.Tensor) -> str | None:
-    """Why the kernels cannot read a pool, or None."""
+def num_rows(group: int) -> int:
+    """Rows of a product for the query heads of one KV head."""
+    return max(_MIN_ROWS, int(triton.next_power_of_2(group)))
+
+
+def shared_bytes(turn: int, dim: int, rows: int, query_bytes: int, pool_bytes: int) -> int:
+    """Shared memory of a block, at most; from what Triton 3.7 takes for sm_80 to sm_120, which tests hold it against.
+
+    Args:
+      turn: tokens that are read at a time.
+      dim: head_dim.
+      rows: see ``num_rows``.
+      query_bytes, pool_bytes: of an element.
+    """
+    staged = 2 * turn * dim * pool_bytes  # K and V
+    if query_bytes == 4 and pool_bytes < 4:  # no tensor core: both factors lie there once more, converted
+        staged += 2 * turn * dim * query_bytes
+    if rows >= 64:  # products of a whole warp group
+        staged += turn * dim * query_bytes
+    return staged + rows * (dim * query_bytes + turn * 4) + 1024
+
+
+def tokens_a_turn(dim: int, rows: int, query_bytes: int, pool_bytes: int) -> int:
+    """Tokens that are read at a time, from several pages or a part of one, so that a block fits every card."""
+    turn = _MOST_A_TURN
+    while turn > _LEAST_A_TURN and shared_bytes(turn, dim, rows, query_bytes, pool_bytes) > _SHARED_BYTES:
+        turn //= 2
+    return turn
+
+
+def why_not(pool: torch.Tensor, num_heads: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot read a pool, or None.
+
+    Args:
+      pool: see ``TritonDecode``; on another device than CUDA only its shape and type count.
+      num_heads: query heads.
+      dtype: of queries.
+    """
     tokens, dim = pool.shape[4:]
     if dim & (dim - 1) or tokens & (tokens - 1) or dim < 16 or tokens < 8:
         return f"Triton takes powers of two from 8 tokens a block and head_dim 16 on, got {tokens} and {dim}"
     if pool.dtype == torch.int8:
         return "Triton's decode takes no int8 pool"
+    if not pool.is_cuda:
+        return None
+    capability = torch.cuda.get_device_capability(pool.device)
+    if pool.dtype == torch.float8_e4m3fn and capability < (8, 9):
+        return "Triton reads fp8 e4m3 from sm_89 on, got sm_{}{}".format(*capability)
+    rows, sizes = num_rows(num_heads // pool.shape[3]), (dtype.itemsize, pool.element_size())
+    needed = shared_bytes(tokens_a_turn(dim, rows, *sizes), dim, rows, *sizes)
+    properties = torch.cuda.get_device_properties(pool.device)
+    there = getattr(properties, "shared_memory_per_block_optin", _SHARED_BYTES)
+    if needed > there:
+        return f"Triton's decode needs {needed >> 10} KiB of shared memory at head_dim {dim}, got {there >> 10}"
     return None
