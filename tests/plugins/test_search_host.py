@@ -17,7 +17,7 @@ import torch
 from search.float64_reference import relative_error
 from tolerances import KERNEL_RELATIVE_ERROR
 
-from trtllm_memshare.search import cuda_block_distance
+from trtllm_memshare.search import block_search, cuda_block_distance
 from trtllm_memshare.search.block_distance import block_distance, pairs_on
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, num_layer_groups
 from trtllm_memshare.search.types import PairBatch
@@ -139,6 +139,68 @@ def test_a_stream_is_wrapped_once_and_a_thread_bound_once(search, device):
         for _ in range(2):
             thread.submit(search.compare, pairs_of(2, 0)).result()
     assert device.bound == 2
+
+
+class OnCuda(torch.Tensor):
+    """A pool that says it is on a GPU."""
+
+    @property
+    def is_cuda(self):
+        return True
+
+
+class DriverError(Exception):
+    """As ``cuda.core``'s, whose type is private and derives from nothing else."""
+
+
+def test_both_kernels_are_compiled_before_the_first_search(device):
+    pool = torch.randn(BLOCKS, LAYERS, 2, HEADS, SIZE, DIM, generator=torch.Generator().manual_seed(2))
+    search = block_search.make_block_search(pool.as_subclass(OnCuda), INV_FREQ, max_pairs=8)
+    assert search.description == "CUDA kernel for sm_90, compiled by NVRTC"
+    assert device.compiled == [(DIM, "sm_90"), (0, "sm_90")]
+    search.compare(pairs_of(2, 0)).read()
+    assert len(device.compiled) == 2
+
+
+@pytest.mark.parametrize("fault", ["compile", "undo_rope", "source", "load"])
+def test_a_kernel_that_cannot_be_compiled_or_loaded_leaves_the_search_to_pytorch(device, monkeypatch, caplog, fault):
+    """At the start and with a warning: in a step it would end requests."""
+    working = device.compile
+
+    def compile_variant(variant, arch, cache_dir):
+        if fault == "compile" or (fault == "undo_rope" and not variant.rotary_dim):
+            raise RuntimeError(f"block_distance does not compile for {arch}: invalid architecture")
+        if fault == "source":
+            raise FileNotFoundError(2, "No such file or directory", "block_distance.cuh")
+        code = working(variant, arch, cache_dir)
+        if fault == "load":
+            code.get_kernel = refuse
+        return code
+
+    def refuse(name):
+        raise DriverError("CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available")
+
+    monkeypatch.setattr(cuda_block_distance, "compile_variant", compile_variant)
+    pool = torch.randn(BLOCKS, LAYERS, 2, HEADS, SIZE, DIM, generator=torch.Generator().manual_seed(2))
+    search = block_search.make_block_search(pool.as_subclass(OnCuda), INV_FREQ, max_pairs=8)
+    said = {
+        "source": "[Errno 2] No such file or directory: 'block_distance.cuh'",
+        "load": "block_distance for sm_90 cannot be loaded: CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available",
+    }.get(fault, "block_distance does not compile for sm_90: invalid architecture")
+    assert search.description == f"PyTorch reference ({said})"
+    warning = f"blocks are compared by PyTorch, not by the CUDA kernel: {said}"
+    assert [record.getMessage() for record in caplog.records] == [warning]
+    sums, _ = search.compare(pairs_of(3, 1)).read()
+    assert relative_error(sums, expected(search, pairs_of(3, 1))) < KERNEL_RELATIVE_ERROR
+
+
+def test_memory_that_is_not_there_is_no_reason_for_a_slower_search(device, monkeypatch):
+    def compile_variant(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_block_distance, "compile_variant", compile_variant)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        block_search.make_block_search(torch.zeros(2, 1, 2, 1, 16, 64).as_subclass(OnCuda), INV_FREQ, max_pairs=8)
 
 
 def test_more_pairs_than_fit_and_tensors_that_do_not_are_refused_before_a_launch(search, device):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from search.float64_reference import page_signatures_float64
 from tolerances import SIGNATURE_ERROR, SIGNATURE_FLOAT64_ERROR
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.search import page_signer
+from trtllm_memshare.search import cuda_signatures, page_signer
 from trtllm_memshare.search.cuda_signatures import SignatureVariant
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES
 from trtllm_memshare.search.page_signer import make_page_signer
@@ -157,6 +159,51 @@ def test_the_signer_says_why_it_is_the_reference(monkeypatch, caplog):
     assert signer.description == "PyTorch reference (cuda.core is missing)"
     warning = "signatures of pages are computed by PyTorch, not by the CUDA kernel: cuda.core is missing"
     assert [record.getMessage() for record in caplog.records] == [warning]
+
+
+class OfFirstGpu(OnCuda):
+    """Names a device too."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("fault", ["compile", "load"])
+def test_a_kernel_that_cannot_be_compiled_or_loaded_leaves_signatures_to_pytorch(monkeypatch, caplog, fault):
+    """``CudaSignatures`` itself, on a device that the host plays."""
+
+    class DriverError(Exception):
+        """As ``cuda.core``'s, whose type is private and derives from nothing else."""
+
+    def compile_source(*_):
+        if fault == "compile":
+            raise RuntimeError("invalid architecture")
+        return types.SimpleNamespace(get_kernel=refuse)
+
+    def refuse(name):
+        raise DriverError("no kernel image is available")
+
+    projection = make_projection(LAYERS, 1, 32)
+    fields = fields_of_pool(make_pool(torch.float16, 1, 8, 32).as_subclass(OfFirstGpu), projection)
+    to, tensor = torch.Tensor.to, torch.tensor
+    core = types.SimpleNamespace(Device=lambda index: types.SimpleNamespace(set_current=lambda: None))
+    monkeypatch.setattr(cuda_signatures, "import_cuda_core", lambda: core)
+    monkeypatch.setattr(cuda_signatures, "compile_source", compile_source)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, dtype: to(self, dtype))
+    monkeypatch.setattr(torch, "tensor", lambda values, dtype, device: tensor(values, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    signer = make_page_signer(fields, NO_TURN, projection)
+    said = {
+        "compile": "page_signatures does not compile for sm_103, SignatureVariant(",
+        "load": "page_signatures for sm_103 cannot be loaded: no kernel image is available",
+    }[fault]
+    assert signer.description.startswith(f"PyTorch reference ({said}")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"signatures of pages are computed by PyTorch, not by the CUDA kernel: {said}"
+    )
 
 
 def test_a_block_out_of_the_pool_is_not_read(signature_library, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,10 +10,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, shorten
 from trtllm_memshare.search.block_distance import block_distance, pairs_on
 from trtllm_memshare.search.cuda_block_distance import CudaBlockDistance, check_count
 from trtllm_memshare.search.types import PairBatch
+
+log = logging.getLogger(__name__)
 
 
 class Distances(Protocol):
@@ -64,7 +67,10 @@ class ReferenceBlockSearch:
 
 
 def make_block_search(pool: torch.Tensor, inv_freq: torch.Tensor, max_pairs: int) -> BlockSearch:
-    """The CUDA kernel for a pool on a CUDA device, the reference elsewhere or where ``cuda.core`` is missing.
+    """The CUDA kernel for a pool on a CUDA device, the reference elsewhere.
+
+    Where ``cuda.core`` is missing, or a kernel cannot be compiled or loaded, a pool on a CUDA device gets the reference
+    too, and a warning says why. Kernels are compiled here: at the first search that would be inside a step.
 
     Args:
       pool: ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim]``.
@@ -77,6 +83,12 @@ def make_block_search(pool: torch.Tensor, inv_freq: torch.Tensor, max_pairs: int
     if not pool.is_cuda:
         return ReferenceBlockSearch(pool, inv_freq, max_pairs, f"the pool is on {pool.device}")
     try:
-        return CudaBlockDistance(pool, inv_freq, max_pairs)
-    except UserError as error:
-        return ReferenceBlockSearch(pool, inv_freq, max_pairs, str(error))
+        search = CudaBlockDistance(pool, inv_freq, max_pairs)
+        for undo_rope in (True, False):
+            search.kernel(undo_rope)
+    except torch.cuda.OutOfMemoryError:
+        raise  # the reference would want more of it
+    except (UserError, RuntimeError, OSError) as error:
+        log.warning("blocks are compared by PyTorch, not by the CUDA kernel: %s", error)
+        return ReferenceBlockSearch(pool, inv_freq, max_pairs, shorten(str(error)))
+    return search

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtllm_memshare.search.kernel_compiler import compile_variant, import_cuda_core
+from trtllm_memshare.search.kernel_compiler import compile_variant, import_cuda_core, loading
 from trtllm_memshare.search.kernel_source import ENTRY_POINT, KernelVariant, num_layer_groups
 from trtllm_memshare.search.types import PairBatch
 
@@ -172,12 +172,12 @@ class CudaBlockDistance:
             self._core.launch(stream, config, kernel, *(a.data_ptr() for a in arguments))
 
     def kernel(self, undo_rope: bool = True) -> tuple[KernelVariant, Any]:
-        """The variant and its loaded kernel; compiles on first use."""
+        """The variant and its loaded kernel; compiles on first use. Raises RuntimeError or OSError where it cannot."""
         if undo_rope not in self._kernels:
             rotary_dim = 2 * len(self._inv_freq) if undo_rope else 0
             variant = variant_of(self._pool, rotary_dim, self._interleaved)
             code = compile_variant(variant, self.arch, self._cache_dir)
-            with torch.cuda.device(self._pool.device):
+            with torch.cuda.device(self._pool.device), loading(ENTRY_POINT, self.arch):
                 self._bind_thread()
                 kernel = code.get_kernel(ENTRY_POINT)
                 resident = kernel.occupancy.max_active_blocks_per_multiprocessor(variant.num_threads, 0)

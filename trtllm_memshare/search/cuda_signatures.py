@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trtllm_memshare.search.kernel_compiler import compile_source, import_cuda_core
+from trtllm_memshare.search.kernel_compiler import compile_source, import_cuda_core, loading
 from trtllm_memshare.search.kernel_source import ELEMENT_TYPES, KernelVariant, kernel_source
 from trtllm_memshare.search.signatures import SignatureProjection
 
@@ -109,6 +109,7 @@ class CudaSignatures:
     Raises:
       ValueError: fields, a dtype, shape or width that no kernel takes; nothing has been compiled then.
       UserError: ``cuda.core`` is missing.
+      RuntimeError, OSError: the kernel cannot be compiled or loaded.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class CudaSignatures:
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         code = compile_signatures(self.variant, arch, cache_dir or Path.home() / ".cache" / "trtllm_memshare")
         self.description = f"CUDA kernel for {arch}"
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), loading("page_signatures", arch):
             self._core.Device(device.index).set_current()
             self._sign = code.get_kernel("page_signatures")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,15 @@ def compile_source(
         return program.compile("cubin", logs=logs)
     except Exception as error:  # cuda.core raises several unrelated types
         raise RuntimeError(str(error)) from error
+
+
+@contextlib.contextmanager
+def loading(name: str, arch: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a kernel is loaded into a RuntimeError that names it."""
+    try:
+        yield
+    except Exception as error:  # the driver's error type is private to cuda.core
+        raise RuntimeError(f"{name} for {arch} cannot be loaded: {error}") from error
 
 
 @functools.cache

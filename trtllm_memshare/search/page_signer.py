@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from trtllm_memshare.errors import UserError
+from trtllm_memshare.errors import UserError, shorten
 from trtllm_memshare.search.cuda_signatures import CudaSignatures
 from trtllm_memshare.search.signatures import SignatureProjection, page_signatures
 
@@ -40,7 +40,8 @@ class ReferencePageSigner:
 def make_page_signer(fields: list[torch.Tensor], inv_freq: torch.Tensor, projection: SignatureProjection) -> PageSigner:
     """The CUDA kernel for a pool on a CUDA device, the reference elsewhere.
 
-    Where ``cuda.core`` is missing a pool on a CUDA device gets the reference too, and a warning says why.
+    Where ``cuda.core`` is missing, or the kernel cannot be compiled or loaded, a pool on a CUDA device gets the
+    reference too, and a warning says why.
 
     Args:
       fields: what is read of each chosen layer; see ``search.signatures.fields_of_pool``.
@@ -53,6 +54,8 @@ def make_page_signer(fields: list[torch.Tensor], inv_freq: torch.Tensor, project
         return ReferencePageSigner(fields, inv_freq, projection, f"the pool is on {fields[0].device}")
     try:
         return CudaSignatures(fields, inv_freq, projection)
-    except UserError as error:
+    except torch.cuda.OutOfMemoryError:
+        raise  # the reference would want more of it
+    except (UserError, RuntimeError, OSError) as error:
         log.warning("signatures of pages are computed by PyTorch, not by the CUDA kernel: %s", error)
-        return ReferencePageSigner(fields, inv_freq, projection, str(error))
+        return ReferencePageSigner(fields, inv_freq, projection, shorten(str(error)))
