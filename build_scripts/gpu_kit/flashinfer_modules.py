@@ -74,6 +74,7 @@ def compile_modules(kit: Kit, arch: str) -> None:
     for library in map(Path, done.stdout.split()):
         (kit.modules / library.stem).mkdir(parents=True, exist_ok=True)
         shutil.copy(library, kit.modules / library.stem / library.name)
+    kit.modules_arch.write_text(f"{arch}\n")
 
 
 def _driver_stub() -> Path:

@@ -20,6 +20,7 @@ class Kit:
     Attributes:
       wheels: for the other machine's Python, installed into ``site`` there.
       modules: ``NAME/NAME.so``, FlashInfer's kernels compiled beforehand.
+      modules_arch: what for, as FlashInfer writes it, such as 9.0a.
       parts: names of the pieces of the model, in order; without it the model lies in one file.
       digest: of the whole model, as ``sha256sum`` writes it.
     """
@@ -37,6 +38,10 @@ class Kit:
     @property
     def modules(self) -> Path:
         return self.folder / "flashinfer_modules"
+
+    @property
+    def modules_arch(self) -> Path:
+        return self.folder / "flashinfer_modules.arch"
 
     @property
     def headers(self) -> Path:

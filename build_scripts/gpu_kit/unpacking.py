@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from build_scripts.gpu_kit.layout import Kit, KitError
 
@@ -23,8 +25,7 @@ def unpack(kit: Kit) -> list[str]:
     said = [_install_wheels(kit)]
     aot = kit.site / "flashinfer" / "data" / "aot"
     if kit.modules.is_dir() and aot.parent.is_dir():
-        shutil.copytree(kit.modules, aot, dirs_exist_ok=True)
-        said.append(f"FlashInfer: {len(list(kit.modules.iterdir()))} modules compiled beforehand")
+        said.append(_copy_modules(kit, aot))
     if kit.digest.is_file():
         said.append(_join_model(kit))
     if kit.headers.is_dir():
@@ -56,6 +57,31 @@ def _install_wheels(kit: Kit) -> str:
             f"or set PYTHON to the interpreter that it was packed for)"
         )
     return f"wheels: {len(wheels)} installed into {kit.site}"
+
+
+def _copy_modules(kit: Kit, aot: Path) -> str:
+    """Puts FlashInfer's modules where it looks, unless they are another card's: those fail to load in a step."""
+    made_for = kit.modules_arch.read_text().strip() if kit.modules_arch.is_file() else None
+    cards = _compute_capabilities()
+    if made_for is not None and cards and cards != {made_for.rstrip("af")}:
+        here = ", ".join(sorted(cards))
+        return (
+            f"FlashInfer: its modules are for {made_for}, got a card of {here}: left out, so that FlashInfer compiles "
+            f"its own with nvcc and ninja (pack the kit with the --arch of this card, or take --decode triton)"
+        )
+    shutil.copytree(kit.modules, aot, dirs_exist_ok=True)
+    checked = "" if made_for is not None and cards else ", not checked against the card"
+    return f"FlashInfer: {len(list(kit.modules.iterdir()))} modules compiled beforehand{checked}"
+
+
+def _compute_capabilities() -> set[str]:
+    """Of the cards, such as 9.0; empty where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return set()
+    return set() if done.returncode else set(re.findall(r"^\d+\.\d+$", done.stdout, re.M))
 
 
 def _join_model(kit: Kit) -> str:

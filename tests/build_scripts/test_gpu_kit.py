@@ -207,12 +207,43 @@ def test_modules_are_compiled_by_flashinfers_own_specification_and_unpacked_wher
     assert used["FLASHINFER_CUDA_ARCH_LIST"] == "9.0a"
     assert used["LIBRARY_PATH"].startswith(str(work / "stub"))
     assert (kit.modules / "batch_decode" / "batch_decode.so").read_bytes() == b"code"
+    assert kit.modules_arch.read_text() == "9.0a\n"
 
     (kit.wheels / "flashinfer.whl").touch()
     (kit.site / "flashinfer" / "data").mkdir(parents=True)
+    monkeypatch.setattr(unpacking, "_compute_capabilities", lambda: {"9.0"})
     told = unpacking.unpack(kit)
     assert "FlashInfer: 1 modules compiled beforehand" in told
     assert (kit.site / "flashinfer" / "data" / "aot" / "batch_decode" / "batch_decode.so").read_bytes() == b"code"
+
+
+@pytest.mark.parametrize(
+    ("made_for", "nvidia_smi", "told", "copied"),
+    [
+        ("9.0a", "echo 9.0; echo 9.0", "1 modules compiled beforehand", True),
+        ("9.0a", "echo 12.0", "its modules are for 9.0a, got a card of 12.0: left out, so that FlashInfer", False),
+        ("9.0a", "echo 9.0; echo 8.9", "its modules are for 9.0a, got a card of 8.9, 9.0: left out", False),
+        ("9.0a", "echo no devices were found; exit 6", "compiled beforehand, not checked against the card", True),
+        ("9.0a", None, "1 modules compiled beforehand, not checked against the card", True),
+        (None, "echo 9.0", "1 modules compiled beforehand, not checked against the card", True),
+    ],
+)
+def test_modules_of_another_card_are_left_out_and_said(checkout, monkeypatch, made_for, nvidia_smi, told, copied):
+    """Loaded in a step, they would end it."""
+    kit = Kit(checkout / "gpu_kit")
+    (kit.modules / "batch_decode").mkdir(parents=True)
+    (kit.modules / "batch_decode" / "batch_decode.so").write_bytes(b"code")
+    (kit.site / "flashinfer" / "data").mkdir(parents=True)
+    if made_for is not None:
+        kit.modules_arch.write_text(f"{made_for}\n")
+    monkeypatch.setenv("PATH", str(checkout))
+    if nvidia_smi is not None:
+        tool = checkout / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+        tool.chmod(0o755)
+    (line,) = (line for line in unpacking.unpack(kit) if line.startswith("FlashInfer"))
+    assert told in line
+    assert (kit.site / "flashinfer" / "data" / "aot" / "batch_decode" / "batch_decode.so").exists() == copied
 
 
 def test_a_missing_compiler_and_a_failed_one_are_named(tmp_path, downloads, monkeypatch):
