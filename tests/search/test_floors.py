@@ -54,14 +54,21 @@ def test_the_peak_is_that_of_the_worst_step():
         tokens, left = prompts + rng.integers(0, 200, n), rng.integers(0, 200, n)
         steps = left + rng.integers(0, 50, n) * rng.integers(0, 2, n)
         kept, free = rng.choice([0.0, 0.5, 0.9, 1.0], n), rng.integers(0, 4, n)
+        shared = rng.integers(0, prompts // SIZE + 1)
         worst = max(
             blocks_at_floors(
-                (tokens + np.minimum(step, left))[there], prompts[there], kept[there], 16, SIZE, free[there]
+                (tokens + np.minimum(step, left))[there],
+                prompts[there],
+                kept[there],
+                16,
+                SIZE,
+                free[there],
+                shared[there],
             )
             for step in range(int(steps.max()) + 1)
             for there in [steps >= step]
         )
-        assert peak_at_floors(tokens, left, steps, prompts, kept, 16, SIZE, free) == worst
+        assert peak_at_floors(tokens, left, steps, prompts, kept, 16, SIZE, free, shared) == worst
 
 
 def test_requests_that_end_make_room_for_those_that_grow():

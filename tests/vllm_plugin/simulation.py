@@ -313,11 +313,15 @@ class Simulation:
         for index in range(count):
             if index < 10:
                 self.submit()
-            output = self.scheduler.schedule()
-            steps.append(dict(output.num_scheduled_tokens))
-            self.in_flight.append((output, [self._facts(n, c) for n, c in output.num_scheduled_tokens.items()]))
-            self.drain(1)
+            steps.append(self.plain_step())
         return steps
+
+    def plain_step(self) -> dict[str, int]:
+        """One step of any scheduler, vLLM's own too; what was scheduled."""
+        output = self.scheduler.schedule()
+        self.in_flight.append((output, [self._facts(n, c) for n, c in output.num_scheduled_tokens.items()]))
+        self.drain(1)
+        return dict(output.num_scheduled_tokens)
 
     def finish(self) -> None:
         """Runs to the end and checks that nothing is left."""

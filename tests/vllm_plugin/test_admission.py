@@ -29,8 +29,9 @@ def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=T
     relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()))
     managers = [SimpleNamespace(block_size=4, sliding_window=window) for window in windows]
     blocks = SimpleNamespace(
-        num_blocks=num_blocks, block_size=4, longest_request_tokens=4096, others=OtherGroups(managers)
-    )
+        num_blocks=num_blocks, block_size=4, longest_request_tokens=4096, others=OtherGroups(managers),
+        num_shared=lambda prompts, hits: [0] * len(prompts),
+    )  # fmt: skip
     return FloorAdmission(relief, blocks, config, admission).admits(waiting, running)
 
 
@@ -103,6 +104,70 @@ def test_lookahead_counts_the_next_tokens_and_no_more_than_were_asked_for(lookah
 def test_somebody_always_gets_on_and_vllms_own_rule_asks_nothing():
     assert joins([], 1.0, 1)
     assert joins([request("a", 8, 400)], 1.0, 1, "vllm")
+
+
+def least_pool(host, admission, waiting, running, hits):
+    """Blocks of the smallest pool that lets it in."""
+    sizes = range(1, 60)
+    rule, joins = FloorAdmission(host.relief, host.blocks, host.config, admission), []
+    for host.blocks.num_blocks in sizes:
+        joins.append(rule.admits(waiting, running, hits))
+        rule.admits(waiting, [])  # and it is asked anew
+    return sizes[joins.index(True)]
+
+
+def beside_two_that_share(lookahead=16):
+    """A and B of 17 tokens share a prompt of four pages, and will be 24 and 56 tokens long."""
+    host = Host(60, longest=232, lookahead_tokens=lookahead, min_kept=1.0)
+    running = [host.add(name, 16, 17) for name in "ab"]
+    a, b = (host.table(name) for name in "ab")
+    host.manager.block_pool.touch(a)
+    host.manager.block_pool.free_blocks(b)
+    b[:] = a
+    for one, max_tokens in zip(running, (8, 40), strict=True):
+        one.max_tokens = max_tokens
+    waiting = request("c", 16, 4, prompt=16)
+    host.relief.add("c", 16, RequestOptions(True, 1.0))
+    return host, waiting, running, [a]
+
+
+def test_a_prompt_that_several_share_is_counted_once():
+    host, waiting, running, hits = beside_two_that_share()
+    assert least_pool(host, "lookahead", waiting, running, [[]]) == 6 + 9 + 5 - 4  # its own copy would be a second one
+    assert least_pool(host, "lookahead", waiting, running, hits) == 6 + 9 + 5 - 8
+    assert least_pool(host, "lookahead", waiting, running[:1], hits) == 6 + 5 - 4
+
+
+def test_a_shared_prompt_stays_until_the_last_that_shares_it_ends():
+    """With A and B there 17 pages less eight that are there once; when A has ended, B's 14 and C's five less four."""
+    host, waiting, running, hits = beside_two_that_share()
+    for order in (running, running[::-1]):
+        assert least_pool(host, "max-tokens", waiting, order, hits) == 14 + 5 - 4
+
+
+def test_generated_pages_that_are_anothers_prompt_are_counted_with_both():
+    """Their writer gives none of them up, whatever its floor says."""
+    host = Host(60, longest=232)
+    host.add("a", 16, 25)
+    table = host.table("a")
+    host.manager.block_pool.touch(table)
+    host.table("d")[:] = table
+    assert host.blocks.num_shared([("a", 16), ("d", 24)]) == [0, 4]
+    assert host.blocks.num_shared([("d", 24), ("a", 16)]) == [0, 4]
+
+
+def test_what_one_alone_holds_so_far_is_shared_with_who_hits_it():
+    host = Host(60, longest=232)
+    host.add("a", 16, 25)
+    assert host.blocks.num_shared([("c", 16), ("a", 16)], [host.table("a")[:3]]) == [0, 3]
+    assert host.blocks.num_shared([("c", 16), ("a", 16)], [[]]) == [0, 0]
+
+
+def test_who_was_refused_is_asked_again_once_it_finds_more_in_the_prefix_cache():
+    host, waiting, running, hits = beside_two_that_share()
+    host.blocks.num_blocks, rule = 12, FloorAdmission(host.relief, host.blocks, host.config, "lookahead")
+    assert not rule.admits(waiting, running, [[]])
+    assert rule.admits(waiting, running, hits)
 
 
 PHRASE = list(range(60, 72))  # three pages

@@ -31,6 +31,7 @@ def blocks_at_floors(
     protected_tokens: int,
     tokens_per_block: int,
     num_free_to_go: np.ndarray | int = 0,
+    num_shared: np.ndarray | int = 0,
 ) -> int:
     """Blocks that requests hold together at given lengths, each at its floor.
 
@@ -41,12 +42,13 @@ def blocks_at_floors(
       protected_tokens: most recent tokens, which stay.
       tokens_per_block: of a page.
       num_free_to_go: int ``[n]``, pages that each has given up, or may whatever its floor is, as repeats may.
+      num_shared: int ``[n]``, pages of its prompt that another of them holds too, who is the one that counts them.
 
     Example: 100 tokens of prompt in pages of 32 are 4 pages; of 30 generated pages 15 stay, one is being written: 20.
     With 18 of the 30 given up as repeats it is 4 + 30 - 18 + 1 = 17.
     """
     held = _held_at_floors(num_tokens, num_prompt_tokens, min_kept, protected_tokens, tokens_per_block, num_free_to_go)
-    return int(held.sum())
+    return int((held - num_shared).sum())
 
 
 def peak_at_floors(
@@ -58,6 +60,7 @@ def peak_at_floors(
     protected_tokens: int,
     tokens_per_block: int,
     num_free_to_go: np.ndarray | int = 0,
+    num_shared: np.ndarray | int = 0,
 ) -> int:
     """Most blocks that requests hold together at any step until the last has ended, each at its floor.
 
@@ -65,6 +68,7 @@ def peak_at_floors(
       num_tokens: int ``[n]``, prompt and generated tokens of each request now.
       num_left: int ``[n]``, how many more each writes, one a step from now on or later.
       num_steps: int ``[n]``, steps after which each has ended; at least ``num_left``.
+      num_shared: as in ``blocks_at_floors``; of those that share pages, one that ends last is who counts them.
       others: see ``blocks_at_floors``.
 
     Example: two requests of which one ends, with 10 blocks, before the other has grown from 2 to 10 hold less than 20.
@@ -72,7 +76,7 @@ def peak_at_floors(
     steps = np.unique(num_steps)[:, None]  # what requests hold grows until one ends, so its last step is a peak
     lengths = num_tokens + np.minimum(steps, num_left)
     held = _held_at_floors(lengths, num_prompt_tokens, min_kept, protected_tokens, tokens_per_block, num_free_to_go)
-    return int((held * (num_steps >= steps)).sum(1).max(initial=0))
+    return int(((held - num_shared) * (num_steps >= steps)).sum(1).max(initial=0))
 
 
 def _held_at_floors(

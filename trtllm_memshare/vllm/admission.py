@@ -55,23 +55,25 @@ class FloorAdmission:
         self._relief, self._blocks, self._config, self._admission = relief, blocks, config, admission
         self._protected = most_protected(config)
         self._repeats = RepeatCounts(relief)
-        self._refused: tuple[str, int] | None = None  # who was refused last, and how many ran then
+        self._refused: tuple[str, int, int] | None = None  # who was refused last, how many ran then, and its hits
         self._asked_again = 0  # times since
 
-    def admits(self, request: Any, running: Sequence[Any]) -> bool:
+    def admits(self, request: Any, running: Sequence[Any], hits: Sequence[Sequence[Any]] = ()) -> bool:
         """Whether the pool holds ``request`` beside those that run. Always where nobody runs: somebody must get on.
 
         Args:
           request, running: vLLM's requests.
+          hits: blocks of every group that ``request`` finds in the prefix cache.
         """
-        asked, refused, self._refused = (request.request_id, len(running)), self._refused, None
+        asked = request.request_id, len(running), sum(map(len, hits))
+        refused, self._refused = self._refused, None
         if self._admission == "vllm" or not running:
             return True
         if asked == refused and self._asked_again < self._blocks.block_size:
             # Nobody came since, so the same requests run and are longer: only pages that stand again could let it in.
             self._refused, self._asked_again = refused, self._asked_again + 1
             return False
-        if self._num_held([*running, request]) <= self._blocks.num_blocks:
+        if self._fit([request, *running], hits):
             return True
         self._refused, self._asked_again = asked, 0
         return False
@@ -80,8 +82,8 @@ class FloorAdmission:
         """A request has ended, or lost its blocks."""
         self._repeats.forget(request_id)
 
-    def _num_held(self, requests: Sequence[Any]) -> int:
-        """Most blocks that all of them hold together, at their floors and as far ahead as the rule looks."""
+    def _fit(self, requests: Sequence[Any], hits: Sequence[Sequence[Any]]) -> bool:
+        """Whether the pool holds what they hold together at most, at their floors, as far ahead as the rule looks."""
         lengths = np.array([r.num_tokens for r in requests])
         # Offline a request may ask for more than the model can write, and ends there.
         longest = self._blocks.longest_request_tokens
@@ -97,8 +99,20 @@ class FloorAdmission:
         ahead = lengths + np.minimum(left, self._config.lookahead_tokens)
         # They do not grow for long: the other rule counts them too, although some have ended by its peak.
         in_others = sum(map(self._blocks.others.most_held, ahead.tolist()))
-        if self._admission == "lookahead":
-            return blocks_at_floors(ahead, *floors) + in_others
         # Who computes what it has starts some steps later, and ends as many later: it is never counted as gone.
         writes = np.array([r.num_computed_tokens >= r.num_tokens - 1 for r in requests])
-        return peak_at_floors(lengths, left, np.where(writes, left, left.max()), *floors) + in_others
+        steps = np.where(writes, left, left.max())
+
+        def held(num_shared: np.ndarray | int) -> int:
+            if self._admission == "lookahead":
+                return blocks_at_floors(ahead, *floors, num_shared)
+            return peak_at_floors(lengths, left, steps, *floors, num_shared)
+
+        room = self._blocks.num_blocks - in_others
+        if held(0) <= room:
+            return True  # and nobody's prompt is looked at
+        last_first = np.argsort(-steps, kind="stable")  # what is shared stays until the last of those who share it ends
+        shared = np.zeros_like(lengths)
+        prompts = [(requests[i].request_id, requests[i].num_prompt_tokens) for i in last_first]
+        shared[last_first] = self._blocks.num_shared(prompts, hits)
+        return bool(shared.any()) and held(shared) <= room

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from trtllm_memshare.errors import UserError
@@ -98,6 +99,28 @@ class VllmBlocks:
     def num_wanted(self, num_computed: int) -> int:
         """Blocks that a request of so many computed tokens takes for its next one."""
         return (num_computed % self.block_size == 0) + self.others.num_wanted(num_computed)
+
+    def num_shared(self, prompts: Iterable[tuple[str, int]], hits: Sequence[Sequence[Any]] = ()) -> list[int]:
+        """How many blocks of each request's prompt one that stands before it holds too: the pool has them once.
+
+        Args:
+          prompts: request ids, and how many tokens of prompt each has. What follows is not counted: it may be another
+            one's prompt, and is given up by nobody then, whatever the floor says.
+          hits: blocks of every group that a request which holds none finds in the prefix cache.
+        """
+        found = hits[self._index] if hits else ()
+        hit_ids = {block.block_id for block in found}
+        seen, shared = set[int](), []
+        for request_id, num_prompt_tokens in prompts:
+            own = set[int]()
+            for block in islice(self._table(request_id) or found, num_prompt_tokens // self.block_size):
+                # Prompts share their beginning: behind a block that is nobody else's there is none.
+                if block.is_null or (block.ref_cnt < 2 and block.block_id not in hit_ids):
+                    break
+                own.add(block.block_id)
+            shared.append(len(own & seen))
+            seen |= own
+        return shared
 
     def owned(self, request_id: str, first: int, last: int) -> list[int]:
         """Logical blocks in ``[first, last)`` that are there and this request's alone, whatever they stand for."""

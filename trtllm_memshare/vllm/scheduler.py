@@ -8,12 +8,14 @@ are told. Everything else, order, budgets and preemption as the last resort, is 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import vllm
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -113,7 +115,9 @@ class MemShareScheduler(Scheduler):
         if request.request_id in self.grammar_compile_error_reqs:
             return None  # refused: it ends with this step, and takes no part in it
         waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        if waiting and not self._admits(request):
+        hits: KVCacheBlocks | None = keywords.get("new_computed_blocks")
+        found = () if hits is None else hits.blocks
+        if waiting and not self._admits(request, found):
             return None
         blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
         if blocks is not None:
@@ -123,8 +127,7 @@ class MemShareScheduler(Scheduler):
         if waiting:
             # It may have hit blocks that are filled in this very step, exactly as long as their owner keeps its pages
             # until then: room for it is made before the next step.
-            hits = keywords.get("new_computed_blocks")
-            missing = self.blocks.num_missing(request.request_id, end, () if hits is None else hits.blocks)
+            missing = self.blocks.num_missing(request.request_id, end, found)
             self._wanted_by_waiting = missing + self.kv_cache_manager.watermark_blocks
             return None
         running = [r for r in self._settled if r.status == RequestStatus.RUNNING]
@@ -134,9 +137,9 @@ class MemShareScheduler(Scheduler):
         self.relief.totals.pauses_avoided += blocks is not None
         return blocks
 
-    def _admits(self, request: Request) -> bool:
+    def _admits(self, request: Request, hits: Sequence[Sequence[KVCacheBlock]]) -> bool:
         with self.relief.faults.caught():
-            return self._admission.admits(request, self.running)
+            return self._admission.admits(request, self.running, hits)
         return not self.running
 
     def add_request(self, request: Request) -> None:
