@@ -99,6 +99,7 @@ class Request:
     num_prompt_tokens: int
     all_token_ids: list[int]
     max_tokens: int = 100
+    resumable: bool = False
 
     @property
     def num_tokens(self) -> int:

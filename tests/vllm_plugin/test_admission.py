@@ -19,6 +19,7 @@ def request(name, tokens, max_tokens, prompt=8):
         num_computed_tokens=tokens - 1 if tokens > prompt else 0,
         num_tokens=tokens,
         max_tokens=max_tokens,
+        resumable=False,
     )
 
 
@@ -136,6 +137,14 @@ def test_a_prompt_that_several_share_is_counted_once():
     assert least_pool(host, "lookahead", waiting, running, [[]]) == 6 + 9 + 5 - 4  # its own copy would be a second one
     assert least_pool(host, "lookahead", waiting, running, hits) == 6 + 9 + 5 - 8
     assert least_pool(host, "lookahead", waiting, running[:1], hits) == 6 + 5 - 4
+
+
+def test_a_session_that_waits_for_its_next_chunk_counts_as_those_that_run_do():
+    host, waiting, running, hits = beside_two_that_share()
+    admission = FloorAdmission(host.relief, host.blocks, host.config, "lookahead")
+    for host.blocks.num_blocks, joins in ((6 + 9 + 5 - 8, True), (6 + 9 + 5 - 9, False)):
+        assert admission.admits(waiting, running[:1], hits, paused=running[1:]) == joins
+    assert admission.admits(waiting, [], hits, paused=running), "nobody would ever get on"
 
 
 def test_a_shared_prompt_stays_until_the_last_that_shares_it_ends():

@@ -55,17 +55,26 @@ class FloorAdmission:
         self._relief, self._blocks, self._config, self._admission = relief, blocks, config, admission
         self._protected = most_protected(config)
         self._repeats = RepeatCounts(relief)
-        self._refused: tuple[str, int, int] | None = None  # who was refused last, how many ran then, and its hits
+        self._refused: tuple[str, int, int] | None = None  # who was refused last, beside how many, with which hits
         self._asked_again = 0  # times since
 
-    def admits(self, request: Any, running: Sequence[Any], hits: Sequence[Sequence[Any]] = ()) -> bool:
-        """Whether the pool holds ``request`` beside those that run. Always where nobody runs: somebody must get on.
+    def admits(
+        self,
+        request: Any,
+        running: Sequence[Any],
+        hits: Sequence[Sequence[Any]] = (),
+        paused: Sequence[Any] = (),
+    ) -> bool:
+        """Whether the pool holds ``request`` beside those that hold blocks.
+
+        Always where nobody runs: somebody must get on.
 
         Args:
           request, running: vLLM's requests.
           hits: blocks of every group that ``request`` finds in the prefix cache.
+          paused: requests that hold blocks and do not run, as sessions between two of their chunks.
         """
-        asked = request.request_id, len(running), sum(map(len, hits))
+        asked = request.request_id, len(running) + len(paused), sum(map(len, hits))
         refused, self._refused = self._refused, None
         if self._admission == "vllm" or not running:
             return True
@@ -73,7 +82,7 @@ class FloorAdmission:
             # Nobody came since, so the same requests run and are longer: only pages that stand again could let it in.
             self._refused, self._asked_again = refused, self._asked_again + 1
             return False
-        if self._fit([request, *running], hits):
+        if self._fit([request, *running, *paused], hits):
             return True
         self._refused, self._asked_again = asked, 0
         return False
@@ -100,7 +109,8 @@ class FloorAdmission:
         # They do not grow for long: the other rule counts them too, although some have ended by its peak.
         in_others = sum(map(self._blocks.others.most_held, ahead.tolist()))
         # Who computes what it has starts some steps later, and ends as many later: it is never counted as gone.
-        writes = np.array([r.num_computed_tokens >= r.num_tokens - 1 for r in requests])
+        # Nor is a session, which keeps its blocks when it has answered.
+        writes = np.array([r.num_computed_tokens >= r.num_tokens - 1 and not r.resumable for r in requests])
         steps = np.where(writes, left, left.max())
 
         def held(num_shared: np.ndarray | int) -> int:

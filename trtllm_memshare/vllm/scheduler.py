@@ -77,6 +77,7 @@ class MemShareScheduler(Scheduler):
         self._untold = True  # no step has named the null pages to the workers yet
         self._update = MemShareUpdate()
         self._settled: list[Request] = []
+        self._sessions = set[str]()  # their input comes in chunks, between which they keep their blocks
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_relief
         logger.info(
@@ -117,7 +118,8 @@ class MemShareScheduler(Scheduler):
         waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         hits: KVCacheBlocks | None = keywords.get("new_computed_blocks")
         found = () if hits is None else hits.blocks
-        if waiting and not self._admits(request, found):
+        # The next chunk of a session holds the blocks of those before: it was let in with the first.
+        if waiting and request.num_computed_tokens == 0 and not self._admits(request, found):
             return None
         blocks = self._allocate(request, num_new_tokens, *arguments, **keywords)
         if blocks is not None:
@@ -138,14 +140,18 @@ class MemShareScheduler(Scheduler):
         return blocks
 
     def _admits(self, request: Request, hits: Sequence[Sequence[KVCacheBlock]]) -> bool:
+        sessions = [self.requests[request_id] for request_id in self._sessions]
+        paused = [s for s in sessions if s.num_computed_tokens > 0 and s.status != RequestStatus.RUNNING]
         with self.relief.faults.caught():
-            return self._admission.admits(request, self.running, hits)
+            return self._admission.admits(request, self.running, hits, paused)
         return not self.running
 
     def add_request(self, request: Request) -> None:
         """vLLM's; a request whose options cannot be used ends with an error, it is not served otherwise."""
         if request.request_id not in self.requests:
             self.relief.add(request.request_id, request.num_prompt_tokens, self._options(request))
+            if request.resumable:
+                self._sessions.add(request.request_id)
         super().add_request(request)
 
     def _options(self, request: Request) -> RequestOptions:
@@ -187,6 +193,7 @@ class MemShareScheduler(Scheduler):
     def _free_request(self, request: Request, *arguments: Any, **keywords: Any) -> Any:
         parameters = super()._free_request(request, *arguments, **keywords)
         self.relief.remove(request.request_id)
+        self._sessions.discard(request.request_id)
         self._admission.forget(request.request_id)
         if not self.requests:  # no step follows whose end would show it
             self._metrics.report(self.relief, ())
