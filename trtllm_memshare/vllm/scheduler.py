@@ -19,6 +19,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -29,6 +30,7 @@ from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.blocks import VllmBlocks
 from trtllm_memshare.vllm.boundaries import boundary_tokens
 from trtllm_memshare.vllm.metrics import Metrics
+from trtllm_memshare.vllm.model_length import fit_model_length
 from trtllm_memshare.vllm.null_pages import load_bands
 from trtllm_memshare.vllm.probe import check_classes, check_release, check_scheduler
 from trtllm_memshare.vllm.relief import Relief
@@ -52,15 +54,19 @@ class MemShareScheduler(Scheduler):
             return super().__new__(MemShareAsyncScheduler)
         return super().__new__(cls)
 
-    def __init__(self, vllm_config: Any, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: KVCacheConfig, *arguments: Any, **keywords: Any) -> None:
         if not check_release(vllm.__version__):
             logger.warning("MemShare was tested with vLLM %s, this is vLLM %s", TESTED, vllm.__version__)
         check_classes(vllm.__version__, Scheduler, KVCacheManager, BlockPool)
         self.settings = load_settings(vllm_config.additional_config, os.environ)
-        super().__init__(vllm_config, *arguments, **keywords)
-        full = check_scheduler(self, vllm.__version__)
         config, options = self.settings.memshare, self.settings.options
-        bands = load_bands(options.null_pages, self.max_model_len)
+        bands = load_bands(options.null_pages, vllm_config.model_config.max_model_len)
+        if fit_model_length(vllm_config, kv_cache_config, len(bands) - 1):
+            length = vllm_config.model_config.max_model_len
+            logger.info("MemShare: auto-fit max_model_len beside null pages: %d", length)
+            bands = load_bands(options.null_pages, length)
+        super().__init__(vllm_config, kv_cache_config, *arguments, **keywords)
+        full = check_scheduler(self, vllm.__version__)
         has_aliases = config.retired_becomes == "alias"
         self.blocks = VllmBlocks(self.kv_cache_manager, full, len(bands) - 1, self.max_model_len, has_aliases)
         factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
