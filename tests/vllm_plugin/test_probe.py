@@ -68,11 +68,14 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, refused=(), **chan
         ({"enable_sleep_mode": True}, "excludes sleep mode"),
         ({"use_ubatching": True}, "excludes dual batch overlap"),
         ({"enable_elastic_ep": True}, "excludes elastic expert parallelism"),
+        ({"world_size": 2, "distributed_executor_backend": "external_launcher"}, "excludes the executor external_laun"),
         ({"refused": None}, "has no grammar_compile_error_reqs, by which MemShare ends a request"),
     ],
 )
 def test_features_that_are_excluded_are_named(changes, message):
     check_scheduler(a_scheduler(), "0.32.0")
+    check_scheduler(a_scheduler(world_size=1, distributed_executor_backend="external_launcher"), "0.32.0")
+    check_scheduler(a_scheduler(world_size=2, distributed_executor_backend="mp"), "0.32.0")
     with pytest.raises(UserError, match=message):
         check_scheduler(a_scheduler(**changes), "0.32.0")
 

@@ -131,6 +131,9 @@ def check_served(config: Any, groups: list[Any]) -> int:
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "dual batch overlap": getattr(parallel, "use_ubatching", False),
         "elastic expert parallelism": getattr(parallel, "enable_elastic_ep", False),
+        # Each of its ranks schedules by itself, and redundancy or distances are those of its own heads.
+        "the executor external_launcher over several ranks": getattr(parallel, "world_size", 1) > 1
+        and getattr(parallel, "distributed_executor_backend", None) == "external_launcher",
         "sleep mode": config.model_config.enable_sleep_mode,
         f"a KV cache of {config.cache_config.cache_dtype}": config.cache_config.cache_dtype not in SERVED_TYPES,
     }
