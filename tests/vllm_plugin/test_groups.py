@@ -125,6 +125,7 @@ def test_what_a_configuration_says_is_refused_before_weights_are_loaded():
         check_model(config, "read")
     for config, got in (
         (a_config(is_attention_free=True), "got one without attention"),
+        (a_config(is_diffusion=True), "got one that writes by diffusion"),
         (
             a_config(is_hybrid=True, use_mla=True, mode="align"),
             "got one with latent attention .* beside linear",

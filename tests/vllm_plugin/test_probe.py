@@ -38,13 +38,17 @@ def test_a_vllm_without_what_is_built_on_is_refused():
 
 def a_scheduler(kinds=("FullAttentionSpec",), connector=None, refused=(), **changes):
     values = {
-        "speculative_config": None, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
-        "prefill_context_parallel_size": 1, "cache_dtype": "auto", "enable_sleep_mode": False, "sliding_window": None,
-        **changes,
+        "speculative_config": None, "diffusion_config": None, "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "cache_dtype": "auto",
+        "enable_sleep_mode": False, "sliding_window": None, **changes,
     }  # fmt: skip
     parts = SimpleNamespace(**values)
     config = SimpleNamespace(
-        speculative_config=parts.speculative_config, parallel_config=parts, cache_config=parts, model_config=parts
+        speculative_config=parts.speculative_config,
+        diffusion_config=parts.diffusion_config,
+        parallel_config=parts,
+        cache_config=parts,
+        model_config=parts,
     )
     groups = [SimpleNamespace(kv_cache_spec=type(k, (), {"sliding_window": parts.sliding_window})()) for k in kinds]
     group = SimpleNamespace(req_to_blocks={}, num_cached_block={}, block_size=16)
@@ -61,6 +65,7 @@ def a_scheduler(kinds=("FullAttentionSpec",), connector=None, refused=(), **chan
         ({"kinds": ("FullAttentionSpec", "CrossAttentionSpec")}, "got KV cache groups of FullAttentionSpec, CrossAtt"),
         ({"sliding_window": 128}, "excludes sliding_window, got 128"),
         ({"speculative_config": object()}, "excludes speculative decoding with vLLM"),
+        ({"diffusion_config": object()}, "excludes a diffusion language model with vLLM"),
         ({"connector": object()}, "excludes KV transfer"),
         ({"pipeline_parallel_size": 2}, "excludes pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "excludes decode context parallelism"),

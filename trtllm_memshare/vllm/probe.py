@@ -126,6 +126,7 @@ def check_served(config: Any, groups: list[Any]) -> int:
     parallel = config.parallel_config
     excluded = {
         "speculative decoding": config.speculative_config is not None,
+        "a diffusion language model": getattr(config, "diffusion_config", None) is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -171,6 +172,7 @@ def check_model(config: Any, null_entries: str) -> None:
     is_hybrid = bool(getattr(model, "is_hybrid", False))
     never = {
         "without attention": getattr(model, "is_attention_free", False),
+        "that writes by diffusion": getattr(model, "is_diffusion", False),
         "with sparse attention by an indexer": getattr(model.hf_text_config, "index_topk", None) is not None,
         "with latent attention (MLA) beside linear attention": is_hybrid and getattr(model, "use_mla", False),
     }
