@@ -69,7 +69,8 @@ class MemShareScheduler(Scheduler):
         full = check_scheduler(self, vllm.__version__)
         has_aliases = config.retired_becomes == "alias"
         self.blocks = VllmBlocks(self.kv_cache_manager, full, len(bands) - 1, self.max_model_len, has_aliases)
-        factory = make_matcher_factory(config, self.blocks.block_size, boundary_tokens(vllm_config.model_config))
+        boundaries = boundary_tokens(vllm_config.model_config, config.protected_steps)
+        factory = make_matcher_factory(config, self.blocks.block_size, boundaries)
         self.relief = Relief(config, self.blocks, bands, factory)
         self._admission = FloorAdmission(self.relief, self.blocks, config, options.admission)
         if has_aliases:
