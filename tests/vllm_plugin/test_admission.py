@@ -6,6 +6,7 @@ import pytest
 from fakes.vllm_blocks import BLOCK_SIZE, Host
 
 from trtllm_memshare.search.config import make_config
+from trtllm_memshare.search.relief_faults import ReliefFaults
 from trtllm_memshare.vllm.admission import FloorAdmission
 from trtllm_memshare.vllm.groups import OtherGroups
 from trtllm_memshare.vllm.request_options import RequestOptions
@@ -27,7 +28,7 @@ def admits(waiting, running, min_kept, admission, config, num_blocks, memshare=T
     """Of requests in which nothing stands again."""
     options = RequestOptions(memshare, min_kept)
     pages = SimpleNamespace(num_retired=num_retired, options=options, num_full=lambda num_computed: 0)
-    relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()))
+    relief = SimpleNamespace(pages=lambda name: pages, givable=lambda request: ([], set()), faults=ReliefFaults())
     managers = [SimpleNamespace(block_size=4, sliding_window=window) for window in windows]
     blocks = SimpleNamespace(
         num_blocks=num_blocks, block_size=4, longest_request_tokens=4096, others=OtherGroups(managers),

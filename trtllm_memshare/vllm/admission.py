@@ -33,8 +33,11 @@ class RepeatCounts:
         counts = pages.num_full(request.num_computed_tokens), pages.num_retired
         known = self._found.get(request.request_id)
         if known is None or known[0] != counts:
-            owned, repeats = self._relief.givable(request)
-            known = self._found[request.request_id] = counts, len(repeats.intersection(owned))
+            known = counts, 0  # and no page more of one that cannot be looked at: the others are let in all the same
+            with self._relief.faults.caught():
+                owned, repeats = self._relief.givable(request)
+                known = counts, len(repeats.intersection(owned))
+            self._found[request.request_id] = known
         return known[1]
 
     def forget(self, request_id: str) -> None:

@@ -114,8 +114,8 @@ class Relief:
             if pages.to_retire_again:
                 self._retire_again(request, pages, update)
         if self._asks and self._blocks.num_free < self._ask_below:
-            with self.faults.caught():
-                for request in running:
+            for request in running:
+                with self.faults.caught():  # one by one, as in _choose
                     self._ask(request, update)
         wanted = sum(self._blocks.num_wanted(request.num_computed_tokens) for request in running)
         is_short = wanted > self._blocks.num_free
