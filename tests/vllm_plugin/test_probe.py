@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from trtllm_memshare.errors import UserError
-from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS
+from trtllm_memshare.vllm import SCHEDULER_CLASS, WORKER_CLASS, plugin
 from trtllm_memshare.vllm.plugin import choose_classes
 from trtllm_memshare.vllm.probe import check_aliases, check_classes, check_release, check_scheduler
 
@@ -136,6 +136,29 @@ def test_the_environment_chooses_the_classes_once():
         taken.create_engine_config()
     with pytest.raises(UserError, match="no scheduler_cls and worker_cls"):
         choose_classes(type("EngineArgs", (), {}))
+
+
+def test_a_server_is_told_when_its_metrics_will_not_have_ours(monkeypatch):
+    class EngineArgs:
+        __dataclass_fields__ = {"scheduler_cls": None, "worker_cls": None}  # noqa: RUF012
+        scheduler_cls, worker_cls = None, "auto"
+
+        def create_engine_config(self, usage_context=None, headless=False):
+            return usage_context
+
+    choose_classes(EngineArgs)
+    lines, server = [], SimpleNamespace(value="OPENAI_API_SERVER")
+    monkeypatch.setattr(plugin.LOG, "warning", lambda line, *values: lines.append(line % values))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    for others in ((), (SimpleNamespace(value="LLM_CLASS"),), (server, True)):
+        EngineArgs().create_engine_config(*others)
+    assert lines == [], "offline nobody asks for /metrics, and a headless engine has none"
+    assert EngineArgs().create_engine_config(usage_context=server) is server
+    assert len(lines) == 1
+    assert "got no PROMETHEUS_MULTIPROC_DIR (set it to an empty folder" in lines[0]
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "folder")
+    EngineArgs().create_engine_config(server)
+    assert len(lines) == 1
 
 
 def a_runner(*backends):

@@ -6,12 +6,16 @@ With ``VLLM_MEMSHARE_CONFIG=FILE`` set, plain ``vllm serve MODEL`` runs with Mem
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.vllm import SCHEDULER_CLASS, TESTED, WORKER_CLASS
 from trtllm_memshare.vllm.settings import CONFIG_VARIABLE, load_settings
+
+LOG = logging.getLogger("vllm.memshare")
+_METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def register() -> None:
@@ -52,7 +56,19 @@ def choose_classes(engine_args: type) -> None:
                 f"(unset one)"
             )
         self.scheduler_cls, self.worker_cls = SCHEDULER_CLASS, WORKER_CLASS
+        _look_at_metrics(*arguments, **keywords)
         return original(self, *arguments, **keywords)
 
     create_engine_config.chooses_memshare = True  # type: ignore[attr-defined]
     engine_args.create_engine_config = create_engine_config  # type: ignore[attr-defined]
+
+
+def _look_at_metrics(usage_context: Any = None, headless: bool = False) -> None:
+    """Warns a server whose ``/metrics`` would not have ours; Prometheus has read the variable by now."""
+    is_server = getattr(usage_context, "value", usage_context) == "OPENAI_API_SERVER" and not headless
+    if is_server and not os.environ.get(_METRICS_VARIABLE):
+        LOG.warning(
+            "/metrics will have no memshare_*: they are counted in the engine core's process, got no %s (set it to an "
+            "empty folder, or use memshare vllm serve)",
+            _METRICS_VARIABLE,
+        )
