@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,3 +17,12 @@ class HostRequest(Protocol):
 
     @property
     def all_token_ids(self) -> Sequence[int]: ...
+
+
+def given_id(request_id: str) -> str:
+    """A request's id as its client gave it, which is the same in every run.
+
+    VLLM 0.32's frontend ends ids with eight random hexadecimal digits (``assign_request_id`` of
+    ``v1/engine/input_processor.py``), and its scheduler is not told what was before.
+    """
+    return re.sub("-[0-9a-f]{8}$", "", request_id)

@@ -19,7 +19,7 @@ from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pag
 from trtllm_memshare.search.relief_faults import ReliefFaults
 from trtllm_memshare.search.types import Matcher
 from trtllm_memshare.vllm.blocks import VllmBlocks
-from trtllm_memshare.vllm.host_request import HostRequest
+from trtllm_memshare.vllm.host_request import HostRequest, given_id
 from trtllm_memshare.vllm.page_report import WORKERS_FACTS
 from trtllm_memshare.vllm.pages import RequestPages
 from trtllm_memshare.vllm.relief_totals import ReliefTotals
@@ -211,7 +211,7 @@ class Relief:
             pages.exhausted_at = full
             return None
         array = np.array(owned, np.int32)
-        draws = np.random.default_rng([self._config.control_seed, zlib.crc32(request.request_id.encode())])
+        draws = np.random.default_rng([self._config.control_seed, zlib.crc32(given_id(request.request_id).encode())])
         need = page_need(self._config.need, pages.facts(array, draws, min(room, limit)))
         alone = np.isposinf(need)  # no earlier page would be read in its place
         if not urgent:
