@@ -44,6 +44,7 @@ class Simulation:
     def __init__(self, scheduler: Any, seed: int, text_of: Callable[[int], list[int]] | None = None) -> None:
         self.scheduler = scheduler
         self.draw, self.text_of = random.Random(seed), text_of
+        self._draw_priority = random.Random(f"priority {seed}")  # read with scheduling_policy priority alone
         self.size = scheduler.hash_block_size
         specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
         self.windows, self.full = [getattr(spec, "sliding_window", None) for spec in specs[:-1]], len(specs) - 1
@@ -96,6 +97,7 @@ class Simulation:
         request = Request(
             request_id=name, prompt_token_ids=prompt, sampling_params=sampling, pooling_params=None,
             block_hasher=self._hash if self.scheduler.cache_config.enable_prefix_caching else None,
+            priority=self._draw_priority.randint(0, 3),
         )  # fmt: skip
         self.shadow.begin(name)
         self.scheduler.add_request(request)

@@ -60,6 +60,7 @@ def test_no_block_leaks_and_every_read_is_right(null_pages, async_scheduling, pr
         arguments = make_engine_args(
             MODEL, null_pages, NUM_BLOCKS, prefix_caching, need=need, admission=admission, min_kept=0.25
         )
+        arguments.scheduling_policy = ("fcfs", "priority")[seed % 2]
         simulation = run_schedule(make_scheduler(arguments, NUM_BLOCKS, async_scheduling), seed)
         RECORD.add(simulation.counts())
         retired += simulation.scheduler.relief.totals.retired
