@@ -153,7 +153,11 @@ class Suite:
 
     def _take_report(self, step: Step, row: dict[str, Any]) -> None:
         assert step.report is not None
-        row["report"] = json.loads(step.report.read_text())
+        try:
+            row["report"] = json.loads(step.report.read_text())
+        except ValueError as error:  # it was ended while it wrote; the steps after it have nothing to do with that
+            row.update(result="failed" if row["result"] == OK else row["result"], note=f"{row['note']}; {error}")
+            return
         if step.headline is None:
             return
         try:

@@ -113,6 +113,14 @@ def test_a_step_whose_program_is_not_there_fails_and_the_next_one_runs(suite, tm
     assert json.loads(suite.report.read_text())["steps"] == suite.rows
 
 
+def test_a_report_that_was_cut_off_ends_its_step_alone(suite, tmp_path):
+    report = tmp_path / "figures.json"
+    suite.run(Step("cut", 20, python(f"import pathlib; pathlib.Path({str(report)!r}).write_text('{{')"), report=report))
+    suite.run(Step("next", 20, python("print('3 passed')"), must_say=r"[1-9]\d* passed"))
+    assert results(suite) == [("cut", "failed"), ("next", "ok")]
+    assert "Expecting property name" in suite.rows[0]["note"]
+
+
 @pytest.mark.parametrize(("release", "builds"), [("12.8", True), ("12.4", False), ("14.0", False)])
 def test_a_plugin_step_lacks_an_nvcc_that_builds_it(tmp_path, monkeypatch, release, builds):
     for tool, says in (("nvcc", f"Cuda compilation tools, release {release}, V{release}.1"), ("cmake", "cmake")):
