@@ -5,6 +5,8 @@ Its command line is shown without what nobody may read in a log.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import shlex
 import signal
@@ -17,6 +19,7 @@ _SECRET = re.compile(r"(^|[-_.])(api[-_]?key|key|token|secret|password)$", re.IG
 """Names of what nobody may read in a log: ``--api-key``, ``--hf-token``. Counts are ``tokens``, in the plural."""
 _ABBREVIATED = ("--api-key", "--hf-token")  # vLLM's, which takes a beginning of a name for the whole
 _HIDDEN = "***"
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # loaded here: between fork and exec nothing should be
 
 
 def shown_line(line: Sequence[str]) -> str:
@@ -54,6 +57,11 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
+def end_with_parent() -> None:
+    """In a child: the kernel kills it when its parent dies, whatever killed that."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run_to_end(line: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a program to its end: who stops this process stops the program, which then ends in its own order.
 
@@ -72,11 +80,19 @@ def run_to_end(line: Sequence[str], environment: Mapping[str, str]) -> int:
         else:
             early.append(number)
 
+    def pause(*_: Any) -> None:  # Ctrl-Z; the shell lets this process go on, and this one the program
+        for program in running:
+            program.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for program in running:
+            program.send_signal(signal.SIGCONT)
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, hand_on)
+    signal.signal(signal.SIGTSTP, pause)
     # A session of its own: a terminal would send Ctrl-C to both, and servers take a second one for impatience.
-    with subprocess.Popen(line, env=environment, start_new_session=True) as program:
+    with subprocess.Popen(line, env=environment, start_new_session=True, preexec_fn=end_with_parent) as program:
         running.append(program)
         for sent in early:
             program.send_signal(sent)

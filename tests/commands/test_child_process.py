@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from run_program import ROOT, run_program
@@ -73,6 +74,30 @@ def test_ctrl_c_in_a_terminal_reaches_the_program_once(tmp_path):
         assert line, ran.stderr.read()
     os.killpg(ran.pid, signal.SIGINT)
     assert ran.communicate(timeout=30)[0] == "1\n"
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_a_command_that_is_killed_leaves_no_program_behind(tmp_path, send):
+    ran = run_program(tmp_path, "trtllm-serve", "#!/bin/sh\necho $$\nexec sleep 60\n", "serve", "m")
+    while not (line := ran.stdout.readline()).strip().isdigit():
+        assert line, ran.stderr.read()
+    send(ran.pid, signal.SIGKILL)
+    assert ran.stdout.read() == ""  # the pipe's other end is closed: nobody is left who holds it
+
+
+def test_ctrl_z_pauses_the_program_too(tmp_path):
+    counts = "import time\nn = 0\nwhile True:\n    n += 1\n    print(n, flush=True)\n    time.sleep(0.01)\n"
+    ran = run_program(tmp_path, "trtllm-serve", f"#!{sys.executable}\n{counts}", "serve", "m")
+    while not (line := ran.stdout.readline()).strip().isdigit():
+        assert line, ran.stderr.read()
+    ran.send_signal(signal.SIGTSTP)
+    os.waitid(os.P_PID, ran.pid, os.WSTOPPED)
+    (program,) = Path(f"/proc/{ran.pid}/task/{ran.pid}/children").read_text().split()
+    assert Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    ran.send_signal(signal.SIGCONT)
+    ran.terminate()
+    ran.communicate(timeout=30)
+    assert ran.returncode == 128 + signal.SIGTERM
 
 
 def test_a_terminal_that_is_closed_closes_the_program(tmp_path):

@@ -16,6 +16,7 @@ async def ask(
     leaves_after_s: float | None = None,
     headers: dict[str, str] | None = None,
     is_whole: bool = True,
+    answered: dict[str, str] | None = None,
 ) -> tuple[int, bytes]:
     """Status and body of the answer. An error that the application lets through comes out here.
 
@@ -23,6 +24,7 @@ async def ask(
       leaves_after_s: when the client closes its connection, None = it stays.
       headers: beside the type of the body.
       is_whole: whether the body ever ends.
+      answered: gets the headers of the answer.
     """
     arrived = time.monotonic()
     scope = {
@@ -57,6 +59,8 @@ async def ask(
     async def send(message: dict[str, Any]) -> None:
         nonlocal status
         status = message.get("status", status)
+        if answered is not None:
+            answered.update((name.decode(), value.decode()) for name, value in message.get("headers", ()))
         parts.append(message.get("body", b""))
 
     await app(scope, receive, send)

@@ -65,17 +65,23 @@ def test_a_request_needs_the_key(authorization, status):
 @pytest.mark.parametrize("body", [b"", b"{", b"x" * 1000])
 def test_nothing_of_a_body_is_read_without_the_key(body):
     """It need not even end: nobody takes memory, or keeps a connection, who has no key."""
-    assert post(make(KEY), body, is_whole=False)[0] == 401
+    answered = dict[str, str]()
+    assert post(make(KEY), body, is_whole=False, answered=answered)[0] == 401
+    assert (answered["www-authenticate"], answered["connection"]) == ("Bearer", "close")
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics"])
-def test_who_watches_the_server_needs_no_key(path):
-    assert asyncio.run(ask(make(KEY), "GET", path))[0] == 200
+@pytest.mark.parametrize(
+    ("path", "status"), [("/health", 200), ("/metrics", 200), ("/health/", 307), ("/v1/models", 401)]
+)
+def test_who_watches_the_server_needs_no_key(path, status):
+    assert asyncio.run(ask(make(KEY), "GET", path))[0] == status
 
 
 def test_a_body_that_does_not_end_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(body_limit, "MAX_BODY_SECONDS", 0.05)
-    status, answer = post(make(), is_whole=False)
+    answered = dict[str, str]()
+    status, answer = post(make(), is_whole=False, answered=answered)
+    assert answered["connection"] == "close"  # a byte now and then would keep it
     assert (status, json.loads(answer)["error"]["message"]) == (408, "the body of a request must come in 0 s")
 
 

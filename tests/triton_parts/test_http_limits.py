@@ -149,7 +149,7 @@ def counted_app(tokenizer, max_requests):
         {"prompt": ["5"] * 9},
         {"prompt": ["5"] * 3, "n": 3},
         {**CHAT, "n": 9},
-        {"prompt": "5", "stream": True, "stream_options": {"include_obfuscation": True}},
+        {"prompt": "5", "stream": True, "stream_options": {"continuous_usage_stats": True}},
         {"prompt": ""},
         {"prompt": "5", "stop": ["x"] * 1025},
         {"prompt": "5" * 900},

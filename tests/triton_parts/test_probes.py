@@ -161,7 +161,7 @@ def test_of_the_command_for_containers(monkeypatch, proxy):
             assert _became_ready(url)
             assert why_not_alive(url, f"{url}/metrics", 120.0, WAIT) == ""
             answers["/metrics"] = "memshare_seconds_since_step 130.2\n"
-            assert why_not_alive(url, f"{url}/metrics", 120.0, WAIT) == "the executor has made no step for 130 s"
+            assert why_not_alive(url, f"{url}/metrics", 120.0, WAIT) == "the executor is in one step for 130 s"
             answers["/index"] = json.dumps([{"name": "ensemble", "state": "READY"}, {"name": "tensorrt_llm"}])
             assert why_not_ready(url, WAIT) == "models are not ready: tensorrt_llm"
             del answers["/v2/health/ready"]

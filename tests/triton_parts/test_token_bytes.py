@@ -43,6 +43,14 @@ def test_of_a_token_that_was_added_they_are_its_name():
     assert token_bytes(tokenizer).of(tokenizer.convert_tokens_to_ids("<|é|>")) == "<|é|>".encode()
 
 
+def test_of_added_spaces_they_are_spaces():
+    """Gemma's runs of spaces are added tokens, under SentencePiece's mark."""
+    tokenizer = byte_fallback()
+    tokenizer.add_tokens(["\u2581\u2581"])
+    token = tokenizer.convert_tokens_to_ids("\u2581\u2581")
+    assert token_bytes(tokenizer).of(token) == b"  " == tokenizer.decode([token]).encode()
+
+
 def test_of_another_way_to_text_there_are_none():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     assert token_bytes(words).of(0) is None

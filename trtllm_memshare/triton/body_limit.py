@@ -22,6 +22,8 @@ MAX_HELD_BYTES = 32 * MAX_BODY_BYTES
 """Of the bodies of all requests in the system."""
 MAX_BODY_SECONDS = 60.0
 """From a request's beginning to the end of its body."""
+_CLOSE = {"Connection": "close"}
+"""With an answer to a body that has not come whole: the rest of it would keep the connection for ever."""
 _OPEN = ("/health", "/metrics")
 """Asked by who watches the server, without a key; they have no body."""
 
@@ -56,18 +58,20 @@ class BodyLimit:
             try:
                 message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
             except asyncio.TimeoutError as error:
-                raise HTTPException(408, f"the body of a request must come in {MAX_BODY_SECONDS:.0f} s") from error
+                raise HTTPException(
+                    408, f"the body of a request must come in {MAX_BODY_SECONDS:.0f} s", _CLOSE
+                ) from error
             is_whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             num_bytes += size
             self._num_held += size
             if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body of a request may have {MAX_BODY_BYTES:,} bytes, got more")
+                raise HTTPException(413, f"the body of a request may have {MAX_BODY_BYTES:,} bytes, got more", _CLOSE)
             if self._num_held > MAX_HELD_BYTES:
                 raise HTTPException(
                     503,
                     f"the bodies of all requests may have {MAX_HELD_BYTES:,} bytes together (try again later)",
-                    {"Retry-After": "1"},
+                    {"Retry-After": "1", **_CLOSE},
                 )
             return message
 
@@ -77,7 +81,7 @@ class BodyLimit:
             self._num_held -= num_bytes
 
     def _may_pass(self, scope: Any) -> bool:
-        if not self._key or scope["path"] in _OPEN:
+        if not self._key or scope["path"].rstrip("/") in _OPEN:
             return True
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         # Starlette reads headers as latin-1; a key is ASCII.

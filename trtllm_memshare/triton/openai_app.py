@@ -22,7 +22,7 @@ from trtllm_memshare.serving.failures import describe
 from trtllm_memshare.triton.body_limit import BodyLimit
 from trtllm_memshare.triton.events import QueueFullError, TextEvent
 from trtllm_memshare.triton.openai_replies import Replies
-from trtllm_memshare.triton.openai_schema import ChatRequest, Common, CompletionRequest, token_inputs
+from trtllm_memshare.triton.openai_schema import FORMS, ChatRequest, Common, CompletionRequest, token_inputs
 from trtllm_memshare.triton.outputs import merged
 from trtllm_memshare.triton.reasoning import ends_inside
 from trtllm_memshare.triton.text_service import TextRequest, TextService
@@ -67,6 +67,10 @@ def make_app(endpoint: Endpoint) -> FastAPI:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return _error(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+        if len(first["loc"]) > 1 and (kinds := FORMS.get(first["loc"][1])) and first["type"] != "missing":
+            return _error(
+                400, f"{first['loc'][1]} must be {kinds}"
+            )  # of several forms the first one's fault says little
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{where or 'the body'}: {first['msg'].lower()}")
 
@@ -210,7 +214,9 @@ def _refusal(error: UserError) -> JSONResponse:
 
 
 def _unauthorized() -> JSONResponse:
-    return _error(401, "the request carries no valid API key", "authentication_error")
+    # Nothing of the body was read.
+    headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+    return _error(401, "the request carries no valid API key", "authentication_error", headers=headers)
 
 
 def _failure(error: Exception) -> JSONResponse:

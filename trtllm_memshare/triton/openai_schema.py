@@ -46,6 +46,13 @@ _Sequence = Annotated[list[_Element], Field(fail_fast=True)]
 """Read until its first fault: an error for each of a million elements takes gigabytes."""
 
 
+FORMS = {
+    "prompt": "a text, a list of texts, token ids, or a list of token ids for each prompt",
+    "stop": "a text or a list of texts",
+}
+"""What fields of several forms may hold."""
+
+
 class StreamOptions(BaseModel):
     """``include_usage``: a last chunk with the counts of tokens."""
 
@@ -105,7 +112,7 @@ class Common(BaseModel):
           UserError: names it.
         """
         for name, value in (self.stream_options.model_extra or {} if self.stream_options else {}).items():
-            if value not in (None, False):
+            if name != "include_obfuscation" and value not in (None, False):  # that one only pads what is sent
                 raise UserError(f"stream_options.{name} is not supported by this server (leave it out)")
         for name, value in (self.model_extra or {}).items():
             if name in _WITHOUT_EFFECT:

@@ -66,7 +66,7 @@ def why_not_alive(server: str, metrics: str, max_stall_s: float, timeout: float)
         return f"the server does not answer: {error}"
     stalls = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(_STALLED)]
     longest = max(stalls, default=0.0)
-    return f"the executor has made no step for {longest:.0f} s" if longest > max_stall_s else ""
+    return f"the executor is in one step for {longest:.0f} s" if longest > max_stall_s else ""
 
 
 def _get(url: str, timeout: float) -> str:

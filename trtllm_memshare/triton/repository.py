@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ def new_repository(output_dir: Path, force: bool) -> Iterator[Path]:
             os.rename(retired, target)
         for left in (draft, retired):
             shutil.rmtree(left, ignore_errors=True)
+            if left.exists():
+                print(f"cannot remove all of {left} (remove it by hand)", file=sys.stderr)
 
 
 def check_target(output_dir: Path, force: bool) -> None:

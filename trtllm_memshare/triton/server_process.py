@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import select
@@ -15,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trtllm_memshare.child_process import end_with_parent
 from trtllm_memshare.triton.local_http import open_local
 from trtllm_memshare.triton.runtime import GATE_VARIABLE, RESTARTS_VARIABLE, remove_shared_memory, signs_of_life
 
 _STUB = b"triton_python_backend_stub"
-_PR_SET_PDEATHSIG = 1
 _ANSWER_S = 5.0  # a loaded server may take seconds to say that it is ready, and nobody watches it until then
 
 
@@ -67,7 +66,7 @@ class ServerProcess:
             fcntl.flock(self._gate, fcntl.LOCK_EX)
             environment[GATE_VARIABLE] = str(gate)
         self.process = subprocess.Popen(
-            plan.command(number), env=environment, start_new_session=True, preexec_fn=_end_with_launcher
+            plan.command(number), env=environment, start_new_session=True, preexec_fn=end_with_parent
         )
 
     def open_gate(self) -> None:
@@ -141,8 +140,3 @@ def _watch_models(server: int) -> dict[int, str]:
 def _parent(folder: Path) -> int:
     # The name, second field, may hold spaces and parentheses; what follows the last one does not.
     return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-
-
-def _end_with_launcher() -> None:
-    """In the child: the kernel kills it when the supervisor dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

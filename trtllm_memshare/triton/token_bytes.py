@@ -36,7 +36,7 @@ class TokenBytes:
         if name is None:
             return None
         if name in self._added:
-            return bytes(name.encode())
+            return bytes((name.replace(_SPACE, " ") if self._is_sentencepiece else name).encode())
         if self._is_byte_level and all(character in self._byte_of for character in name):
             return bytes(self._byte_of[character] for character in name)
         if self._is_sentencepiece:

@@ -100,6 +100,7 @@ class FloorAdmission:
         # Offline a request may ask for more than the model can write, and ends there.
         longest = self._blocks.longest_request_tokens
         left = np.array([min(longest, r.num_prompt_tokens + r.max_tokens) for r in requests]) - lengths
+        left = np.maximum(left, 0)  # a session may have said all that it asked for
         pages = [self._relief.pages(r.request_id) for r in requests]
         floors = (
             np.array([r.num_prompt_tokens for r in requests]),

@@ -63,7 +63,7 @@ def choose_classes(engine_args: type) -> None:
     engine_args.create_engine_config = create_engine_config  # type: ignore[attr-defined]
 
 
-def _look_at_metrics(usage_context: Any = None, headless: bool = False) -> None:
+def _look_at_metrics(usage_context: Any = None, headless: bool = False, *_: Any, **__: Any) -> None:
     """Warns a server whose ``/metrics`` would not have ours; Prometheus has read the variable by now."""
     is_server = getattr(usage_context, "value", usage_context) == "OPENAI_API_SERVER" and not headless
     if is_server and not os.environ.get(_METRICS_VARIABLE):

@@ -31,13 +31,18 @@ split $results/recall_quarter.jsonl recall --min-kept 0.25 --arms random-once
 split $results/recall_three_quarters.jsonl recall --min-kept 0.75 --arms random-once
 split $results/recall_4096.jsonl recall --tokens 4096 --texts 28 --arms full random surprisal-led-recency-signature
 split $results/recall_4096.jsonl recall --tokens 4096 --texts 28 --arms surprisal-led-signature streaming random-once
+split $results/recall_4096.jsonl recall --tokens 4096 --texts 28 --arms paper-alias paper-null
 split $results/recall_4096_quarter.jsonl recall --tokens 4096 --texts 16 --min-kept 0.25 --arms full random random-once surprisal-led-recency-signature
 # As much as the published method keeps.
 split $results/recall_kept_62.jsonl recall --min-kept 0.62 --arms full $reported
 split $results/recall_kept_53.jsonl recall --min-kept 0.53 --arms full $reported
+split $results/recall_4096_kept_62.jsonl recall --tokens 4096 --texts 16 --min-kept 0.62 --arms full $reported
+split $results/recall_4096_kept_53.jsonl recall --tokens 4096 --texts 16 --min-kept 0.53 --arms full $reported
 study loops
 study loops --variant aligned:retired_becomes=dropped --output $results/loops_forgotten.json
 study loops --variant pressure:min_kept=1 --output $results/loops_pressure.json
+study loops --variant pressure:min_kept=0.62,need=nearest-earlier,retired_becomes=alias --output $results/loops_paper_62.json
+study loops --variant pressure:min_kept=0.53,need=nearest-earlier,retired_becomes=alias --output $results/loops_paper_53.json
 study generation --texts 8 --arms full surprisal-led-recency-signature surprisal-led-signature random-once paper-alias
 study generation --texts 8 --min-kept 0.62 --arms full surprisal-led-recency-signature random-once paper-alias
 study generation --texts 8 --min-kept 0.53 --arms full surprisal-led-recency-signature random-once paper-alias

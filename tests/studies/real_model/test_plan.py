@@ -40,7 +40,7 @@ def test_all_sh_makes_the_committed_rows_of_every_other_file_and_no_more():
             planned[path] = planned.get(path, Counter()) | Counter(dict.fromkeys(kinds, count * times))
     there = {path: Counter(kind_of(row) for row in read_rows(ROOT / path)) for path in planned}
     assert there == planned
-    assert len(there) == 11
+    assert len(there) == 13
 
 
 def kind_of(row):
