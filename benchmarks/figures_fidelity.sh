@@ -41,6 +41,8 @@ samples=(--dataset $data/tuning.jsonl --num-problems 40 --samples 4 --replay-pro
 "${fidelity[@]}" --dataset $data/evaluation.jsonl --num-problems 100 --replay-problems 40 \
   --arms aligned streaming snapkv snapkv:budget=share rkv rkv:undo_rope=true,budget=share \
   --output-json "$results/fidelity_controls.json" --plot "$results/fidelity_controls.png"
+"${fidelity[@]}" --dataset $data/evaluation.jsonl --num-problems 100 --replay-problems 40 \
+  --arms aligned snapkv:observation_tokens=16 rkv:observation_tokens=16 --output-json "$results/fidelity_controls_window.json"
 "${fidelity[@]}" --dataset $data/hard.jsonl --replay-problems 0 \
   --arms aligned aligned:settled_tokens=64 drop-duplicate --output-json "$results/fidelity_hard.json"
 "${fidelity[@]}" --dataset $data/repetitive.jsonl --replay-problems 0 --arms aligned aligned:settled_tokens=64 \
