@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,10 @@ def test_ctrl_z_pauses_the_program_too(tmp_path):
     ran.send_signal(signal.SIGTSTP)
     os.waitid(os.P_PID, ran.pid, os.WSTOPPED)
     (program,) = Path(f"/proc/{ran.pid}/task/{ran.pid}/children").read_text().split()
-    assert Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    deadline = time.monotonic() + 30  # it was told first, and may stop last
+    while (state := Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
+        assert time.monotonic() < deadline, state
+        time.sleep(0.01)
     ran.send_signal(signal.SIGCONT)
     ran.terminate()
     ran.communicate(timeout=30)
