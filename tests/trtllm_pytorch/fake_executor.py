@@ -36,7 +36,7 @@ def make_manager(
         make_cache_config(num_blocks, tokens_per_block, enable_block_reuse=reuse, **(config or {})), "SELF",
         num_layers=NUM_LAYERS,
         num_kv_heads=NUM_HEADS, head_dim=HEAD_DIM, tokens_per_block=tokens_per_block, max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size, mapping=make_mapping(), **arguments,
+        max_batch_size=max_batch_size, **{"mapping": make_mapping(), **arguments},
     )  # fmt: skip
 
 

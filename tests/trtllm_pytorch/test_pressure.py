@@ -323,12 +323,16 @@ def test_settings_that_cannot_work_here_are_named(tmp_path, monkeypatch):
     path = tmp_path / "settings.json"
     for text, message in (
         ('{"preset": "pressure"}', "needs null_pages, a folder"),
-        ('{"preset": "pressure", "null_pages": "x", "need": "attention-redundancy"}', "does not hand out"),
+        ('{"preset": "pressure", "null_pages": "x", "need": "attention-redundancy"}', "does not know"),
         ('{"preset": "pressure", "null_pages": "x", "retired_becomes": "dropped"}', "got dropped"),
-        ('{"preset": "pressure", "null_pages": "x", "need": "nearest-earlier"}', "need nearest-earlier reads distance"),
+        (
+            '{"preset": "pressure", "route": "framework", "need": "nearest-earlier"}',
+            "need nearest-earlier reads distance, which route framework",
+        ),
+        ('{"preset": "pressure", "null_pages": "x", "retired_becomes": "alias"}', "need nearest-earlier alone"),
         (
             '{"preset": "pressure", "null_pages": "x", "need": "surprisal"}',
-            "take one of random, age, redundancy, redundancy-recency",
+            "take one of random, age, redundancy, redundancy-recency, nearest-earlier",
         ),
     ):
         path.write_text(text)

@@ -128,6 +128,11 @@ class CacheState:
         sequence = self._sequences.get(request_id)
         return sequence is not None and bool(sequence.retired[logical_block])
 
+    def donors(self, request_id: int) -> dict[int, int]:
+        """Pages given up under pressure, and the logical block that is read in place of each; not forgotten ones."""
+        sequence = self._sequences[request_id]
+        return {page: donor for page, donor in sequence.donors.items() if sequence.retired[page]}
+
     def block_table(self, request_id: int) -> np.ndarray:
         """Physical block of each logical one, int32 ``[num_blocks]``; a copy.
 

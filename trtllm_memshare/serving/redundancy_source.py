@@ -16,11 +16,11 @@ from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.protocol import Runner
 from trtllm_memshare.search.config import MemShareConfig
+from trtllm_memshare.search.nearest_earlier import NearestEarlier
 from trtllm_memshare.search.need import find_need
 from trtllm_memshare.search.page_signer import make_page_signer
 from trtllm_memshare.search.signature_index import SignatureIndex, Span
 from trtllm_memshare.search.signatures import fields_of_pool, make_projection
-from trtllm_memshare.serving.nearest_earlier import NearestEarlier
 from trtllm_memshare.serving.page_facts import PageSource
 
 

@@ -67,6 +67,11 @@ def attach(
             reasons = [*facts.reasons(), *(facts.comparison_reasons() if compares else ())]
             if settings.options.null_entries == "skip":
                 reasons += rotation_reasons(arguments.get("rotated_inside", ()))
+            if settings.memshare.need == "nearest-earlier" and agreement is not None:
+                reasons.append(
+                    f"need nearest-earlier compares whole pages, got {manager.mapping.tp_size} ranks that each hold a "
+                    f"part of them (take redundancy)"
+                )
         if reasons or facts is None:
             raise UserError(reasons[0])
         backend = V2Backend(manager) if hasattr(manager, "kv_cache_map") else V1Backend(manager)

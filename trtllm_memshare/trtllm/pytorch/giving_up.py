@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,34 +40,39 @@ class GivingUp:
     ) -> None:
         self._manager, self._requests, self._tail, self._rows = manager, requests, tail, rows
         self._shares, self._lose = shares, lose
-        self._again: dict[int, np.ndarray] = {}  # pages that paused requests had given up
+        self._again: dict[int, tuple[np.ndarray, Mapping[int, int]]] = {}  # what paused requests had given up, to whom
         self._counted: dict[int, set[int]] = {}  # by request: pages that shadow has counted
         self.num_resumed = 0
 
     def retire(self, choice: Choice, step: int) -> None:
-        """Gives pages up for need: their entries name a null page from then on.
+        """Gives pages up for need: their entries name their donors' pages from then on, without one a null page.
 
         Raises:
           Exception: the first problem of any request, after all of them were carried out.
         """
         if not self._shares:
-            for request_id, pages in choice:
+            for request_id, pages, _ in choice:
                 counted = self._counted.setdefault(request_id, set())
                 self._manager.count_shadow(list(set(pages) - counted))
                 counted.update(pages)
             return
-        retired: Choice = []
+        retired = list[tuple[int, list[int]]]()
         try:
-            for request_id, pages in choice:
-                self._manager.retire(request_id, np.array(pages, np.int32))
+            for request_id, pages, donors in choice:
+                self._manager.retire(request_id, np.array(pages, np.int32), donors)
                 retired.append((request_id, pages))
         finally:  # what is retired has its row set and its pages freed, whatever became of the next one
             self.hand_back(retired, step)
 
-    def hand_back(self, choice: Choice, step: int) -> None:
-        """Frees pages that the cache has given up, and sets the rows that go with it; both, or a request is lost."""
+    def hand_back(self, retired: Sequence[tuple[int, list[int]]], step: int) -> None:
+        """Frees pages that the cache has given up, and sets the rows that go with it; both, or a request is lost.
+
+        Args:
+          retired: logical pages by request.
+          step: number of this iteration.
+        """
         problem = None
-        for request_id, pages in choice:
+        for request_id, pages in retired:
             try:
                 self._tail.give_up(self._requests[request_id], pages)
                 self._rows.set(request_id, step)
@@ -84,18 +89,24 @@ class GivingUp:
             self._again.pop(request_id, None)
             self._counted.pop(request_id, None)
         elif self._requests.get(request_id) is not None:
-            null = self._manager.pool.is_null[self._manager.block_table(request_id)]
-            if null.any():
-                self._again[request_id] = np.flatnonzero(null)
+            null = np.flatnonzero(self._manager.pool.is_null[self._manager.block_table(request_id)])
+            donors = self._manager.donors(request_id)
+            if len(pages := np.union1d(null, np.array(list(donors), np.int64))):
+                self._again[request_id] = pages, donors
 
     def retire_again(self, step: int) -> None:
         """Paused requests that are back give up what they had given up before."""
         for request_id in [i for i in self._again if self._requests.get(i) is not None]:
-            pages = self._again.pop(request_id)
+            pages, donors = self._again.pop(request_id)
             first, full, _ = self._manager.generated_pages(request_id)
-            pages = pages[(pages >= first) & (pages < full)]
-            table = self._manager.block_table(request_id)
-            pages = pages[~self._manager.pool.is_null[table[pages]]]  # some have gone since, if sharing was off
-            if len(pages):
-                self.retire([(request_id, pages.tolist())], step)
-                self.num_resumed += len(pages)
+            # A donor before the first page is prompt by now, and some pages have gone since, if sharing was off.
+            again = [
+                page
+                for page in pages.tolist()
+                if first <= page < full
+                and donors.get(page, page) >= first
+                and not self._manager.is_retired(request_id, page)
+            ]
+            if again:
+                self.retire([(request_id, again, donors)], step)
+                self.num_resumed += len(again)

@@ -15,8 +15,10 @@ import numpy as np
 
 from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.cache.sequence import GivablePages
+from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.search.config import MemShareConfig
 from trtllm_memshare.search.floors import blocks_at_floors, most_protected
+from trtllm_memshare.search.nearest_earlier import NearestEarlier
 from trtllm_memshare.search.need import PageFacts, find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
 from trtllm_memshare.trtllm.pytorch.admission import AdmissionReserve
@@ -29,8 +31,8 @@ from trtllm_memshare.trtllm.pytorch.tail_swap import TailSwap
 _FEWEST = 4  # pages that are worth looking for while nobody would be paused
 _length = attrgetter("max_beam_num_tokens")
 
-Choice = list[tuple[int, list[int]]]
-"""Logical pages that each request gives up."""
+Choice = list[tuple[int, list[int], Mapping[int, int]]]
+"""Request, logical pages that it gives up, and the earlier page that is read in place of each that has one."""
 
 
 class Pressure:
@@ -65,6 +67,9 @@ class Pressure:
         self._marks, self._wishes = Watermarks(config.high_watermark, config.low_watermark), requests.wishes
         self._need = find_need(config.need)
         self._redundancy = Redundancy(backend.pool) if "redundancy" in self._need.facts else None
+        self._earlier = (
+            NearestEarlier(self, backend.pool, config.max_aliases) if "distance" in self._need.facts else None
+        )
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)
         self._size = manager.tokens_per_block
         self.stats = PressureStats(self._num_pages, config.low_watermark)
@@ -75,6 +80,7 @@ class Pressure:
         self._floor_blocks: int | None = None  # what these hold at their floors
         self._has_given = False  # somebody has given pages up
         self._num_passed = 0  # times that nobody was looked at since all were at their floors
+        self._found_too_few = False  # the last look, and only who is short may have a page that finds no donor
 
     def begin(self, active: Mapping[int, Any]) -> None:
         """Takes the requests of this iteration that generate, by id.
@@ -111,18 +117,29 @@ class Pressure:
             need = wanted + next(iter(self._paused.values()))
             if need <= self._allowed():
                 count = max(0, need - (self._num_pages - used))
+        self._found_too_few &= count > 0
+        is_short = wanted > self._num_pages - used  # somebody would be paused
         if not count or not (
-            wanted > self._num_pages - used  # somebody would be paused
-            or used - self._floors() >= min(count, _FEWEST)
+            is_short
+            or (used - self._floors() >= min(count, _FEWEST) and not self._found_too_few)
             or self._is_look_for_repeats_due()
         ):
             return []  # all are at their floors, or nearly: a page here and there would be had in every iteration
-        views = self._views()
+        views = self._views(count, is_short)
         chosen = choose_pages(views, count, self._config.spread)
         self._has_given |= bool(chosen)
+        self._found_too_few = self._earlier is not None and sum(len(pages) for _, pages in chosen) < count
         if self._config.shares:
             self.stats.count(views, chosen, used)
-        return [(request_id, pages.tolist()) for request_id, pages in chosen]
+        return [(request_id, pages.tolist(), self._donors(request_id, pages)) for request_id, pages in chosen]
+
+    def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
+        """See ``search.nearest_earlier.KnowsPages``: blocks of TensorRT-LLM's pool, -1 where a page was given up."""
+        known = self._requests[request_id]
+        listed = np.array(self._tail.synchronise(known), np.int64)
+        first, full, _ = self._manager.generated_pages(request_id)
+        position = np.array(known.pages.position, np.int64)
+        return first, full, np.where(position >= 0, listed[position], -1)
 
     def admit(self, num_incoming: int) -> None:
         """Lets TensorRT-LLM's scheduler see as many free pages as may be taken until it is asked again.
@@ -190,6 +207,8 @@ class Pressure:
         request_id = request.py_request_id
         if getattr(request.state, "name", "") == "GENERATION_COMPLETE":
             self._paused.pop(request_id, None)
+            if self._earlier is not None:  # one that is paused gives up the same pages for the same donors again
+                self._earlier.forget(request_id)
         if not was_known:
             return
         if self._redundancy is not None:
@@ -206,30 +225,53 @@ class Pressure:
         pages = dict(zip(self._active, (-(-self._lengths // self._size)).tolist(), strict=True))
         self.stats.look_for_avoided(num_needed, [k.pages.num_given_up for k in known], pages)
 
-    def _views(self) -> list[PressureView]:
-        """What each request could give up, of those that have something."""
+    def _donors(self, request_id: int, pages: np.ndarray) -> Mapping[int, int]:
+        """Who is read in place of pages that go now."""
+        if self._earlier is None:
+            return NO_DONORS
+        donors = self._earlier.donors(request_id)
+        if self._config.shares:
+            self._earlier.retired(request_id, pages)
+        if self._config.retired_becomes != "alias":
+            return NO_DONORS
+        gone = set(pages.tolist())
+        return {page: donor for page, donor in donors.items() if page in gone}
+
+    def _views(self, count: int, is_short: bool) -> list[PressureView]:
+        """What each request could give up, of those that have something.
+
+        Args:
+          count: most pages that go now.
+          is_short: somebody would be paused; else pages of infinite need stay.
+        """
         found = list[tuple[KnownRequest, GivablePages, int]]()
         for request in self._active.values():
             known = self._requests.get(request.py_request_id)
             if known is None or known.is_behind or self._wishes.keeps_whole(request):
                 continue
-            givable = self._manager.givable_pages(known.request_id)
+            # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
+            givable = self._manager.givable_pages(known.request_id, self._earlier is None)
             room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
             if givable.most(room):
                 found.append((known, givable, room))
         if self._redundancy is not None:
             self._redundancy.catch_up([self._where(known) for known, *_ in found])
+        if self._earlier is not None:
+            self._earlier.catch_up([known.request_id for known, *_ in found])
         views = list[PressureView]()
         for known, givable, room in found:
             request_id, pages = known.request_id, givable.pages
             redundancy = None if self._redundancy is None else self._redundancy.measure(request_id, pages)
-            need = page_need(self._config.need, PageFacts(pages, redundancy=redundancy, draw=self._draw[pages]))
+            distance = None
+            if self._earlier is not None:
+                distance = self._earlier.measure(request_id, pages, min(givable.most(room), count))
+            facts = PageFacts(pages, redundancy=redundancy, draw=self._draw[pages], distance=distance)
+            need = page_need(self._config.need, facts)
+            room = room if is_short else min(room, int((~np.isposinf(need)).sum()))
             views.append(PressureView(request_id, pages, need, givable.repeated, room))
         return views
 
     def _where(self, known: KnownRequest) -> tuple[int, int, np.ndarray]:
         """A request, its first generated page, and where its full ones from there on lie; -1 = given up."""
-        listed = self._tail.synchronise(known)
-        first, full, _ = self._manager.generated_pages(known.request_id)
-        position = np.array(known.pages.position[first:full], np.int64)
-        return known.request_id, first, np.where(position >= 0, np.array(listed, np.int64)[position], -1)
+        first, full, blocks = self.generated_pages(known.request_id)
+        return known.request_id, first, blocks[first:full]

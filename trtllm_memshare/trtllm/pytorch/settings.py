@@ -136,7 +136,7 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     except ValidationError as error:
         raise UserError(describe_validation_error(error, AdapterOptions.model_fields, str(path))) from error
     if memshare.pressure:
-        check_need(memshare.need)
+        check_need(memshare.need, adapter.route)
         skips = adapter.null_entries == "skip"
         if adapter.null_pages is None and adapter.route == "overlay" and not skips:
             raise UserError(
@@ -185,18 +185,22 @@ def _refuse_unread(memshare: MemShareConfig, options: AdapterOptions) -> None:
             raise UserError(f"{name} is not read by TensorRT-LLM's PyTorch backend{where}, got {value} (leave it out)")
 
 
-MEASURED = ("position", "redundancy", "draw")
-"""Facts of a page that can be known here: TensorRT-LLM hands out neither attention nor the tokens' probabilities."""
+_MEASURED: dict[str, tuple[str, ...]] = {
+    "overlay": ("position", "redundancy", "draw", "distance"),
+    "framework": ("position", "redundancy", "draw"),
+}
+"""Facts of a page that can be known: TensorRT-LLM hands out neither attention nor the tokens' probabilities."""
 
 
-def check_need(need: str) -> None:
-    """Raises UserError for a formula that reads what cannot be known on this path."""
-    missing = [fact for fact in find_need(need).facts if fact not in MEASURED]
+def check_need(need: str, route: str) -> None:
+    """Raises UserError for a formula that reads what cannot be known on this route."""
+    measured = set(_MEASURED[route])
+    missing = [fact for fact in find_need(need).facts if fact not in measured]
     if missing:
-        possible = [name for name, formula in NEEDS.items() if set(formula.facts) <= set(MEASURED)]
+        possible = [name for name, formula in NEEDS.items() if set(formula.facts) <= measured]
         raise UserError(
-            f"need {need} reads {', '.join(missing)}, which TensorRT-LLM's PyTorch backend does not hand out (take one "
-            f"of {', '.join(possible)})"
+            f"need {need} reads {', '.join(missing)}, which route {route} of TensorRT-LLM's PyTorch backend does not "
+            f"know (take one of {', '.join(possible)})"
         )
 
 

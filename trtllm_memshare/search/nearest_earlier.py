@@ -7,13 +7,23 @@ each with those that are there then, so a pool with room costs nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from trtllm_memshare.cache.kv_cache_manager import KVCacheManager
 from trtllm_memshare.search.nearest_page import page_distances
 from trtllm_memshare.search.page_pairs import PagePairs
+
+
+class KnowsPages(Protocol):
+    """Where a request's pages lie in the pool."""
+
+    def generated_pages(self, request_id: int) -> tuple[int, int, np.ndarray]:
+        """The first page of generated tokens, the end of the full ones, and the pool's block of every page, int.
+
+        What stands for a page that was given up is not looked at.
+        """
 
 
 class NearestEarlier:
@@ -27,7 +37,7 @@ class NearestEarlier:
 
     fact = "distance"
 
-    def __init__(self, manager: KVCacheManager, pool: torch.Tensor, max_aliases: int) -> None:
+    def __init__(self, manager: KnowsPages, pool: torch.Tensor, max_aliases: int) -> None:
         self._manager, self._pool, self._max_aliases = manager, pool, max_aliases
         self._requests: dict[int, PagePairs] = {}
         self._num_seen: dict[int, int] = {}  # pages before this one were looked at
@@ -36,8 +46,11 @@ class NearestEarlier:
         """See ``PageSource``."""
         for request_id in request_ids:
             first, full, table = self._manager.generated_pages(request_id)
-            known = self._requests.setdefault(request_id, PagePairs(first, self._max_aliases))
-            new = np.arange(self._num_seen.get(request_id, first), full)
+            known = self._requests.get(request_id)
+            if known is None or known.first != first or self._num_seen[request_id] > full:  # new, or it began anew
+                known = self._requests[request_id] = PagePairs(first, self._max_aliases)
+                self._num_seen[request_id] = first
+            new = np.arange(self._num_seen[request_id], full)
             if len(new):
                 there = known.there(full)
                 rows, columns = (torch.from_numpy(table[pages]) for pages in (new, there))
