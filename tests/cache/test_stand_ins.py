@@ -68,6 +68,7 @@ def test_a_paused_request_comes_back_with_its_aliases():
     manager.pause_sequence(0)
     assert manager.add_sequence(0, np.array(TOKENS, np.int32), SIZE)
     assert manager.num_free_blocks == free
+    assert manager.donors(0) == {}  # none has gone yet in this life
     while manager._sequences[0].num_computed < len(TOKENS):
         manager.mark_computed(0, manager._sequences[0].num_computed + min(SIZE, manager.room_for_chunk(0)))
         manager.check_integrity()
@@ -75,6 +76,7 @@ def test_a_paused_request_comes_back_with_its_aliases():
     assert (table[[4, 7]] == table[2]).all()
     assert table[6] == table[5]
     assert manager.pool.is_null[table[3]]
+    assert manager.donors(0) == {7: 2, 4: 2, 6: 5}
     assert manager.num_free_blocks == free
 
 

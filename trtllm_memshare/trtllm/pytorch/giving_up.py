@@ -99,14 +99,8 @@ class GivingUp:
         for request_id in [i for i in self._again if self._requests.get(i) is not None]:
             pages, donors = self._again.pop(request_id)
             first, full, _ = self._manager.generated_pages(request_id)
-            # A donor before the first page is prompt by now, and some pages have gone since, if sharing was off.
-            again = [
-                page
-                for page in pages.tolist()
-                if first <= page < full
-                and donors.get(page, page) >= first
-                and not self._manager.is_retired(request_id, page)
-            ]
+            pages = pages[(pages >= first) & (pages < full)].tolist()
+            again = [p for p in pages if not self._manager.is_retired(request_id, p)]  # some went while it was off
             if again:
                 self.retire([(request_id, again, donors)], step)
                 self.num_resumed += len(again)
