@@ -144,6 +144,11 @@ def test_bad_options(tiny_checkpoint, tmp_path, options, phrases):
     [
         ('{"memshare": {"max_distanse": 1}}', ["unknown key max_distanse (did you mean max_distance?)"]),
         ('{"memshare": {"max_distance": -1}}', ["max_distance", "greater than or equal to 0", "got -1"]),
+        ('{"memshare": {"min_kept": true}}', ["min_kept", "must be a number", "got true"]),
+        (
+            '{"memshare": {"search_interval": 3}}',
+            ["search_interval is not read under pressure", "got 3 (leave it out)"],
+        ),
         ('{"memshare": {"preset": "papr"}}', ["unknown preset papr (did you mean paper?)"]),
         ('{"build": {"tokens_per_blok": 8}}', ["unknown key tokens_per_blok (did you mean tokens_per_block?)"]),
         ('{"memshar": {}}', ["unknown key memshar (did you mean memshare?)"]),

@@ -335,6 +335,8 @@ def test_what_cannot_be_served_is_refused():
         make_config("aligned", pressure=True)
     with pytest.raises(UserError, match=r"shadow changes nothing, .*got both"):
         make_executor(60, shadow=True)
+    with pytest.raises(UserError, match=r"search_interval is not read under pressure.*got 3"):
+        make_executor(60, search_interval=3)
     for name, value in (("matcher", "steps"), ("max_gap_tokens", 2), ("direction", "keep-earliest")):
         with pytest.raises(UserError, match=f"word for word and later.*got {name} {value}"):
             make_config("pressure", **{name: value})

@@ -19,7 +19,7 @@ from trtllm_memshare.engine.replacement import check_target
 from trtllm_memshare.engine.tokenizer_check import check_tokenizer
 from trtllm_memshare.errors import UserError, nearest
 from trtllm_memshare.json_input import read_json
-from trtllm_memshare.search.config import MemShareConfig, make_config, refuse_shadow
+from trtllm_memshare.search.config import MemShareConfig, check_for_executor, make_config
 
 if TYPE_CHECKING:
     from trtllm_memshare.trtllm.engine.build_plan import EnginePlan
@@ -209,7 +209,7 @@ def _settle_memshare(options: BuildOptions, settings: dict[str, Any], backend: s
     is_shadow = bool(settings.get("shadow"))
     in_file = settings.pop("preset", "pressure" if backend == "torch" and not is_shadow else "aligned")
     config = make_config(str(options.preset or in_file), **settings)
-    refuse_shadow(config)
+    check_for_executor(config)
     return config
 
 

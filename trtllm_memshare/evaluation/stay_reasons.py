@@ -42,8 +42,7 @@ class Inquiry:
     def ask(self, executor: Executor, request_id: int) -> None:
         """Fills ``reasons``."""
         manager, config = executor.manager, executor.config
-        finds_repeats = "distance" not in find_need(config.need).facts
-        givable = manager.givable_pages(request_id, finds_repeats)
+        givable = manager.givable_pages(request_id, find_need(config.need).finds_repeats)
         repeated = dict(zip(givable.pages.tolist(), givable.repeated.tolist(), strict=True))
         room = floor_room(givable.num_generated, givable.num_retired, config.min_kept) if config.pressure else 1
         first, full, _ = manager.generated_pages(request_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from trtllm_memshare.errors import UserError, describe_validation_error, nearest, quote, shorten
 from trtllm_memshare.json_input import check_known_keys
@@ -120,6 +120,14 @@ class MemShareConfig(BaseModel):
     observation_tokens: int = Field(8, ge=1, le=128, description="controls snapkv and rkv: recent queries that score")
     control_seed: int = Field(0, ge=0, description="of random pages")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """``true`` is no number, though it would pass for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError(f"must be a number, got {str(value).lower()}")
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> MemShareConfig:
         """Settings of which one alone says too little."""
@@ -226,6 +234,16 @@ def parse_config(values: dict[str, Any], where: str) -> MemShareConfig:
         return MemShareConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, MemShareConfig.model_fields, where)) from error
+
+
+def check_for_executor(config: MemShareConfig) -> None:
+    """Raises UserError for settings of pressure that an engine of ours cannot carry out or does not read."""
+    refuse_shadow(config)
+    if config.pressure and config.search_interval != MemShareConfig.model_fields["search_interval"].default:
+        raise UserError(
+            f"search_interval is not read under pressure, which looks at every step, got {config.search_interval} "
+            f"(leave it out)"
+        )
 
 
 def refuse_shadow(config: MemShareConfig) -> None:

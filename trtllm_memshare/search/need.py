@@ -64,6 +64,11 @@ class Need:
     facts: tuple[str, ...]
     formula: Callable[..., np.ndarray]
 
+    @property
+    def finds_repeats(self) -> bool:
+        """Whether exact repeats go first; the published choice looks at pairs of pages alone."""
+        return "distance" not in self.facts
+
 
 def find_need(name: str) -> Need:
     """A formula by its name. Raises UserError for an unknown one."""

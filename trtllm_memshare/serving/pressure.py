@@ -20,7 +20,7 @@ from trtllm_memshare.cache.stand_ins import NO_DONORS
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.ranks.agreement import RankAgreement
 from trtllm_memshare.runners.protocol import Runner
-from trtllm_memshare.search.config import MemShareConfig, refuse_shadow
+from trtllm_memshare.search.config import MemShareConfig, check_for_executor
 from trtllm_memshare.search.episodes import Episodes
 from trtllm_memshare.search.need import find_need, page_need
 from trtllm_memshare.search.pressure import PressureView, Watermarks, choose_pages, floor_room
@@ -94,8 +94,7 @@ class Pressure:
         self._watch = Stopwatch()
         self.observes_attention, self.observes_tokens = ledger.observes_attention, ledger.observes_tokens
         self.watch: Callable[[Retirement], None] | None = None
-        # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
-        self._finds_repeats = "distance" not in find_need(config.need).facts
+        self._finds_repeats = find_need(config.need).finds_repeats
         self._is_exhausted = False  # the last relief did not reach the low watermark
         self._faults_before = 0  # those before this step
         self._unknown: set[int] = set()  # requests whose facts stopped half-way: they give nothing up any more
@@ -280,7 +279,7 @@ def open_pressure(
     """
     if not config.pressure:
         return None
-    refuse_shadow(config)
+    check_for_executor(config)
     need, source = find_need(config.need), open_source(config, manager, runner, agreement is not None)
     if "attention" in need.facts and not getattr(runner, "reports_attention", False):
         raise UserError(

@@ -67,10 +67,11 @@ def make_app(endpoint: Endpoint) -> FastAPI:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return _error(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-        if len(first["loc"]) > 1 and (kinds := FORMS.get(first["loc"][1])) and first["type"] != "missing":
-            return _error(
-                400, f"{first['loc'][1]} must be {kinds}"
-            )  # of several forms the first one's fault says little
+        field = first["loc"][1] if len(first["loc"]) > 1 else ""
+        if (kinds := FORMS.get(field)) and first[
+            "type"
+        ] != "missing":  # of several forms the first one's fault says little
+            return _error(400, f"{field} must be {kinds}")
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{where or 'the body'}: {first['msg'].lower()}")
 

@@ -67,9 +67,8 @@ class Pressure:
         self._marks, self._wishes = Watermarks(config.high_watermark, config.low_watermark), requests.wishes
         self._need = find_need(config.need)
         self._redundancy = Redundancy(backend.pool) if "redundancy" in self._need.facts else None
-        self._earlier = (
-            NearestEarlier(self, backend.pool, config.max_aliases) if "distance" in self._need.facts else None
-        )
+        compares = "distance" in self._need.facts
+        self._earlier = NearestEarlier(self, backend.pool, config.max_aliases) if compares else None
         self._draw = np.random.default_rng(config.control_seed).random(backend.max_blocks_per_seq).astype(np.float32)
         self._size = manager.tokens_per_block
         self.stats = PressureStats(self._num_pages, config.low_watermark)
@@ -249,8 +248,7 @@ class Pressure:
             known = self._requests.get(request.py_request_id)
             if known is None or known.is_behind or self._wishes.keeps_whole(request):
                 continue
-            # The published choice knows no exact repeats: a page goes for the distance to an earlier one.
-            givable = self._manager.givable_pages(known.request_id, self._earlier is None)
+            givable = self._manager.givable_pages(known.request_id, self._need.finds_repeats)
             room = floor_room(givable.num_generated, givable.num_retired, self._wishes.min_kept(request))
             if givable.most(room):
                 found.append((known, givable, room))
