@@ -158,7 +158,7 @@ def _program() -> list[str]:
 
 
 def _calibrate(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="vllm calibrate", description="Makes a model's null pages, once.")
+    parser = argparse.ArgumentParser(prog="memshare vllm calibrate", description="Makes a model's null pages, once.")
     parser.add_argument("model", help="folder of a Hugging Face checkpoint")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--max-model-len", type=int, required=True, help="positions that need a page, in tokens")
