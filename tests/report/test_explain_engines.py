@@ -114,7 +114,7 @@ def test_an_engine_of_another_backend_is_refused(engine):
 
 def test_a_pool_that_no_memory_holds_is_one_sentence_with_the_device_that_was_chosen(engine):
     config = make_config("pressure", retired_becomes="dropped")
-    with pytest.raises(UserError, match=r"blocks needs [\d,]+ bytes, which (cpu|cuda) does not have \(lower --kv-c"):
+    with pytest.raises(UserError, match=r"blocks needs [\d,]+ bytes, which (cpu|cuda) does not have \(give fewer"):
         explain(engine, config, PROMPT, 8, "auto", 100_000_000)
 
 

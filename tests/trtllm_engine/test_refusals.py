@@ -168,7 +168,7 @@ def test_a_pool_that_leaves_no_room_for_a_context(tmp_path, bundled_model, fake_
     made = FakeEngine.create_execution_context
     kind = "search" if search_engine == "separate" else "decoder"
     monkeypatch.setattr(FakeEngine, "create_execution_context", lambda e: None if e.plan["kind"] == kind else made(e))
-    with pytest.raises(UserError, match=r"a KV pool of 40 blocks needs .* which the GPU does not have \(lower --kv-c"):
+    with pytest.raises(UserError, match=r"a KV pool of 40 blocks needs .* which the GPU does not have \(give fewer"):
         open_runner(load_engine(folder), 40)
 
 

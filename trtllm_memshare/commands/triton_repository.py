@@ -10,7 +10,7 @@ from trtllm_memshare.errors import UserError
 from trtllm_memshare.serving.scheduler import POLICIES
 from trtllm_memshare.triton.llmapi_repository import LlmapiOptions, write_llmapi_repository
 from trtllm_memshare.triton.model_configs import MODELS
-from trtllm_memshare.triton.repository import RepositoryOptions, write_repository
+from trtllm_memshare.triton.repository import FRACTION_HELP, RepositoryOptions, write_repository
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -31,6 +31,7 @@ def main(command: str, arguments: list[str]) -> None:
     engine = parser.add_argument_group("flavour engine: this project's models under TensorRT-LLM's names")
     engine.add_argument("--engine-dir", type=Path, help=f"default: {defaults.engine_dir}")
     engine.add_argument("--kv-cache-blocks", type=int, help="blocks of the KV pool (default: for a full batch)")
+    engine.add_argument("--kv-cache-free-gpu-mem-fraction", type=float, metavar="F", help=FRACTION_HELP)
     engine.add_argument("--max-prompt-tokens", type=int, help="limit (default: what max_seq_len allows)")
     engine.add_argument("--max-output-tokens", type=int, help="limit (default: what max_seq_len allows)")
     engine.add_argument(
@@ -69,10 +70,11 @@ def main(command: str, arguments: list[str]) -> None:
     else:
         given.setdefault("engine_dir", defaults.engine_dir)
         parameters = write_repository(RepositoryOptions(**given))
+        most = "" if "kv_cache_free_gpu_mem_fraction" not in given else "at most "
         print(f"model repository: {given['output_dir']} (models {', '.join(MODELS)} over {parameters['engine_dir']})")
         print(
             f"limits: {parameters['max_prompt_tokens']} prompt tokens, {parameters['max_output_tokens']} output "
-            f"tokens, {parameters['max_requests']} requests in the system; KV pool of "
+            f"tokens, {parameters['max_requests']} requests in the system; KV pool of {most}"
             f"{parameters['max_tokens_in_paged_kv_cache']} tokens"
         )
     print(f"start it: memshare triton launch {shlex.quote(str(given['output_dir']))}")

@@ -27,7 +27,8 @@ from trtllm_memshare.evaluation.rounds import merge_rounds
 from trtllm_memshare.evaluation.variants import Variant, default_variants, make_variant, parse_variants
 from trtllm_memshare.evaluation.warm_up import warm_up_items
 from trtllm_memshare.runners.engines import load_engine
-from trtllm_memshare.runners.open import choose_device, num_ranks, open_runner
+from trtllm_memshare.runners.open import choose_device, open_runner
+from trtllm_memshare.runners.pool_memory import num_ranks
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens

@@ -17,7 +17,8 @@ from trtllm_memshare.evaluation.variants import make_variant
 from trtllm_memshare.report.explain_page import render
 from trtllm_memshare.report.explain_words import describe_story
 from trtllm_memshare.runners.engines import load_engine
-from trtllm_memshare.runners.open import check_pool, open_runner
+from trtllm_memshare.runners.open import open_runner
+from trtllm_memshare.runners.pool_memory import check_pool
 from trtllm_memshare.search.config import PRESETS, MemShareConfig
 from trtllm_memshare.serving.failures import RequestFailedError
 from trtllm_memshare.serving.prompts import PromptFormat, encode_prompt

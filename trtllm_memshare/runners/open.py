@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from trtllm_memshare.engine.engine_dir import Engine
 from trtllm_memshare.engine.null_page_files import load_null_pages
-from trtllm_memshare.errors import UserError, quote, shorten
+from trtllm_memshare.errors import UserError, shorten
+from trtllm_memshare.runners.pool_memory import blocks_that_fit, check_pool, num_ranks, pool_that_fits
 from trtllm_memshare.runners.protocol import BenchmarkedRunner
 
 if TYPE_CHECKING:
@@ -24,16 +23,18 @@ def open_runner(
     fold_aliases: bool = True,
     communicator: Communicator | None = None,
     use_graphs: bool = False,
+    free_memory_share: float | None = None,
 ) -> BenchmarkedRunner:
     """A runner over an engine directory.
 
     Args:
       engine: from ``load_engine``.
-      num_blocks: blocks of the KV pool.
+      num_blocks: blocks of the KV pool; at most so many with ``free_memory_share``.
       device: auto, cpu or cuda; an engine of the TensorRT backend runs on cuda only.
       fold_aliases: see ``plan_step``; TensorRT-LLM reads every alias.
       communicator: of the ranks of an engine that was built for several.
       use_graphs: replay CUDA graphs of a TensorRT engine's pure decode steps; the torch runner decides for itself.
+      free_memory_share: see ``blocks_that_fit``; of an engine for one rank.
 
     Raises:
       UserError: the engine cannot run on that device or this machine, or replays no graphs.
@@ -61,44 +62,15 @@ def open_runner(
         from trtllm_memshare.runners.tensorrt.open import open_tensorrt_runner
 
         with pool_that_fits(engine, num_blocks, "the GPU"):
-            return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs)
+            return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs, free_memory_share=free_memory_share)
     from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
     null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)
     model = load_model(engine.model_dir, choose_device(device))
     kv_dtype = getattr(torch, engine.kv_dtype)
+    num_blocks = blocks_that_fit(engine, num_blocks, free_memory_share, model.device)
     with pool_that_fits(engine, num_blocks, model.device.type):
         return TorchRunner(model, num_blocks, engine.build.tokens_per_block, kv_dtype, fold_aliases, null_pages)
-
-
-@contextmanager
-def pool_that_fits(engine: Engine, num_blocks: int, owner: str) -> Iterator[None]:
-    """Turns running out of memory in here into a UserError; ``owner``: of the memory that one rank takes."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
-            raise
-        needed = num_blocks * engine.bytes_per_block // num_ranks(engine)
-        raise UserError(
-            f"a KV pool of {num_blocks:,} blocks needs {needed:,} bytes, which {owner} "
-            f"does not have (lower --kv-cache-blocks)"
-        ) from error
-
-
-def check_pool(engine: Engine, num_blocks: int) -> None:
-    """Raises UserError for a pool that block tables cannot address: an entry is an int32 (see ``cache.offsets``)."""
-    most = (2**31 - 1) // (2 * engine.checkpoint.num_layers)
-    if not 1 <= num_blocks <= most:
-        raise UserError(
-            f"the KV pool must have between 1 and {most:,} blocks for a model of {engine.checkpoint.num_layers} "
-            f"layers, got {quote(num_blocks)} (set --kv-cache-blocks)"
-        )
-
-
-def num_ranks(engine: Engine) -> int:
-    """Processes that an engine was built for."""
-    return engine.build.tp_size * engine.build.pp_size
 
 
 def choose_device(asked: str) -> str:

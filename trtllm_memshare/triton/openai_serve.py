@@ -18,7 +18,7 @@ from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION, POLICIES
 from trtllm_memshare.triton.inputs import TEXT_NAMES
 from trtllm_memshare.triton.metrics import ExecutorCollector
-from trtllm_memshare.triton.repository import RepositoryOptions, deployment_limits
+from trtllm_memshare.triton.repository import FRACTION_HELP, RepositoryOptions, deployment_limits
 from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.server import check_port
 from trtllm_memshare.triton.service import ExecutorService, LocalCall
@@ -55,19 +55,22 @@ def main(command: str, arguments: list[str]) -> None:
         RepositoryOptions(
             options.engine_dir,
             Path(),
-            options.kv_cache_blocks,
-            options.max_prompt_tokens,
-            options.max_output_tokens,
-            options.max_prompt_bytes,
-            options.max_queue_size,
-            options.batch_scheduler_policy,
+            kv_cache_blocks=options.kv_cache_blocks,
+            kv_cache_free_gpu_mem_fraction=options.kv_cache_free_gpu_mem_fraction,
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_output_tokens=options.max_output_tokens,
+            max_prompt_bytes=options.max_prompt_bytes,
+            max_queue_size=options.max_queue_size,
+            batch_scheduler_policy=options.batch_scheduler_policy,
         ),
     )
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     if options.chat_template is not None:
         tokenizer.chat_template = read_text(options.chat_template, "--chat-template")
         _check_template(tokenizer, options.chat_template)
-    executor, description = make_executor(engine, deployment.num_blocks, options.batch_scheduler_policy)
+    executor, description = make_executor(
+        engine, deployment.num_blocks, options.batch_scheduler_policy, options.kv_cache_free_gpu_mem_fraction
+    )
     registry = CollectorRegistry()
     metrics = RequestMetrics(registry)
     registry.register(ExecutorCollector(executor.status, engine.build.max_batch_size, engine.bytes_per_block))
@@ -93,7 +96,7 @@ def main(command: str, arguments: list[str]) -> None:
         registry,
         api_key,
     )
-    print(f"{engine.engine_dir}: {deployment.num_blocks} KV blocks, {description}")
+    print(f"{engine.engine_dir}: {description}")
     print(f"OpenAI-compatible endpoint: http://{options.host}:{options.port}/v1, model {endpoint.model}", flush=True)
     config = uvicorn.Config(
         make_app(endpoint),
@@ -167,6 +170,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--served-model-name", help="name that clients use (default: the engine folder's)")
     parser.add_argument("--chat-template", type=Path, metavar="JINJA", help="default: the tokenizer's own")
     parser.add_argument("--kv-cache-blocks", type=int, help="blocks of the KV pool (default: for a full batch)")
+    parser.add_argument("--kv-cache-free-gpu-mem-fraction", type=float, metavar="F", help=FRACTION_HELP)
     for name in ("max-prompt-tokens", "max-output-tokens", "max-prompt-bytes"):
         parser.add_argument(f"--{name}", type=int, help="limit (default: what max_seq_len allows)")
     parser.add_argument("--max-queue-size", type=int, default=defaults.max_queue_size, help="default: %(default)s")

@@ -20,6 +20,11 @@ from trtllm_memshare.triton.model_configs import MODELS, write_model
 from trtllm_memshare.triton.pool_size import check_one_fits, enough_blocks
 from trtllm_memshare.triton.repository_marker import MARKER
 
+FRACTION_HELP = (
+    "share in (0, 1] of the GPU memory that the weights leave free: the pool takes no more, so that it may have fewer "
+    "blocks (default: it has all of them, or does not start)"
+)
+_SHARE = "kv_cache_free_gpu_mem_fraction"  # TensorRT-LLM's name
 _BYTES_PER_TOKEN = 16  # of the default limit in bytes; text of several languages has three to five
 _PERIODS_MS = (10, 60_000)
 
@@ -32,6 +37,8 @@ class RepositoryOptions:
       engine_dir: written by ``build_engine.py``; named in the repository, not copied.
       output_dir: where the repository goes.
       kv_cache_blocks: blocks of the KV pool; None = enough for ``max_batch_size`` requests of ``max_seq_len``.
+      kv_cache_free_gpu_mem_fraction: most of the GPU's memory that is free beside the weights, which the pool may take,
+        in (0, 1]; the pool is smaller than ``kv_cache_blocks`` where that is less. None = it has all its blocks.
       max_prompt_tokens, max_output_tokens: of one request; None = what ``max_seq_len`` allows.
       max_prompt_bytes: of one prompt, checked before it is tokenized; None = 16 for each token.
       max_queue_size: requests that may wait beside those in flight.
@@ -45,6 +52,7 @@ class RepositoryOptions:
     engine_dir: Path
     output_dir: Path
     kv_cache_blocks: int | None = None
+    kv_cache_free_gpu_mem_fraction: float | None = None
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
     max_prompt_bytes: int | None = None
@@ -133,6 +141,9 @@ def deployment_limits(engine: Engine, options: RepositoryOptions) -> Deployment:
     if blocks is None:
         blocks = enough_blocks(engine, build.max_batch_size)
     check_one_fits(engine, blocks)
+    share = options.kv_cache_free_gpu_mem_fraction
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"--kv-cache-free-gpu-mem-fraction must be above 0 and at most 1, got {share:g}")
     for name in ("max_prompt_tokens", "max_output_tokens"):
         value = getattr(options, name)
         if value is not None and not 1 <= value < longest:
@@ -160,10 +171,12 @@ def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
         value, (low, high) = getattr(options, name), _PERIODS_MS
         if not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
+    share = options.kv_cache_free_gpu_mem_fraction
     return {
         "engine_dir": str(engine.engine_dir.resolve()),
         "tokenizer_dir": str(engine.model_dir.resolve()),
         "max_tokens_in_paged_kv_cache": str(limits.num_blocks * engine.build.tokens_per_block),
+        **({} if share is None else {_SHARE: str(share)}),
         "batch_scheduler_policy": options.batch_scheduler_policy,
         "exclude_input_in_output": str(options.exclude_input_in_output).lower(),
         "cancellation_check_period_ms": str(options.cancellation_check_period_ms),
@@ -173,3 +186,8 @@ def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
         "max_output_tokens": str(limits.max_output_tokens),
         "max_requests": str(limits.max_requests),
     }
+
+
+def free_memory_share(parameters: dict[str, str]) -> float | None:
+    """What a repository's parameters say of the GPU's memory, see ``RepositoryOptions``."""
+    return float(parameters[_SHARE]) if _SHARE in parameters else None

@@ -24,6 +24,7 @@ from trtllm_memshare.triton.metrics import ExecutorCollector
 from trtllm_memshare.triton.model_base import ServingModel
 from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.pool_size import check_one_fits
+from trtllm_memshare.triton.repository import free_memory_share
 from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.runtime import socket_path
 from trtllm_memshare.triton.service import ExecutorService
@@ -43,14 +44,16 @@ class TokenModel(ServingModel):
         engine = load_engine(Path(parameters["engine_dir"]))
         build = engine.build
         blocks = int(parameters["max_tokens_in_paged_kv_cache"]) // build.tokens_per_block
-        self._executor, description = make_executor(engine, blocks, parameters["batch_scheduler_policy"])
+        self._executor, description = make_executor(
+            engine, blocks, parameters["batch_scheduler_policy"], free_memory_share(parameters)
+        )
         limits = Limits(
             min(int(parameters["max_prompt_tokens"]), build.max_seq_len - 1),
             min(int(parameters["max_output_tokens"]), build.max_seq_len - 1),
             int(parameters["max_requests"]),
             engine.vocab_size,
         )
-        pb_utils.Logger.log_info(f"{engine.engine_dir}: {blocks} KV blocks, {description}; {limits}")
+        pb_utils.Logger.log_info(f"{engine.engine_dir}: {description}; {limits}")
         self._outcomes = RequestMetrics(self.registry)
         self.registry.register(ExecutorCollector(self._executor.status, build.max_batch_size, engine.bytes_per_block))
         self._service = ExecutorService(
@@ -102,14 +105,21 @@ class TokenModel(ServingModel):
         super().finalize()
 
 
-def make_executor(engine: Engine, num_blocks: int, policy: str) -> tuple[Executor, str]:
+def make_executor(
+    engine: Engine, num_blocks: int, policy: str, free_memory_share: float | None = None
+) -> tuple[Executor, str]:
     """An executor over an engine directory and what it runs on: a GPU if there is one.
+
+    Args:
+      num_blocks: of the pool. ``free_memory_share``: see ``blocks_that_fit``.
 
     Raises:
       UserError: a pool too small for the engine's longest request.
     """
     check_one_fits(engine, num_blocks)
-    runner = open_runner(engine, num_blocks)
+    runner = open_runner(engine, num_blocks, free_memory_share=free_memory_share)
+    if runner.num_blocks < num_blocks:
+        check_one_fits(engine, runner.num_blocks, free_memory_share)
     tokenizer = AutoTokenizer.from_pretrained(engine.model_dir, local_files_only=True)
     executor = Executor(
         runner,
@@ -120,4 +130,7 @@ def make_executor(engine: Engine, num_blocks: int, policy: str) -> tuple[Executo
         engine.build.max_num_tokens,
         policy,
     )
-    return executor, f"{runner.decode_description}, block distances: {runner.search.description}"
+    return (
+        executor,
+        f"{runner.num_blocks} KV blocks, {runner.decode_description}, block distances: {runner.search.description}",
+    )

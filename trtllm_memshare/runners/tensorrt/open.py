@@ -11,6 +11,7 @@ from trtllm_memshare.engine.null_page_files import load_null_pages
 from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.null_pages import of_rank
+from trtllm_memshare.runners.pool_memory import blocks_that_fit
 from trtllm_memshare.runners.tensorrt.device import CudaDevice, Device
 from trtllm_memshare.runners.tensorrt.runner import TensorRTRunner
 from trtllm_memshare.runners.tensorrt.separate_search import SeparateEngineSearch
@@ -28,6 +29,7 @@ def open_tensorrt_runner(
     rank: int = 0,
     use_graphs: bool = False,
     all_reduce_workspace: torch.Tensor | None = None,
+    free_memory_share: float | None = None,
 ) -> TensorRTRunner:
     """A runner over one rank's engine.
 
@@ -37,6 +39,7 @@ def open_tensorrt_runner(
       rank: which rank's engine.
       use_graphs: replay CUDA graphs in pure decode steps.
       all_reduce_workspace: with tensor parallelism, see ``runners.tensorrt.parallel``.
+      free_memory_share: see ``blocks_that_fit``.
 
     Raises:
       UserError: TensorRT, a GPU or a plugin is missing or not the build's, or the plan is not what the files say.
@@ -52,6 +55,7 @@ def open_tensorrt_runner(
         engine.record.check_plugin(library)
         load_memshare_plugin(trt, library)
     runtime, spec, plan = check_rank_engine(trt, engine, rank)
+    num_blocks = blocks_that_fit(engine, num_blocks, free_memory_share, torch.device("cuda"))
     inv_freq = rotary_inv_freq(engine.model_dir)
 
     def open_search(pool: torch.Tensor) -> SeparateEngineSearch:

@@ -210,7 +210,9 @@ def _profile(engine: Any, spec: EngineSpec, num_tokens: int) -> int:
 def _new_context(engine: Any, profile: int, stream: int) -> Any:
     context = engine.create_execution_context()
     if context is None:
-        raise RuntimeError("TensorRT made no execution context: not enough device memory (lower --kv-cache-blocks)")
+        raise RuntimeError(
+            "TensorRT made no execution context: not enough device memory (give fewer blocks, with --kv-cache-blocks)"
+        )
     if profile and not context.set_optimization_profile_async(profile, stream):
         raise RuntimeError(f"TensorRT refused optimization profile {profile}")
     return context
