@@ -106,6 +106,8 @@ def test_recall_counts_what_the_full_cache_answers():
 def test_sign_flips():
     assert sign_flip(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.25)
     assert sign_flip(np.array([1.0, -1.0])) == 1.0
+    assert sign_flip(np.random.default_rng(3).random(10) * 1e4 + 0.1) == 2 / 1024  # large ones, whose sums are rounded
+    assert math.isnan(sign_flip(np.array([1.0, np.nan])))
     many = np.random.default_rng(0).normal(0.0, 1.0, 40)
     assert sign_flip(many + 1.0) < 0.001
     slight = many - many.mean() + 0.17

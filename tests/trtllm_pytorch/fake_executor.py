@@ -314,8 +314,8 @@ class FakeExecutor:
         for request in list(self.active):
             if request.state is LlmRequestState.GENERATION_COMPLETE:
                 self.active.remove(request)
-                if request.py_request_id in self.processed:  # a request may end while it is being paused
-                    self.manager.free_resources(request)
-                    self.processed.pop(request.py_request_id)
+                # Every one that has ended, one that was freed as it was paused once more.
+                self.manager.free_resources(request)
+                self.processed.pop(request.py_request_id, None)
         if batch is not None:
             self.manager.update_resources(batch)

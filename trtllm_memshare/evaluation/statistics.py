@@ -73,17 +73,23 @@ def sign_flip(differences: np.ndarray, draws: int = 20_000, seed: int = 0) -> fl
 
     Args:
       differences: ``[n]``, of independent pairs, e.g. one a problem.
+
+    Returns:
+      NaN where a difference is none.
     """
-    count = len(differences)
+    count, whole = len(differences), float(np.abs(differences).sum())
+    if not np.isfinite(whole):
+        return float("nan")
+    least = abs(differences.sum()) - 1e-9 * whole  # sums of the same numbers differ by rounding
     if 2**count <= draws:
         bits = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
         sums = np.abs((1 - 2 * bits) @ differences)
-        return float((sums >= abs(differences.sum()) - 1e-12).mean())
+        return float((sums >= least).mean())
     rng = np.random.default_rng(seed)
     hits = 0
     for start in range(0, draws, 10_000):
         signs = rng.integers(0, 2, (min(10_000, draws - start), count)) * 2 - 1
-        hits += int((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).sum())
+        hits += int((np.abs(signs @ differences) >= least).sum())
     return (hits + 1) / (draws + 1)
 
 
