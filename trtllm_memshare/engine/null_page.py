@@ -228,7 +228,7 @@ class _Calibration:
         raise NullPageRefused(
             f"no null page is found for layer {layer}, head {head}: {share:.1%} of its queries point towards the best "
             f"direction, even in bands of {width} positions",
-            "set retired_becomes to alias, or to dropped on a runner that skips entries",
+            "take preset aligned, or set retired_becomes to dropped on a runner that skips entries",
         )
 
     def pages(self, edges: np.ndarray, kv_dtype: torch.dtype, kv_scales: torch.Tensor | None) -> NullPageSet:
