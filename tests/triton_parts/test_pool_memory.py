@@ -13,7 +13,7 @@ from trtllm_memshare.runners import open as open_module
 from trtllm_memshare.runners.engines import load_engine
 from trtllm_memshare.runners.pool_memory import blocks_that_fit
 from trtllm_memshare.serving.scheduler import MAX_UTILIZATION
-from trtllm_memshare.triton.repository import RepositoryOptions, free_memory_share, write_repository
+from trtllm_memshare.triton.repository import RepositoryOptions, memory_share_of, write_repository
 from trtllm_memshare.triton.token_model import make_executor
 
 CUDA = torch.device("cuda")
@@ -62,9 +62,9 @@ def test_an_executor_takes_what_fits_and_refuses_what_holds_nobody(engine_dir, m
 def test_a_repository_hands_the_share_on(engine_dir, tmp_path):
     options = {"kv_cache_blocks": 32, "kv_cache_free_gpu_mem_fraction": 0.85}
     parameters = write_repository(RepositoryOptions(engine_dir, tmp_path / "with", **options))
-    assert free_memory_share(parameters) == 0.85
+    assert memory_share_of(parameters) == 0.85
     assert parameters["max_tokens_in_paged_kv_cache"] == str(32 * 16)
-    assert free_memory_share(write_repository(RepositoryOptions(engine_dir, tmp_path / "without"))) is None
+    assert memory_share_of(write_repository(RepositoryOptions(engine_dir, tmp_path / "without"))) is None
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])

@@ -172,6 +172,13 @@ def test_a_pool_that_leaves_no_room_for_a_context(tmp_path, bundled_model, fake_
         open_runner(load_engine(folder), 40)
 
 
+def test_a_pool_takes_no_more_than_its_share_of_the_memory_that_the_plan_leaves(folder, fake_tensorrt, monkeypatch):
+    engine = load_engine(folder)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * engine.bytes_per_block, 1 << 40))
+    assert open_runner(engine, 40, free_memory_share=0.5).num_blocks == 30
+    assert open_runner(engine, 20, free_memory_share=0.5).num_blocks == 20
+
+
 def test_an_engine_without_the_plugin(folder, bundled_model, fake_tensorrt):
     write_engine(folder / "rank0.engine", bundled_model, max_pairs=0, **SIZES)
     refused(

@@ -314,7 +314,7 @@ class FakeExecutor:
         for request in list(self.active):
             if request.state is LlmRequestState.GENERATION_COMPLETE:
                 self.active.remove(request)
-                # Every one that has ended, one that was freed as it was paused once more.
+                # One that was paused in this iteration too, though that has freed it (``_terminate_request``).
                 self.manager.free_resources(request)
                 self.processed.pop(request.py_request_id, None)
         if batch is not None:

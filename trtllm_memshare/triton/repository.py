@@ -188,6 +188,6 @@ def _parameters(engine: Engine, options: RepositoryOptions) -> dict[str, str]:
     }
 
 
-def free_memory_share(parameters: dict[str, str]) -> float | None:
+def memory_share_of(parameters: dict[str, str]) -> float | None:
     """What a repository's parameters say of the GPU's memory, see ``RepositoryOptions``."""
     return float(parameters[_SHARE]) if _SHARE in parameters else None

@@ -24,7 +24,7 @@ from trtllm_memshare.triton.metrics import ExecutorCollector
 from trtllm_memshare.triton.model_base import ServingModel
 from trtllm_memshare.triton.model_configs import parameters_of
 from trtllm_memshare.triton.pool_size import check_one_fits
-from trtllm_memshare.triton.repository import free_memory_share
+from trtllm_memshare.triton.repository import memory_share_of
 from trtllm_memshare.triton.request_metrics import RequestMetrics
 from trtllm_memshare.triton.runtime import socket_path
 from trtllm_memshare.triton.service import ExecutorService
@@ -45,7 +45,7 @@ class TokenModel(ServingModel):
         build = engine.build
         blocks = int(parameters["max_tokens_in_paged_kv_cache"]) // build.tokens_per_block
         self._executor, description = make_executor(
-            engine, blocks, parameters["batch_scheduler_policy"], free_memory_share(parameters)
+            engine, blocks, parameters["batch_scheduler_policy"], memory_share_of(parameters)
         )
         limits = Limits(
             min(int(parameters["max_prompt_tokens"]), build.max_seq_len - 1),

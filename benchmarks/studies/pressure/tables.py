@@ -98,9 +98,12 @@ def loss_difference(
     report: dict[str, Any], what: str, arm: str, base: str = "pressure:min_kept=0.5,need=random"
 ) -> float:
     """Of two arms that replayed the same texts: ``mean`` of the difference of their losses in nats a token over the
-    texts, its standard ``error``, or ``p`` of a sign-flip test."""
+    texts, its standard ``error``, or ``p`` of a sign-flip test; over problems, where the report has those of the texts.
+    """
     losses = {row["variant"]: np.array(row["loss_by_request"]) for row in report["variants"]}
     differences = losses[arm] - losses[base]
+    if (problems := report.get("problem_by_request")) is not None:
+        differences = np.bincount(problems, differences) / np.bincount(problems)
     if what == "p":
         return sign_flip(differences)
     return float(differences.mean()) if what == "mean" else standard_error(differences)

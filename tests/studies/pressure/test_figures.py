@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.studies.pressure.tables import measured_gain, modelled_gain, modelled_step_ms
+from benchmarks.studies.pressure.tables import loss_difference, measured_gain, modelled_gain, modelled_step_ms
 
 ARM = "pressure:min_kept=0.5"
 
@@ -43,3 +43,13 @@ def test_a_modelled_step_reads_the_weights_and_what_the_requests_hold():
     assert modelled_step_ms({"steps": [{"step": "other"}, {"step": "replay_7b", "report": run}]}) == pytest.approx(
         expected
     )
+
+
+def test_losses_are_compared_over_problems_where_they_are_known():
+    """Two texts of the first problem count once."""
+    losses = {"a": [1.0, 3.0, 1.5], "b": [0.0, 0.0, 1.0]}
+    report = {"variants": [{"variant": name, "loss_by_request": nats} for name, nats in losses.items()]}
+    assert loss_difference(report, "mean", "a", "b") == pytest.approx(1.5)
+    report["problem_by_request"] = [0, 0, 1]
+    assert loss_difference(report, "mean", "a", "b") == pytest.approx(1.25)
+    assert loss_difference(report, "error", "a", "b") == pytest.approx(0.75)
