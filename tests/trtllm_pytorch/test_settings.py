@@ -47,7 +47,10 @@ from trtllm_memshare.trtllm.pytorch.settings import load_settings
             r"lookahead_tokens is not read by TensorRT-LLM's PyTorch backend under pressure, got 16 \(leave it out\)",
         ),
         ({"preset": "pressure", "null_entries": "skip", "max_aliases": 4}, "max_aliases 4 has no effect"),
-        ({"read_null": True}, "read_null is not read by TensorRT-LLM's PyTorch backend, got True"),
+        (
+            {"preset": "pressure", "null_entries": "skip", "read_null": True},
+            "read_null is not read by TensorRT-LLM's PyTorch backend under pressure, got True",
+        ),
         (
             {"preset": "pressure", "route": "framework", "min_run_tokens": 48},
             "min_run_tokens is not read by TensorRT-LLM's PyTorch backend, route framework, got 48",

@@ -14,6 +14,7 @@ _STEPS = ("min_step_tokens", "min_step_cosine", "max_steps_compared")
 _STREAMING = ("streaming_window_tokens", "streaming_sink_tokens")
 _ALIASES = ("max_aliases", "count_aliases")
 _BUDGET = ("budget", "observation_tokens")
+_REPEATS = ("shingle_tokens", "min_run_tokens")
 
 # Settings, whether they have an effect, and who reads them.
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
@@ -27,6 +28,18 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("scope", "control"), lambda c: not c.pressure, "presets that search while there is room read it"),
     # Whose pages are the same with null entries, for the comparison: an earlier page stands for so many.
     (_ALIASES, lambda c: not c.pressure or c.need == "nearest-earlier", "need nearest-earlier reads it"),
+    (("count_aliases",), lambda c: not c.pressure or c.retired_becomes == "alias", "retired_becomes alias reads it"),
+    (
+        _REPEATS,
+        lambda c: not c.pressure or c.need != "nearest-earlier",
+        "needs that give up exact repeats first read it",
+    ),
+    (
+        ("read_null",),
+        lambda c: c.retired_becomes == "null" or (c.pressure and c.retired_becomes == "alias"),
+        "null entries read it",
+    ),
+    (("control_seed",), lambda c: "random" in (c.control, c.need), "control random and need random read it"),
     (("max_protected_tokens",), lambda c: c.protected_steps > 0, "protected_steps above 0 reads it"),
     (_STREAMING, lambda c: c.control == "streaming", "control streaming reads it"),
     (_BUDGET, lambda c: c.control in ("snapkv", "rkv"), "controls snapkv and rkv read it"),
