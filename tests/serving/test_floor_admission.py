@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
@@ -9,7 +11,8 @@ from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
 from trtllm_memshare.search.config import make_config
 from trtllm_memshare.search.steps import BoundaryTokens
 from trtllm_memshare.serving.executor import Executor
-from trtllm_memshare.serving.request import SamplingParams
+from trtllm_memshare.serving.floor_admission import FloorAdmission
+from trtllm_memshare.serving.request import Phase, SamplingParams
 from trtllm_memshare.serving.scheduler import GUARANTEED_NO_EVICT
 
 SIZE = 8
@@ -69,3 +72,39 @@ def test_nobody_is_paused_however_long_contexts_take(seed):
     assert executor.stats.num_pauses == 0
     assert executor.stats.num_failed == 0
     assert most > 3
+
+
+def make_admission(num_usable: int, given_up: dict[int, int]) -> FloorAdmission:
+    """Over a cache of which nothing is known but what requests that do not generate will be without."""
+    manager = SimpleNamespace(
+        tokens_per_block=SIZE,
+        pool=SimpleNamespace(num_usable=num_usable),
+        num_given_up_for_good=lambda request_id: given_up.get(request_id, 0),
+    )
+    config = make_config("pressure", retired_becomes="dropped", protected_tokens=16, lookahead_tokens=8, min_kept=1.0)
+    return FloorAdmission(manager, config, True)  # type: ignore[arg-type]  # that is all it reads
+
+
+def in_context(request_id: int, num_tokens: int) -> SimpleNamespace:
+    """A request whose prompt is two pages, before its next step."""
+    return SimpleNamespace(
+        request_id=request_id, tokens=[0] * num_tokens, prompt=[0] * 16, max_tokens=400, params=SamplingParams(384),
+        phase=Phase.CONTEXT,
+    )  # fmt: skip
+
+
+def test_a_paused_request_needs_no_room_for_what_it_gave_up_below_its_floor():
+    """20 pages of text and one to come, of which 5 went as repeats; beside a prompt of 2 and one to come."""
+    needed = 20 + 1 - 5 + 2 + 1
+    paused, other = in_context(1, 160), in_context(2, 16)
+    assert make_admission(needed, {1: 5}).fits(paused, [other], False)
+    assert not make_admission(needed - 1, {1: 5}).fits(paused, [other], False)
+    assert not make_admission(needed, {}).fits(paused, [other], False)
+
+
+def test_who_was_refused_gets_in_as_soon_as_another_one_has_ended():
+    admission = make_admission(40, {})
+    waiting, running = in_context(1, 96), [in_context(2, 96), in_context(3, 160)]
+    assert not admission.fits(waiting, running, False)
+    assert not admission.fits(waiting, running, False)
+    assert admission.fits(waiting, running[:1], False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtllm_pytorch.conftest import make_sharing_class
-from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, submit_texts
+from trtllm_pytorch.fake_executor import FakeExecutor, make_manager, make_mapping, repetitive_text, submit_texts
 from trtllm_pytorch.fake_v1 import FakeKVCacheManager
 from trtllm_pytorch.fake_v2 import FakeMainKVCacheManagerV2
 from trtllm_pytorch.test_tail_swap import MANAGERS, NUM_SCHEDULES, check_contents, check_pages, check_tree, run
@@ -163,6 +164,28 @@ def test_a_page_without_a_donor_goes_only_before_somebody_is_paused():
     assert sum(with_donor for is_short, with_donor, _ in looks if not is_short) > 5
     assert not any(without for is_short, _, without in looks if not is_short)
     assert executor.manager.memshare.manager.stats().forgotten == sum(without for *_, without in looks) > 5
+
+
+def test_a_later_wave_gives_up_as_early_as_the_first():
+    """What an earlier one did not find says nothing once there was room again."""
+
+    def first_use(executor, request_ids):
+        for request_id in request_ids:
+            rng = random.Random(request_id % 10)
+            executor.submit(request_id, repetitive_text(rng, 5), repetitive_text(rng, 180))
+        given_up, free = executor.manager.memshare.manager.stats, []
+        before = given_up().shared
+        while executor.active:
+            if given_up().shared == before:
+                free.append(executor.manager.memshare.pressure._backend.num_free_pages())
+            executor.step()
+        assert given_up().shared > before
+        return free
+
+    make = make_sharing_class(null_entries="skip", **PAPER, max_aliases=2, protected_tokens=64)
+    executor = FakeExecutor(make_manager(make, 45, 8), True)
+    first = first_use(executor, range(3))
+    assert first_use(executor, range(10, 13)) == first
 
 
 def test_several_ranks_that_hold_parts_of_pages_are_refused(monkeypatch):

@@ -194,33 +194,53 @@ def test_two_ranks_give_up_the_same_pages(null_pages, failing_rank, null_entries
     assert [e.manager.memshare.failures.is_off for e in (first, second)] == [failing_rank == 0] * 2
 
 
+def serve_short(agreement, rank, switch, null_pages, touch_at, unlink_at=None):
+    """Ten requests that are paused on a rank; how many pages were given up again, and in all, after each iteration."""
+    rng = random.Random(3)
+    make = make_sharing_class(null_pages=null_pages, off_file=switch, **{**PRESSURE, "min_kept": 0.5})
+    manager = make_manager(make, 67, 8)
+    manager.memshare.pressure._reserve = None  # as attach leaves it with ranks
+    manager.memshare._meetings = RankMeetings(agreement, 2)
+    executor = FakeExecutor(manager, True)
+    for request_id in range(10):
+        executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
+    counts = []
+    for step in range(400):
+        if step == touch_at:
+            switch.touch()
+        if step == unlink_at:
+            switch.unlink()
+        executor.step()
+        check_contents(executor)
+        counts.append((manager.memshare.giving_up.num_resumed, manager.memshare.manager.stats().forgotten))
+    assert not manager.memshare.failures.num_errors
+    return counts
+
+
 @pytest.mark.parametrize("switched_rank", [0, 1])
 def test_the_first_ranks_file_stops_giving_up_on_both_and_another_ones_nothing(null_pages, tmp_path, switched_rank):
     """Pages given up again at a return included: ranks that differed there would hold different tables."""
 
     def serve(agreement, rank):
-        switch, rng = tmp_path / f"off{rank}", random.Random(3)
-        make = make_sharing_class(null_pages=null_pages, off_file=switch, **{**PRESSURE, "min_kept": 0.5})
-        manager = make_manager(make, 67, 8)
-        manager.memshare.pressure._reserve = None  # as attach leaves it with ranks
-        manager.memshare._meetings = RankMeetings(agreement, 2)
-        executor = FakeExecutor(manager, True)
-        for request_id in range(10):
-            executor.submit(request_id, repetitive_text(rng, 5 + request_id), repetitive_text(rng, 180))
-        counts = []
-        for step in range(400):
-            if step == 100 and rank == switched_rank:
-                switch.touch()
-            executor.step()
-            check_contents(executor)
-            counts.append((manager.memshare.giving_up.num_resumed, manager.memshare.manager.stats().forgotten))
-        assert not manager.memshare.failures.num_errors
-        return counts
+        return serve_short(agreement, rank, tmp_path / f"off{rank}", null_pages, 100 if rank == switched_rank else None)
 
     first, second = on_ranks(2, serve)
     assert first == second
     assert (first[120] == first[-1]) == (switched_rank == 0)
     assert (first[-1][0] > 0) == (switched_rank == 1)
+
+
+def test_what_goes_when_the_file_is_gone_does_not_go_again(null_pages, tmp_path):
+    """Requests come back while it is there. The meeting that ends it gives pages up before they are asked for again."""
+
+    def serve(agreement, rank):
+        first_only = (110, 200) if rank == 0 else (None, None)
+        return serve_short(agreement, rank, tmp_path / f"off{rank}", null_pages, *first_only)
+
+    first, second = on_ranks(2, serve)
+    assert first == second
+    assert first[130] == first[199]
+    assert first[-1][0] > 0
 
 
 def test_several_ranks_need_mpi(monkeypatch):
