@@ -234,6 +234,23 @@ def test_pause_and_evict_leave_null_pages_alone():
     manager.check_integrity()
 
 
+def test_a_returning_requests_chunk_ends_with_the_band_that_its_null_entries_serve():
+    """In its context all queries of a chunk read one entry: those of the next band read another null page."""
+    manager = manager_with_null_pages(preset="pressure")
+    tokens = np.array([2] * SIZE + BODY * 2, np.int32)  # 13 pages
+    add(manager, 0, tokens.tolist(), SIZE)
+    manager.retire(0, np.array([6, 5, 4, 3]))
+    manager.pause_sequence(0)
+    assert manager.add_sequence(0, tokens, SIZE)
+    ends = []
+    while (computed := manager._sequences[0].num_computed) < len(tokens):
+        manager.cross_bands([0], [computed])
+        manager.mark_computed(0, computed + manager.room_for_chunk(0))
+        manager.check_integrity()
+        ends.append(manager._sequences[0].num_computed)
+    assert ends == [9 * SIZE, BANDS[1], len(tokens)]
+
+
 def test_a_request_that_would_write_a_null_page_is_found():
     manager = manager_with_null_pages()
     add(manager, 0, [2] * SIZE + BODY, SIZE)
