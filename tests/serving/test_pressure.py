@@ -7,6 +7,7 @@ import logging
 
 import numpy as np
 import pytest
+from effective_settings import make_effective
 from fakes.reading_runner import VOCAB_SIZE, ReadingRunner, repeating_text
 
 from trtllm_memshare.errors import UserError
@@ -269,7 +270,7 @@ PAPER = {"need": "nearest-earlier", "retired_becomes": "alias"}
 
 def paper_executor(num_blocks, **changes):
     runner = ReadingRunner(num_blocks, SIZE, shows_pool=True)
-    executor = Executor(runner, make_config("pressure", **{**QUICK, **PAPER, **changes}), TEXTS, 320, 8, 64)
+    executor = Executor(runner, make_effective("pressure", **{**QUICK, **PAPER, **changes}), TEXTS, 320, 8, 64)
     runner.manager = executor.manager
     return executor
 

@@ -185,7 +185,7 @@ PHRASE = list(range(60, 72))  # three pages
 
 def in_a_loop(memshare=True, **config):
     """58 blocks, and request "a" that has said one phrase twelve times: 38 pages, of which it needs a handful."""
-    host = Host(60, longest=232, min_run_tokens=8, shingle_tokens=4, lookahead_tokens=4, **config)
+    host = Host(60, longest=232, lookahead_tokens=4, **config)
     running = host.add("a", 4, 8, RequestOptions(memshare, 1.0))
     running.max_tokens = 1000
     for _ in range(12):

@@ -86,14 +86,14 @@ def test_no_page_stands_for_more_than_max_aliases() -> None:
 
 
 def test_exact_repeats_do_not_go_first() -> None:
-    host = make_host(40, longest=60, min_run_tokens=8, shingle_tokens=4)
+    host = make_host(60, longest=120)
     request = host.add("a", 4, 20)
-    phrase = list(range(60, 72))
-    host.grow(request, phrase)  # pages 5 to 7
+    phrase = list(range(60, 96))
+    host.grow(request, phrase)  # pages 5 to 13
     host.grow(request, host.draw.integers(0, 50, 12).tolist())
     host.grow(request, phrase)
     host.grow(request, host.draw.integers(0, 50, 12).tolist())
-    tell(host, "a", {(9, 3): 0.1}, range(1, 15))
+    tell(host, "a", {(9, 3): 0.1}, range(1, 29))
     make_room(host, request, 1)
     assert dict(host.relief.pages("a").aliased) == {9: 3}
     assert host.relief.totals.retired_repeats == 0
