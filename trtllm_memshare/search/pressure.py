@@ -144,12 +144,12 @@ def _take(
 
 def _level(rooms: np.ndarray, num_pages: int) -> np.ndarray:
     """Takes from the largest rooms until they are level: what is left of any two that gave differs by at most 1."""
-    low, high = 0, int(rooms.max())
+    low, high = 1, int(rooms.max())
     while low < high:  # the lowest level to which no more than num_pages lie above
         middle = (low + high) // 2
         low, high = (low, middle) if int(np.maximum(rooms - middle, 0).sum()) <= num_pages else (middle + 1, high)
     taken = np.maximum(rooms - low, 0)
-    more = np.flatnonzero(rooms >= max(low, 1))[: num_pages - int(taken.sum())]
+    more = np.flatnonzero(rooms >= low)[: num_pages - int(taken.sum())]
     taken[more] += 1
     return taken
 
