@@ -12,6 +12,7 @@ from trtllm_engine.test_null_pages import SIZE, serve
 
 from trtllm_memshare.engine import null_page
 from trtllm_memshare.engine.null_page import calibrate_null_pages
+from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 from trtllm_memshare.search import page_signer
 from trtllm_memshare.search.config import make_config
@@ -83,3 +84,24 @@ def test_an_engine_gives_up_the_pages_that_the_torch_runner_does(
     torch.testing.assert_close(logits, expected, **SAME_LOGITS)
     assert executor.manager.stats().forgotten > 0
     assert executor.stats.num_pauses == 0
+
+
+def test_an_engine_reads_the_earlier_pages_that_the_torch_runner_does(make_runner, centred, boundaries):
+    """The published method, without a search in the engine: what is compared lies in the runner's pool."""
+    folder, pages = centred
+    changes = {"need": "nearest-earlier", "retired_becomes": "alias", "protected_tokens": 32, "min_kept": 0.4}
+    config = make_config("pressure", **changes)
+    expected, of_torch = serve(TorchRunner(load_model(folder), 34, SIZE, null_page_set=pages), boundaries, config)
+    logits, executor = serve(
+        make_runner(folder, 34, sizes={"max_seq_len": 512}, null_page_set=pages), boundaries, config
+    )
+    stats = executor.manager.stats()
+    assert stats.shared == of_torch.manager.stats().shared > 10
+    assert executor.stats.num_pauses == 0
+    torch.testing.assert_close(logits, expected, **SAME_LOGITS)
+
+
+def test_an_engine_without_null_pages_cannot_forget_a_page_that_finds_no_donor(make_runner, centred, boundaries):
+    config = make_config("pressure", need="nearest-earlier", retired_becomes="alias")
+    with pytest.raises(UserError, match="got one without, whose runner reads every entry"):
+        serve(make_runner(centred[0], 34, sizes={"max_seq_len": 512}), boundaries, config)
