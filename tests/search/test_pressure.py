@@ -35,7 +35,7 @@ def views_and_number(seed):
         pages = sorted(rng.choice(500, count, replace=False).tolist())
         views.append(view(request_id, need, rng.random(count) < repeats, int(rng.integers(0, rooms + 1)), pages))
     most = sum(v.most for v in views)
-    return views, int(rng.integers(0, most + 1) if rng.random() < 0.8 else rng.integers(-2, 80))
+    return views, int(rng.choice([*rng.integers(0, most + 1, 4), rng.integers(-2, 3), rng.integers(80)]))
 
 
 @pytest.mark.parametrize("spread", SPREADS)

@@ -177,6 +177,9 @@ def test_a_pool_takes_no_more_than_its_share_of_the_memory_that_the_plan_leaves(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * engine.bytes_per_block, 1 << 40))
     assert open_runner(engine, 40, free_memory_share=0.5).num_blocks == 30
     assert open_runner(engine, 20, free_memory_share=0.5).num_blocks == 20
+    monkeypatch.setattr(FakeEngine, "create_execution_context", lambda engine: None)
+    with pytest.raises(UserError, match="a KV pool of 30 blocks needs"):
+        open_runner(engine, 40, free_memory_share=0.5)
 
 
 def test_an_engine_without_the_plugin(folder, bundled_model, fake_tensorrt):

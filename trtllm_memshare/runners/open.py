@@ -52,8 +52,7 @@ def open_runner(
         if communicator is not None:
             from trtllm_memshare.runners.tensorrt.parallel import open_ranked_runner
 
-            with pool_that_fits(engine, num_blocks, "the GPU"):
-                return open_ranked_runner(engine, num_blocks, communicator)
+            return open_ranked_runner(engine, num_blocks, communicator)
         if num_ranks(engine) > 1:
             raise UserError(
                 f"engine {engine.engine_dir} is for {num_ranks(engine)} ranks, got one process (start it with mpirun "
@@ -61,8 +60,7 @@ def open_runner(
             )
         from trtllm_memshare.runners.tensorrt.open import open_tensorrt_runner
 
-        with pool_that_fits(engine, num_blocks, "the GPU"):
-            return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs, free_memory_share=free_memory_share)
+        return open_tensorrt_runner(engine, num_blocks, use_graphs=use_graphs, free_memory_share=free_memory_share)
     from trtllm_memshare.runners.torch.runner import TorchRunner, load_model
 
     null_pages = load_null_pages(engine.engine_dir, engine.checkpoint, engine.build.max_seq_len)

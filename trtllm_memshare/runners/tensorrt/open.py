@@ -11,7 +11,7 @@ from trtllm_memshare.engine.null_page_files import load_null_pages
 from trtllm_memshare.engine.tensorrt_record import PLUGIN_FILE, SEARCH_ENGINE_FILE
 from trtllm_memshare.errors import UserError
 from trtllm_memshare.runners.null_pages import of_rank
-from trtllm_memshare.runners.pool_memory import blocks_that_fit
+from trtllm_memshare.runners.pool_memory import blocks_that_fit, pool_that_fits
 from trtllm_memshare.runners.tensorrt.device import CudaDevice, Device
 from trtllm_memshare.runners.tensorrt.runner import TensorRTRunner
 from trtllm_memshare.runners.tensorrt.separate_search import SeparateEngineSearch
@@ -72,9 +72,10 @@ def open_tensorrt_runner(
     if null_pages is not None:
         place = spec.pp_rank, spec.tp_rank, spec.tp_size
         null_pages = of_rank(null_pages, spec.num_layers, spec.num_kv_heads, *place)
-    return TensorRTRunner(
-        plan, spec, num_blocks, device, inv_freq, search, use_graphs, all_reduce_workspace, null_pages
-    )
+    with pool_that_fits(engine, num_blocks, "the GPU"):
+        return TensorRTRunner(
+            plan, spec, num_blocks, device, inv_freq, search, use_graphs, all_reduce_workspace, null_pages
+        )
 
 
 def _open_device(engine_dir: Path) -> Device:
