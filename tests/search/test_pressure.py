@@ -142,6 +142,7 @@ def test_watermarks_out_of_order_are_refused(high, low):
         Watermarks(high, low)
 
 
-def test_a_view_of_unequal_lengths_is_refused():
-    with pytest.raises(ValueError, match="one length"):
-        PressureView(3, np.arange(2), np.zeros(3), np.zeros(2, bool), 1)
+@pytest.mark.parametrize(("num_pages", "room"), [(2, 1), (3, -1)])
+def test_a_view_of_unequal_lengths_or_of_a_negative_room_is_refused(num_pages, room):
+    with pytest.raises(ValueError, match=r"must have one length and room must not be negative, got .* \(request 7\)"):
+        PressureView(7, np.arange(num_pages), np.zeros(3), np.zeros(3, bool), room)

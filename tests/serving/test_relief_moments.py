@@ -41,6 +41,18 @@ def test_relief_is_back_once_use_was_below_the_high_watermark():
     assert most <= 0.9 * 60
 
 
+def test_what_may_go_goes_though_it_is_less_than_is_wanted():
+    executor = make_executor(110, high_watermark=0.6, low_watermark=0.05)
+    submit(executor, 6)
+    manager, stats = executor.manager, executor.pressure.stats
+    while not stats.retired_pages["needed_least"]:
+        assert manager.pool.num_used <= 0.6 * 110 + 6  # a step takes a block for each at most
+        executor.step()
+    status = executor.status()
+    assert manager.pool.num_used > 0.05 * 110
+    assert status.pressure.num_at_floor == status.num_active == 6
+
+
 def test_no_pressure_begins_where_nobody_has_anything_to_give():
     executor = make_executor(40)
     submit(executor, 3, memshare=False)
